@@ -1,0 +1,504 @@
+"""The recipe: what a training run is told, from YAML and back.
+
+Every key has its documentation below it and, where there is a usual value, that value: the paper's
+for one attribute of two classes (appendix A.2), unless it says otherwise.
+"""
+
+import difflib
+import re
+from collections.abc import Iterable, Mapping, Sequence
+from pathlib import Path
+from typing import Annotated, Any, Literal, get_args
+
+from diffusers_fair.attributes import Attribute
+
+try:
+    import yaml
+    from pydantic import (
+        AfterValidator,
+        BaseModel,
+        BeforeValidator,
+        ConfigDict,
+        Field,
+        ValidationError,
+        model_validator,
+    )
+except ModuleNotFoundError as error:
+    raise ModuleNotFoundError(
+        f"recipes need '{error.name}', which comes with: pip install 'diffusers-fair[train]'",
+        name=error.name,
+    ) from error
+
+RECIPES = Path(__file__).parent / "recipes"
+RUN_FILE = "recipe.yaml"  # of a run folder: the recipe as run
+
+Share = Annotated[float, Field(ge=0, le=1)]
+Count = Annotated[int, Field(ge=0, strict=True)]
+Positive = Annotated[int, Field(ge=1, strict=True)]
+Group = Annotated[int, Field(ge=2, strict=True)]
+Steps = Annotated[
+    tuple[Positive, Positive],
+    BeforeValidator(lambda steps: (steps, steps) if isinstance(steps, int) else steps),
+]
+
+
+def _one_of(*forms: str) -> AfterValidator:
+    """Check that the name of a model has one of these forms: `kind`, or `kind:WHAT`."""
+    kinds = {form.partition(":")[0]: ":" in form for form in forms}
+
+    def check(name: str) -> str:
+        kind, _, what = name.partition(":")
+        if kinds.get(kind) is not bool(what):
+            raise ValueError(f"expected {' or '.join(map(repr, forms))}, got {name!r}")
+        return name
+
+    return AfterValidator(check)
+
+
+FaceDetectorName = Annotated[str, _one_of("testbed", "retinaface")]
+ClipName = Annotated[str, _one_of("testbed", "open_clip:MODEL/WEIGHTS")]
+DinoName = Annotated[str, _one_of("testbed", "dinov2:MODEL")]
+
+
+class Section(BaseModel):
+    """A part of the recipe: keyword-only, immutable, no unknown keys."""
+
+    model_config = ConfigDict(
+        extra="forbid", frozen=True, allow_inf_nan=False, use_attribute_docstrings=True
+    )
+
+
+class BaseSection(Section):
+    """The model that is aligned."""
+
+    model: str
+    """`testbed`, a Hub id or a folder."""
+    revision: str | None = None
+    """Commit, tag or branch on the Hub."""
+    dtype: Literal["float32", "bfloat16", "float16"] = "float32"
+    """What the frozen parts compute in; the adapter's weights are float32."""
+
+
+class AttributeSection(Section):
+    """One attribute to balance, and how."""
+
+    name: str
+    """What it is called; the classifier is chosen by it."""
+    classes: tuple[str, ...]
+    """Names of the classes, in the order of the classifier's probabilities."""
+    target: tuple[float, ...] = ()
+    """Share wanted of each class. Left out: equal shares."""
+    threshold: Share = 0.8
+    """C: images whose target is less certain than this take no part in the alignment loss."""
+    cost: Annotated[float, Field(gt=0)] = 1.0
+    """Weight of the attribute in the transport cost, when several are balanced jointly."""
+
+    @model_validator(mode="after")
+    def _check_attribute(self) -> "AttributeSection":
+        self.attribute()
+        return self
+
+    def attribute(self) -> Attribute:
+        """The attribute alone, its target filled in."""
+        return Attribute(self.name, self.classes, self.target)
+
+
+class PromptsSection(Section):
+    """The prompts to train and to validate on."""
+
+    sets: Annotated[tuple[str, ...], Field(min_length=1)]
+    """Names of packaged prompt lists, or text files with one prompt a line."""
+    train: str = "train"
+    """Split that the adapter is trained on."""
+    validation: str = "validation"
+    """Split that the best checkpoint is chosen by."""
+    images_per_prompt: Group = 24
+    """N: images of one prompt whose distribution is compared with the target."""
+
+
+class ClassifierSection(Section):
+    """The classifier of one attribute; in short `kind:model`, as in `checkpoint:classifiers/mine`.
+
+    Keep the classifiers of evaluation apart from those of training.
+    """
+
+    kind: Literal["testbed", "transformers", "zero_shot", "checkpoint"]
+    """What it is: `testbed`, the testbed's own; `transformers`, an image classification model;
+    `zero_shot`, an open_clip model that compares faces with phrases; `checkpoint`, what
+    `diffusers-fair classifier train` made."""
+    model: str = ""
+    """Of `transformers`, a Hub id or a folder; of `zero_shot`, as in `clip` below, without the
+    `open_clip:`; of `checkpoint`, a folder; of `testbed`, nothing, or `evaluation` for the one that
+    training never sees."""
+    classes: dict[str, tuple[str, ...]] = {}
+    """Of `transformers` and `checkpoint`: class of the attribute -> labels of the model, whose
+    probabilities are summed. Every label has its class; case does not matter. Left out: the labels
+    are the classes."""
+    phrases: dict[str, Annotated[tuple[str, ...], Field(min_length=2)]] = {}
+    """Of `zero_shot`: class of the attribute -> two or more phrases for it."""
+
+    @model_validator(mode="before")
+    @classmethod
+    def _expand(cls, value: Any) -> Any:
+        if not isinstance(value, str):
+            return value
+        kind, _, model = value.partition(":")
+        return {"kind": kind, "model": model}
+
+    @model_validator(mode="after")
+    def _check_kind(self) -> "ClassifierSection":
+        if self.kind == "testbed" and self.model not in ("", "evaluation"):
+            raise ValueError(f"expected 'testbed' or 'testbed:evaluation', got '{self.model}'")
+        if self.kind != "testbed" and not self.model:
+            raise ValueError(f"a classifier of kind '{self.kind}' needs a model")
+        if self.kind == "zero_shot" and not self.phrases:
+            raise ValueError("a classifier of kind 'zero_shot' needs phrases for each class")
+        if self.phrases and self.kind != "zero_shot":
+            raise ValueError(f"a classifier of kind '{self.kind}' takes no phrases")
+        if self.classes and self.kind not in ("transformers", "checkpoint"):
+            raise ValueError(f"a classifier of kind '{self.kind}' takes no classes")
+        return self
+
+
+Classifiers = Annotated[
+    dict[str, ClassifierSection],
+    BeforeValidator(lambda value: {"*": value} if isinstance(value, str) else value),
+]
+
+
+class ModelsSection(Section):
+    """What looks at the images: in training, and under `evaluation` in evaluation."""
+
+    face_detector: FaceDetectorName = "testbed"
+    """Finds the largest face of an image."""
+    classifiers: Classifiers = {"*": ClassifierSection(kind="testbed")}
+    """Attribute -> its classifier; `*` stands for every attribute that is not named, and
+    `classifiers: testbed` for `classifiers: {"*": testbed}`."""
+    clip: ClipName = "testbed"
+    """First encoder of the semantics loss, CLIP-T and CLIP-I. open_clip's model and weights, as in
+    `open_clip:ViT-H-14/laion2b_s32b_b79k`; or `open_clip:FOLDER` with its config and weights."""
+    dino: DinoName = "testbed"
+    """Second encoder of the semantics loss, and DINO: Hub id or folder of a DINOv2 of transformers,
+    as in `dinov2:facebook/dinov2-base`."""
+
+    def classifier(self, attribute: Attribute) -> ClassifierSection:
+        """The classifier of an attribute.
+
+        Raises:
+            ValueError: there is none, or it gives other classes than the attribute's.
+        """
+        chosen = self.classifiers.get(attribute.name, self.classifiers.get("*"))
+        if chosen is None:
+            raise ValueError(
+                f"there is no classifier for attribute '{attribute.name}': classifiers names "
+                f"{', '.join(self.classifiers) or 'none'}"
+            )
+        classes = [*chosen.classes, *chosen.phrases]
+        if classes and set(classes) != set(attribute.classes):
+            raise ValueError(
+                f"attribute '{attribute.name}' has classes {list(attribute.classes)}, but its "
+                f"classifier is told of {classes}: they must be the same"
+            )
+        return chosen
+
+
+class EvaluationModelsSection(ModelsSection):
+    """The same for evaluation, with the testbed's evaluation classifiers where none is named."""
+
+    classifiers: Classifiers = {"*": ClassifierSection(kind="testbed", model="evaluation")}
+    """As in `models`; they should be none that training uses."""
+
+
+class AdapterSection(Section):
+    """What is trained."""
+
+    components: Annotated[tuple[Literal["text_encoder", "unet"], ...], Field(min_length=1)] = (
+        "text_encoder",
+    )
+    """The parts of the pipeline that get low-rank layers."""
+    rank: Annotated[int, Field(ge=1, le=1024, strict=True)] = 50
+    """Rank of the layers."""
+
+
+class SamplingSection(Section):
+    """How images are made in training."""
+
+    steps: Steps = (19, 23)
+    """K: scheduler steps, a number or `[low, high]`, drawn for each iteration."""
+    guidance_scale: Annotated[float, Field(ge=1)] = 7.5
+    """s of classifier-free guidance; 1 is none."""
+
+
+class GradientSection(Section):
+    """How the gradient gets from the image to the adapter."""
+
+    standardize: Literal["paper", "exact", "none"] = "exact"
+    """Weights of the steps: the paper's coefficients, all equal, or the scheduler's own."""
+    replay_steps: Positive | None = None
+    """Steps drawn for the gradient pass, inversely weighted; null is all of them."""
+
+
+class LossesSection(Section):
+    """Weights beside the alignment loss, whose weight is 1 (section 4.1)."""
+
+    semantics: Annotated[float, Field(ge=0)] = 8.0
+    """lambda_1: of the distance to the original image where its class is the target already."""
+    semantics_changed: Share = 0.2
+    """lambda_2 / lambda_1: where the class is to change, outside the face."""
+    semantics_face: Share = 0.2
+    """lambda_3 / lambda_2: where the class is to change, inside the face."""
+
+
+class OptimizerSection(Section):
+    """AdamW and what goes with it."""
+
+    lr: Annotated[float, Field(gt=0)] = 5e-5
+    """Learning rate after the warm-up."""
+    weight_decay: Annotated[float, Field(ge=0)] = 0.0
+    """AdamW's."""
+    schedule: Literal["constant", "cosine", "linear"] = "constant"
+    """Of the learning rate after the warm-up: stays, or falls to 0."""
+    warmup: Count = 0
+    """Iterations in which the learning rate rises from 0."""
+    ema_decay: Annotated[float, Field(ge=0, lt=1)] = 0.996
+    """Of the moving average of the weights, which is what is validated and saved; 0 is none."""
+    max_grad_norm: Annotated[float, Field(gt=0)] | None = 1.0
+    """Longer gradients are shortened to this; null leaves them."""
+
+
+class TrainSection(Section):
+    """How long, and what is written on the way."""
+
+    iterations: Positive = 10_000
+    """Updates of the weights."""
+    prompts_per_iteration: Positive = 1
+    """Prompts in one update, over all processes."""
+    seed: Count = 0
+    """Of the prompts, the noise and the adapter's first weights."""
+    checkpoint_every: Positive = 200
+    """Iterations between checkpoints."""
+    validate_every: Positive = 200
+    """Iterations between validations."""
+    validation_images: Positive = 24
+    """Images of each validation prompt."""
+    keep: Positive = 2
+    """Newest checkpoints that stay on the disk."""
+
+
+class EvaluationSection(Section):
+    """How the finished adapter is measured."""
+
+    split: str = "test"
+    """Split of the prompt sets."""
+    images_per_prompt: Group = 60
+    """Images of each prompt."""
+    steps: Positive = 25
+    """Scheduler steps."""
+    guidance_scale: Annotated[float, Field(ge=1)] = 7.5
+    """s of classifier-free guidance."""
+    seed: Count = 0
+    """Of the noise, which is the same with and without the adapter."""
+    models: EvaluationModelsSection = EvaluationModelsSection()
+    """What looks at the images: none that training uses."""
+
+
+class RunConfig(Section):
+    """A whole recipe."""
+
+    base: BaseSection
+    attributes: Annotated[tuple[AttributeSection, ...], Field(min_length=1)]
+    prompts: PromptsSection
+    models: ModelsSection = ModelsSection()
+    adapter: AdapterSection = AdapterSection()
+    sampling: SamplingSection = SamplingSection()
+    gradient: GradientSection = GradientSection()
+    losses: LossesSection = LossesSection()
+    optimizer: OptimizerSection = OptimizerSection()
+    train: TrainSection = TrainSection()
+    evaluation: EvaluationSection = EvaluationSection()
+    tracker: Literal["tensorboard", "none"] = "none"
+    """Where curves and sample images go, beside `events.jsonl`."""
+    output: str
+    """Folder of the run."""
+
+    @model_validator(mode="after")
+    def _check_together(self) -> "RunConfig":
+        low, high = self.sampling.steps
+        if low > high:
+            raise ValueError(f"sampling.steps must be [low, high], low <= high, got {[low, high]}")
+        if (self.gradient.replay_steps or 0) > low:
+            raise ValueError(
+                f"gradient.replay_steps must be at most sampling.steps ({low}), "
+                f"got {self.gradient.replay_steps}"
+            )
+        names = [attribute.name for attribute in self.attributes]
+        if len(set(names)) < len(names):
+            raise ValueError(f"attributes must have different names, got {names}")
+        for models in (self.models, self.evaluation.models):
+            for attribute in self.attributes:
+                models.classifier(attribute.attribute())
+        return self
+
+    @classmethod
+    def load(
+        cls, recipe: str | Path, overrides: Iterable[str] | Mapping[str, Any] = ()
+    ) -> "RunConfig":
+        """Read a recipe.
+
+        Args:
+            recipe: a YAML file, or the name of a shipped recipe.
+            overrides: `key=value` with the key's path in dots and the value in YAML
+                (`train.iterations=10`, `attributes.0.target=[.5,.5]`), or the same as a mapping.
+
+        Raises:
+            ValueError: one sentence: no such recipe, an unknown key with the nearest known one, a
+                value with what was expected and what was got.
+        """
+        path = _recipe_file(recipe)
+        data = _parse_yaml(path.read_text(encoding="utf-8"), str(path))
+        if not isinstance(data, dict):
+            raise ValueError(f"recipe '{path}' must hold keys and values, got {data!r}")
+        pairs = overrides.items() if isinstance(overrides, Mapping) else map(_split, overrides)
+        for key, value in pairs:
+            _set(data, key.split("."), value, key)
+        try:
+            return cls.model_validate(data)
+        except ValidationError as error:
+            raise ValueError(f"recipe '{recipe}': {_sentences(error)}") from error
+
+    def to_yaml(self) -> str:
+        """Write the whole recipe, defaults included; `load` reads it back to an equal one."""
+        data = self.model_dump(mode="json")
+        return yaml.safe_dump(data, sort_keys=False, default_flow_style=None, width=100)
+
+    def claim_output(self) -> Path:
+        """Make the run folder and put the recipe in it, or find the same run there to go on with.
+
+        Raises:
+            ValueError: the folder holds another run, or something else.
+        """
+        folder, recipe = Path(self.output), Path(self.output) / RUN_FILE
+        if not recipe.exists():
+            if folder.exists() and (not folder.is_dir() or any(folder.iterdir())):
+                raise ValueError(f"output '{folder}' holds something else: choose another folder")
+            folder.mkdir(parents=True, exist_ok=True)
+            recipe.with_suffix(".partial").write_text(self.to_yaml(), encoding="utf-8")
+            recipe.with_suffix(".partial").rename(recipe)
+        other = RunConfig.load(recipe)
+        mine, theirs = _flat(self.model_dump()), _flat(other.model_dump())
+        different = sorted(
+            key for key in {*mine, *theirs} - {"output"} if mine.get(key) != theirs.get(key)
+        )
+        if different:
+            key = different[0]
+            raise ValueError(
+                f"output '{folder}' holds another run ({key} is {theirs.get(key)} there and "
+                f"{mine.get(key)} here): choose another folder, or the same recipe to go on"
+            )
+        return folder
+
+
+def recipes() -> list[str]:
+    """Names of the shipped recipes."""
+    return sorted(path.stem for path in RECIPES.glob("*.yaml"))
+
+
+def _recipe_file(recipe: str | Path) -> Path:
+    """The file itself, or that of the shipped recipe of this name."""
+    if Path(recipe).is_file():
+        return Path(recipe)
+    if str(recipe) in recipes():
+        return RECIPES / f"{recipe}.yaml"
+    hint = _nearest(str(recipe), recipes())
+    raise ValueError(f"there is no recipe '{recipe}', neither a file nor shipped: {hint}")
+
+
+def _nearest(word: str, known: Iterable[str]) -> str:
+    known = sorted(known)
+    close = difflib.get_close_matches(word, known, n=1)
+    return f"did you mean '{close[0]}'?" if close else f"known are {', '.join(known)}"
+
+
+def _parse_yaml(text: str, where: str) -> Any:
+    try:
+        return yaml.safe_load(text)
+    except yaml.YAMLError as error:
+        raise ValueError(f"'{where}' is not YAML: {' '.join(str(error).split())}") from error
+
+
+def _split(override: str) -> tuple[str, Any]:
+    """`a.b=[1, 2]` -> 'a.b', [1, 2]."""
+    key, equals, value = override.partition("=")
+    if not (key and equals):
+        raise ValueError(f"an override must be key=value, got '{override}'")
+    return key, _parse_yaml(value, override)
+
+
+def _set(tree: Any, path: list[str], value: Any, key: str) -> None:
+    """Set one value, or those that a mapping names; a section that the file leaves out is made."""
+    if isinstance(value, dict):
+        for name, inner in value.items():
+            _set(tree, [*path, str(name)], inner, key)
+        return
+    for i, name in enumerate(path):
+        if isinstance(tree, list) and not (name.isdecimal() and int(name) < len(tree)):
+            raise ValueError(f"override '{key}': expected 0 to {len(tree) - 1}, got '{name}'")
+        if not isinstance(tree, (list, dict)):
+            raise ValueError(f"override '{key}': '{'.'.join(path[:i])}' has no keys")
+        place: Any = int(name) if isinstance(tree, list) else name
+        if i == len(path) - 1:
+            tree[place] = value
+        elif isinstance(tree, dict) and tree.get(place) is None:
+            tree[place] = {}
+        tree = tree[place]
+
+
+def _sentences(error: ValidationError) -> str:
+    """What pydantic found wrong, without what only follows from it."""
+    places = [problem["loc"] for problem in error.errors()]
+    return "; ".join(
+        _sentence(problem)
+        for problem in error.errors()
+        if not any(place[: len(problem["loc"])] == problem["loc"] != place for place in places)
+    )
+
+
+def _sentence(problem: Any) -> str:
+    """One thing that is wrong, as: key, expected, got."""
+    key, context = ".".join(map(str, problem["loc"])), problem.get("ctx", {})
+    match problem["type"]:
+        case "extra_forbidden":
+            *parents, word = problem["loc"]
+            return f"unknown key '{key}': {_nearest(str(word), _known_keys(parents))}"
+        case "missing":
+            return f"'{key}' is missing"
+        case "value_error":
+            return f"{key}: {context['error']}".removeprefix(": ")
+        case "too_short":
+            return f"{key}: expected {context['min_length']} or more, got {len(problem['input'])}"
+        case "model_type":
+            return f"{key}: expected a section of keys and values, got {problem['input']!r}"
+    expected = re.sub(r", (unable|got|not) .*", "", problem["msg"])
+    return f"{key}: {expected.replace('Input should be', 'expected')}, got {problem['input']!r}"
+
+
+def _known_keys(parents: Sequence[str | int]) -> list[str]:
+    """The keys of the section at this path."""
+    section: type[BaseModel] = RunConfig
+    for name in parents:
+        if name in section.model_fields:  # not a place in a list, nor a name that the user chose
+            kind = section.model_fields[name].annotation
+            section = next(k for k in (kind, *get_args(kind)) if issubclass(k, Section))
+    return list(section.model_fields)
+
+
+def _flat(tree: Any, prefix: str = "") -> dict[str, Any]:
+    """Nested keys and indices -> 'a.0.b': value."""
+    if not isinstance(tree, (dict, list, tuple)):
+        return {prefix: tree}
+    items = tree.items() if isinstance(tree, dict) else enumerate(tree)
+    return {
+        key: value
+        for name, inner in items
+        for key, value in _flat(inner, f"{prefix}.{name}".removeprefix(".")).items()
+    }

@@ -1,0 +1,244 @@
+import subprocess
+import sys
+
+import pytest
+import yaml
+from pydantic import ValidationError
+
+from diffusers_fair import Attribute, RunConfig
+from diffusers_fair.config import AttributeSection, recipes
+
+TOY = """
+base: {model: testbed}
+attributes:
+  - {name: shape, classes: [round, square, flat]}
+prompts: {sets: [toys]}
+output: runs/toy
+"""
+
+
+@pytest.fixture
+def toy(tmp_path):
+    path = tmp_path / "toy.yaml"
+    path.write_text(TOY)
+    return path
+
+
+# ---- good recipes --------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("name", recipes())
+def test_shipped_recipes_load_and_come_back(name, tmp_path):
+    config = RunConfig.load(name)
+    (tmp_path / "copy.yaml").write_text(config.to_yaml())
+    assert RunConfig.load(tmp_path / "copy.yaml") == config
+
+
+def test_testbed_recipe_is_shipped():
+    assert "testbed-gender" in recipes()
+    assert RunConfig.load("testbed-gender").base.model == "testbed"
+
+
+def test_defaults_are_the_papers(toy):
+    config = RunConfig.load(toy)
+    assert config.attributes[0].attribute() == Attribute("shape", ("round", "square", "flat"))
+    assert config.attributes[0].threshold == 0.8
+    assert config.prompts.images_per_prompt == 24
+    assert config.adapter.rank == 50
+    assert config.sampling.steps == (19, 23)
+    assert config.optimizer.lr == 5e-5
+    assert config.optimizer.ema_decay == 0.996
+    assert config.train.iterations == 10_000
+
+
+def test_every_default_is_written_out(toy):
+    data = yaml.safe_load(RunConfig.load(toy).to_yaml())
+    assert data["train"]["seed"] == 0
+    assert data["attributes"][0] == {
+        "name": "shape",
+        "classes": ["round", "square", "flat"],
+        "target": [],
+        "threshold": 0.8,
+        "cost": 1.0,
+    }
+
+
+def test_overrides(toy):
+    config = RunConfig.load(
+        toy,
+        [
+            "train.iterations=10",
+            "attributes.0.target=[.5,.25,.25]",
+            "optimizer.lr=5e-5",
+            "gradient.replay_steps=4",
+            "sampling.steps=[5, 7]",
+            "output=a=b",
+        ],
+    )
+    assert config.train.iterations == 10
+    assert config.attributes[0].attribute().target == (0.5, 0.25, 0.25)
+    assert config.optimizer.lr == 5e-5
+    assert config.gradient.replay_steps == 4
+    assert config.sampling.steps == (5, 7)
+    assert config.output == "a=b"
+
+
+def test_a_mapping_changes_only_what_it_names(toy):
+    config = RunConfig.load(toy, {"train": {"seed": 3}, "train.keep": 5, "prompts": {"train": "x"}})
+    assert (config.train.seed, config.train.keep, config.train.iterations) == (3, 5, 10_000)
+    assert (config.prompts.train, config.prompts.sets) == ("x", ("toys",))
+
+
+def test_a_number_of_steps_is_a_range_of_one(toy):
+    assert RunConfig.load(toy, ["sampling.steps=5"]).sampling.steps == (5, 5)
+
+
+def test_sections_cannot_be_changed(toy):
+    with pytest.raises(ValidationError, match="frozen"):
+        RunConfig.load(toy).train.seed = 3
+
+
+def test_every_key_is_documented():
+    for section in (RunConfig, *(f.annotation for f in RunConfig.model_fields.values())):
+        for name, field in getattr(section, "model_fields", {}).items():
+            documented = field.description or getattr(field.annotation, "__doc__", None)
+            assert documented or name == "attributes", f"{section.__name__}.{name}"
+    assert all(field.description for field in AttributeSection.model_fields.values())
+
+
+# ---- bad input -----------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize(
+    ("override", "message"),
+    [
+        # unknown keys
+        ("train.iteration=3", r"unknown key 'train\.iteration': did you mean 'iterations'\?"),
+        ("trian.iterations=3", r"unknown key 'trian': did you mean 'train'\?"),
+        ("attributes.0.treshold=1", r"'attributes\.0\.treshold': did you mean 'threshold'\?"),
+        ("zzz=1", "unknown key 'zzz': known are adapter, attributes, base"),
+        # wrong targets
+        ("attributes.0.target=[-.5,1,.5]", "target of attribute 'shape' must not hold negative"),
+        ("attributes.0.target=[.5,.5,.5]", r"'shape' must sum to 1, got .* which sums to 1\.5"),
+        ("attributes.0.target=[.5,.5]", "target of attribute 'shape' needs 3 shares.* got 2"),
+        ("attributes.0.target=[a,b,c]", r"attributes\.0\.target\.0: expected a valid number"),
+        ("attributes.0.classes=[one]", "needs two or more different classes"),
+        ("attributes=[]", "attributes: expected 1 or more, got 0"),
+        # no prompts
+        ("prompts.sets=[]", r"prompts\.sets: expected 1 or more, got 0"),
+        ("prompts=null", "prompts: expected a section of keys and values, got None"),
+        # wrong types and values
+        ("train.iterations=ten", r"train\.iterations: expected a valid integer, got 'ten'"),
+        ("train.iterations=2.5", r"train\.iterations: expected a valid integer, got 2\.5"),
+        ("train.iterations=true", r"train\.iterations: expected a valid integer, got True"),
+        ("train.iterations=0", "expected greater than or equal to 1, got 0"),
+        ("optimizer.lr=fast", r"optimizer\.lr: expected a valid number, got 'fast'"),
+        ("optimizer.lr=.inf", r"optimizer\.lr: expected a finite number, got inf"),
+        ("gradient.standardize=x", "expected 'paper', 'exact' or 'none', got 'x'"),
+        ("base.model=3", r"base\.model: expected a valid string, got 3"),
+        ("train=3", "train: expected a section of keys and values, got 3"),
+        ("adapter.components=[vae]", "expected 'text_encoder' or 'unet', got 'vae'"),
+        ("sampling.steps=[5,3]", r"sampling\.steps must be \[low, high\], low <= high"),
+        ("sampling.steps=[1,2,3]", r"sampling\.steps: .*at most 2 items.*, got \[1, 2, 3\]"),
+        ("gradient.replay_steps=20", r"at most sampling\.steps \(19\), got 20"),
+        # overrides
+        ("train.iterations", "an override must be key=value, got 'train.iterations'"),
+        ("=3", "an override must be key=value"),
+        ("train.seed=[", r"'train\.seed=\[' is not YAML"),
+        ("attributes.1.name=x", r"override 'attributes\.1\.name': expected 0 to 0, got '1'"),
+        ("attributes.x.name=x", "expected 0 to 0, got 'x'"),
+        ("output.x=1", r"override 'output\.x': 'output' has no keys"),
+    ],
+)
+def test_bad_values(toy, override, message):
+    with pytest.raises(ValueError, match=message) as caught:
+        RunConfig.load(toy, [override])
+    assert not isinstance(caught.value, ValidationError)
+    assert "\n" not in str(caught.value)
+
+
+def test_missing_key(toy):
+    toy.write_text(TOY.replace("{model: testbed}", "{}"))
+    with pytest.raises(ValueError, match=r"toy\.yaml': 'base\.model' is missing"):
+        RunConfig.load(toy)
+
+
+def test_two_problems_are_both_named(toy):
+    with pytest.raises(ValueError, match=r"train\.seed: .*; unknown key 'colour'"):
+        RunConfig.load(toy, ["train.seed=-1", "colour=red"])
+
+
+def test_attributes_of_one_name(toy):
+    toy.write_text(TOY.replace("prompts", "  - {name: shape, classes: [a, b]}\nprompts"))
+    with pytest.raises(ValueError, match=r"must have different names, got \['shape', 'shape'\]"):
+        RunConfig.load(toy)
+
+
+def test_unknown_recipe(tmp_path):
+    message = r"no recipe 'testbed-gendre', .*shipped: did you mean 'testbed-gender'\?"
+    with pytest.raises(ValueError, match=message):
+        RunConfig.load("testbed-gendre")
+    with pytest.raises(ValueError, match=r"nowhere\.yaml', neither a file nor shipped"):
+        RunConfig.load(tmp_path / "nowhere.yaml")
+
+
+@pytest.mark.parametrize(
+    ("text", "message"),
+    [("- 1", "must hold keys and values, got"), ("a: [", "is not YAML"), ("", "got None")],
+)
+def test_file_that_is_no_recipe(toy, text, message):
+    toy.write_text(text)
+    with pytest.raises(ValueError, match=message):
+        RunConfig.load(toy)
+
+
+# ---- run folder ----------------------------------------------------------------------------------
+
+
+def test_run_folder_is_made_and_found_again(toy, tmp_path):
+    config = RunConfig.load(toy, [f"output={tmp_path / 'runs' / 'a'}"])
+    folder = config.claim_output()
+    assert [path.name for path in folder.iterdir()] == ["recipe.yaml"]
+    assert RunConfig.load(folder / "recipe.yaml") == config
+    (folder / "events.jsonl").write_text("{}")
+    assert config.claim_output() == folder
+
+
+def test_folder_with_another_run_is_refused(toy, tmp_path):
+    output = f"output={tmp_path / 'run'}"
+    folder = RunConfig.load(toy, [output]).claim_output()
+    before = (folder / "recipe.yaml").read_text()
+    message = r"holds another run \(train\.seed is 0 there and 1 here\): choose another folder"
+    with pytest.raises(ValueError, match=message):
+        RunConfig.load(toy, [output, "train.seed=1"]).claim_output()
+    message = r"holds another run \(attributes\.0\.target\.0 is None there and 0\.5 here\)"
+    with pytest.raises(ValueError, match=message):
+        RunConfig.load(toy, [output, "attributes.0.target=[.5,.5,0]"]).claim_output()
+    assert (folder / "recipe.yaml").read_text() == before
+
+
+def test_folder_with_something_else_is_refused(toy, tmp_path):
+    (tmp_path / "thesis.tex").write_text("mine")
+    with pytest.raises(ValueError, match="holds something else: choose another folder"):
+        RunConfig.load(toy, [f"output={tmp_path}"]).claim_output()
+    with pytest.raises(ValueError, match="holds something else: choose another folder"):
+        RunConfig.load(toy, [f"output={tmp_path / 'thesis.tex'}"]).claim_output()
+    assert sorted(path.name for path in tmp_path.iterdir()) == ["thesis.tex", "toy.yaml"]
+
+
+# ---- without the extra ---------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("name", ["yaml", "pydantic"])
+def test_missing_extra_names_the_install_command(name):
+    code = f"""
+import sys, diffusers_fair
+sys.modules[{name!r}] = None
+try:
+    diffusers_fair.RunConfig
+except ModuleNotFoundError as error:
+    print(error)
+"""
+    done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True)
+    assert f"recipes need '{name}'" in done.stdout
+    assert "pip install 'diffusers-fair[train]'" in done.stdout
