@@ -1,0 +1,142 @@
+"""Embeddings and noise -> latents -> images, keeping what replay needs on the way."""
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from diffusers_fair.scheduler import scaled_input
+
+
+@dataclass(frozen=True)
+class Trajectory:
+    """One sampling of a batch of n images in K U-Net evaluations."""
+
+    latents: Tensor
+    """(n, c, h, w), z_K, in the U-Net's units."""
+    inputs: tuple[Tensor, ...]
+    """K U-Net inputs, each (n, c, h, w), as the scheduler scaled them; empty if not kept."""
+    timesteps: Tensor
+    """(K,)"""
+    guidance_scale: float
+    """s in epsilon = epsilon_u + s (epsilon_c - epsilon_u); 1 means no guidance."""
+
+
+def initial_noise(
+    shape: Sequence[int],
+    seeds: Sequence[int],
+    *,
+    device: torch.device | str = "cpu",
+    dtype: torch.dtype = torch.float32,
+) -> Tensor:
+    """Draw standard normal latents, each image from its own seed, the same on every device.
+
+    Args:
+        shape: (c, h, w) of one image's latents.
+        seeds: one for each image.
+        device: where the noise goes; it is always drawn on the CPU.
+        dtype: in which it is drawn, too.
+
+    Returns:
+        (n, c, h, w), what a diffusers pipeline draws from one CPU generator for each seed.
+    """
+    drawn = [
+        torch.randn(1, *shape, generator=torch.Generator().manual_seed(seed), dtype=dtype)
+        for seed in seeds
+    ]
+    return torch.cat(drawn).to(device)  # (n, c, h, w)
+
+
+@torch.no_grad()
+def sample(
+    unet: Any,
+    scheduler: Any,
+    cond: Tensor,
+    uncond: Tensor | None,
+    noise: Tensor,
+    steps: int,
+    guidance_scale: float = 7.5,
+    *,
+    keep: bool = True,
+) -> Trajectory:
+    """Sample latents as a Stable Diffusion pipeline does, without gradients.
+
+    Args:
+        unet: a `UNet2DConditionModel`.
+        scheduler: a diffusers scheduler, wrapped in `BiasedGradientScheduler` or not.
+        cond: (n, L, d) prompt embeddings, or (1, L, d) shared by all images.
+        uncond: the same for the empty prompt; not needed without guidance.
+        noise: (n, c, h, w), standard normal.
+        steps: of the scheduler.
+        guidance_scale: 1 for no guidance, or more.
+        keep: whether to keep the U-Net inputs for replay.
+
+    Raises:
+        ValueError: guidance without `uncond`, or a guidance scale below 1.
+    """
+    branches = guidance(guidance_scale, cond, uncond)
+    embeddings = torch.cat([rows(embedding, len(noise)) for embedding, _ in branches])
+    scheduler.set_timesteps(steps, device=noise.device)
+    latents = noise * getattr(scheduler, "init_noise_sigma", 1.0)  # flow matching has none
+    inputs = []
+    for t in scheduler.timesteps:
+        scaled = scaled_input(scheduler, latents, t)  # (n, c, h, w)
+        if keep:
+            inputs.append(scaled)
+        output = predict(unet, torch.cat([scaled] * len(branches)), t, embeddings)
+        output = _guided(output.chunk(len(branches)), guidance_scale)
+        latents = scheduler.step(output, t, latents, return_dict=False)[0]
+    return Trajectory(latents, tuple(inputs), scheduler.timesteps, guidance_scale)
+
+
+def predict(unet: Any, inputs: Tensor, timestep: Tensor, embeddings: Tensor) -> Tensor:
+    """Evaluate the U-Net: (m, c, h, w) inputs and (m, L, d) embeddings -> (m, c, h, w)."""
+    return unet(inputs, timestep, encoder_hidden_states=embeddings, return_dict=False)[0]
+
+
+def guidance(scale: float, cond: Tensor, uncond: Tensor | None) -> list[tuple[Tensor, float]]:
+    """Return the embeddings of each U-Net evaluation and its share of the guided prediction.
+
+    Raises:
+        ValueError: guidance without `uncond`, or a scale below 1.
+    """
+    if scale < 1:
+        raise ValueError(f"guidance_scale must be 1 (no guidance) or more, got {scale:g}")
+    if scale == 1:
+        return [(cond, 1.0)]
+    if uncond is None:
+        raise ValueError(
+            f"guidance_scale {scale:g} needs the embeddings of the empty prompt: "
+            "pass uncond, or guidance_scale=1"
+        )
+    return [(uncond, 1 - scale), (cond, scale)]
+
+
+def rows(embeddings: Tensor, count: int) -> Tensor:
+    """Return (count, L, d) of embeddings that are one for each image, or shared by all.
+
+    Raises:
+        ValueError: neither one nor `count` embeddings.
+    """
+    if len(embeddings) not in (1, count):
+        raise ValueError(
+            f"expected prompt embeddings for 1 or {count} images, got {len(embeddings)}: "
+            "pass one for each image, or one for all"
+        )
+    return embeddings.expand(count, -1, -1)
+
+
+def decode(vae: Any, latents: Tensor) -> Tensor:
+    """Decode (n, c, h, w) latents to (n, 3, H, W) images in [-1, 1], differentiably."""
+    images = vae.decode(latents / vae.config.scaling_factor, return_dict=False)[0]
+    return images.clamp(-1, 1)
+
+
+def _guided(predictions: Sequence[Tensor], scale: float) -> Tensor:
+    """Combine the branches in diffusers' own order of operations, for the same last bit."""
+    if len(predictions) == 1:
+        return predictions[0]
+    uncond, cond = predictions
+    return uncond + scale * (cond - uncond)

@@ -1,0 +1,256 @@
+"""Algorithm 1 of the paper as a scheduler, and the step weights that replay works with.
+
+*Biased gradient* is the statistical word: the gradient's expectation is not that of the exact one,
+because the coupling between denoising steps is left out of it on purpose (section 4.2).
+
+| here | paper |
+|---|---|
+| steps, number of `timesteps` | K (the paper's loop ends at K - 1) |
+| `step_weights()[i]` | a_i = d z_K / d output_i, with the U-Net inputs held fixed |
+| `coefficients()[i]` | C_i |
+| model output | epsilon_t, what the U-Net predicts: noise, or velocity |
+"""
+
+from typing import Any, Literal
+
+import torch
+from torch import Tensor
+
+Standardize = Literal["paper", "exact", "none"]
+
+_TOLERANCE = 1e-4  # of a prediction by a_i, relative; schedulers compute in float32
+
+
+class BiasedGradientScheduler:
+    """A diffusers scheduler whose gradient is the paper's biased gradient.
+
+    It takes the place of the scheduler it wraps in any differentiable sampling loop (Algorithm 1):
+    `scale_model_input` detaches the latents, `step` multiplies the gradient of the model output by
+    C_i. Values are those of the wrapped scheduler, bit for bit; whatever is not defined here is
+    the wrapped scheduler's own.
+
+    Args:
+        scheduler: any diffusers scheduler that is linear in the latents and in the model output.
+        standardize: how C_i is chosen; the geometric mean of its size is 1 in every case.
+            `"paper"`: 1 / A_t, from the influence of the noise prediction in DDPM (equation 9).
+            `"exact"`: 1 / a_i, from the influence of the model output in this very scheduler, so
+            that all C_i a_i are equal.
+            `"none"`: 1.
+
+    Raises:
+        ValueError: an unknown `standardize`; `"paper"` on a scheduler without a noise-prediction
+            schedule, such as flow matching.
+    """
+
+    def __init__(self, scheduler: Any, standardize: Standardize = "paper"):
+        if standardize not in ("paper", "exact", "none"):
+            raise ValueError(f"standardize must be 'paper', 'exact' or 'none', got {standardize!r}")
+        if standardize == "paper":
+            _require_noise_schedule(scheduler)
+        self.scheduler = scheduler
+        self.standardize = standardize
+        self._asked = {"num_inference_steps": getattr(scheduler, "num_inference_steps", None)}
+        self._index = -1  # of the last step taken
+        self._solved: dict[tuple[float, ...], tuple[Tensor, Tensor]] = {}  # timesteps -> a, C
+
+    def __getattr__(self, name: str) -> Any:
+        if name == "scheduler":  # not yet there while being copied
+            raise AttributeError(name)
+        return getattr(self.scheduler, name)
+
+    def set_timesteps(
+        self, num_inference_steps: int | None = None, device: Any = None, **kwargs: Any
+    ) -> None:
+        """Set the timesteps of the wrapped scheduler and find the weights of its steps.
+
+        Raises:
+            ValueError: the scheduler is not linear in the model output.
+        """
+        self.scheduler.set_timesteps(num_inference_steps, device=device, **kwargs)
+        self._asked = {"num_inference_steps": num_inference_steps, **kwargs}
+        self._index = -1
+        self._solve()
+
+    def scale_model_input(self, sample: Tensor, timestep: Any = None) -> Tensor:
+        """Detach the latents, z'_i = detach(z_i), then scale them as the scheduler does."""
+        return scaled_input(self.scheduler, sample.detach(), timestep)
+
+    def step(self, model_output: Tensor, timestep: Any, sample: Tensor, **kwargs: Any) -> Any:
+        """Take the scheduler's step; the gradient of `model_output` is multiplied by C_i.
+
+        Raises:
+            ValueError: `timestep` is not among `timesteps`.
+        """
+        self._index = self._index_of(timestep)
+        if model_output.requires_grad:
+            coefficient = self._solve()[1][self._index].item()
+            model_output = model_output.view_as(model_output)  # the caller's tensor gets no hook
+            model_output.register_hook(lambda gradient: gradient * coefficient)  # Algorithm 1
+        return self.scheduler.step(model_output, timestep, sample, **kwargs)
+
+    def step_weights(self) -> Tensor:
+        """Return a_i = d z_K / d output_i for the timesteps that are set.
+
+        Returns:
+            (K,) float64 on the CPU. Schedulers that evaluate the model more often than once a step
+            have one weight for each evaluation.
+
+        Raises:
+            ValueError: no timesteps are set, or the scheduler is not linear in the model output.
+        """
+        return self._solve()[0].clone()
+
+    def coefficients(self) -> Tensor:
+        """Return C_i, by which Algorithm 1 multiplies the gradient of each model output.
+
+        Returns:
+            (K,) float64 on the CPU; the geometric mean of |C_i| is 1.
+
+        Raises:
+            ValueError: as for `step_weights`; with `"exact"`, a step that has no influence.
+        """
+        return self._solve()[1].clone()
+
+    def gradient_weights(self) -> Tensor:
+        """Return C_i a_i: d loss / d output_i = C_i a_i d loss / d z_K. (K,) float64."""
+        weights, coefficients = self._solve()
+        return coefficients * weights
+
+    def _solve(self) -> tuple[Tensor, Tensor]:
+        """Find a_i and C_i of the timesteps that are set, or recall them."""
+        timesteps = self.scheduler.timesteps.detach().cpu()  # (K,)
+        key = tuple(timesteps.tolist())
+        if key not in self._solved:
+            weights = _measure(lambda: self._fresh(timesteps))
+            self._solved[key] = weights, self._standardized(weights, timesteps)
+        return self._solved[key]
+
+    def _fresh(self, timesteps: Tensor) -> Any:
+        """Build a scheduler like the wrapped one, whose own state stays undisturbed."""
+        if all(value is None for value in self._asked.values()):
+            raise ValueError("no timesteps are set: call set_timesteps(number of steps) first")
+        fresh = type(self.scheduler).from_config(self.scheduler.config)
+        fresh.set_timesteps(**self._asked)
+        if not torch.equal(fresh.timesteps, timesteps):
+            raise ValueError(
+                "the timesteps are not those that set_timesteps of BiasedGradientScheduler and the "
+                f"scheduler's config give ({len(timesteps)} timesteps, expected "
+                f"{len(fresh.timesteps)} from {self._asked}): set them through the "
+                "BiasedGradientScheduler, and change settings with from_config"
+            )
+        return fresh
+
+    def _standardized(self, weights: Tensor, timesteps: Tensor) -> Tensor:
+        """Return C_i for the step weights a_i, both (K,)."""
+        if self.standardize == "paper":
+            return _geometric_mean_one(1 / _paper_influence(self.scheduler, timesteps))
+        if self.standardize == "exact":
+            _require_influence(weights)
+            return _geometric_mean_one(1 / weights) * weights.sum().sign()
+        return torch.ones_like(weights)
+
+    def _index_of(self, timestep: Any) -> int:
+        """Return which step `timestep` is: the next of that value after the last one taken."""
+        timesteps = self.scheduler.timesteps.tolist()
+        found = [i for i, t in enumerate(timesteps) if t == float(timestep)]
+        if not found:
+            raise ValueError(
+                f"timestep {float(timestep):g} is not one of the {len(timesteps)} that are set: "
+                "call set_timesteps and go through scheduler.timesteps in order"
+            )
+        return next((i for i in found if i > self._index), found[0])
+
+
+def scaled_input(scheduler: Any, sample: Tensor, timestep: Any) -> Tensor:
+    """Scale latents for the model; flow matching schedulers do not, and have no method for it."""
+    if not hasattr(scheduler, "scale_model_input"):
+        return sample
+    return scheduler.scale_model_input(sample, timestep)
+
+
+def _run(scheduler: Any, latents: Tensor, outputs: list[Tensor]) -> Tensor:
+    """Run the scheduler over given model outputs, from z_0 to z_K."""
+    for output, timestep in zip(outputs, scheduler.timesteps, strict=True):
+        scaled_input(scheduler, latents, timestep)  # some schedulers want to see it called
+        latents = scheduler.step(output, timestep, latents, return_dict=False)[0]
+    return latents
+
+
+def _measure(fresh: Any) -> Tensor:
+    """Measure a_i of the scheduler that `fresh()` makes, and that a_i is all there is to it.
+
+    Returns:
+        (K,) float64.
+
+    Raises:
+        ValueError: the scheduler is not linear.
+    """
+    with torch.random.fork_rng(devices=[]), torch.enable_grad():  # stochastic ones draw noise
+        scheduler = fresh()
+        inputs = torch.zeros(len(scheduler.timesteps) + 1, 1, 1, 1, 1, dtype=torch.float64)
+        start, *outputs = inputs.requires_grad_().unbind()
+        gradient = torch.autograd.grad(_run(scheduler, start, outputs).sum(), inputs)[0]
+        gradient = gradient.flatten()  # (1 + K,): d z_K / d z_0, then a_i
+        for scale in (1.0, 100.0):
+            if not _predicts(gradient, fresh(), scale):
+                raise ValueError(
+                    f"{type(scheduler).__name__} as configured is not linear in the model output, "
+                    "so its steps have no fixed weights: switch off thresholding and clip_sample, "
+                    "and use a deterministic solver (DPM-Solver++, DDIM, Euler or UniPC, "
+                    "not an ancestral or sde one)"
+                )
+    return gradient[1:].detach()
+
+
+@torch.no_grad()
+def _predicts(gradient: Tensor, scheduler: Any, scale: float) -> bool:
+    """Tell whether z_K = gradient . (z_0, outputs) for random inputs of a size."""
+    generator = torch.Generator().manual_seed(0)
+    shape = (len(gradient), 2, 4, 4, 4)
+    inputs = scale * torch.randn(shape, generator=generator, dtype=torch.float64)
+    found = _run(scheduler, inputs[0], list(inputs[1:]))
+    terms = gradient.view(-1, 1, 1, 1, 1) * inputs
+    return bool(((found - terms.sum(0)).abs() <= _TOLERANCE * terms.abs().sum(0).max()).all())
+
+
+def _require_noise_schedule(scheduler: Any) -> None:
+    """Refuse a scheduler for which A_t of equation 9 does not exist."""
+    prediction = scheduler.config.get("prediction_type")
+    if not hasattr(scheduler, "alphas_cumprod") or prediction not in ("epsilon", "v_prediction"):
+        raise ValueError(
+            "standardize='paper' needs a noise schedule (alphas_cumprod) and a model that predicts "
+            f"epsilon or v_prediction, got {type(scheduler).__name__} with prediction_type "
+            f"{prediction!r}: use standardize='exact'"
+        )
+
+
+def _paper_influence(scheduler: Any, timesteps: Tensor) -> Tensor:
+    """Return what the paper divides the gradient of the model output by. (K,) float64.
+
+    For a model that predicts the noise it is A_t of equation 9. The biased gradient is then
+    v . sum_t d epsilon_t / d theta, and it stays so for a model that predicts the velocity v_t:
+    epsilon = sqrt(abar) v_t + sqrt(1 - abar) z, so d v_t / d theta should weigh sqrt(abar). A
+    deterministic sampler gives it A_t abar: one sqrt(abar) is that chain rule, the other comes of
+    z moving with the velocity held fixed instead of the noise. Hence A_t sqrt(abar).
+    """
+    t = timesteps.round().long()  # some schedulers go between the training timesteps
+    abar = scheduler.alphas_cumprod.cpu().double()[t]
+    influence = scheduler.betas.cpu().double()[t] / (1 - abar).sqrt()  # A_t sqrt(abar)
+    if scheduler.config.prediction_type == "v_prediction":
+        return influence
+    return influence / abar.sqrt()  # A_t, equation 9
+
+
+def _require_influence(weights: Tensor) -> None:
+    """Refuse to standardise a step that hardly moves the result."""
+    least = int(weights.abs().argmin())
+    if weights[least].abs() <= 1e-6 * weights.abs().max():
+        raise ValueError(
+            f"step {least} of {len(weights)} has no influence on the result, so standardize="
+            "'exact' cannot weigh it: use 'paper' or 'none', or another scheduler"
+        )
+
+
+def _geometric_mean_one(values: Tensor) -> Tensor:
+    """Scale values so that the geometric mean of their sizes is 1."""
+    return values / values.abs().log().mean().exp()

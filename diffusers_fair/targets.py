@@ -1,0 +1,239 @@
+"""Class probabilities -> a target class for each image: expected optimal transport. Pure.
+
+For images with class probabilities p_1..p_n and n targets u_1..u_n drawn from the distribution D,
+the transport sigma* moves the probabilities least (equation 4); a target class for an image is the
+likeliest one over all draws (equation 5):
+
+    sigma* = argmin_sigma sum_i |p_i - u_sigma(i)|,   q_i = E u_sigma*(i),
+    y_i = argmax q_i,   c_i = max q_i
+
+Only the number of targets of each class matters, which is multinomial. Several attributes are
+transported together, as one attribute whose classes are the combinations of theirs.
+"""
+
+import math
+from collections.abc import Sequence
+from dataclasses import dataclass
+from itertools import combinations
+
+import numpy as np
+import torch
+from torch import Tensor
+
+MASS = 0.999  # of the multinomial that an exact sum covers
+_ENUMERATED = 20_000  # so many vectors of counts are still summed one by one
+_SAMPLES = 4096  # draws where there are more
+
+
+@dataclass(frozen=True)
+class Targets:
+    """What each of n images should be for the batch to follow the target distribution."""
+
+    labels: Tensor
+    """(n,), y_i, long."""
+    confidence: Tensor
+    """(n,), c_i, in [0, 1]."""
+    plan: Tensor
+    """(n, classes), q_i; rows sum to 1."""
+    error: float
+    """How far an entry of the plan may be off. Two classes: 0. Summed: the share of the
+    multinomial left out, a bound. Sampled: the largest standard error of an entry."""
+
+
+def expected_targets(
+    probabilities: Tensor,
+    target: Sequence[float] | Tensor,
+    *,
+    mass: float = MASS,
+    samples: int = _SAMPLES,
+    generator: torch.Generator | None = None,
+) -> Targets:
+    """Find the target class of each image, for one attribute.
+
+    Among images of the same probabilities the order decides, so that some are sent to one class
+    and some to another; equal input gives equal targets on every process.
+
+    Args:
+        probabilities: (n, classes), p_i; no gradient flows through targets.
+        target: (classes,), D.
+        mass: of the multinomial that the sum has to cover, for more than two classes.
+        samples: number of draws if there are too many vectors of counts to sum over.
+        generator: for those draws, on the CPU; left out, one with seed 0.
+
+    Raises:
+        ValueError: shapes that do not fit, a target that is no distribution, or probabilities that
+            are not finite.
+    """
+    share = torch.as_tensor(target, dtype=torch.float64)
+    found = joint_targets([probabilities], share, mass=mass, samples=samples, generator=generator)
+    return found[0]
+
+
+def joint_targets(
+    probabilities: Sequence[Tensor],
+    target: Sequence[Sequence[float] | Tensor] | Tensor,
+    *,
+    cost_weights: Sequence[float] | None = None,
+    mass: float = MASS,
+    samples: int = _SAMPLES,
+    generator: torch.Generator | None = None,
+) -> list[Targets]:
+    """Find the target classes of each image, for several attributes together.
+
+    Args:
+        probabilities: for each attribute (n, classes of the attribute).
+        target: either a distribution for each attribute, taken as independent, which also aligns
+            each within the groups of the others; or one tensor (classes, classes, ...) of joint
+            shares.
+        cost_weights: w_a, how much each attribute counts in the cost of moving an image,
+            cost^2 = sum_a w_a |p_a - u_a|^2; left out, 1.
+        mass: as in `expected_targets`.
+        samples: as in `expected_targets`.
+        generator: as in `expected_targets`.
+
+    Returns:
+        For each attribute its targets, the joint plan summed over the other attributes' classes.
+
+    Raises:
+        ValueError: as in `expected_targets`.
+    """
+    sizes = [p.shape[-1] for p in probabilities]
+    share = _joint_share(target, sizes)  # (classes, classes, ...)
+    _require_probabilities(probabilities)
+    weights = [1.0] * len(sizes) if cost_weights is None else cost_weights
+    if len(weights) != len(sizes):
+        raise ValueError(f"expected {len(sizes)} cost weights, got {len(weights)}")
+    cost = _cost(probabilities, weights)  # (n, classes of all)
+    plan, error = _expected_plan(cost, share.flatten(), mass, samples, generator)
+    joint = plan.view(len(plan), *sizes)
+    device = probabilities[0].device
+    return [_targets(_marginal(joint, a).to(device), error) for a in range(len(sizes))]
+
+
+def _targets(plan: Tensor, error: float) -> Targets:
+    """Read y_i and c_i off the plan (equation 6)."""
+    confidence, labels = plan.max(dim=1)
+    return Targets(labels, confidence, plan, error)
+
+
+def _marginal(joint: Tensor, attribute: int) -> Tensor:
+    """Sum a plan (n, classes, classes, ...) over all attributes but one. (n, classes)."""
+    return joint.movedim(attribute + 1, 1).flatten(2).sum(2) if joint.ndim > 2 else joint
+
+
+def _joint_share(target: Sequence[Sequence[float] | Tensor] | Tensor, sizes: list[int]) -> Tensor:
+    """Return the joint target distribution, (classes, classes, ...) float64."""
+    if isinstance(target, Tensor):
+        share = target.double().cpu()
+    else:
+        share = torch.ones((), dtype=torch.float64)
+        for part in target:
+            share = share[..., None] * torch.as_tensor(part, dtype=torch.float64)
+    if list(share.shape) != sizes:
+        raise ValueError(
+            f"the target must have one share for each class, shape {sizes}, got {list(share.shape)}"
+        )
+    if not (share >= 0).all() or abs(share.sum().item() - 1) > 1e-6:
+        raise ValueError(
+            "the target must be a distribution: shares of 0 or more that sum to 1, got "
+            f"{share.tolist()}"
+        )
+    return share / share.sum()
+
+
+def _require_probabilities(probabilities: Sequence[Tensor]) -> None:
+    """Refuse probabilities that cannot be transported."""
+    shapes = [tuple(p.shape) for p in probabilities]
+    if any(len(shape) != 2 or shape[0] != shapes[0][0] for shape in shapes):
+        raise ValueError(
+            f"probabilities must be (images, classes), of the same images, got {shapes}"
+        )
+    if not all(p.isfinite().all() for p in probabilities):
+        raise ValueError("probabilities must be finite, got NaN or infinity: check the classifier")
+
+
+def _cost(probabilities: Sequence[Tensor], weights: Sequence[float]) -> Tensor:
+    """Return |p_i - u_k| for every image and combination of classes. (n, classes of all)."""
+    squared = torch.zeros(len(probabilities[0]), 1, dtype=torch.float64)
+    for p, weight in zip(probabilities, weights, strict=True):
+        p = p.detach().double().cpu()
+        one_hot = torch.eye(p.shape[1], dtype=torch.float64)
+        distance = (p[:, None] - one_hot).square().sum(2)  # (n, classes)
+        squared = (squared[:, :, None] + weight * distance[:, None]).flatten(1)
+    return squared.sqrt()
+
+
+def _expected_plan(
+    cost: Tensor, share: Tensor, mass: float, samples: int, generator: torch.Generator | None
+) -> tuple[Tensor, float]:
+    """Return E u_sigma* (n, classes) and how far off it may be (equation 5)."""
+    count, classes = cost.shape
+    if classes == 2:
+        return _two_class_plan(cost, share), 0.0
+    possible = math.comb(count + classes - 1, classes - 1)
+    if possible <= _ENUMERATED:
+        counts, chances = _likeliest_counts(count, share, mass)
+        missing = max(0.0, 1 - chances.sum().item())
+        return _average_plan(cost, counts, chances / chances.sum()), missing
+    counts, chances = _sampled_counts(count, share, samples, generator)
+    plan = _average_plan(cost, counts, chances)
+    return plan, (plan * (1 - plan) / samples).max().sqrt().item()
+
+
+def _two_class_plan(cost: Tensor, share: Tensor) -> Tensor:
+    """Return the expected plan of two classes: sort, and class 0 goes to the first k ~ binomial."""
+    count = len(cost)
+    order = (cost[:, 0] - cost[:, 1]).argsort(stable=True)  # the readiest for class 0 first
+    k = torch.arange(count + 1)
+    chances = _multinomial(torch.stack([k, count - k], dim=1), share)  # (n + 1,), P(k)
+    first = torch.empty(count, dtype=torch.float64)
+    first[order] = chances.flip(0).cumsum(0).flip(0)[1:]  # P(k > rank)
+    return torch.stack([first, 1 - first], dim=1).clamp(0, 1)
+
+
+def _likeliest_counts(count: int, share: Tensor, mass: float) -> tuple[Tensor, Tensor]:
+    """Return the likeliest vectors of counts (m, classes) that cover `mass`, and their chances."""
+    classes = len(share)
+    bars = torch.tensor(list(combinations(range(count + classes - 1), classes - 1)))
+    walls = torch.cat(
+        [torch.full((len(bars), 1), -1), bars, torch.full((len(bars), 1), count + classes - 1)], 1
+    )
+    counts = walls.diff(dim=1) - 1  # (m, classes), stars between bars
+    chances, order = _multinomial(counts, share).sort(descending=True, stable=True)
+    kept = int((chances.cumsum(0) < mass).sum()) + 1
+    return counts[order[:kept]], chances[:kept]
+
+
+def _sampled_counts(
+    count: int, share: Tensor, samples: int, generator: torch.Generator | None
+) -> tuple[Tensor, Tensor]:
+    """Draw vectors of counts (m, classes), each with the share of the draws that it got."""
+    generator = generator or torch.Generator().manual_seed(0)
+    drawn = torch.multinomial(share, samples * count, replacement=True, generator=generator)
+    counts = torch.nn.functional.one_hot(drawn.view(samples, count), len(share)).sum(1)
+    counts, times = counts.unique(dim=0, return_counts=True)
+    return counts, times.double() / samples
+
+
+def _multinomial(counts: Tensor, share: Tensor) -> Tensor:
+    """Return the chance of each vector of counts (m, classes) under the shares. (m,)."""
+    counts = counts.double()
+    ways = torch.lgamma(counts.sum(1) + 1) - torch.lgamma(counts + 1).sum(1)
+    return (ways + torch.xlogy(counts, share).sum(1)).exp()
+
+
+def _average_plan(cost: Tensor, counts: Tensor, chances: Tensor) -> Tensor:
+    """Average the optimal assignments for many vectors of counts. (n, classes)."""
+    plan = np.zeros(cost.shape)
+    images, costs = np.arange(len(cost)), cost.numpy()
+    for numbers, chance in zip(counts.numpy(), chances.tolist(), strict=True):
+        plan[images, _assign(costs, numbers)] += chance
+    return torch.from_numpy(plan)
+
+
+def _assign(cost: np.ndarray, numbers: np.ndarray) -> np.ndarray:
+    """Assign a class to each image, so many of each, at the least cost (equation 4). (n,)."""
+    from scipy.optimize import linear_sum_assignment
+
+    classes = np.repeat(np.arange(len(numbers)), numbers)  # (n,), u_1..u_n
+    return classes[linear_sum_assignment(cost[:, classes])[1]]

@@ -1,0 +1,90 @@
+import math
+
+import pytest
+import torch
+
+from diffusers_fair.losses import alignment_loss, scale_gradient, semantics_loss
+from diffusers_fair.targets import Targets, expected_targets
+
+
+def targets(labels, confidence, classes):
+    plan = torch.zeros(len(labels), classes, dtype=torch.float64)
+    return Targets(torch.tensor(labels), torch.tensor(confidence, dtype=torch.float64), plan, 0.0)
+
+
+def test_alignment_is_cross_entropy_of_the_sure_targets():
+    p = torch.tensor([[0.9, 0.1], [0.9, 0.1], [0.25, 0.75], [0.5, 0.5]])
+    found = alignment_loss(p, targets([0, 1, 1, 0], [0.95, 0.8, 0.79, 0.5], 2), 0.8)
+    expected = torch.tensor([-math.log(0.9), -math.log(0.1), 0, 0])  # at C counts, below does not
+    torch.testing.assert_close(found, expected)
+
+
+def test_alignment_gradient_is_that_of_cross_entropy_on_logits():
+    generator = torch.Generator().manual_seed(0)
+    logits = torch.randn(6, 3, generator=generator, dtype=torch.float64, requires_grad=True)
+    labels = [0, 1, 2, 0, 1, 2]
+    alignment_loss(logits.softmax(1), targets(labels, [1.0] * 6, 3), 0.8).mean().backward()
+    expected = (logits.softmax(1) - torch.eye(3).double()[labels]) / 6
+    torch.testing.assert_close(logits.grad, expected)
+
+
+def test_images_below_the_threshold_get_no_gradient():
+    p = torch.full((2, 2), 0.5, requires_grad=True)
+    alignment_loss(p, targets([0, 1], [0.9, 0.6], 2), 0.8).sum().backward()
+    assert p.grad.tolist() == [[-2, 0], [0, 0]]
+
+
+def test_a_probability_of_zero_is_finite():
+    p = torch.tensor([[0.0, 1.0]], requires_grad=True)
+    loss = alignment_loss(p, targets([0], [1.0], 2), 0.8)
+    loss.sum().backward()
+    assert loss.isfinite().all()
+    assert p.grad.isfinite().all()
+
+
+def test_alignment_of_a_whole_batch_falls_when_followed():
+    logits = torch.randn(24, 2, generator=torch.Generator().manual_seed(0)).add(
+        torch.tensor([2.0, 0.0])
+    )
+    logits.requires_grad_()
+    before = None
+    for _ in range(50):
+        p = logits.softmax(1)
+        loss = alignment_loss(p, expected_targets(p, [0.5, 0.5]), 0.8).mean()
+        before = loss.item() if before is None else before
+        (gradient,) = torch.autograd.grad(loss, logits)
+        logits.data -= 10 * gradient
+    assert loss.item() < 0.2 * before
+    assert 0.3 < logits.softmax(1)[:, 0].mean() < 0.7
+
+
+@pytest.mark.parametrize("size", [1.0, 3.0])
+def test_semantics_is_one_minus_cosine(size):
+    x = torch.tensor([[1.0, 0.0], [1.0, 0.0], [1.0, 0.0], [3.0, 4.0]])
+    o = torch.tensor([[1.0, 0.0], [0.0, 1.0], [-1.0, 0.0], [4.0, 3.0]]) * size
+    torch.testing.assert_close(semantics_loss(x, o), torch.tensor([0.0, 1.0, 2.0, 1 - 24 / 25]))
+
+
+def test_semantics_gradient_turns_towards_the_original():
+    x = torch.tensor([[1.0, 0.0]], requires_grad=True)
+    semantics_loss(x, torch.tensor([[0.6, 0.8]])).sum().backward()
+    torch.testing.assert_close(x.grad, torch.tensor([[0.0, -0.8]]))
+
+
+def test_gradients_are_scaled_and_values_are_not():
+    images = torch.rand(2, 3, 2, 2, requires_grad=True)
+    factor = torch.tensor([1.0, 0.2]).view(2, 1, 1, 1)
+    scaled = scale_gradient(images, factor)
+    assert torch.equal(scaled, images)
+    scaled.sum().backward()
+    torch.testing.assert_close(images.grad, factor.expand_as(images))
+
+
+def test_targets_of_other_images_are_refused():
+    with pytest.raises(ValueError, match=r"probabilities of \(1, 2\) images .* got \(3, 2\)"):
+        alignment_loss(torch.rand(3, 2), targets([0], [1.0], 2), 0.8)
+
+
+def test_features_of_another_encoder_are_refused():
+    with pytest.raises(ValueError, match=r"same images and encoder, got shapes \(3, 2\) and"):
+        semantics_loss(torch.rand(3, 2), torch.rand(3, 4))

@@ -1,0 +1,571 @@
+"""The gradient by three routes: autograd through the loop, replay, finite differences."""
+
+import itertools
+
+import diffusers
+import pytest
+import torch
+from tiny import BETAS, LATENT, pipeline
+
+from diffusers_fair.adapters.lora import (
+    TARGETS,
+    add_lora,
+    lora_state_dict,
+    trainable_parameters,
+    without_adapter,
+)
+from diffusers_fair.adapters.soft_tokens import add_soft_tokens, remove_soft_tokens
+from diffusers_fair.conditioning import encode_prompts
+from diffusers_fair.replay import draw_steps, replay
+from diffusers_fair.sampling import Trajectory, decode, initial_noise, sample
+from diffusers_fair.scheduler import BiasedGradientScheduler
+
+ADAPTERS = ("text_encoder", "unet", "soft tokens")
+TOLERANCE = 1e-5  # relative; the rest is the scheduler's float32
+PROMPTS = ["a dog", "two cats"]
+COUNT = len(PROMPTS)
+OTHERS = {
+    "ddim": lambda: diffusers.DDIMScheduler(
+        **BETAS, clip_sample=False, set_alpha_to_one=False, steps_offset=1
+    ),
+    "euler": lambda: diffusers.EulerDiscreteScheduler(**BETAS),
+    "unipc": lambda: diffusers.UniPCMultistepScheduler(**BETAS),
+    "heun": lambda: diffusers.HeunDiscreteScheduler(**BETAS),
+    "velocity": lambda: diffusers.DPMSolverMultistepScheduler(
+        **BETAS, prediction_type="v_prediction"
+    ),
+    "flow matching": lambda: diffusers.FlowMatchEulerDiscreteScheduler(),
+}
+
+
+def adapted(adapter, dtype=torch.float64):
+    """A pipeline with an adapter that already does something, and the adapter's parameters."""
+    pipe = pipeline(dtype)
+    if adapter == "soft tokens":
+        return pipe, [add_soft_tokens(pipe, 3, torch.Generator().manual_seed(0))]
+    parameters = add_lora(pipe, adapter, 2)
+    generator = torch.Generator().manual_seed(0)
+    for parameter in parameters:
+        drawn = torch.randn(parameter.shape, generator=generator, dtype=torch.float64)
+        parameter.data = 0.2 * drawn.to(parameter.dtype)
+    return pipe, parameters
+
+
+@pytest.fixture(scope="module")
+def world():
+    """Adapted pipelines in float64; tests leave no gradient behind."""
+    return {adapter: adapted(adapter) for adapter in ADAPTERS}
+
+
+def biased(pipe, order=2, standardize="paper"):
+    scheduler = diffusers.DPMSolverMultistepScheduler.from_config(
+        pipe.scheduler.config, solver_order=order
+    )
+    return BiasedGradientScheduler(scheduler, standardize)
+
+
+def embed(pipe):
+    return encode_prompts(pipe, PROMPTS), encode_prompts(pipe, [""], prefix=False)
+
+
+def noise(dtype=torch.float64, count=COUNT):
+    return initial_noise(LATENT, range(count), dtype=dtype)
+
+
+def loss_of(pipe, latents):
+    """Not linear, and different for each image."""
+    images = decode(pipe.vae, latents / latents.detach().std())
+    return (images * torch.linspace(-1, 1, images[0].numel()).view_as(images[0])).square().sum()
+
+
+def loss_and_gradient(pipe, latents):
+    latents = latents.clone().requires_grad_()
+    loss_of(pipe, latents).backward()
+    return latents.grad
+
+
+def diffusers_loop(pipe, scheduler, cond, uncond, latents, steps, guidance_scale):
+    """The denoising loop of StableDiffusionPipeline.__call__, word for word."""
+    scheduler.set_timesteps(steps)
+    guided = guidance_scale > 1
+    embeddings = torch.cat([uncond.expand_as(cond), cond]) if guided else cond
+    latents = latents * getattr(scheduler, "init_noise_sigma", 1.0)
+    for t in scheduler.timesteps:
+        model_input = torch.cat([latents] * 2) if guided else latents
+        if hasattr(scheduler, "scale_model_input"):
+            model_input = scheduler.scale_model_input(model_input, t)
+        output = pipe.unet(model_input, t, encoder_hidden_states=embeddings, return_dict=False)[0]
+        if guided:
+            output_uncond, output_text = output.chunk(2)
+            output = output_uncond + guidance_scale * (output_text - output_uncond)
+        latents = scheduler.step(output, t, latents, return_dict=False)[0]
+    return latents
+
+
+def take_gradients(parameters):
+    gradients = torch.cat([p.grad.flatten() for p in parameters])
+    for p in parameters:
+        p.grad = None
+    return gradients
+
+
+def by_autograd(pipe, parameters, scheduler, steps, guidance_scale):
+    """Algorithm 1 in one graph. Returns z_K and the gradient."""
+    latents = diffusers_loop(pipe, scheduler, *embed(pipe), noise(), steps, guidance_scale)
+    loss_of(pipe, latents).backward()
+    return latents.detach(), take_gradients(parameters)
+
+
+def backward_embeddings(cond, uncond, gradients):
+    pairs = [(e, g) for e, g in zip((cond, uncond), gradients, strict=True) if g is not None]
+    if pairs:
+        torch.autograd.backward(*zip(*pairs, strict=True))
+
+
+def by_replay(pipe, parameters, scheduler, total, guidance_scale, **options):
+    """Returns the trajectory, v = d loss / d z_K and the gradient."""
+    cond, uncond = embed(pipe)
+    trajectory = sample(pipe.unet, scheduler, cond, uncond, noise(), total, guidance_scale)
+    v = loss_and_gradient(pipe, trajectory.latents)
+    gradients = replay(
+        pipe.unet, trajectory, cond, uncond, v, scheduler.gradient_weights(), **options
+    )
+    backward_embeddings(cond, uncond, gradients)
+    return trajectory, v, take_gradients(parameters)
+
+
+@torch.no_grad()
+def surrogate(pipe, trajectory, v, weights):
+    """sum_i C_i a_i <v, guided prediction at the kept z_i>: its gradient is the biased gradient."""
+    steps, count = len(trajectory.inputs), len(v)
+    z, t = torch.cat(trajectory.inputs), trajectory.timesteps.repeat_interleave(count)
+    output, output_uncond = (
+        pipe.unet(z, t, encoder_hidden_states=e.expand(count, -1, -1).repeat(steps, 1, 1))[0]
+        for e in embed(pipe)
+    )
+    s = trajectory.guidance_scale
+    guided = (output_uncond + s * (output - output_uncond)).view(steps, *v.shape)
+    return torch.einsum("k,knchw,nchw->", weights, guided, v).item()
+
+
+def by_differences(pipe, parameters, direction, trajectory, v, weights, size=1e-5):
+    """Directional derivative of the surrogate, by central differences."""
+
+    def at(distance):
+        shifts = direction.split([p.numel() for p in parameters])
+        start = [p.data for p in parameters]
+        for p, shift in zip(parameters, shifts, strict=True):
+            p.data = p.data + distance * shift.view_as(p)
+        value = surrogate(pipe, trajectory, v, weights)
+        for p, data in zip(parameters, start, strict=True):
+            p.data = data
+        return value
+
+    return (at(size) - at(-size)) / (2 * size)
+
+
+def relative(found, expected):
+    return ((found - expected).norm() / expected.norm()).item()
+
+
+@pytest.mark.parametrize("adapter", ADAPTERS)
+@pytest.mark.parametrize("guidance_scale", [1, 7.5])
+@pytest.mark.parametrize("order", [1, 2])
+@pytest.mark.parametrize("steps", [1, 2, 5, 14, 15, 20])
+def test_three_routes_to_the_gradient_agree(world, steps, order, guidance_scale, adapter):
+    pipe, parameters = world[adapter]
+    scheduler = biased(pipe, order)
+    latents, expected = by_autograd(pipe, parameters, scheduler, steps, guidance_scale)
+    trajectory, v, found = by_replay(pipe, parameters, scheduler, steps, guidance_scale)
+    assert torch.equal(trajectory.latents, latents)
+    assert expected.norm() > 0
+    assert relative(found, expected) <= TOLERANCE
+    direction = found / found.norm()
+    weights = scheduler.coefficients() * scheduler.step_weights()
+    slope = by_differences(pipe, parameters, direction, trajectory, v, weights)
+    assert slope == pytest.approx(found.norm().item(), rel=TOLERANCE)
+
+
+@pytest.mark.parametrize("adapter", ADAPTERS)
+@pytest.mark.parametrize("standardize", ["exact", "none"])
+def test_routes_agree_however_steps_are_standardised(world, standardize, adapter):
+    pipe, parameters = world[adapter]
+    scheduler = biased(pipe, standardize=standardize)
+    _, expected = by_autograd(pipe, parameters, scheduler, 5, 7.5)
+    _, _, found = by_replay(pipe, parameters, scheduler, 5, 7.5)
+    assert relative(found, expected) <= TOLERANCE
+
+
+@pytest.mark.parametrize("adapter", ADAPTERS)
+@pytest.mark.parametrize("name", OTHERS)
+def test_routes_agree_with_any_linear_scheduler(world, name, adapter):
+    pipe, parameters = world[adapter]
+    scheduler = BiasedGradientScheduler(OTHERS[name](), "exact")
+    latents, expected = by_autograd(pipe, parameters, scheduler, 5, 7.5)
+    trajectory, _, found = by_replay(pipe, parameters, scheduler, 5, 7.5)
+    assert torch.equal(trajectory.latents, latents)
+    assert relative(found, expected) <= TOLERANCE
+
+
+def test_text_encoder_and_unet_together(world):
+    pipe, text = adapted("text_encoder")
+    both = text + add_lora(pipe, "unet", 2)
+    for p in both[len(text) :]:
+        p.data += 0.1
+    scheduler = biased(pipe)
+    _, expected = by_autograd(pipe, both, scheduler, 5, 7.5)
+    _, _, found = by_replay(pipe, both, scheduler, 5, 7.5)
+    assert relative(found, expected) <= TOLERANCE
+
+
+@pytest.mark.parametrize("adapter", ADAPTERS)
+def test_biased_is_not_the_exact_gradient(world, adapter):
+    """What is left out is not small: the routes agree on the biased gradient, not on any."""
+    pipe, parameters = world[adapter]
+    scheduler = biased(pipe, standardize="none")
+    _, _, found = by_replay(pipe, parameters, scheduler, 5, 7.5)
+    latents = diffusers_loop(pipe, scheduler.scheduler, *embed(pipe), noise(), 5, 7.5)
+    loss_of(pipe, latents).backward()
+    assert relative(found, take_gradients(parameters)) > 0.01
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.float64])
+@pytest.mark.parametrize("guidance_scale", [1, 7.5])
+def test_samples_are_the_pipelines_bit_for_bit(dtype, guidance_scale):
+    pipe = pipeline(dtype)
+    cond, uncond = embed(pipe)
+    generators = [torch.Generator().manual_seed(seed) for seed in range(COUNT)]
+    expected = pipe(
+        PROMPTS,
+        num_inference_steps=5,
+        guidance_scale=guidance_scale,
+        generator=generators,
+        output_type="latent",
+    ).images
+    for scheduler in (pipe.scheduler, BiasedGradientScheduler(pipe.scheduler)):
+        found = sample(pipe.unet, scheduler, cond, uncond, noise(dtype), 5, guidance_scale)
+        assert torch.equal(found.latents, expected)
+
+
+@pytest.mark.parametrize("adapter", ADAPTERS)
+@pytest.mark.parametrize("micro_batch", [1, 2, 3, 5, 7])
+def test_micro_batches_make_no_difference(world, micro_batch, adapter):
+    pipe, parameters = world[adapter]
+    cond, uncond = embed(pipe)
+    cond = cond[:1]  # shared by all images
+    scheduler = biased(pipe)
+    trajectory = sample(pipe.unet, scheduler, cond, uncond, noise(count=5), 3, 7.5)
+    v, weights = torch.randn_like(trajectory.latents), scheduler.gradient_weights()
+
+    def gradients(size):
+        found = replay(pipe.unet, trajectory, cond, uncond, v, weights, micro_batch=size)
+        return [g for g in found if g is not None] + [p.grad for p in parameters if p.is_leaf]
+
+    whole = [None if g is None else g.clone() for g in gradients(None)]
+    for p in parameters:
+        p.grad = None
+    parts = gradients(micro_batch)
+    for one, other in zip(whole, parts, strict=True):
+        assert (one is None) == (other is None)
+        if one is not None:
+            torch.testing.assert_close(other, one, rtol=1e-9, atol=1e-9 * one.abs().max().item())
+    for p in parameters:
+        p.grad = None
+
+
+def test_shared_embeddings_gather_the_gradients_of_all_images(world):
+    pipe, _ = world["text_encoder"]
+    cond, uncond = embed(pipe)
+    one, all_of_them = cond[:1].detach(), cond[:1].detach().repeat(3, 1, 1)
+    scheduler = biased(pipe)
+    trajectory = sample(pipe.unet, scheduler, one, uncond, noise(count=3), 3, 7.5)
+    v, weights = torch.randn_like(trajectory.latents), scheduler.gradient_weights()
+    for embeddings in (one, all_of_them):
+        embeddings.requires_grad_()
+    shared, _ = replay(pipe.unet, trajectory, one, uncond.detach(), v, weights)
+    each, _ = replay(pipe.unet, trajectory, all_of_them, uncond.detach(), v, weights)
+    assert shared.shape == one.shape
+    assert each.shape == all_of_them.shape
+    torch.testing.assert_close(each.sum(0, keepdim=True), shared)
+
+
+@pytest.mark.parametrize("adapter", ADAPTERS)
+def test_subsets_of_steps_average_to_the_whole(world, adapter):
+    pipe, parameters = world[adapter]
+    scheduler, (total, count) = biased(pipe), (5, 2)
+    _, _, expected = by_replay(pipe, parameters, scheduler, total, 7.5)
+    _, weights = draw_steps(total, count, torch.Generator())
+    subsets = list(itertools.combinations(range(total), count))
+    found = [
+        by_replay(pipe, parameters, scheduler, total, 7.5, steps=steps, weights=weights)[2]
+        for steps in subsets
+    ]
+    assert relative(torch.stack(found).mean(0), expected) <= 1e-9
+    assert relative(found[0], expected) > 0.1
+
+
+def test_steps_are_drawn_evenly_and_reproducibly():
+    generator = torch.Generator().manual_seed(0)
+    drawn = torch.zeros(6)
+    for _ in range(3000):
+        steps, weights = draw_steps(6, 2, generator)
+        assert len(set(steps)) == 2
+        assert steps == sorted(steps)
+        assert weights == [3.0, 3.0]  # inverse of the probability 2 / 6
+        drawn[steps] += 1
+    torch.testing.assert_close(drawn / 3000, torch.full((6,), 1 / 3), rtol=0, atol=0.04)
+    again = [draw_steps(9, 4, torch.Generator().manual_seed(7)) for _ in range(2)]
+    assert again[0] == again[1]
+
+
+@pytest.mark.parametrize(
+    ("adapter", "guidance_scale", "branches"),
+    [("text_encoder", 7.5, 2), ("soft tokens", 7.5, 1), ("unet", 7.5, 2), ("unet", 1, 1)],
+)
+def test_branches_without_anything_trainable_are_not_evaluated(
+    world, adapter, guidance_scale, branches
+):
+    pipe, parameters = world[adapter]
+    cond, uncond = embed(pipe)
+    scheduler = biased(pipe)
+    trajectory = sample(pipe.unet, scheduler, cond, uncond, noise(), 3, guidance_scale)
+    sizes = []
+    handle = pipe.unet.register_forward_pre_hook(lambda _, args: sizes.append(len(args[0])))
+    v = torch.ones_like(trajectory.latents)
+    found = replay(pipe.unet, trajectory, cond, uncond, v, scheduler.gradient_weights())
+    handle.remove()
+    assert sizes == [branches * COUNT] * 3
+    trained = [adapter != "unet", adapter == "text_encoder"]
+    assert [gradient is not None for gradient in found] == trained
+    for p in parameters:
+        p.grad = None
+
+
+def test_gradients_add_to_what_the_unet_has(world):
+    pipe, parameters = world["unet"]
+    scheduler = biased(pipe)
+    cond, uncond = embed(pipe)
+    trajectory = sample(pipe.unet, scheduler, cond, uncond, noise(), 2, 7.5)
+    arguments = pipe.unet, trajectory, cond, uncond, trajectory.latents
+    replay(*arguments, scheduler.gradient_weights())
+    once = [p.grad.clone() for p in parameters]
+    with torch.no_grad():  # the caller's mode does not matter
+        replay(*arguments, scheduler.gradient_weights())
+    for p, gradient in zip(parameters, once, strict=True):
+        torch.testing.assert_close(p.grad, 2 * gradient)
+        p.grad = None
+
+
+def test_half_precision_embeddings_gather_in_float32():
+    found = {}
+    for dtype in (torch.float32, torch.bfloat16):
+        pipe = pipeline(dtype)
+        cond, uncond = (e.to(dtype).requires_grad_() for e in embed(pipeline()))
+        scheduler = biased(pipe)
+        trajectory = sample(pipe.unet, scheduler, cond, uncond, noise(dtype), 4, 7.5)
+        v = noise(torch.float32)
+        arguments = pipe.unet, trajectory, cond, uncond, v, scheduler.gradient_weights()
+        found[dtype] = replay(*arguments, micro_batch=1)[0]
+    assert found[torch.bfloat16].dtype == torch.float32
+    assert relative(found[torch.bfloat16], found[torch.float32]) < 0.1
+
+
+def test_trajectory_keeps_what_it_is_asked_to(world):
+    pipe, _ = world["text_encoder"]
+    cond, uncond = embed(pipe)
+    kept = sample(pipe.unet, pipe.scheduler, cond, uncond, noise(), 3, 7.5)
+    final = sample(pipe.unet, pipe.scheduler, cond, uncond, noise(), 3, 7.5, keep=False)
+    assert torch.equal(kept.latents, final.latents)
+    assert [z.shape for z in kept.inputs] == [noise().shape] * 3
+    assert not kept.latents.requires_grad
+    assert final.inputs == ()
+
+
+def test_each_image_has_its_own_noise():
+    together = initial_noise(LATENT, [3, 1, 2])
+    assert together.shape == (3, *LATENT)
+    assert torch.equal(together[1:2], initial_noise(LATENT, [1]))
+    assert not torch.equal(together[0], together[1])
+
+
+def test_images_are_the_pipelines(world):
+    pipe, _ = world["text_encoder"]
+    latents = noise().requires_grad_()
+    images = decode(pipe.vae, 3 * latents)
+    assert images.shape == (COUNT, 3, 16, 16)
+    assert images.detach().abs().max() <= 1
+    images.sum().backward()
+    assert latents.grad.abs().max() > 0
+    scaled = 3 * latents.detach() / pipe.vae.config.scaling_factor
+    expected = pipe.image_processor.postprocess(pipe.vae.decode(scaled)[0], output_type="pt")
+    torch.testing.assert_close(images.detach() / 2 + 0.5, expected)
+
+
+@pytest.mark.parametrize("component", TARGETS)
+def test_lora_changes_nothing_at_first_and_freezes_the_rest(component):
+    pipe = pipeline(torch.float32)
+    x, (cond, _) = noise(torch.float32), embed(pipe)
+    before = pipe.unet(x, 5, encoder_hidden_states=cond)[0]
+    parameters = add_lora(pipe, component, 4, seed=1)
+    assert torch.equal(pipe.unet(x, 5, encoder_hidden_states=embed(pipe)[0])[0], before)
+    assert trainable_parameters(getattr(pipe, component)) == parameters
+    assert {min(p.shape) for p in parameters} == {4}
+    assert all("lora_" in n for n, p in pipe.unet.named_parameters() if p.requires_grad)
+    again = add_lora(pipeline(torch.float32), component, 4, seed=1)
+    assert all(torch.equal(p, q) for p, q in zip(parameters, again, strict=True))
+
+
+@pytest.mark.parametrize("component", TARGETS)
+def test_lora_of_a_half_precision_component_is_float32(component):
+    parameters = add_lora(pipeline(torch.bfloat16), component, 2)
+    assert {p.dtype for p in parameters} == {torch.float32}
+
+
+def test_text_encoder_lora_reaches_every_layer(world):
+    _, parameters = world["text_encoder"]
+    assert len(parameters) == 2 * 2 * len(TARGETS["text_encoder"])  # layers, A and B
+
+
+@pytest.mark.parametrize("components", [["text_encoder"], ["unet"], ["text_encoder", "unet"]])
+def test_lora_weights_load_in_diffusers(components):
+    pipe, other = pipeline(torch.float32), pipeline(torch.float32)
+    for component in components:
+        for p in add_lora(pipe, component, 3):
+            p.data += 0.1
+    weights = lora_state_dict(pipe)
+    prefixes = {"text_encoder": "text_encoder.text_model.encoder.", "unet": "unet."}
+    assert all(key.startswith(tuple(prefixes[c] for c in components)) for key in weights)
+    other.load_lora_weights(weights, adapter_name="any")
+    outputs = []
+    for p in (pipe, other, pipeline(torch.float32)):
+        with torch.no_grad():
+            outputs.append(p.unet(noise(torch.float32), 5, encoder_hidden_states=embed(p)[0])[0])
+    torch.testing.assert_close(outputs[1], outputs[0])
+    assert relative(outputs[0], outputs[2]) > 1e-3
+
+
+@pytest.mark.parametrize("component", TARGETS)
+def test_without_adapter_is_the_original_model_for_the_time_being(component):
+    pipe, parameters = adapted(component, torch.float32)
+
+    def predict():
+        return pipe.unet(noise(torch.float32), 5, encoder_hidden_states=embed(pipe)[0])[0].detach()
+
+    trained, base = predict(), pipeline(torch.float32)
+    original = base.unet(noise(torch.float32), 5, encoder_hidden_states=embed(base)[0])[0]
+    with without_adapter(pipe):
+        assert torch.equal(predict(), original)
+    assert torch.equal(predict(), trained)
+    assert trainable_parameters(getattr(pipe, component)) == parameters
+
+
+def test_saved_lora_weights_are_copies():
+    pipe = pipeline(torch.float32)
+    parameters = add_lora(pipe, "unet", 3)
+    weights = lora_state_dict(pipe)
+    for p in parameters:
+        p.data += 1
+    assert (
+        relative(
+            torch.cat([w.flatten() for w in lora_state_dict(pipe).values()]),
+            torch.cat([w.flatten() for w in weights.values()]),
+        )
+        > 0.1
+    )
+
+
+@pytest.mark.parametrize("prompt", ["a dog", "", "a very long story " * 9, "x" * 70, "x" * 75])
+def test_soft_tokens_encode_as_a_textual_inversion_does(prompt):
+    pipe, other = pipeline(torch.float32), pipeline(torch.float32)
+    plain = encode_prompts(pipe, [prompt])
+    torch.testing.assert_close(plain, other.encode_prompt(prompt, "cpu", 1, False)[0])
+    tokens = add_soft_tokens(pipe, 5, torch.Generator().manual_seed(0))
+    found = encode_prompts(pipe, [prompt])
+    assert found.shape == plain.shape
+    assert torch.equal(encode_prompts(pipe, [prompt], prefix=False), plain)
+    other.load_textual_inversion({"<fair>": tokens.detach()})
+    expected = other.encode_prompt(f"<fair> {prompt}", "cpu", 1, False)[0]
+    torch.testing.assert_close(found, expected)
+    remove_soft_tokens(pipe)
+    assert torch.equal(encode_prompts(pipe, [prompt]), plain)
+
+
+def test_soft_tokens_start_from_the_vocabulary():
+    pipe = pipeline(torch.float32)
+    vocabulary = pipe.text_encoder.get_input_embeddings().weight
+    tokens = add_soft_tokens(pipe, 4, torch.Generator().manual_seed(0))
+    assert tokens.shape == (4, vocabulary.shape[1])
+    assert all((vocabulary == token).all(1).any() for token in tokens)
+    assert trainable_parameters(pipe.text_encoder) == [tokens]
+
+
+def small_trajectory(**changes):
+    found = {
+        "latents": noise(),
+        "inputs": (noise(),) * 3,
+        "timesteps": torch.tensor([900, 500, 100]),
+        "guidance_scale": 7.5,
+    }
+    return Trajectory(**(found | changes))
+
+
+@pytest.mark.parametrize(
+    ("changes", "arguments", "message"),
+    [
+        ({"inputs": ()}, {}, "kept no U-Net inputs: sample with keep=True"),
+        ({}, {"grad_z": torch.ones(1)}, r"shape of the final latents \(2, 4, 8, 8\), got \(1,\)"),
+        ({}, {"gradient_weights": torch.ones(4)}, "expected 3 gradient weights, .* got 4"),
+        ({}, {"steps": [0, 3]}, r"steps must lie in 0 to 2, got \[0, 3\]"),
+        ({}, {"steps": [0, 1], "weights": [1.0]}, "expected 2 weights, one for each step, got 1"),
+        ({}, {"uncond": None}, "guidance_scale 7.5 needs the embeddings of the empty prompt"),
+        ({}, {"cond": torch.zeros(3, 77, 16)}, "for 1 or 2 images, got 3"),
+    ],
+)
+def test_replay_refuses_what_does_not_fit(world, changes, arguments, message):
+    pipe, _ = world["unet"]
+    fitting = {
+        "cond": torch.zeros(2, 77, 16).double(),
+        "uncond": torch.zeros(1, 77, 16).double(),
+        "grad_z": noise(),
+        "gradient_weights": torch.ones(3),
+    }
+    with pytest.raises(ValueError, match=message):
+        replay(pipe.unet, small_trajectory(**changes), **(fitting | arguments))
+
+
+def test_replay_refuses_to_train_nothing(world):
+    pipe, _ = world["text_encoder"]
+    cond, uncond = (e.detach() for e in embed(pipe))
+    with pytest.raises(ValueError, match=r"nothing to train: .* add an adapter"):
+        replay(pipe.unet, small_trajectory(), cond, uncond, noise(), torch.ones(3))
+
+
+@pytest.mark.parametrize("count", [0, 6])
+def test_drawing_too_few_or_too_many_steps_is_refused(count):
+    with pytest.raises(ValueError, match=f"can draw 1 to 5 of 5 steps, not {count}"):
+        draw_steps(5, count, torch.Generator())
+
+
+def test_sampling_refuses_bad_guidance(world):
+    pipe, _ = world["text_encoder"]
+    cond, _ = embed(pipe)
+    with pytest.raises(ValueError, match=r"must be 1 \(no guidance\) or more, got 0.5"):
+        sample(pipe.unet, pipe.scheduler, cond, cond, noise(), 2, 0.5)
+    with pytest.raises(ValueError, match="pass uncond, or guidance_scale=1"):
+        sample(pipe.unet, pipe.scheduler, cond, None, noise(), 2, 7.5)
+
+
+def test_adapters_refuse_what_cannot_be(world):
+    pipe, _ = world["text_encoder"]
+    with pytest.raises(ValueError, match=r"one of \['text_encoder', 'unet'\], got 'vae'"):
+        add_lora(pipe, "vae", 4)
+    with pytest.raises(ValueError, match="the text_encoder has an adapter 'fair' already"):
+        add_lora(pipe, "text_encoder", 4)
+    with pytest.raises(ValueError, match="no component of the pipeline has an adapter 'other'"):
+        lora_state_dict(pipe, adapter_name="other")
+    with pytest.raises(ValueError, match="has no soft tokens to remove"):
+        remove_soft_tokens(pipe)
+    with pytest.raises(ValueError, match="has room for 1 to 75 soft tokens, got 76"):
+        add_soft_tokens(pipe, 76, torch.Generator())
+    with pytest.raises(ValueError, match="has soft tokens already"):
+        add_soft_tokens(world["soft tokens"][0], 1, torch.Generator())
