@@ -1,0 +1,365 @@
+"""The adapter folder: written and read here only, and checked before anything in it is believed.
+
+- `pytorch_lora_weights.safetensors`: low-rank weights; plain `pipe.load_lora_weights(folder)` works
+- `fair_adapter.json`: what they are, `AdapterInfo`
+- `README.md`, `samples/*.png`: for people; never read by this package
+"""
+
+import hashlib
+import json
+import math
+import re
+import secrets
+import shutil
+from collections.abc import Mapping
+from dataclasses import asdict, dataclass, field
+from importlib.metadata import version
+from itertools import accumulate
+from pathlib import Path
+from typing import Any
+
+import torch
+from safetensors import SafetensorError, safe_open
+from safetensors.torch import save_file
+from torch import Tensor
+
+from diffusers_fair.attributes import Attribute
+
+FORMAT_VERSION = 1
+INFO_FILE = "fair_adapter.json"
+WEIGHTS_FILE = "pytorch_lora_weights.safetensors"
+README_FILE = "README.md"
+SAMPLES_FOLDER = "samples"
+
+# Parts of a pipeline that may carry low-rank layers, and what stands before a module's name in the
+# file. `text_model.` is a level that transformers 5 dropped and that older versions still need.
+PREFIXES = {"text_encoder": "text_encoder.text_model.", "unet": "unet."}
+METADATA_KEY = "lora_adapter_metadata"  # where diffusers looks for rank and alpha in the header
+
+DTYPES = ("F32", "F16", "BF16")
+MAX_RANK = 1024
+MAX_INFO_BYTES = 2**20
+MAX_WEIGHTS_BYTES = 2**31
+MAX_DEPTH = 20  # of nested objects and lists in JSON
+
+Weights = dict[str, Tensor]  # `unet.module.lora_A.weight` (rank, in), `.lora_B.` (out, rank), ...
+
+
+@dataclass(frozen=True, kw_only=True)
+class Lora:
+    """Size of the low-rank layers of one part; their output is scaled by alpha / rank."""
+
+    rank: int
+    alpha: float
+
+
+def library_versions() -> dict[str, str]:
+    """Versions of what can change an adapter's numbers."""
+    import diffusers_fair
+
+    libraries = ("torch", "diffusers", "transformers", "peft")
+    own = {"diffusers-fair": diffusers_fair.__version__}
+    return own | {name: version(name) for name in libraries}
+
+
+@dataclass(frozen=True, kw_only=True)
+class AdapterInfo:
+    """What an adapter is: the content of `fair_adapter.json`."""
+
+    base_model: str
+    """The base it was trained on: `testbed`, a Hub id or a folder."""
+    base_revision: str | None = None
+    """Commit or branch of the base, if it was pinned."""
+    fingerprint: str
+    """`base_fingerprint` of the base."""
+    components: dict[str, Lora]
+    """The parts that carry low-rank layers, of `PREFIXES`."""
+    attributes: tuple[Attribute, ...]
+    """What was balanced, and the distribution aimed at."""
+    recipe: dict[str, Any]
+    """The recipe as run."""
+    versions: dict[str, str] = field(default_factory=library_versions)
+    """Libraries it was trained with."""
+    evaluation: dict[str, Any] | None = None
+    """Summary of its report, if it was evaluated."""
+
+
+def base_fingerprint(pipe: Any) -> str:
+    """Digest of the parameter shapes of a pipeline's text encoder and U-Net.
+
+    The same with and without low-rank layers on them, in every dtype and under every version's
+    names; another for every other architecture. Weights of one architecture share it.
+    """
+    shapes = sorted(
+        f"{part} {tuple(parameter.shape)}"
+        for part in PREFIXES
+        if getattr(pipe, part, None) is not None
+        for name, parameter in getattr(pipe, part).named_parameters()
+        if ".lora_" not in name
+    )
+    return hashlib.sha256("\n".join(shapes).encode()).hexdigest()
+
+
+def write_adapter(folder: str | Path, weights: Mapping[str, Tensor], info: AdapterInfo) -> None:
+    """Write an adapter folder, all of it or nothing.
+
+    Args:
+        folder: new, empty, or an adapter folder, which is replaced.
+        weights: in diffusers' layout, as `lora_state_dict` gives them.
+        info: what the adapter is.
+
+    Raises:
+        ValueError: the folder holds something else, or `read_adapter` would refuse the result.
+    """
+    folder = Path(folder).resolve()
+    _refuse_foreign(folder)
+    tensors = {key: tensor.detach().cpu().contiguous() for key, tensor in weights.items()}
+    header = {"format": "pt", METADATA_KEY: json.dumps(_lora_metadata(tensors, info), indent=2)}
+    temporary = folder.with_name(f".{folder.name}-{secrets.token_hex(4)}")
+    try:
+        temporary.mkdir(parents=True)
+        text = json.dumps(_to_json(info), indent=2, ensure_ascii=False, allow_nan=False)
+        (temporary / INFO_FILE).write_text(text + "\n", encoding="utf-8")
+        save_file(tensors, temporary / WEIGHTS_FILE, metadata=header)
+        read_adapter(temporary)  # what could not be read back never gets its name
+        _put_in_place(temporary, folder)
+    finally:
+        shutil.rmtree(temporary, ignore_errors=True)
+
+
+def read_adapter(folder: str | Path) -> tuple[AdapterInfo, Weights]:
+    """Read an adapter folder that may come from anybody.
+
+    Returns:
+        What the adapter is, and its weights in diffusers' layout.
+
+    Raises:
+        ValueError: one sentence on what is missing, damaged, of another version or not acceptable.
+    """
+    folder = Path(folder)
+    if not folder.is_dir():
+        raise ValueError(f"there is no adapter folder at '{folder}'")
+    info_path = _checked_file(folder / INFO_FILE, MAX_INFO_BYTES)
+    weights_path = _checked_file(folder / WEIGHTS_FILE, MAX_WEIGHTS_BYTES)
+    info = _from_json(_parse_json(info_path.read_bytes(), str(info_path)), str(info_path))
+    return info, _read_tensors(weights_path, info)
+
+
+# ---- folders and files ---------------------------------------------------------------------------
+
+
+def _refuse_foreign(folder: Path) -> None:
+    """Only a new or empty folder, or an adapter folder with nothing else in it, may be written."""
+    if not folder.exists():
+        return
+    if not folder.is_dir():
+        raise ValueError(f"'{folder}' is a file: choose a folder for the adapter")
+    names = {path.name for path in folder.iterdir()}
+    foreign = sorted(names - {INFO_FILE, WEIGHTS_FILE, README_FILE, SAMPLES_FOLDER})
+    if foreign or (names and INFO_FILE not in names):
+        raise ValueError(
+            f"'{folder}' holds something else than an adapter ('{(foreign or sorted(names))[0]}'): "
+            "choose another folder or empty it"
+        )
+
+
+def _put_in_place(temporary: Path, folder: Path) -> None:
+    """Give the finished folder its name; what had it before goes away afterwards."""
+    if not folder.exists():
+        temporary.rename(folder)
+        return
+    old = temporary.with_name(temporary.name + "-old")
+    folder.rename(old)
+    temporary.rename(folder)
+    shutil.rmtree(old)
+
+
+def _checked_file(path: Path, limit: int) -> Path:
+    """The path of a regular file of at most `limit` bytes."""
+    if not path.is_file():
+        raise ValueError(f"'{path.parent}' is not an adapter folder: '{path.name}' is missing")
+    if path.stat().st_size > limit:
+        raise ValueError(f"'{path}' has {path.stat().st_size} bytes, more than the {limit} allowed")
+    return path
+
+
+# ---- fair_adapter.json ---------------------------------------------------------------------------
+
+
+def _parse_json(text: str | bytes, where: str) -> Any:
+    """JSON of bounded size and depth, without NaN."""
+
+    def refuse(constant: str) -> None:
+        raise ValueError(f"{constant} is not a JSON number")
+
+    try:
+        if len(text) > MAX_INFO_BYTES:
+            raise ValueError(f"it is longer than {MAX_INFO_BYTES}")
+        text = text.decode() if isinstance(text, bytes) else text
+        bare = re.sub(r'"(?:[^"\\]|\\.)*"', "", text, flags=re.DOTALL)
+        depths = accumulate((mark in "[{") - (mark in "]}") for mark in bare)
+        if max(depths, default=0) > MAX_DEPTH:
+            raise ValueError(f"it is nested deeper than {MAX_DEPTH} levels")
+        return json.loads(text, parse_constant=refuse)
+    except ValueError as error:
+        raise ValueError(f"'{where}' is truncated or not acceptable JSON: {error}") from error
+
+
+def _to_json(info: AdapterInfo) -> dict[str, Any]:
+    return {
+        "format_version": FORMAT_VERSION,
+        "base_model": {
+            "id": info.base_model,
+            "revision": info.base_revision,
+            "fingerprint": info.fingerprint,
+        },
+        "components": {part: asdict(lora) for part, lora in info.components.items()},
+        "attributes": [asdict(attribute) for attribute in info.attributes],
+        "recipe": info.recipe,
+        "library_versions": info.versions,
+        "evaluation": info.evaluation,
+    }
+
+
+def _from_json(data: Any, where: str) -> AdapterInfo:
+    """The inverse of `_to_json`, of data that may be anything."""
+    if isinstance(data, dict) and data.get("format_version", FORMAT_VERSION) != FORMAT_VERSION:
+        raise ValueError(
+            f"'{where}' is of format version {str(data['format_version'])[:40]}, and this package "
+            f"reads version {FORMAT_VERSION}: use the diffusers-fair that wrote it, or a newer one"
+        )
+    try:
+        root = _object(
+            data,
+            "the file",
+            {
+                "format_version": int,
+                "base_model": dict,
+                "components": dict,
+                "attributes": list,
+                "recipe": dict,
+                "library_versions": dict,
+                "evaluation": (dict, type(None)),
+            },
+        )
+        base = _object(
+            root["base_model"],
+            "base_model",
+            {"id": str, "revision": (str, type(None)), "fingerprint": str},
+        )
+        return AdapterInfo(
+            base_model=base["id"],
+            base_revision=base["revision"],
+            fingerprint=base["fingerprint"],
+            components=_components(root["components"]),
+            attributes=tuple(map(_attribute, root["attributes"])),
+            recipe=root["recipe"],
+            versions={name: str(number) for name, number in root["library_versions"].items()},
+            evaluation=root["evaluation"],
+        )
+    except (ValueError, OverflowError) as error:
+        raise ValueError(f"'{where}' does not describe an adapter: {error}") from error
+
+
+def _object(value: Any, name: str, kinds: Mapping[str, type | tuple[type, ...]]) -> dict[str, Any]:
+    """A JSON object that has exactly these keys, each of its kind (a bool is no number)."""
+    if not isinstance(value, dict) or set(value) != set(kinds):
+        got = str(sorted(value) if isinstance(value, dict) else type(value).__name__)[:200]
+        raise ValueError(f"expected {name} to have the keys {sorted(kinds)}, got {got}")
+    for key, kind in kinds.items():
+        if not isinstance(value[key], kind) or isinstance(value[key], bool):
+            raise ValueError(f"'{key}' of {name} must not be {type(value[key]).__name__}")
+    return value
+
+
+def _components(value: dict[str, Any]) -> dict[str, Lora]:
+    if not value or set(value) - set(PREFIXES):
+        raise ValueError(f"expected components of {list(PREFIXES)}, got {str(list(value))[:200]}")
+    components = {}
+    for part, size in value.items():
+        size = _object(size, part, {"rank": int, "alpha": (int, float)})
+        if not 1 <= size["rank"] <= MAX_RANK:
+            raise ValueError(f"the rank of {part} must be from 1 to {MAX_RANK}, got {size['rank']}")
+        if not (0 < size["alpha"] <= 1e6 and math.isfinite(size["alpha"])):
+            raise ValueError(f"the alpha of {part} must be positive, got {size['alpha']}")
+        components[part] = Lora(rank=size["rank"], alpha=size["alpha"])
+    return components
+
+
+def _attribute(value: Any) -> Attribute:
+    entry = _object(value, "an attribute", {"name": str, "classes": list, "target": list})
+    if not all(isinstance(name, str) for name in entry["classes"]):
+        raise ValueError(f"the classes of '{entry['name']}' must be strings")
+    if not all(isinstance(share, (int, float)) for share in entry["target"]):
+        raise ValueError(f"the target of '{entry['name']}' must be numbers")
+    return Attribute(entry["name"], tuple(entry["classes"]), tuple(entry["target"]))
+
+
+# ---- pytorch_lora_weights.safetensors ------------------------------------------------------------
+
+
+def _read_tensors(path: Path, info: AdapterInfo) -> Weights:
+    """The tensors of the file, after a look at the names, shapes and dtypes in its header."""
+    try:
+        with safe_open(path, framework="pt") as file:
+            parts = {key: file.get_slice(key) for key in file.keys()}  # noqa: SIM118 (no mapping)
+            _check_shapes({key: tuple(part.get_shape()) for key, part in parts.items()}, info)
+            _check_dtypes({key: part.get_dtype() for key, part in parts.items()})
+            written = _parse_json((file.metadata() or {}).get(METADATA_KEY, "{}"), METADATA_KEY)
+            if written != _lora_metadata(parts, info):
+                raise ValueError(f"'{METADATA_KEY}' does not agree with {INFO_FILE}")
+            tensors = {key: file.get_tensor(key) for key in parts}
+        _check_finite(tensors)
+        return tensors
+    except SafetensorError as error:
+        raise ValueError(
+            f"'{path}' is truncated or damaged, copy or download it again: {error}"
+        ) from error
+    except ValueError as error:
+        raise ValueError(f"'{path}' does not hold the weights of an adapter: {error}") from error
+
+
+def _lora_metadata(keys: Mapping[str, Any], info: AdapterInfo) -> dict[str, Any]:
+    """What diffusers makes its `LoraConfig` from; without it, it takes alpha = rank."""
+    metadata: dict[str, Any] = {}
+    for part, lora in info.components.items():
+        modules = {
+            key.removeprefix(PREFIXES[part]).rpartition(".lora_")[0]
+            for key in keys
+            if key.startswith(PREFIXES[part])
+        }
+        metadata[f"{part}.r"] = lora.rank
+        metadata[f"{part}.lora_alpha"] = lora.alpha
+        metadata[f"{part}.target_modules"] = sorted(modules)
+    return metadata
+
+
+def _check_shapes(shapes: Mapping[str, tuple[int, ...]], info: AdapterInfo) -> None:
+    """Every key is `prefix.module.lora_A.weight` (rank, in) or `.lora_B.` (out, rank), in pairs."""
+    ranks = {PREFIXES[part]: lora.rank for part, lora in info.components.items()}
+    names = rf"({'|'.join(map(re.escape, ranks))})(\w+(?:\.\w+)*)\.lora_([AB])\.weight"
+    for key, shape in shapes.items():
+        match = re.fullmatch(names, key, re.ASCII)
+        if match is None:
+            raise ValueError(f"{key[:200]!r} is no low-rank weight of {list(info.components)}")
+        prefix, module, half = match.groups()
+        axis, other = (0, "B") if half == "A" else (1, "A")
+        if len(shape) != 2 or min(shape) < 1 or shape[axis] != ranks[prefix]:
+            raise ValueError(f"'{key}' is of rank {ranks[prefix]} but has the shape {list(shape)}")
+        if f"{prefix}{module}.lora_{other}.weight" not in shapes:
+            raise ValueError(f"'{key}' stands without its lora_{other}")
+    for part in info.components:
+        if not any(key.startswith(PREFIXES[part]) for key in shapes):
+            raise ValueError(f"nothing in it is for '{part}'")
+
+
+def _check_dtypes(dtypes: Mapping[str, str]) -> None:
+    for key, dtype in dtypes.items():
+        if dtype not in DTYPES:
+            raise ValueError(f"'{key}' is of type {dtype}, expected one of {list(DTYPES)}")
+
+
+def _check_finite(tensors: Mapping[str, Tensor]) -> None:
+    for key, tensor in tensors.items():
+        if not torch.isfinite(tensor).all():
+            raise ValueError(f"'{key}' holds NaN or infinite values")

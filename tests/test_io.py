@@ -1,0 +1,367 @@
+import json
+import random
+import struct
+from importlib.metadata import version
+
+import pytest
+import torch
+from safetensors import safe_open
+from safetensors.torch import save_file
+
+import diffusers_fair
+from diffusers_fair import Attribute
+from diffusers_fair.adapters import io
+from diffusers_fair.adapters.io import AdapterInfo, Lora, read_adapter, write_adapter
+
+TEXT = "text_encoder.text_model.encoder.layers.0.mlp.fc1.lora_"
+UNET = "unet.mid_block.attentions.0.to_out.0.lora_"
+
+
+def adapter_info(**changes):
+    values = {
+        "base_model": "testbed",
+        "fingerprint": "f" * 64,
+        "components": {"text_encoder": Lora(rank=3, alpha=6.0), "unet": Lora(rank=2, alpha=2.0)},
+        "attributes": (Attribute("shape", ("round", "square", "flat"), (0.5, 0.25, 0.25)),),
+        "recipe": {"train": {"iterations": 3}, "steps": [1, 2]},
+        "evaluation": {"bias": {"before": 0.6, "after": 0.1}},
+    }
+    return AdapterInfo(**(values | changes))
+
+
+def weights(dtype=torch.float32):
+    generator = torch.Generator().manual_seed(0)
+    shapes = {"A": (3, 8), "B": (5, 3)}, {"A": (2, 4), "B": (7, 2)}
+    return {
+        f"{prefix}{half}.weight": torch.randn(shape, generator=generator).to(dtype)
+        for prefix, halves in zip((TEXT, UNET), shapes, strict=True)
+        for half, shape in halves.items()
+    }
+
+
+@pytest.fixture
+def folder(tmp_path):
+    write_adapter(tmp_path / "adapter", weights(), adapter_info())
+    return tmp_path / "adapter"
+
+
+def edit(folder, change):
+    """Change the JSON of an adapter folder in place."""
+    data = json.loads((folder / io.INFO_FILE).read_text())
+    change(data)
+    (folder / io.INFO_FILE).write_text(json.dumps(data))
+
+
+def rewrite(folder, change, metadata=None):
+    """Change the tensors of an adapter folder in place; its header stays unless one is given."""
+    path = folder / io.WEIGHTS_FILE
+    with safe_open(path, framework="pt") as file:
+        tensors, old = {key: file.get_tensor(key) for key in file.keys()}, file.metadata()  # noqa: SIM118
+    change(tensors)
+    save_file(tensors, path, metadata=old if metadata is None else metadata)
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.float16, torch.bfloat16])
+def test_what_is_written_is_read(tmp_path, dtype):
+    write_adapter(tmp_path / "deep" / "adapter", weights(dtype), adapter_info())
+    info, tensors = read_adapter(tmp_path / "deep" / "adapter")
+    assert info == adapter_info()
+    assert tensors.keys() == weights().keys()
+    for key, tensor in weights(dtype).items():
+        assert tensors[key].dtype == dtype
+        assert torch.equal(tensors[key], tensor)
+
+
+def test_optional_fields_may_be_missing(tmp_path):
+    info = adapter_info(base_revision=None, evaluation=None)
+    write_adapter(tmp_path / "adapter", weights(), info)
+    assert read_adapter(tmp_path / "adapter")[0] == info
+
+
+def test_json_says_what_the_adapter_is(folder):
+    data = json.loads((folder / io.INFO_FILE).read_text())
+    assert data["format_version"] == 1
+    assert data["base_model"] == {"id": "testbed", "revision": None, "fingerprint": "f" * 64}
+    assert data["components"]["text_encoder"] == {"rank": 3, "alpha": 6.0}
+    assert data["attributes"][0]["target"] == [0.5, 0.25, 0.25]
+    assert data["library_versions"]["diffusers-fair"] == diffusers_fair.__version__
+    assert data["library_versions"]["torch"] == version("torch")
+
+
+def test_header_holds_the_metadata_of_diffusers(folder):
+    with safe_open(folder / io.WEIGHTS_FILE, framework="pt") as file:
+        metadata = json.loads(file.metadata()["lora_adapter_metadata"])
+    assert metadata["text_encoder.r"] == 3
+    assert metadata["text_encoder.lora_alpha"] == 6
+    assert metadata["text_encoder.target_modules"] == ["encoder.layers.0.mlp.fc1"]
+    assert metadata["unet.target_modules"] == ["mid_block.attentions.0.to_out.0"]
+
+
+# ---- writing -------------------------------------------------------------------------------------
+
+
+def test_an_adapter_folder_is_replaced_as_a_whole(folder):
+    (folder / "README.md").write_text("old card")
+    (folder / "samples").mkdir()
+    write_adapter(folder, weights(), adapter_info(base_model="other"))
+    assert read_adapter(folder)[0].base_model == "other"
+    assert {path.name for path in folder.iterdir()} == {io.INFO_FILE, io.WEIGHTS_FILE}
+    assert [path.name for path in folder.parent.iterdir()] == ["adapter"]
+
+
+def test_an_empty_folder_is_used(tmp_path):
+    write_adapter(tmp_path, weights(), adapter_info())
+    assert read_adapter(tmp_path)[0] == adapter_info()
+
+
+@pytest.mark.parametrize("name", ["recipe.yaml", "thesis.tex", "README.md"])
+def test_a_folder_with_something_else_is_refused(tmp_path, name):
+    (tmp_path / name).write_text("mine")
+    with pytest.raises(
+        ValueError, match=f"holds something else than an adapter .'{name}'.*another"
+    ):
+        write_adapter(tmp_path, weights(), adapter_info())
+    assert [path.name for path in tmp_path.iterdir()] == [name]
+
+
+def test_an_adapter_folder_with_foreign_files_is_refused(folder):
+    (folder / "notes.txt").write_text("mine")
+    with pytest.raises(ValueError, match=r"something else than an adapter .*notes"):
+        write_adapter(folder, weights(), adapter_info())
+    assert (folder / "notes.txt").exists()
+
+
+def test_a_file_is_refused(tmp_path):
+    (tmp_path / "adapter").write_text("mine")
+    with pytest.raises(ValueError, match="is a file: choose a folder"):
+        write_adapter(tmp_path / "adapter", weights(), adapter_info())
+
+
+@pytest.mark.parametrize(
+    ("tensors", "info", "message"),
+    [
+        ({TEXT + "A.weight": torch.tensor([[torch.nan]])}, {}, "shape"),
+        (weights() | {TEXT + "A.weight": torch.full((3, 8), torch.inf)}, {}, "NaN or infinite"),
+        (weights(torch.float64), {}, "F64"),
+        (weights(), {"components": {"unet": Lora(rank=2, alpha=2.0)}}, "no low-rank weight"),
+        (weights(), {"evaluation": {"bias": float("nan")}}, "Out of range float"),
+    ],
+)
+def test_what_could_not_be_read_is_not_written(folder, tensors, info, message):
+    before = (folder / io.INFO_FILE).read_text()
+    for target in (folder, folder.parent / "new"):
+        with pytest.raises(ValueError, match=message):
+            write_adapter(target, tensors, adapter_info(**info))
+    assert [path.name for path in folder.parent.iterdir()] == ["adapter"]
+    assert (folder / io.INFO_FILE).read_text() == before
+
+
+def test_nothing_stays_of_an_interrupted_write(tmp_path, monkeypatch):
+    def interrupt(*_, **__):
+        raise KeyboardInterrupt
+
+    monkeypatch.setattr(io, "save_file", interrupt)
+    with pytest.raises(KeyboardInterrupt):
+        write_adapter(tmp_path / "adapter", weights(), adapter_info())
+    assert list(tmp_path.iterdir()) == []
+
+
+# ---- reading -------------------------------------------------------------------------------------
+
+
+def test_missing_folder(tmp_path):
+    with pytest.raises(ValueError, match=r"there is no adapter folder at '.*nowhere'"):
+        read_adapter(tmp_path / "nowhere")
+
+
+@pytest.mark.parametrize("name", [io.INFO_FILE, io.WEIGHTS_FILE])
+def test_missing_file(folder, name):
+    (folder / name).unlink()
+    with pytest.raises(ValueError, match=f"is not an adapter folder: '{name}' is missing"):
+        read_adapter(folder)
+
+
+@pytest.mark.parametrize("name", [io.INFO_FILE, io.WEIGHTS_FILE])
+@pytest.mark.parametrize("kept", [0, 5, 0.5, 0.99])
+def test_truncated_file(folder, name, kept):
+    content = (folder / name).read_bytes()
+    length = kept if isinstance(kept, int) else int(kept * len(content))
+    (folder / name).write_bytes(content[:length])
+    with pytest.raises(ValueError, match=f"'.*{name}' is truncated or"):
+        read_adapter(folder)
+
+
+@pytest.mark.parametrize("version", [0, 2, "1", None])
+def test_other_format_version(folder, version):
+    edit(folder, lambda data: data.update(format_version=version))
+    with pytest.raises(
+        ValueError, match=f"is of format version {version}, .* reads version 1: use"
+    ):
+        read_adapter(folder)
+
+
+def test_large_json(folder):
+    edit(folder, lambda data: data.update(recipe={"x": "x" * io.MAX_INFO_BYTES}))
+    with pytest.raises(ValueError, match="more than the 1048576 allowed"):
+        read_adapter(folder)
+
+
+def test_large_weights(folder, monkeypatch):
+    monkeypatch.setattr(io, "MAX_WEIGHTS_BYTES", 100)
+    with pytest.raises(ValueError, match="more than the 100 allowed"):
+        read_adapter(folder)
+
+
+@pytest.mark.parametrize("depth", [25, 100_000])
+def test_deep_json(folder, depth):
+    text = (folder / io.INFO_FILE).read_text()
+    text = text.replace('"steps": ', '"steps": ' + "[" * depth + "]" * depth + ', "more": ')
+    (folder / io.INFO_FILE).write_text(text)
+    with pytest.raises(ValueError, match="nested deeper than 20 levels"):
+        read_adapter(folder)
+
+
+def test_brackets_in_strings_are_no_depth(tmp_path):
+    info = adapter_info(recipe={"note": '[{"\\' * 100})
+    write_adapter(tmp_path / "adapter", weights(), info)
+    assert read_adapter(tmp_path / "adapter")[0] == info
+
+
+def put(path, value):
+    """A change that sets one value of nested JSON."""
+
+    def change(data):
+        *parents, last = path
+        for name in parents:
+            data = data[name]
+        data[last] = value
+
+    return change
+
+
+@pytest.mark.parametrize(
+    ("change", "message"),
+    [
+        (lambda data: data.pop("recipe"), "expected the file to have the keys"),
+        (put(["extra"], 1), "expected the file to have the keys"),
+        (put(["recipe"], []), "'recipe' of the file must not be list"),
+        (put(["base_model", "id"], None), "'id' of base_model must not be NoneType"),
+        (put(["base_model", "fingerprint"], 3), "'fingerprint' of base_model must not be int"),
+        (put(["components"], {}), "expected components of"),
+        (put(["components", "vae"], {"rank": 3, "alpha": 3}), "expected components of"),
+        (put(["components", "unet", "rank"], True), "'rank' of unet must not be bool"),
+        (put(["components", "unet", "rank"], 0), "rank of unet must be from 1 to 1024, got 0"),
+        (put(["components", "unet", "rank"], 10**9), "rank of unet must be from 1 to 1024"),
+        (put(["components", "unet", "alpha"], 0), "alpha of unet must be positive"),
+        (put(["components", "unet", "alpha"], 10**400), "alpha of unet must be positive"),
+        (put(["components", "unet", "alpha"], float("nan")), "NaN is not a JSON number"),
+        (put(["attributes", 0], "round"), "expected an attribute to have the keys"),
+        (put(["attributes", 0, "classes"], [1, 2, 3]), "the classes of 'shape' must be strings"),
+        (put(["attributes", 0, "target"], ["a", 0, 1]), "the target of 'shape' must be numbers"),
+        (put(["attributes", 0, "target"], [0.5, 0.5]), "needs 3 shares"),
+        (put(["attributes", 0, "target"], [10**400, 0, 0]), "too large"),
+        (put(["evaluation"], "good"), "'evaluation' of the file must not be str"),
+    ],
+)
+def test_bad_json_values(folder, change, message):
+    edit(folder, change)
+    with pytest.raises(ValueError, match=message):
+        read_adapter(folder)
+
+
+def test_json_that_is_no_object(folder):
+    (folder / io.INFO_FILE).write_text("[]")
+    with pytest.raises(ValueError, match=r"expected the file to have the keys .* got list"):
+        read_adapter(folder)
+
+
+def test_json_in_another_encoding(folder):
+    (folder / io.INFO_FILE).write_bytes("{}".encode("utf-16"))
+    with pytest.raises(ValueError, match="is truncated or not acceptable JSON"):
+        read_adapter(folder)
+
+
+@pytest.mark.parametrize(
+    ("change", "message"),
+    [
+        (put([TEXT + "A.weight"], torch.zeros(3)), r"rank 3 but has the shape \[3\]"),
+        (put([TEXT + "A.weight"], torch.tensor(1.0)), r"rank 3 but has the shape \[\]"),
+        (put([TEXT + "A.weight"], torch.zeros(4, 8)), r"rank 3 but has the shape \[4, 8\]"),
+        (put([TEXT + "B.weight"], torch.zeros(3, 4)), r"rank 3 but has the shape \[3, 4\]"),
+        (put([TEXT + "B.weight"], torch.zeros(0, 3)), r"rank 3 but has the shape \[0, 3\]"),
+        (put([TEXT + "A.weight"], torch.zeros(3, 8).int()), "is of type I32, expected one of"),
+        (put([TEXT + "A.weight"], torch.zeros(3, 8).double()), "is of type F64, expected one of"),
+        (put([TEXT + "A.weight"], torch.full((3, 8), torch.nan)), "holds NaN or infinite values"),
+        (put([UNET + "B.weight"], torch.full((7, 2), -torch.inf)), "holds NaN or infinite values"),
+        (lambda tensors: tensors.pop(TEXT + "B.weight"), "stands without its lora_B"),
+        (put(["vae.x.lora_A.weight"], torch.zeros(3, 8)), "'vae.*' is no low-rank weight"),
+        (put(["unet.x.weight"], torch.zeros(2, 8)), "'unet.x.weight' is no low-rank weight"),
+        (put(["unet.../x.lora_A.weight"], torch.zeros(2, 8)), "is no low-rank weight"),
+        (put(["unet.x.lora_A.weight\n"], torch.zeros(2, 8)), "is no low-rank weight"),
+        (lambda tensors: [tensors.pop(f"{UNET}{x}.weight") for x in "AB"], "nothing in it is for"),
+        (
+            lambda tensors: tensors.update(
+                {f"unet.x.lora_{x}.weight": torch.zeros(2, 2) for x in "AB"}
+            ),
+            "'lora_adapter_metadata' does not agree",
+        ),
+    ],
+)
+def test_bad_tensors(folder, change, message):
+    rewrite(folder, change)
+    with pytest.raises(ValueError, match=f"does not hold the weights of an adapter: .*{message}"):
+        read_adapter(folder)
+
+
+@pytest.mark.parametrize(
+    ("metadata", "message"),
+    [
+        ({}, "does not agree with fair_adapter.json"),
+        ({"lora_adapter_metadata": "{"}, "is truncated or not acceptable JSON"),
+        ({"lora_adapter_metadata": "[" * 100}, "nested deeper"),
+        ({"lora_adapter_metadata": " " * (io.MAX_INFO_BYTES + 1)}, "longer than"),
+        ({"lora_adapter_metadata": '{"unet.r": 2, "unet.use_dora": true}'}, "does not agree"),
+    ],
+)
+def test_bad_header(folder, metadata, message):
+    rewrite(folder, lambda tensors: None, metadata)
+    with pytest.raises(ValueError, match=message):
+        read_adapter(folder)
+
+
+def test_alpha_that_diffusers_would_read_otherwise(folder):
+    edit(folder, put(["components", "unet", "alpha"], 4))
+    with pytest.raises(ValueError, match=r"does not agree with fair_adapter\.json"):
+        read_adapter(folder)
+
+
+def test_header_longer_than_the_file(folder):
+    path = folder / io.WEIGHTS_FILE
+    path.write_bytes(struct.pack("<Q", 2**62) + path.read_bytes()[8:])
+    with pytest.raises(ValueError, match="is truncated or damaged"):
+        read_adapter(folder)
+
+
+def test_a_pickle_is_not_read(folder):
+    torch.save(weights(), folder / io.WEIGHTS_FILE)
+    with pytest.raises(ValueError, match="is truncated or damaged"):
+        read_adapter(folder)
+
+
+def test_random_damage_gives_a_clear_error_or_weights(folder):
+    rng = random.Random(0)
+    good = {name: (folder / name).read_bytes() for name in (io.INFO_FILE, io.WEIGHTS_FILE)}
+    errors = 0
+    for _ in range(300):
+        name = rng.choice(list(good))
+        content = bytearray(good[name])
+        for _ in range(rng.choice((1, 1, 3))):
+            content[rng.randrange(len(content))] = rng.randrange(256)
+        (folder / name).write_bytes(content)
+        try:
+            read_adapter(folder)
+        except ValueError:  # and nothing else
+            errors += 1
+        (folder / name).write_bytes(good[name])
+    assert 100 < errors < 300
+    assert read_adapter(folder)[0] == adapter_info()
