@@ -1,0 +1,51 @@
+"""Face chips -> probabilities of the classes of one attribute."""
+
+from collections.abc import Callable
+from dataclasses import dataclass
+from typing import Protocol
+
+from torch import Tensor
+
+
+class Classifier(Protocol):
+    """Assigns a perceived attribute to faces."""
+
+    @property
+    def classes(self) -> tuple[str, ...]:
+        """Names, in the order of the probabilities."""
+
+    @property
+    def size(self) -> int:
+        """Side of the chips it takes, in pixels."""
+
+    def __call__(self, chips: Tensor) -> Tensor:
+        """(n, 3, size, size) in [-1, 1] -> (n, classes) probabilities, differentiable."""
+
+
+@dataclass(frozen=True)
+class NetworkClassifier:
+    """A `Classifier` out of any network from chips to the logits of one attribute's classes."""
+
+    network: Callable[[Tensor], Tensor]
+    """(n, 3, size, size) -> (n, classes) logits."""
+    classes: tuple[str, ...]
+    size: int
+
+    def __call__(self, chips: Tensor) -> Tensor:
+        """Probabilities (n, classes) of chips (n, 3, size, size) in [-1, 1].
+
+        Raises:
+            ValueError: chips of another shape, or logits for another number of classes.
+        """
+        if chips.ndim != 4 or chips.shape[1:] != (3, self.size, self.size):
+            raise ValueError(
+                f"expected chips of shape (n, 3, {self.size}, {self.size}), "
+                f"got {tuple(chips.shape)}; cut them with face_chips(..., size={self.size})"
+            )
+        logits = self.network(chips)
+        if logits.shape != (len(chips), len(self.classes)):
+            raise ValueError(
+                f"expected logits for {len(self.classes)} classes {list(self.classes)}, "
+                f"got shape {tuple(logits.shape)}"
+            )
+        return logits.softmax(-1)

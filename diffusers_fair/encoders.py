@@ -1,0 +1,94 @@
+"""Images and texts -> unit-length features whose cosine says how alike they are."""
+
+from collections.abc import Callable
+from dataclasses import dataclass
+from typing import TYPE_CHECKING, Protocol
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+
+if TYPE_CHECKING:
+    from transformers import CLIPModel, CLIPTokenizer, Dinov2Model
+
+
+class ImageEncoder(Protocol):
+    """Says what an image looks like."""
+
+    def __call__(self, images: Tensor) -> Tensor:
+        """(n, 3, h, w) in [-1, 1] -> (n, d) of length 1, differentiable."""
+
+
+class ImageTextEncoder(ImageEncoder, Protocol):
+    """Says in the same space what a text means."""
+
+    def texts(self, texts: list[str]) -> Tensor:
+        """Texts -> (n, d) of length 1."""
+
+
+@dataclass(frozen=True)
+class Pixels:
+    """The size and the scale of colours that an encoder was trained with."""
+
+    size: int
+    """Side of the square picture it takes, in pixels."""
+    mean: tuple[float, float, float] = (0.5, 0.5, 0.5)
+    """Of each colour in [0, 1]; the default leaves [-1, 1] as it is."""
+    std: tuple[float, float, float] = (0.5, 0.5, 0.5)
+
+    def __call__(self, images: Tensor) -> Tensor:
+        """(n, 3, h, w) in [-1, 1] -> (n, 3, size, size) in the encoder's own scale."""
+        if images.shape[-2:] != (self.size, self.size):
+            images = F.interpolate(
+                images, (self.size, self.size), mode="bicubic", antialias=True, align_corners=False
+            )
+        mean, std = (torch.tensor(v).to(images).view(3, 1, 1) for v in (self.mean, self.std))
+        return ((images + 1) / 2 - mean) / std
+
+
+@dataclass(frozen=True)
+class ClipEncoder:
+    """An `ImageTextEncoder` out of a CLIP of transformers."""
+
+    model: "CLIPModel"
+    tokenizer: "CLIPTokenizer"
+    pixels: Pixels
+
+    def __call__(self, images: Tensor) -> Tensor:
+        """(n, 3, h, w) in [-1, 1] -> (n, d) of length 1."""
+        states = self.model.vision_model(pixel_values=self.pixels(images)).pooler_output
+        return F.normalize(self.model.visual_projection(states), dim=-1)
+
+    @torch.no_grad()
+    def texts(self, texts: list[str]) -> Tensor:
+        """Texts, cut to 77 tokens -> (n, d) of length 1."""
+        tokens = self.tokenizer(
+            texts, padding="max_length", max_length=77, truncation=True, return_tensors="pt"
+        ).input_ids.to(self.model.device)
+        states = self.model.text_model(input_ids=tokens).pooler_output
+        return F.normalize(self.model.text_projection(states), dim=-1)
+
+
+@dataclass(frozen=True)
+class DinoEncoder:
+    """An `ImageEncoder` out of a DINOv2 of transformers: its class token."""
+
+    model: "Dinov2Model"
+    pixels: Pixels
+
+    def __call__(self, images: Tensor) -> Tensor:
+        """(n, 3, h, w) in [-1, 1] -> (n, d) of length 1."""
+        return F.normalize(self.model(self.pixels(images)).pooler_output, dim=-1)
+
+
+@dataclass(frozen=True)
+class NetworkEncoder:
+    """An `ImageEncoder` out of any network with one vector per image."""
+
+    network: Callable[[Tensor], Tensor]
+    """(n, 3, size, size) -> (n, d)."""
+    pixels: Pixels
+
+    def __call__(self, images: Tensor) -> Tensor:
+        """(n, 3, h, w) in [-1, 1] -> (n, d) of length 1."""
+        return F.normalize(self.network(self.pixels(images)), dim=-1)

@@ -1,0 +1,235 @@
+"""Bias of class counts, its floor, its interval, and what is left without the scatter. Pure.
+
+| here | paper | meaning |
+|---|---|---|
+| counts (P, K) | | images with a face, per prompt and perceived class |
+| frequencies (P, K) | freq(i) | counts / images with a face |
+| target (K,) | D | share wanted of each class |
+| bias | bias(P) | mean over class pairs of the difference of their frequencies |
+
+A prompt without faces has no frequencies: callers leave its row out and say so.
+"""
+
+from collections.abc import Callable, Sequence
+from itertools import product
+from math import prod
+from typing import TypeAlias
+
+import numpy as np
+
+from diffusers_fair.attributes import Attribute
+
+LEVEL = 0.95  # share of bootstrap draws inside an interval
+DRAWS = 10_000  # of the bootstrap
+
+Shares: TypeAlias = Sequence[float] | np.ndarray  # (K,), sums to 1
+
+
+def joint_attribute(attributes: Sequence[Attribute]) -> Attribute:
+    """All combinations of the attributes' classes as one attribute, the target their product.
+
+    Classes are in the order of `joint_labels`: the last attribute varies fastest.
+    """
+    return Attribute(
+        name=" x ".join(a.name for a in attributes),
+        classes=tuple(", ".join(c) for c in product(*(a.classes for a in attributes))),
+        target=tuple(prod(shares) for shares in product(*(a.target for a in attributes))),
+    )
+
+
+def joint_labels(labels: Sequence[np.ndarray], classes: Sequence[int]) -> np.ndarray:
+    """Labels of several attributes, each (n,) -> labels (n,) of their joint.
+
+    Args:
+        labels: one integer array (n,) per attribute.
+        classes: number of classes of each attribute.
+    """
+    return np.ravel_multi_index(tuple(labels), tuple(classes))
+
+
+def class_counts(labels: np.ndarray, prompt: np.ndarray, prompts: int, classes: int) -> np.ndarray:
+    """How often each class was perceived for each prompt.
+
+    Args:
+        labels: class of each image with a face, (n,) in [0, classes).
+        prompt: prompt of each such image, (n,) in [0, prompts).
+        prompts: number of prompts P.
+        classes: number of classes K.
+
+    Returns:
+        Integers (P, K).
+    """
+    cells = np.asarray(prompt, int) * classes + np.asarray(labels, int)
+    return np.bincount(cells, minlength=prompts * classes).reshape(prompts, classes)
+
+
+def frequencies(counts: np.ndarray) -> np.ndarray:
+    """Shares of the classes, freq(i) = n_i / n.
+
+    Range [0, 1], rows sum to 1. Each share scatters by sqrt(p (1 - p) / n).
+
+    Args:
+        counts: (..., K).
+
+    Raises:
+        ValueError: a row without images: it has no frequencies.
+    """
+    total = np.sum(counts, axis=-1, keepdims=True)  # (..., 1)
+    if not np.all(total > 0):
+        raise ValueError(
+            "a prompt without faces has no class frequencies: leave it out and report the gap"
+        )
+    return np.asarray(counts) / total
+
+
+def bias(frequencies: np.ndarray) -> np.ndarray:
+    """Mean over class pairs {i, j} of |freq(i) - freq(j)|: the paper's metric (section 5.1).
+
+    Range [0, 2/K] for K classes ([0, 1] for two); 0 is equal shares, 2/K only one class.
+    Finite samples scatter: what to expect of a generator on target is `floor`, not 0. Uncertainty:
+    `bootstrap_interval` over prompts.
+
+    Args:
+        frequencies: (..., K).
+
+    Returns:
+        (...).
+    """
+    return deviation(frequencies, None)
+
+
+def deviation(frequencies: np.ndarray, target: Shares | None) -> np.ndarray:
+    """The paper's metric about any target: mean over pairs of |(f_i - t_i) - (f_j - t_j)|.
+
+    `bias` measures the distance from equal shares, whatever is aimed at; this measures the distance
+    from the target and is the same number where the target is uniform. Ideal 0; the largest value
+    depends on the target (for two classes it is 2 max(t)). Uncertainty as for `bias`.
+
+    Args:
+        frequencies: (..., K).
+        target: (K,), sums to 1; None: equal shares.
+
+    Returns:
+        (...).
+    """
+    i, j = _pairs(frequencies.shape[-1])
+    d = frequencies[..., i] - frequencies[..., j]  # (..., pairs)
+    return np.abs(d - _aims(target, frequencies.shape[-1])).mean(-1)
+
+
+def floor(images: int, target: Shares, centre: Shares | None = None) -> float:
+    """Expected bias of a generator that hits the target exactly: what n images scatter by.
+
+    mean over pairs of E|(f_i - f_j) - (c_i - c_j)|, counts ~ Multinomial(n, target). Exact for any
+    number of classes and images, to rounding: n_i - n_j is a sum of n independent steps +1, 0, -1
+    with chances t_i, 1 - t_i - t_j, t_j, so its distribution is an n-fold convolution (one FFT).
+    For uniform targets about sqrt(2 / pi) sqrt(2 / (K n)). Range as for `deviation`.
+
+    Args:
+        images: number n of images with a face, >= 1.
+        target: the generator's true shares (K,).
+        centre: shares (K,) the deviation is taken from; None: equal shares, as in `bias`.
+
+    Raises:
+        ValueError: no images.
+    """
+    if images < 1:
+        raise ValueError(f"the floor of the bias needs 1 image or more, got {images}")
+    shares = np.asarray(target, float)
+    i, j = _pairs(len(shares))
+    pairs = np.stack([shares[i], shares[j], _aims(centre, len(shares))], axis=-1)  # (pairs, 3)
+    different, times = np.unique(pairs, axis=0, return_counts=True)  # one, for uniform targets
+    distances = [_mean_distance(images, *pair) for pair in different]
+    return float(np.average(distances, weights=times))
+
+
+def scatter_moments(counts: np.ndarray, centre: Shares | None = None) -> np.ndarray:
+    """What `without_scatter` averages, one row per prompt with two faces or more.
+
+    With d the pairwise differences of frequencies and c those of the centre, means over pairs of
+    |d - c| (the `deviation`), of (d - c)^2, and of (f_i + f_j - d^2) / (n - 1), which is the
+    unbiased estimate of the variance of d. One face tells nothing of scatter: its row is left out.
+
+    Args:
+        counts: (P, K).
+        centre: shares (K,) the deviation is taken from; None: equal shares, as in `bias`.
+
+    Returns:
+        (P', 3), P' <= P.
+    """
+    counts = counts[counts.sum(-1) > 1]
+    shares = frequencies(counts)
+    i, j = _pairs(shares.shape[-1])
+    d = shares[:, i] - shares[:, j]  # (P', pairs)
+    excess = d - _aims(centre, shares.shape[-1])
+    variance = (shares[:, i] + shares[:, j] - d**2) / (counts.sum(-1, keepdims=True) - 1)
+    return np.stack([np.abs(excess).mean(-1), (excess**2).mean(-1), variance.mean(-1)], axis=-1)
+
+
+def without_scatter(moments: np.ndarray) -> np.ndarray:
+    """The mean bias over prompts less what finite samples add: b sqrt(max(0, 1 - S / M)).
+
+    b, M, S are the means over prompts of the three `scatter_moments`. M - S is an unbiased estimate
+    of the true mean squared difference, so b is shrunk by the ratio of the true root mean square to
+    the observed one. Range [0, b]; ideal 0, and about 0 for a generator on target. Right for
+    many prompts whose true differences are normal about 0; where all prompts share one difference D
+    it is low by a factor of about D / sqrt(D^2 + S). Uncertainty: `bootstrap_interval` with this
+    as the statistic.
+
+    Args:
+        moments: (..., P, 3), P >= 1.
+
+    Returns:
+        (...).
+    """
+    b, m, s = np.moveaxis(moments.mean(-2), -1, 0)  # (...) each
+    return b * np.sqrt(np.maximum(0, 1 - s / np.where(m > 0, m, 1)))
+
+
+def bootstrap_interval(
+    values: np.ndarray,
+    statistic: Callable[[np.ndarray], np.ndarray] = lambda drawn: drawn.mean(-1),
+    *,
+    seed: int = 0,
+) -> tuple[float, float] | None:
+    """Percentile bootstrap over prompts: where the mean would lie for other prompts like these.
+
+    Prompts are drawn with replacement; the images of a prompt stay together. It covers the choice
+    of prompts and the scatter of images, not the errors of the classifier.
+
+    Args:
+        values: one row per prompt, (P, ...).
+        statistic: (draws, P, ...) -> (draws,); left out: the mean over prompts.
+        seed: of the draws.
+
+    Returns:
+        Lower and upper end of the central 95 %, or None for fewer than two prompts.
+    """
+    if len(values) < 2:
+        return None
+    rng = np.random.default_rng(seed)
+    draws = [  # in parts, which bounds the memory
+        statistic(values[rng.integers(len(values), size=(DRAWS // 10, len(values)))])
+        for _ in range(10)
+    ]
+    low, high = np.quantile(np.concatenate(draws), [(1 - LEVEL) / 2, (1 + LEVEL) / 2])
+    return float(low), float(high)
+
+
+def _pairs(classes: int) -> tuple[np.ndarray, np.ndarray]:
+    """Indices i < j of all class pairs."""
+    return np.triu_indices(classes, k=1)
+
+
+def _aims(centre: Shares | None, classes: int) -> np.ndarray:
+    """Differences c_i - c_j that count as none, over class pairs."""
+    i, j = _pairs(classes)
+    return np.zeros(len(i)) if centre is None else np.asarray(centre)[i] - np.asarray(centre)[j]
+
+
+def _mean_distance(images: int, p: float, q: float, aim: float) -> float:
+    """E|D / n - aim|, D the sum of n independent steps: +1 with chance p, -1 with q, else 0."""
+    turn = np.exp(-2j * np.pi * np.arange(2 * images + 1) / (2 * images + 1))
+    chances = np.fft.ifft((p * turn + q / turn + (1 - p - q)) ** images).real  # D = 0..n, -n..-1
+    values = np.concatenate([np.arange(images + 1), np.arange(-images, 0)]) / images
+    return float(np.abs(values - aim) @ chances)

@@ -1,0 +1,95 @@
+"""How well images fit their prompts, and how much they keep of the base model's images.
+
+CLIP-T is the cosine of an image and its prompt; CLIP-I and DINO are the cosines of an image and the
+base model's image of the same prompt and noise (section 5.1). All in [-1, 1]; 1 is the same.
+"""
+
+from collections.abc import Callable, Mapping, Sequence
+
+import numpy as np
+import torch
+from torch import Tensor
+
+from diffusers_fair.classifiers import Classifier
+from diffusers_fair.encoders import ImageEncoder, ImageTextEncoder
+
+Features = Mapping[str, np.ndarray]
+"""Encoder ("clip", "dino") -> unit-length features (n, d), float32."""
+
+
+@torch.no_grad()
+def image_features(images: Tensor, clip: ImageEncoder, dino: ImageEncoder) -> dict[str, np.ndarray]:
+    """What `quality_scores` compares, of images (n, 3, h, w) in [-1, 1].
+
+    Raises:
+        ValueError: features that are not finite.
+    """
+    features = {"clip": _array(clip(images)), "dino": _array(dino(images))}
+    for name, values in features.items():
+        if not np.isfinite(values).all():
+            raise ValueError(
+                f"the {name} encoder gave features that are not finite: check its weights and "
+                "precision, and the pipeline's"
+            )
+    return features
+
+
+@torch.no_grad()
+def prompt_features(prompts: Sequence[str], clip: ImageTextEncoder) -> np.ndarray:
+    """CLIP's unit-length features (P, d) of the prompts, 64 at a time."""
+    parts = [list(prompts[i : i + 64]) for i in range(0, len(prompts), 64)]
+    return np.concatenate([_array(clip.texts(part)) for part in parts])
+
+
+def quality_scores(
+    features: Features, texts: np.ndarray, reference: Features | None = None
+) -> dict[str, np.ndarray]:
+    """CLIP-T of images, and with a reference CLIP-I and DINO.
+
+    Args:
+        features: of n images.
+        texts: CLIP's features of their prompts (n, d).
+        reference: features of the base model's images of the same prompts and noise.
+
+    Returns:
+        "clip_t", and with a reference "clip_i" and "dino": cosines (n,).
+    """
+    scores = {"clip_t": _cosine(features["clip"], texts)}
+    if reference is not None:
+        scores["clip_i"] = _cosine(features["clip"], reference["clip"])
+        scores["dino"] = _cosine(features["dino"], reference["dino"])
+    return scores
+
+
+def recognition(
+    classifier: Classifier, class_of: Callable[[str], str | None]
+) -> Callable[[Tensor, Sequence[str]], Tensor]:
+    """A score of its own for `Judges.extra`: is an image recognised as what its prompt names?
+
+    Args:
+        classifier: of whole images, which must have its size.
+        class_of: prompt -> the class its images should have, None for prompts without one.
+
+    Returns:
+        (images (n, 3, size, size), their prompts) -> (n,) 1 right, 0 wrong, NaN not applicable.
+    """
+
+    def score(images: Tensor, prompts: Sequence[str]) -> Tensor:
+        seen = classifier(images).argmax(-1).tolist()
+        wanted = [class_of(prompt) for prompt in prompts]
+        right = [
+            float("nan") if w is None else float(classifier.classes[s] == w)
+            for s, w in zip(seen, wanted, strict=True)
+        ]
+        return torch.tensor(right)
+
+    return score
+
+
+def _array(tensor: Tensor) -> np.ndarray:
+    return tensor.float().cpu().numpy()
+
+
+def _cosine(x: np.ndarray, y: np.ndarray) -> np.ndarray:
+    """Of rows of length 1."""
+    return np.einsum("nd,nd->n", x, y)

@@ -1,0 +1,208 @@
+"""Metrics against closed forms, enumeration, simulation, fairlearn and scipy."""
+
+from itertools import product
+
+import numpy as np
+import pytest
+import scipy.stats
+from fairlearn.metrics import MetricFrame, selection_rate
+
+from diffusers_fair.attributes import Attribute
+from diffusers_fair.evaluation import metrics
+
+TARGETS = {
+    "two": [0.5, 0.5],
+    "three": [1 / 3] * 3,
+    "eight": [1 / 8] * 8,
+    "75/25": [0.75, 0.25],
+    "uneven": [0.2, 0.5, 0.3],
+    "with a zero": [0.0, 0.6, 0.4],
+}
+
+
+@pytest.fixture
+def rng():
+    return np.random.default_rng(0)
+
+
+def test_class_counts_and_frequencies_agree_with_fairlearn(rng):
+    prompt, labels = rng.integers(5, size=400), rng.integers(3, size=400)
+    shares = metrics.frequencies(metrics.class_counts(labels, prompt, 5, 3))
+    for k in range(3):
+        frame = MetricFrame(
+            metrics=selection_rate,
+            y_true=labels == k,
+            y_pred=labels == k,
+            sensitive_features=prompt,
+        )
+        np.testing.assert_allclose(shares[:, k], frame.by_group)
+    two = metrics.class_counts(labels == 2, prompt, 5, 2)
+    by_prompt = frame.by_group  # bias of two classes is |1 - 2 f|
+    np.testing.assert_allclose(metrics.bias(metrics.frequencies(two)), abs(1 - 2 * by_prompt))
+
+
+def test_a_class_or_a_prompt_never_seen_counts_zero():
+    counts = metrics.class_counts(np.array([0, 0]), np.array([2, 2]), 4, 3)
+    assert counts.tolist() == [[0, 0, 0], [0, 0, 0], [2, 0, 0], [0, 0, 0]]
+    with pytest.raises(ValueError, match="without faces has no class frequencies"):
+        metrics.frequencies(counts)
+
+
+@pytest.mark.parametrize(
+    ("shares", "expected"),
+    [([0.5, 0.5], 0), ([1, 0], 1), ([0.8, 0.2], 0.6), ([1, 0, 0, 0], 0.5), ([0.5, 0.3, 0.2], 0.2)],
+)
+def test_bias_closed_forms(shares, expected):
+    assert metrics.bias(np.array(shares)) == pytest.approx(expected)
+
+
+def test_bias_is_half_the_gini_mean_difference(rng):
+    shares = rng.dirichlet(np.ones(6), size=7)
+    pairwise = abs(shares[:, :, None] - shares[:, None]).sum((1, 2)) / (6 * 5)
+    np.testing.assert_allclose(metrics.bias(shares), pairwise)
+
+
+def test_deviation_is_bias_about_the_target(rng):
+    shares = rng.dirichlet(np.ones(4), size=7)
+    np.testing.assert_allclose(metrics.deviation(shares, [0.25] * 4), metrics.bias(shares))
+    target = np.array([0.4, 0.3, 0.2, 0.1])
+    assert metrics.deviation(target, target) == pytest.approx(0)
+    assert metrics.deviation(np.array([0.6, 0.4]), [0.75, 0.25]) == pytest.approx(0.3)
+
+
+@pytest.mark.parametrize("name", TARGETS)
+@pytest.mark.parametrize("centred", [False, True])
+def test_figures_do_not_depend_on_the_order_of_classes(name, centred, rng):
+    target = np.array(TARGETS[name])
+    centre = target if centred else None
+    counts = rng.multinomial(30, target, size=9)
+    order = rng.permutation(len(target))
+    moved = None if centre is None else centre[order]
+
+    def figures(counts, target, centre):
+        return [
+            *metrics.deviation(metrics.frequencies(counts), centre),
+            metrics.floor(30, target, centre),
+            metrics.without_scatter(metrics.scatter_moments(counts, centre)),
+        ]
+
+    np.testing.assert_allclose(
+        figures(counts, target, centre),
+        figures(counts[:, order], target[order], moved),
+        atol=1e-12,
+    )
+
+
+@pytest.mark.parametrize("images", [1, 2, 7, 60])
+@pytest.mark.parametrize("share", [0.5, 0.75, 1.0])
+def test_floor_of_two_classes_by_enumeration(images, share):
+    x = np.arange(images + 1)
+    chances = scipy.stats.binom.pmf(x, images, share)
+    for centre in (None, [share, 1 - share]):
+        values = metrics.deviation(np.stack([x, images - x], -1) / images, centre)
+        assert metrics.floor(images, [share, 1 - share], centre) == pytest.approx(
+            chances @ values, abs=1e-12
+        )
+
+
+@pytest.mark.parametrize("name", TARGETS)
+def test_floor_of_few_images_by_enumeration_of_all_outcomes(name):
+    target = np.array(TARGETS[name])
+    outcomes = np.array(list(product(range(len(target)), repeat=3)))  # labels of 3 images
+    chances = target[outcomes].prod(1)
+    shares = np.stack([(outcomes == k).mean(1) for k in range(len(target))], -1)
+    for centre in (None, target):
+        expected = chances @ metrics.deviation(shares, centre)
+        assert metrics.floor(3, target, centre) == pytest.approx(expected, abs=1e-12)
+
+
+@pytest.mark.parametrize("name", TARGETS)
+def test_floor_by_simulation(name, rng):
+    target = np.array(TARGETS[name])
+    values = metrics.deviation(rng.multinomial(80, target, size=20_000) / 80, target)
+    error = values.std() / len(values) ** 0.5
+    assert metrics.floor(80, target, target) == pytest.approx(values.mean(), abs=5 * error + 1e-9)
+
+
+@pytest.mark.parametrize(
+    ("classes", "images", "rounded"), [(2, 60, 0.103), (4, 80, 0.063), (8, 160, 0.032)]
+)
+def test_floor_is_near_the_normal_approximation(classes, images, rounded):
+    normal = np.sqrt(2 / np.pi) * np.sqrt(2 / (classes * images))
+    assert round(normal, 3) == rounded
+    assert metrics.floor(images, [1 / classes] * classes) == pytest.approx(normal, rel=0.005)
+
+
+def test_floor_of_many_images_and_of_none():
+    assert metrics.floor(100_000, [0.5, 0.5]) == pytest.approx(np.sqrt(2 / np.pi / 100_000), 1e-4)
+    with pytest.raises(ValueError, match="needs 1 image or more, got 0"):
+        metrics.floor(0, [0.5, 0.5])
+
+
+def test_scatter_moments_are_unbiased(rng):
+    p = np.array([0.5, 0.3, 0.2])
+    b, m, s = metrics.scatter_moments(rng.multinomial(12, p, size=100_000)).T
+    true = np.mean([0.2**2, 0.3**2, 0.1**2])
+    assert (m - s).mean() == pytest.approx(true, abs=5 * (m - s).std() / 100_000**0.5)
+    assert b.mean() > metrics.bias(p)
+
+
+@pytest.mark.parametrize("spread", [0.0, 0.1, 0.3])
+def test_without_scatter_finds_the_true_bias(spread, rng):
+    difference = rng.normal(0, spread, size=5000).clip(-1, 1)
+    first = rng.binomial(60, (1 + difference) / 2)
+    moments = metrics.scatter_moments(np.stack([first, 60 - first], -1))
+    assert metrics.without_scatter(moments) == pytest.approx(abs(difference).mean(), abs=0.015)
+    assert moments[:, 0].mean() > abs(difference).mean() + 0.005
+
+
+def test_without_scatter_about_a_target(rng):
+    counts = rng.multinomial(40, [0.75, 0.25], size=2000)
+    about_target = metrics.scatter_moments(counts, [0.75, 0.25])
+    assert metrics.without_scatter(about_target) < 0.03 < about_target[:, 0].mean()
+    assert metrics.without_scatter(metrics.scatter_moments(counts)) == pytest.approx(0.5, abs=0.02)
+
+
+def test_without_scatter_at_the_ends():
+    one_class = metrics.scatter_moments(np.array([[9, 0], [0, 7]]))
+    assert metrics.without_scatter(one_class) == 1
+    equal = metrics.scatter_moments(np.array([[4, 4], [5, 5]]))
+    assert metrics.without_scatter(equal) == 0
+    assert metrics.scatter_moments(np.array([[1, 0], [0, 0]])).shape == (0, 3)
+
+
+def test_bootstrap_interval_is_scipys(rng):
+    values = rng.normal(size=40)
+    mine = metrics.bootstrap_interval(values)
+    theirs = scipy.stats.bootstrap(
+        (values,), np.mean, n_resamples=10_000, method="percentile", rng=1
+    ).confidence_interval
+    np.testing.assert_allclose(mine, theirs, atol=0.02)
+    assert mine == metrics.bootstrap_interval(values) != metrics.bootstrap_interval(values, seed=1)
+
+
+def test_bootstrap_interval_covers_the_mean(rng):
+    hits = 0
+    for _ in range(200):
+        low, high = metrics.bootstrap_interval(rng.normal(size=50))
+        hits += low < 0 < high
+    assert 0.88 < hits / 200 < 0.99
+
+
+def test_bootstrap_interval_of_a_statistic_and_of_too_few():
+    counts = np.array([[30, 30], [50, 10], [10, 50], [33, 27]])
+    moments = metrics.scatter_moments(counts)
+    low, high = metrics.bootstrap_interval(moments, metrics.without_scatter)
+    assert 0 <= low < metrics.without_scatter(moments) < high <= 1
+    assert metrics.bootstrap_interval(moments[:1], metrics.without_scatter) is None
+    assert metrics.bootstrap_interval(np.array([])) is None
+
+
+def test_joint():
+    glasses, hat = Attribute("glasses", ("with", "without"), (0.75, 0.25)), Attribute("hat", "abc")
+    joint = metrics.joint_attribute([glasses, hat])
+    assert joint.name == "glasses x hat"
+    assert joint.classes[:4] == ("with, a", "with, b", "with, c", "without, a")
+    np.testing.assert_allclose(joint.target, [0.25] * 3 + [0.25 / 3] * 3)
+    labels = metrics.joint_labels([np.array([0, 1, 1]), np.array([2, 0, 1])], [2, 3])
+    assert [joint.classes[k] for k in labels] == ["with, c", "without, a", "without, b"]
