@@ -1,0 +1,38 @@
+"""A small world that ships with the package: a biased text-to-image model and the judges around it.
+
+`pipeline()` is a genuine `StableDiffusionPipeline` of 64x64 pixels, trained from synthetic
+portraits of people who do not exist. Needs no network.
+"""
+
+from copy import deepcopy
+from pathlib import Path
+from typing import TYPE_CHECKING
+
+if TYPE_CHECKING:
+    from diffusers import StableDiffusionPipeline
+
+WEIGHTS = Path(__file__).parent / "weights"
+NAME = "testbed"  # what recipes and `--base` call it
+SIZE = 64  # pixels
+GUIDANCE = 5.0  # the guidance scale it is used with
+
+
+def pipeline() -> "StableDiffusionPipeline":
+    """The base model, new at every call: 64x64 pixels, float32, on the CPU."""
+    from diffusers import DPMSolverMultistepScheduler, StableDiffusionPipeline
+
+    from diffusers_fair.testbed import models
+    from diffusers_fair.testbed.tokenizer import tokenizer
+
+    pipe = StableDiffusionPipeline(
+        vae=models.load_autoencoder(WEIGHTS),
+        text_encoder=models.load_text_encoder(WEIGHTS),
+        tokenizer=deepcopy(tokenizer()),  # adapters may add tokens to it
+        unet=models.load_unet(WEIGHTS),
+        scheduler=DPMSolverMultistepScheduler(**models.NOISE),
+        safety_checker=None,
+        feature_extractor=None,
+        requires_safety_checker=False,
+    )
+    pipe.register_to_config(_name_or_path=NAME)
+    return pipe

@@ -1,0 +1,93 @@
+"""The parts of the testbed's pipeline: their shapes, and how their weights are loaded."""
+
+from pathlib import Path
+
+from diffusers import AutoencoderKL, UNet2DConditionModel
+from safetensors import safe_open
+from safetensors.torch import load_file
+from transformers import CLIPTextConfig, CLIPTextModel
+
+from diffusers_fair.testbed.vocabulary import unpack
+
+SIZE = 64  # pixels
+WIDTH = 128  # of the prompt embeddings
+TOKENS = 77  # of a prompt
+VOCABULARY = 49408  # CLIP's byte-pair encoding
+NOISE = {  # Stable Diffusion 1.x's
+    "num_train_timesteps": 1000,
+    "beta_start": 0.00085,
+    "beta_end": 0.012,
+    "beta_schedule": "scaled_linear",
+    "steps_offset": 1,
+}
+
+
+def autoencoder() -> AutoencoderKL:
+    """64x64 pixels <-> 16x16x4 latents."""
+    return AutoencoderKL(
+        block_out_channels=(24, 48, 64),
+        down_block_types=("DownEncoderBlock2D",) * 3,
+        up_block_types=("UpDecoderBlock2D",) * 3,
+        layers_per_block=1,
+        latent_channels=4,
+        norm_num_groups=8,
+        sample_size=SIZE,
+        mid_block_add_attention=False,
+    )
+
+
+def unet() -> UNet2DConditionModel:
+    """Predicts the noise in 16x16x4 latents; prompts enter at 8x8 and 4x4."""
+    return UNet2DConditionModel(
+        sample_size=16,
+        block_out_channels=(48, 96, 192),
+        down_block_types=("DownBlock2D", "CrossAttnDownBlock2D", "CrossAttnDownBlock2D"),
+        up_block_types=("CrossAttnUpBlock2D", "CrossAttnUpBlock2D", "UpBlock2D"),
+        layers_per_block=1,
+        cross_attention_dim=WIDTH,
+        attention_head_dim=4,
+        norm_num_groups=16,
+    )
+
+
+def text_encoder(vocabulary: int = VOCABULARY) -> CLIPTextModel:
+    """Prompt tokens -> (n, 77, 128) embeddings."""
+    return CLIPTextModel(
+        CLIPTextConfig(
+            vocab_size=vocabulary,
+            hidden_size=WIDTH,
+            intermediate_size=4 * WIDTH,
+            num_hidden_layers=4,
+            num_attention_heads=4,
+            max_position_embeddings=TOKENS,
+            projection_dim=WIDTH,
+            bos_token_id=vocabulary - 2,
+            eos_token_id=vocabulary - 1,
+            pad_token_id=vocabulary - 1,
+        )
+    )
+
+
+def load_autoencoder(weights: Path) -> AutoencoderKL:
+    """The autoencoder with its weights as float32 and its scaling factor."""
+    file = weights / "vae.safetensors"
+    vae = autoencoder()
+    vae.load_state_dict({name: value.float() for name, value in load_file(file).items()})
+    with safe_open(file, "pt") as opened:
+        vae.register_to_config(scaling_factor=float(opened.metadata()["scaling_factor"]))
+    return vae.eval().requires_grad_(False)
+
+
+def load_text_encoder(weights: Path) -> CLIPTextModel:
+    """The text encoder with its weights as float32; words it never met have random embeddings."""
+    model = text_encoder()
+    model.load_state_dict(unpack(weights / "text_encoder.safetensors", VOCABULARY))
+    return model.eval().requires_grad_(False)
+
+
+def load_unet(weights: Path) -> UNet2DConditionModel:
+    """The U-Net with its weights as float32."""
+    model = unet()
+    state = load_file(weights / "unet.safetensors")
+    model.load_state_dict({name: value.float() for name, value in state.items()})
+    return model.eval().requires_grad_(False)

@@ -1,0 +1,75 @@
+"""The labelled portraits as tensors, and the picture styles that captions can ask for."""
+
+import io
+from dataclasses import dataclass
+from pathlib import Path
+
+import numpy as np
+import pyarrow.parquet as pq
+import torch
+import torch.nn.functional as F
+from PIL import Image
+from torch import Tensor
+
+HERE = Path(__file__).parent
+
+
+@dataclass(frozen=True)
+class Portraits:
+    """Pictures and their labels, row by row."""
+
+    pictures: Tensor
+    """(n, 3, 64, 64) uint8."""
+    labels: dict[str, np.ndarray]
+    """Column name -> (n,) values; columns as in the parquet."""
+
+    def where(self, **equal: object) -> np.ndarray:
+        """Row numbers whose labels equal the given ones."""
+        keep = np.ones(len(self.pictures), bool)
+        for name, value in equal.items():
+            keep &= self.labels[name] == value
+        return np.flatnonzero(keep)
+
+
+def load_portraits(path: Path = HERE / "portraits64.parquet") -> Portraits:
+    """Read the whole set: 12,832 pictures, 158 MB."""
+    table = pq.read_table(path)
+    pictures = np.stack([np.asarray(Image.open(io.BytesIO(x.as_py()))) for x in table["image"]])
+    labels = {
+        name: np.array(
+            table[name].to_pylist(), dtype=None if table[name].null_count == 0 else object
+        )
+        for name in table.column_names
+        if name != "image"
+    }
+    return Portraits(torch.from_numpy(pictures).permute(0, 3, 1, 2).contiguous(), labels)
+
+
+def to_float(pictures: Tensor) -> Tensor:
+    """uint8 [0, 255] -> float32 [-1, 1]."""
+    return pictures.float() / 127.5 - 1
+
+
+def oil_painting(x: Tensor) -> Tensor:
+    """(n, 3, h, w) in [-1, 1], in flat warm dabs: of the four 4x4 quarters around a pixel, the flattest (Kuwahara)."""
+    padded = F.pad(x, (3, 3, 3, 3), mode="reflect")
+    mean = F.avg_pool2d(padded, 4, stride=1)  # (n, 3, h + 3, w + 3)
+    spread = (F.avg_pool2d(padded**2, 4, stride=1) - mean**2).sum(1, keepdim=True)
+    h, w = x.shape[-2:]
+    quarters = [(slice(i, i + h), slice(j, j + w)) for i in (0, 3) for j in (0, 3)]
+    flattest = torch.stack([spread[..., i, j] for i, j in quarters]).argmin(0)  # (n, 1, h, w)
+    dabs = torch.stack([mean[..., i, j] for i, j in quarters])
+    chosen = dabs.gather(0, flattest[None].expand(-1, -1, 3, -1, -1))[0]
+    warm = torch.tensor([0.12, 0.0, -0.18]).view(1, 3, 1, 1)
+    return (1.2 * chosen + warm).clamp(-1, 1)
+
+
+def pencil_sketch(x: Tensor) -> Tensor:
+    """(n, 3, h, w) in [-1, 1], as grey strokes on white paper (colour dodge of the blurred negative)."""
+    grey = (x.mean(1, keepdim=True) + 1) / 2
+    blurred = F.avg_pool2d(F.pad(grey, (4, 4, 4, 4), mode="reflect"), 9, stride=1)
+    dodge = (grey / blurred.clamp(min=0.04)).clamp(0, 1)
+    return ((0.75 * dodge + 0.25 * grey) * 2 - 1).expand(-1, 3, -1, -1).clamp(-1, 1)
+
+
+STYLES = {"photo": lambda x: x, "oil painting": oil_painting, "pencil sketch": pencil_sketch}

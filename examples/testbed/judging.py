@@ -1,0 +1,121 @@
+"""Shared by the trainings of the judges: halves of the data, chips, figures, files."""
+
+import json
+from collections.abc import Callable
+from pathlib import Path
+
+import numpy as np
+import torch
+from augment import blur, degrade, mirror, resample, restyle, uniform
+from data import STYLES, Portraits, to_float
+from safetensors.torch import save_file
+from torch import Tensor, nn
+
+from diffusers_fair.faces import Faces, face_chips
+from diffusers_fair.testbed.judges import CHIP
+
+CLASSES = {
+    "gender": ("female", "male"),
+    "race": ("WMELH", "Asian", "Black", "Indian"),
+    "age": ("young", "old"),
+}
+COLUMNS = {"gender": "gender1", "race": "race1", "age": "age_group1"}
+ROUND = 256  # portraits; each holds every cell of gender x race x age x family once
+WEIGHTS = Path(__file__).parents[2] / "diffusers_fair" / "testbed" / "weights"
+
+
+def half(portraits: Portraits, odd: bool) -> np.ndarray:
+    """Rows of every other round of the training portraits: even to train, odd to evaluate."""
+    rows = portraits.where(kind="portrait", split="train")
+    return rows[(portraits.labels["index"][rows] // ROUND) % 2 == int(odd)]
+
+
+def boxes_of(portraits: Portraits, rows: np.ndarray, column: str = "face1") -> Tensor:
+    """(n, 4) labelled face boxes in pixels."""
+    return torch.tensor(np.stack([portraits.labels[column][i] for i in rows]), dtype=torch.float32)
+
+
+def class_numbers(portraits: Portraits, rows: np.ndarray) -> dict[str, Tensor]:
+    """Attribute -> (n,) class numbers of the nearest person."""
+    at = {name: portraits.labels[column][rows] for name, column in COLUMNS.items()}
+    return {n: torch.tensor([CLASSES[n].index(v) for v in values]) for n, values in at.items()}
+
+
+def jittered_chips(x: Tensor, boxes: Tensor, g: torch.Generator, amount: float = 0.08) -> Tensor:
+    """Chips (n, 3, 64, 64) from boxes whose corners are off by up to that share of the face."""
+    sides = (boxes[:, 2:] - boxes[:, :2]).repeat(1, 2)
+    off = boxes + uniform(-amount, amount, tuple(boxes.shape), g) * sides
+    return face_chips(x, Faces(off, torch.ones(len(x), dtype=torch.bool)), CHIP)
+
+
+def training_chips(x: Tensor, boxes: Tensor, g: torch.Generator) -> Tensor:
+    """Whole pictures (n, 3, h, h) and face boxes -> varied chips (n, 3, 64, 64)."""
+    mixed = torch.randperm(len(x), generator=g)
+    x = degrade(restyle(x[mixed], g), g)[mixed.argsort()]
+    return mirror(jittered_chips(x, boxes, g), g)
+
+
+def conditions() -> dict[str, Callable[[Tensor], Tensor]]:
+    """Ways of looking at held-out pictures (n, 3, 64, 64): as they are, and worse."""
+    g = torch.Generator().manual_seed(7)
+    ways = {
+        "sharp": lambda x: x,
+        "blurred": lambda x: blur(x, torch.full((len(x),), 1.0)),
+        "resampled": lambda x: resample(x, 36),
+        "noisy": lambda x: (x + 0.08 * torch.randn(x.shape, generator=g)).clamp(-1, 1),
+    }
+    return ways | {style: draw for style, draw in STYLES.items() if style != "photo"}
+
+
+def settle(
+    network: nn.Module, batch: Callable[[torch.Generator], Tensor], batches: int = 40
+) -> None:
+    """Gather the batch statistics of the averaged weights; training has those of the raw ones."""
+    norms = [m for m in network.modules() if isinstance(m, nn.BatchNorm2d)]
+    for norm in norms:
+        norm.reset_running_stats()
+        norm.momentum = None  # plain mean over the batches
+    network.train()
+    with torch.no_grad():
+        for i in range(batches):
+            network(batch(torch.Generator().manual_seed(10**9 + i)))
+    network.eval()
+
+
+@torch.no_grad()
+def in_batches(call: Callable[[Tensor], Tensor], x: Tensor, size: int = 256) -> Tensor:
+    """call(x) without a gradient, a part at a time."""
+    return torch.cat([call(part) for part in x.split(size)])
+
+
+def confusion(predicted: Tensor, truth: Tensor, classes: int) -> list[list[int]]:
+    """Counts; a row for each true class, a column for each predicted one."""
+    return (
+        torch.bincount(truth * classes + predicted, minlength=classes**2).view(classes, -1).tolist()
+    )
+
+
+def accuracy(predicted: Tensor, truth: Tensor) -> float:
+    """Share of equal ones, rounded."""
+    return round((predicted == truth).float().mean().item(), 4)
+
+
+def pictures_of(portraits: Portraits, rows) -> Tensor:
+    """(n, 3, 64, 64) in [-1, 1]."""
+    return to_float(portraits.pictures[torch.as_tensor(rows)])
+
+
+def save_judge(network: nn.Module, file: Path, **figures: object) -> None:
+    """Weights as float16, held-out figures as JSON texts in the metadata; prints the figures."""
+    state = {name: value.half().contiguous() for name, value in network.state_dict().items()}
+    file.parent.mkdir(parents=True, exist_ok=True)
+    save_file(state, file, as_texts(figures))
+    print(f"{file.name}: {file.stat().st_size / 1e6:.2f} MB")
+
+
+def as_texts(figures: dict[str, object]) -> dict[str, str]:
+    """Name -> JSON, as safetensors' metadata wants it; prints them too."""
+    texts = {name: json.dumps(value) for name, value in figures.items()}
+    for name, text in texts.items():
+        print(f"{name}: {text}")
+    return texts

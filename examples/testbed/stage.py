@@ -1,0 +1,124 @@
+"""One loop for every stage: seeded per step, resumable at any step, weights averaged."""
+
+import json
+import time
+from collections.abc import Callable
+from dataclasses import dataclass
+from pathlib import Path
+
+import torch
+from safetensors.torch import save_file
+from torch import Tensor, nn
+
+SEED = 20261123
+
+
+def generator(stage: str, step: int) -> torch.Generator:
+    """Randomness of one step of one stage: a stopped run goes on with the very same draws."""
+    return torch.Generator().manual_seed(hash_of(stage) * 1_000_003 + step + SEED)
+
+
+def hash_of(text: str) -> int:
+    """A small number that depends on the text alone (Python's own hash changes from run to run)."""
+    return int.from_bytes(text.encode(), "big") % 999_983
+
+
+@dataclass(kw_only=True)
+class Stage:
+    """What a stage is called, how long it runs and how it learns."""
+
+    name: str
+    steps: int
+    lr: float
+    work: Path
+    """Folder of checkpoints and logs; safe to delete when the weights are written."""
+    warmup: int = 50
+    weight_decay: float = 0.01
+    ema: float = 0.99
+    save_every: int = 100
+
+    def train(
+        self,
+        model: nn.Module,
+        loss_at: Callable[[torch.Generator], tuple[Tensor, dict]],
+        until: int | None = None,
+    ) -> nn.Module:
+        """Minimise loss_at(generator) -> (loss, figures to log), up to step `until` or to the end.
+
+        Returns the model, holding the averaged weights.
+        """
+        parameters = [p for p in model.parameters() if p.requires_grad]
+        optimizer = torch.optim.AdamW(
+            parameters, self.lr, betas=(0.9, 0.99), weight_decay=self.weight_decay
+        )
+        average = [p.detach().clone() for p in parameters]
+        step = self._resume(parameters, average, optimizer)
+        started, first = time.monotonic(), step
+        model.train()
+        while step < (until or self.steps):
+            for group in optimizer.param_groups:
+                group["lr"] = self.lr * self._schedule(step)
+            loss, figures = loss_at(generator(self.name, step))
+            optimizer.zero_grad()
+            loss.backward()
+            nn.utils.clip_grad_norm_(parameters, 1.0)
+            optimizer.step()
+            decay = min(self.ema, (1 + step) / (10 + step))
+            torch._foreach_lerp_(average, [p.detach() for p in parameters], 1 - decay)
+            step += 1
+            if step % 20 == 0:
+                per_step = (time.monotonic() - started) / (step - first)
+                line = {"stage": self.name, "step": step, "loss": round(loss.item(), 5), **figures}
+                print(json.dumps({**line, "seconds per step": round(per_step, 3)}), flush=True)
+            if step % self.save_every == 0 or step == (until or self.steps):
+                self._save(step, parameters, average, optimizer, time.monotonic() - started)
+        with torch.no_grad():
+            for p, a in zip(parameters, average, strict=True):
+                p.copy_(a)
+        return model.eval()
+
+    def _schedule(self, step: int) -> float:
+        """Linear warm-up, then half a cosine down to 2 %."""
+        progress = step / self.steps
+        cosine = 0.5 * (1 + torch.cos(torch.tensor(torch.pi * progress)).item())
+        return min(1.0, (step + 1) / self.warmup) * (0.02 + 0.98 * cosine)
+
+    def _save(
+        self,
+        step: int,
+        parameters: list,
+        average: list,
+        optimizer: torch.optim.Optimizer,
+        seconds: float,
+    ) -> None:
+        self.work.mkdir(parents=True, exist_ok=True)
+        state = {
+            "step": step,
+            "parameters": parameters,
+            "average": average,
+            "optimizer": optimizer.state_dict(),
+        }
+        scratch = self.work / f"{self.name}.tmp"
+        torch.save(state, scratch)
+        scratch.replace(self.work / f"{self.name}.pt")
+
+    def _resume(self, parameters: list, average: list, optimizer: torch.optim.Optimizer) -> int:
+        file = self.work / f"{self.name}.pt"
+        if not file.exists():
+            return 0
+        state = torch.load(file, weights_only=True)
+        with torch.no_grad():
+            for p, a, p0, a0 in zip(
+                parameters, average, state["parameters"], state["average"], strict=True
+            ):
+                p.copy_(p0)
+                a.copy_(a0)
+        optimizer.load_state_dict(state["optimizer"])
+        return state["step"]
+
+
+def save_half(model: nn.Module, file: Path, metadata: dict[str, str] | None = None) -> None:
+    """Write the weights as float16 safetensors."""
+    state = {name: value.half().contiguous() for name, value in model.state_dict().items()}
+    file.parent.mkdir(parents=True, exist_ok=True)
+    save_file(state, file, metadata)

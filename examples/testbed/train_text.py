@@ -1,0 +1,90 @@
+"""Stage 2: the text encoder, from captions and the labels of their pictures. About 10 minutes on 2 cores.
+
+Predicting who, where and in which style from the caption gives embeddings in which the words already
+mean something; the U-Net then learns to draw it. Only the rows of tokens that occur are trained.
+"""
+
+import argparse
+from pathlib import Path
+
+import numpy as np
+import torch
+import torch.nn.functional as F
+from captions import Caption, draw_caption, every_text
+from data import HERE, STYLES
+from stage import Stage
+from torch import Tensor, nn
+
+from diffusers_fair.testbed import models, world
+from diffusers_fair.testbed.tokenizer import tokenizer
+from diffusers_fair.testbed.vocabulary import pack, rows
+
+BATCH = 128
+HEADS = {
+    "kind": ("portrait", "pair", "empty"),
+    "style": tuple(STYLES),
+    "family": tuple(world.families()),
+    **{name: attribute.classes for name, attribute in world.ATTRIBUTES.items()},
+}
+
+
+class Reader(nn.Module):
+    """The text encoder with one linear head for each label."""
+
+    def __init__(self, used: Tensor):
+        super().__init__()
+        self.used = used
+        self.text_encoder = models.text_encoder(vocabulary=len(used))
+        self.heads = nn.ModuleDict({k: nn.Linear(models.WIDTH, len(v)) for k, v in HEADS.items()})
+
+    def forward(self, ids: Tensor) -> dict[str, Tensor]:
+        """(n, L) token ids -> label -> (n, classes) logits, read at the last token."""
+        hidden = self.text_encoder(rows(self.used, ids)).last_hidden_state  # (n, L, d)
+        return {k: head(hidden[:, -1]) for k, head in self.heads.items()}
+
+
+def label_rows(captions: list[Caption], g: np.random.Generator) -> dict[str, Tensor]:
+    """Label -> (n,) class numbers, -1 where the caption's picture has no such label."""
+    values = {
+        "kind": [c.kind for c in captions],
+        "style": [c.style for c in captions],
+        "family": [c.family for c in captions],
+        **{n: [c.labels.get(n) for c in captions] for n in world.ATTRIBUTES},
+    }
+    return {k: torch.tensor([HEADS[k].index(x) if x else -1 for x in v]) for k, v in values.items()}
+
+
+def main(steps: int, work: Path, out: Path) -> None:
+    torch.manual_seed(0)
+    tokenize = tokenizer()
+    used = torch.tensor(
+        sorted({i for ids in tokenize(every_text(), truncation=True).input_ids for i in ids})
+    )
+    reader = Reader(used)
+
+    def loss_at(g: torch.Generator) -> tuple[Tensor, dict]:
+        draw = np.random.default_rng(g.initial_seed())
+        captions = [draw_caption(draw) for _ in range(BATCH)]
+        texts = [c.text for c in captions]
+        # one or more padding tokens behind the text: the pipeline pads with the end token as well
+        longest = max(len(i) for i in tokenize(texts, truncation=True).input_ids)
+        length = min(models.TOKENS, longest + int(draw.integers(0, 4)))
+        ids = tokenize(
+            texts, padding="max_length", max_length=length, truncation=True, return_tensors="pt"
+        ).input_ids
+        logits, labels = reader(ids), label_rows(captions, draw)
+        losses = {k: F.cross_entropy(logits[k], labels[k], ignore_index=-1) for k in HEADS}
+        return sum(losses.values()), {k: round(v.item(), 3) for k, v in losses.items()}
+
+    Stage(name="text", steps=steps, lr=2e-3, work=work, ema=0.995, warmup=100).train(
+        reader, loss_at
+    )
+    pack(reader.text_encoder, used, out / "text_encoder.safetensors")
+
+
+if __name__ == "__main__":
+    parser = argparse.ArgumentParser(description=__doc__)
+    parser.add_argument("--steps", type=int, default=1500)
+    parser.add_argument("--work", type=Path, default=HERE / "work")
+    parser.add_argument("--out", type=Path, default=HERE / "work" / "weights")
+    main(**vars(parser.parse_args()))

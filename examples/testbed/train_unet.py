@@ -1,0 +1,94 @@
+"""Stage 3: the U-Net, from the latents of all training pictures and their captions. About 45 minutes on 2 cores.
+
+The text encoder of stage 2 stays as it is, as in Stable Diffusion.
+"""
+
+import argparse
+from pathlib import Path
+
+import numpy as np
+import torch
+from captions import Rows, draw_caption
+from data import HERE, STYLES, load_portraits, to_float
+from diffusers import AutoencoderKL, DDPMScheduler
+from stage import Stage, save_half
+from torch import Tensor
+
+from diffusers_fair.testbed import models
+from diffusers_fair.testbed.tokenizer import tokenizer
+
+BATCH = 64
+MIN_SNR = 5.0  # Hang et al. 2023: steps of little noise count less
+
+
+@torch.no_grad()
+def latents_of(vae: AutoencoderKL, pictures: Tensor, file: Path) -> dict[str, Tensor]:
+    """'style' or 'style mirrored' -> (n, 4, 16, 16) latents; kept on disk."""
+    if file.exists():
+        return torch.load(file, weights_only=True)
+    table = {}
+    for style, draw in STYLES.items():
+        for suffix, turn in (("", lambda x: x), (" mirrored", lambda x: x.flip(-1))):
+            if style != "photo" and suffix:
+                continue
+            parts = [
+                vae.encode(turn(draw(to_float(x)))).latent_dist.mean for x in pictures.split(128)
+            ]
+            table[style + suffix] = torch.cat(parts) * vae.config.scaling_factor
+    torch.save(table, file)
+    return table
+
+
+def main(steps: int, work: Path, weights: Path, until: int | None) -> None:
+    torch.manual_seed(0)
+    portraits = load_portraits()
+    rows = Rows(portraits)
+    table = latents_of(models.load_autoencoder(weights), portraits.pictures, work / "latents.pt")
+    encode = models.load_text_encoder(weights)
+    unet = models.unet()
+    noise = DDPMScheduler(**models.NOISE)
+    snr = noise.alphas_cumprod / (1 - noise.alphas_cumprod)  # (1000,)
+
+    known: dict[str, Tensor] = {}  # text -> (77, d); frozen, so worth keeping: some 20,000, 0.8 GB
+
+    @torch.no_grad()
+    def embed(texts: list[str]) -> Tensor:
+        new = sorted(set(texts) - known.keys())
+        if new:
+            ids = tokenizer()(
+                new, padding="max_length", truncation=True, return_tensors="pt"
+            ).input_ids
+            known.update(zip(new, encode(ids).last_hidden_state, strict=True))
+        return torch.stack([known[text] for text in texts])  # (n, 77, d)
+
+    def loss_at(g: torch.Generator) -> tuple[Tensor, dict]:
+        draw = np.random.default_rng(g.initial_seed())
+        captions = [draw_caption(draw) for _ in range(BATCH)]
+        with torch.no_grad():
+            texts = sorted({c.text for c in captions})
+            ids = tokenizer()(
+                texts, padding="max_length", truncation=True, return_tensors="pt"
+            ).input_ids
+            hidden = encode(ids).last_hidden_state  # (k, 77, d)
+        prompt = hidden[[texts.index(c.text) for c in captions]]
+        mirrored = lambda c: " mirrored" if c.style == "photo" and draw.random() < 0.5 else ""  # noqa: E731
+        z = torch.stack([table[c.style + mirrored(c)][rows.draw(c, draw)] for c in captions])
+        # spread evenly over time: less scatter than independent draws
+        t = ((torch.arange(BATCH) + torch.rand(BATCH, generator=g)) * (1000 / BATCH)).long()
+        e = torch.randn(z.shape, generator=g)
+        error = (unet(noise.add_noise(z, e, t), t, prompt).sample - e).square().mean((1, 2, 3))
+        weight = snr[t].clamp(max=MIN_SNR) / snr[t]
+        return (weight * error).mean(), {"mse": round(error.mean().item(), 4)}
+
+    stage = Stage(name="unet", steps=steps, lr=1e-3, work=work, ema=0.998, warmup=200)
+    stage.train(unet, loss_at, until=until)
+    save_half(unet, weights / "unet.safetensors")
+
+
+if __name__ == "__main__":
+    parser = argparse.ArgumentParser(description=__doc__)
+    parser.add_argument("--steps", type=int, default=3400)
+    parser.add_argument("--until", type=int, help="stop at this step, to be gone on with later")
+    parser.add_argument("--work", type=Path, default=HERE / "work")
+    parser.add_argument("--weights", type=Path, default=HERE / "work" / "weights")
+    main(**vars(parser.parse_args()))
