@@ -1,0 +1,20 @@
+"""`python -m diffusers_fair` and the command `diffusers-fair`."""
+
+import sys
+
+
+def main() -> None:
+    """Run the command line, or say what to install."""
+    try:
+        from diffusers_fair.cli import main as run
+    except ModuleNotFoundError as error:
+        sys.stderr.write(
+            f"diffusers-fair: the command needs '{error.name}', which comes with: "
+            "pip install 'diffusers-fair[train]'\n"
+        )
+        sys.exit(2)
+    run()
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,49 @@
+"""The text-to-image pipeline that is aligned or measured."""
+
+from typing import Any
+
+from diffusers_fair import testbed
+from diffusers_fair.backends.errors import loading
+from diffusers_fair.backends.needs import Need, pretrained
+
+PARTS = ("unet", "text_encoder", "vae")
+
+
+def load_base(model: str, revision: str | None = None, dtype: str = "float32") -> Any:
+    """Load a text-to-image pipeline.
+
+    A PNDM scheduler, which Stable Diffusion 1 ships with, gives way to DPM-Solver++ 2M, by which
+    the paper samples (section 5.1).
+
+    Args:
+        model: `testbed`, a folder or a Hub id.
+        revision: commit, tag or branch on the Hub.
+        dtype: what it computes in: float32, bfloat16 or float16.
+
+    Raises:
+        ValueError: there is no such model, or it cannot be reached.
+    """
+    import torch
+
+    if model == testbed.NAME:
+        pipe = testbed.pipeline()
+        return pipe if dtype == "float32" else pipe.to(dtype=getattr(torch, dtype))
+    from diffusers import DiffusionPipeline, DPMSolverMultistepScheduler, PNDMScheduler
+
+    with loading(f"the base model '{model}'", f"'{testbed.NAME}', a folder or a Hub id"):
+        pipe = DiffusionPipeline.from_pretrained(
+            model, revision=revision, torch_dtype=getattr(torch, dtype), safety_checker=None
+        )
+    if isinstance(pipe.scheduler, PNDMScheduler):
+        pipe.scheduler = DPMSolverMultistepScheduler.from_config(pipe.scheduler.config)
+    return pipe
+
+
+def usual_guidance(model: str) -> float:
+    """The guidance scale that a base model is usually sampled with."""
+    return testbed.GUIDANCE if model == testbed.NAME else 7.5  # section 5.1
+
+
+def needs(model: str, revision: str | None = None) -> list[Need]:
+    """What `load_base` needs."""
+    return [] if model == testbed.NAME else [pretrained(model, revision, PARTS)]

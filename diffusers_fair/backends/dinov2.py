@@ -1,0 +1,36 @@
+"""DINOv2 of transformers: what an image looks like."""
+
+from typing import Any
+
+import torch
+
+from diffusers_fair.backends.errors import loading
+from diffusers_fair.backends.needs import Need, pretrained
+from diffusers_fair.backends.processor import load_pixels
+from diffusers_fair.encoders import DinoEncoder
+
+
+def load_encoder(model: str, device: torch.device | str = "cpu") -> DinoEncoder:
+    """Load a DINOv2.
+
+    Args:
+        model: Hub id or folder.
+        device: where it computes, in float32.
+
+    Raises:
+        ValueError: there is no such model, it cannot be reached, or is no DINOv2.
+    """
+    from transformers import AutoConfig, Dinov2Model
+
+    with loading(f"the DINOv2 '{model}'", "a Hub id or a folder"):
+        config = AutoConfig.from_pretrained(model)
+        if config.model_type != "dinov2":
+            raise ValueError(f"it is of type '{config.model_type}'")
+        pixels = load_pixels(model)
+        network: Any = Dinov2Model.from_pretrained(model, dtype=torch.float32)
+    return DinoEncoder(network.to(device).eval().requires_grad_(False), pixels)
+
+
+def needs(model: str) -> list[Need]:
+    """What `load_encoder` needs."""
+    return [pretrained(model)]

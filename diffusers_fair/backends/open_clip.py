@@ -1,0 +1,84 @@
+"""open_clip: images and texts in one space, with the library's own models and preprocessing."""
+
+from collections.abc import Callable
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from diffusers_fair.backends.errors import loading
+from diffusers_fair.backends.needs import Need, package, pretrained
+from diffusers_fair.encoders import Pixels
+
+PACKAGE = "open_clip"  # as it is imported
+INSTALL = "pip install open_clip_torch"
+
+
+@dataclass(frozen=True)
+class OpenClipEncoder:
+    """An `ImageTextEncoder` out of a model of open_clip."""
+
+    model: Any
+    """`open_clip.CLIP`, or `CustomTextCLIP`."""
+    tokenizer: Callable[[list[str]], Tensor]
+    pixels: Pixels
+
+    def __call__(self, images: Tensor) -> Tensor:
+        """(n, 3, h, w) in [-1, 1] -> (n, d) of length 1."""
+        return self.model.encode_image(self.pixels(images), normalize=True)
+
+    @torch.no_grad()
+    def texts(self, texts: list[str]) -> Tensor:
+        """Texts -> (n, d) of length 1."""
+        tokens = self.tokenizer(texts).to(self.model.logit_scale.device)
+        return self.model.encode_text(tokens, normalize=True)
+
+
+def load_encoder(name: str, device: torch.device | str = "cpu") -> OpenClipEncoder:
+    """Load a model of open_clip.
+
+    Args:
+        name: `MODEL/WEIGHTS` as `open_clip.list_pretrained()` has them, or a folder with
+            `open_clip_config.json` and weights.
+        device: where it computes, in float32.
+
+    Raises:
+        ModuleNotFoundError: open_clip is not installed.
+        ValueError: there is no such model, or it cannot be reached.
+    """
+    with loading(f"'{name}' of open_clip", "MODEL/WEIGHTS, or a folder", INSTALL):
+        import open_clip
+
+        model, weights = _parts(name)
+        network = open_clip.create_model(model, weights, device=device, require_pretrained=True)
+        tokenizer = open_clip.get_tokenizer(model)
+    cfg = network.visual.preprocess_cfg
+    size = cfg["size"] if isinstance(cfg["size"], int) else cfg["size"][0]
+    pixels = Pixels(size, tuple(cfg["mean"]), tuple(cfg["std"]))
+    return OpenClipEncoder(network.eval().requires_grad_(False), tokenizer, pixels)
+
+
+def needs(name: str) -> list[Need]:
+    """What `load_encoder` needs."""
+    installed = package(PACKAGE, INSTALL)
+    if not installed.there:
+        return [installed]
+    if Path(name).is_dir():
+        return [installed, pretrained(name)]
+    import open_clip
+
+    repository = open_clip.get_pretrained_cfg(*_parts(name)).get("hf_hub", "")
+    known = Need(name, bool(repository), "unknown to open_clip, or not on the Hub")
+    return [installed, pretrained(repository.rpartition("/")[0]) if repository else known]
+
+
+def _parts(name: str) -> tuple[str, str | None]:
+    """Architecture and weights, as open_clip names them."""
+    if Path(name).is_dir():
+        return f"local-dir:{name}", None
+    model, slash, weights = name.partition("/")
+    if not (model and slash and weights):
+        raise ValueError(f"'{name}' is neither a folder nor of the form MODEL/WEIGHTS")
+    return model, weights

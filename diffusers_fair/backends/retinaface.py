@@ -1,0 +1,116 @@
+"""RetinaFace (Deng et al., 2020) of retinaface-pytorch: images -> the largest face of each.
+
+That package pins versions of others that no longer go together with this one's, so it is installed
+without them. Of it the network and the code for its boxes are used, which need none of them; what
+goes before and after the network is done here, for a batch at once.
+"""
+
+from dataclasses import dataclass
+from functools import cache
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from diffusers_fair.backends.errors import loading
+from diffusers_fair.backends.needs import Need, file, package
+from diffusers_fair.faces import Faces
+
+INSTALL = "pip install --no-deps retinaface-pytorch"
+URL = (
+    "https://github.com/ternaus/retinaface/releases/download/0.01/"
+    "retinaface_resnet50_2020-07-20-f168fae3c.zip"
+)
+MEAN, STD = (0.485, 0.456, 0.406), (0.229, 0.224, 0.225)  # of each colour in [0, 1]
+ANCHORS = {"min_sizes": [[16, 32], [64, 128], [256, 512]], "steps": [8, 16, 32], "clip": False}
+VARIANCE = (0.1, 0.2)  # units of the network's offsets and of the logarithms of its sizes
+
+
+@dataclass(frozen=True)
+class RetinaFaceDetector:
+    """A `FaceDetector` with landmarks."""
+
+    network: Any
+    """`retinaface.network.RetinaFace`."""
+    threshold: float = 0.7
+    """Score in [0, 1] above which a box is a face."""
+    overlap: float = 0.4
+    """Intersection over union above which two boxes are of one face: the surer one stays."""
+
+    @torch.no_grad()
+    def __call__(self, images: Tensor) -> Faces:
+        """(n, 3, h, w) in [-1, 1] -> the largest face of each, with landmarks."""
+        from torchvision.ops import batched_nms
+
+        boxes, scores, landmarks = self._candidates(images)
+        image, place = (scores > self.threshold).nonzero(as_tuple=True)  # (m,) each
+        kept = batched_nms(boxes[image, place], scores[image, place], image, self.overlap)
+        areas = torch.zeros_like(scores)
+        areas[image[kept], place[kept]] = _area(boxes[image[kept], place[kept]])
+        largest, found = areas.argmax(1), areas.amax(1) > 0
+        rows = torch.arange(len(images), device=images.device)
+        return Faces(boxes[rows, largest], found, landmarks[rows, largest])
+
+    def _candidates(self, images: Tensor) -> tuple[Tensor, Tensor, Tensor]:
+        """Boxes (n, a, 4) in pixels, scores (n, a), landmarks (n, a, 5, 2) of all anchors."""
+        from retinaface.box_utils import decode, decode_landm
+
+        n, _, h, w = images.shape
+        mean, std = (torch.tensor(v).to(images).view(3, 1, 1) for v in (MEAN, STD))
+        offsets, logits, points = self.network(((images + 1) / 2 - mean) / std)
+        anchors = _anchors(h, w).to(images).repeat(n, 1)  # (n a, 4), in shares of the image
+        scale = torch.tensor([w, h]).to(images)
+        boxes = decode(offsets.flatten(0, 1), anchors, VARIANCE).view(n, -1, 2, 2) * scale
+        landmarks = decode_landm(points.flatten(0, 1), anchors, VARIANCE).view(n, -1, 5, 2) * scale
+        return boxes.flatten(2), logits.softmax(-1)[..., 1], landmarks
+
+
+def load_detector(device: torch.device | str = "cpu") -> RetinaFaceDetector:
+    """Load RetinaFace with a ResNet-50, trained on WIDER FACE; 105 MB are downloaded once.
+
+    Raises:
+        ModuleNotFoundError: retinaface-pytorch is not installed.
+        ValueError: the weights cannot be downloaded, or do not fit.
+    """
+    with loading("RetinaFace", f"{URL}, or that file as '{_weights()}'", INSTALL):
+        from retinaface.network import RetinaFace
+
+        network = RetinaFace(
+            name="Resnet50",
+            pretrained=False,
+            return_layers={"layer2": 1, "layer3": 2, "layer4": 3},
+            in_channels=256,
+            out_channels=256,
+        )
+        network.load_state_dict(
+            torch.hub.load_state_dict_from_url(URL, map_location="cpu", weights_only=True)
+        )
+    return RetinaFaceDetector(network.to(device).eval().requires_grad_(False))
+
+
+def needs() -> list[Need]:
+    """What `load_detector` needs."""
+    return [
+        package("torchvision"),
+        package("retinaface", INSTALL),
+        file(_weights(), f"download {URL} to '{_weights()}'"),
+    ]
+
+
+def _weights() -> Path:
+    """Where torch keeps the weights."""
+    return Path(torch.hub.get_dir()) / "checkpoints" / URL.rpartition("/")[2]
+
+
+@cache
+def _anchors(h: int, w: int) -> Tensor:
+    """(a, 4) centres and sizes of the anchors, in shares of the image."""
+    from retinaface.prior_box import priorbox
+
+    return priorbox(image_size=(h, w), **ANCHORS)
+
+
+def _area(boxes: Tensor) -> Tensor:
+    """Square pixels (n,) of boxes (n, 4)."""
+    return (boxes[:, 2:] - boxes[:, :2]).clamp(min=0).prod(-1)

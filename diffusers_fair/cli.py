@@ -1,0 +1,352 @@
+"""The command `diffusers-fair`."""
+
+import json
+import re
+import sys
+from pathlib import Path
+from typing import Annotated, Any
+
+import typer
+from rich.console import Console
+
+app = typer.Typer(
+    add_completion=False,
+    no_args_is_help=True,
+    pretty_exceptions_enable=False,
+    help="Train, measure, share and load fairness adapters for Hugging Face diffusers.",
+)
+console = Console()
+classifier = typer.Typer(no_args_is_help=True, help="Classifiers of your own.")
+app.add_typer(classifier, name="classifier")
+
+Base = Annotated[str, typer.Option(help="`testbed`, a Hub id or a folder.")]
+Adapter = Annotated[str | None, typer.Option(help="Adapter folder or Hub id.")]
+Out = Annotated[Path, typer.Option(help="Folder to write to.")]
+
+
+@app.command()
+def demo(
+    out: Out = Path("runs/demo"),
+    images: Annotated[int, typer.Option(help="Of each prompt.")] = 24,
+) -> None:
+    """Train on the testbed, measure before and after, write the report: minutes on a laptop.
+
+    It measures half of the test prompts, with fewer images than a full evaluation; the floor that
+    is printed beside each bias is for that many.
+    """
+    from diffusers_fair.evaluation.report import require_free
+    from diffusers_fair.prompts import prompt_set
+
+    require_free(out / "report")
+    folder = _train("testbed-demo", [f"output={out}"])
+    texts = prompt_set("testbed-occupations").prompts("test")[::2]
+    _evaluate("testbed", str(folder / "adapter"), out / "report", texts, images=images)
+
+
+@app.command()
+def train(
+    recipe: Annotated[str, typer.Argument(help="A YAML file or a shipped name.")],
+    overrides: Annotated[
+        list[str] | None, typer.Argument(metavar="[key=value]...", help="Replace recipe values.")
+    ] = None,
+) -> None:
+    """Train an adapter by a recipe, or go on with a run that was stopped."""
+    _train(recipe, overrides or [])
+
+
+@app.command()
+def doctor(
+    recipe: Annotated[str, typer.Argument(help="A YAML file or a shipped name.")],
+    overrides: Annotated[
+        list[str] | None, typer.Argument(metavar="[key=value]...", help="Replace recipe values.")
+    ] = None,
+) -> None:
+    """Say what a recipe needs, what is there and what is not; downloads nothing."""
+    from diffusers_fair import doctor as looks
+    from diffusers_fair.config import RunConfig
+
+    found = looks.examine(RunConfig.load(recipe, overrides or []))
+    for part, needs in found.items():
+        for need in needs:
+            state = "there  " if need.there else "missing"
+            advice = "" if need.there else f": {need.advice}"
+            console.print(f"{state}  {part}  {need.what}{advice}", markup=False, highlight=False)
+    console.print(f"weights that are there: {looks.weights(found) / 1e9:.1f} GB, as stored")
+    gaps = looks.missing(found)
+    if gaps:
+        raise ValueError(f"'{recipe}' needs {len(gaps)} things that are missing, see above")
+
+
+@classifier.command("train")
+def classifier_train(
+    source: Annotated[
+        Path,
+        typer.Argument(
+            metavar="IMAGEFOLDER_OR_PARQUET",
+            help="A folder with a folder of pictures for each class; a parquet file, or a folder "
+            "of them. The pictures should be squares, half as large again as the face.",
+        ),
+    ],
+    out: Out,
+    label: Annotated[str, typer.Option(help="Column of the labels in parquet files.")] = "label",
+    size: Annotated[int, typer.Option(help="Side of the pictures, in pixels.")] = 224,
+    epochs: Annotated[int, typer.Option(help="Times that every picture is seen.")] = 5,
+    batch_size: Annotated[int, typer.Option(help="Pictures in one update.")] = 64,
+    lr: Annotated[float, typer.Option(help="Learning rate at first.")] = 1e-3,
+    held_out: Annotated[float, typer.Option(help="Share kept for measuring.")] = 0.1,
+    seed: Annotated[int, typer.Option(help="Of everything random.")] = 0,
+    pretrained: Annotated[bool, typer.Option(help="Start from ImageNet's weights.")] = True,
+) -> None:
+    """Train a classifier of one attribute from labelled pictures of faces; say how good it is."""
+    from rich.table import Table
+
+    from diffusers_fair.classifier_training import Settings, read_pictures, train_classifier
+
+    settings = Settings(
+        size=size,
+        epochs=epochs,
+        batch_size=batch_size,
+        lr=lr,
+        held_out=held_out,
+        seed=seed,
+        pretrained=pretrained,
+    )
+    facts = train_classifier(read_pictures(source, label), out, settings)
+    grid = Table("is, and is seen as", *facts["classes"])
+    for name, row in zip(facts["classes"], facts["confusion"], strict=True):
+        grid.add_row(name, *map(str, row))
+    console.print(grid)
+    held = facts["pictures"]["held out"]
+    console.print(f"accuracy {facts['accuracy']:.3f} on {held} held-out pictures")
+    console.print(f"classifier in {out}; in a recipe: checkpoint:{out}", highlight=False)
+
+
+@app.command()
+def evaluate(
+    base: Base = "testbed",
+    adapter: Adapter = None,
+    recipe: Annotated[
+        str | None,
+        typer.Option(
+            help="Recipe whose evaluation.models look at the images, for a base other than the "
+            "testbed."
+        ),
+    ] = None,
+    out: Out = Path("reports/evaluation"),
+    attribute: Annotated[
+        list[str] | None,
+        typer.Option(help="What to count; may be repeated. Left out: what the adapter balances."),
+    ] = None,
+    prompts: Annotated[
+        str, typer.Option(help="A packaged prompt set, or a text file with a prompt a line.")
+    ] = "testbed-occupations",
+    split: Annotated[str, typer.Option(help="Of the prompt set.")] = "test",
+    images: Annotated[int, typer.Option(help="Of each prompt.")] = 60,
+    steps: Annotated[int, typer.Option(help="Of the scheduler.")] = 20,
+    guidance_scale: Annotated[
+        float | None, typer.Option(help="Left out: the base's usual.")
+    ] = None,
+    seed: Annotated[int, typer.Option(help="Of the noise.")] = 0,
+) -> None:
+    """Measure a base model, and an adapter against it, on unseen prompts."""
+    from diffusers_fair.prompts import prompt_set
+
+    _evaluate(
+        base,
+        adapter,
+        out,
+        prompt_set(prompts).prompts(split),
+        recipe=recipe,
+        attributes=attribute,
+        images=images,
+        steps=steps,
+        guidance_scale=guidance_scale,
+        seed=seed,
+    )
+
+
+@app.command()
+def generate(
+    prompt: Annotated[list[str], typer.Argument(help="What to draw.")],
+    base: Base = "testbed",
+    adapter: Adapter = None,
+    out: Out = Path("images"),
+    images: Annotated[int, typer.Option(help="Of each prompt.")] = 4,
+    steps: Annotated[int, typer.Option(help="Of the scheduler.")] = 20,
+    guidance_scale: Annotated[
+        float | None, typer.Option(help="Left out: the base's usual.")
+    ] = None,
+    seed: Annotated[int, typer.Option(help="Of the noise.")] = 0,
+) -> None:
+    """Draw images with or without an adapter."""
+    from PIL import Image
+
+    from diffusers_fair.backends import usual_guidance
+    from diffusers_fair.evaluation.generate import generate as draw
+
+    pipe = _pipeline(base, adapter)
+    out.mkdir(parents=True, exist_ok=True)
+    for batch in draw(
+        pipe,
+        prompt,
+        images_per_prompt=images,
+        steps=steps,
+        guidance_scale=guidance_scale or usual_guidance(base),
+        seed=seed,
+        batch_size=min(24, images),
+        progress=True,
+    ):
+        pictures = ((batch.images + 1) * 127.5).round().byte().permute(0, 2, 3, 1).cpu().numpy()
+        for picture, i, j in zip(pictures, batch.prompt, batch.image, strict=True):
+            file = out / f"{_slug(prompt[int(i)])}-{int(j):03d}.png"
+            Image.fromarray(picture).save(file)
+    console.print(f"{len(prompt) * images} images in {out}")
+
+
+@app.command()
+def inspect(
+    adapter: Annotated[str, typer.Argument(metavar="DIR_OR_REPO", help="Folder or Hub id.")],
+) -> None:
+    """Say what an adapter is, without loading a model."""
+    from dataclasses import asdict
+
+    from diffusers_fair.adapters.io import read_adapter
+    from diffusers_fair.loading import local_folder
+
+    info, weights = read_adapter(local_folder(adapter))
+    facts: dict[str, Any] = asdict(info)
+    facts["parameters"] = sum(weight.numel() for weight in weights.values())
+    console.print_json(json.dumps(facts))
+
+
+@app.command()
+def recipes() -> None:
+    """List the shipped recipes."""
+    from diffusers_fair.config import RECIPES
+    from diffusers_fair.config import recipes as shipped
+
+    for name in shipped():
+        summary = (RECIPES / f"{name}.yaml").read_text("utf-8").splitlines()[0].lstrip("# ")
+        console.print(f"{name}  [dim]{summary}[/dim]", highlight=False)
+
+
+def main() -> None:
+    """Run the command: exit code 0 done, 2 bad input (one sentence), 1 anything else."""
+    try:
+        app(standalone_mode=False)
+    except typer.Abort:
+        sys.exit(1)
+    except Exception as error:
+        if not isinstance(error, ValueError | ModuleNotFoundError) and not _is_usage(error):
+            raise
+        sys.stderr.write(f"diffusers-fair: {error}\n")
+        sys.exit(2)
+
+
+def _is_usage(error: Exception) -> bool:
+    """Whether the command line itself was wrong."""
+    from typer._click.exceptions import ClickException
+
+    return isinstance(error, ClickException)
+
+
+def _train(recipe: str, overrides: list[str]) -> Path:
+    from diffusers_fair.config import RunConfig
+    from diffusers_fair.trainer import FairnessFinetuner
+
+    config = RunConfig.load(recipe, overrides)
+    config.claim_output()  # before any model is loaded
+    folder = FairnessFinetuner(config).train()
+    console.print(f"adapter in {folder / 'adapter'}")
+    return folder
+
+
+def _pipeline(base: str, adapter: str | None) -> Any:
+    from diffusers_fair.backends import load_base
+    from diffusers_fair.loading import load_fair_adapter
+
+    pipe = load_base(base)
+    if adapter is not None:
+        load_fair_adapter(pipe, adapter)
+    return pipe
+
+
+def _evaluate(
+    base: str,
+    adapter: str | None,
+    out: Path,
+    texts: list[str],
+    *,
+    recipe: str | None = None,
+    attributes: list[str] | None = None,
+    images: int = 60,
+    steps: int = 20,
+    guidance_scale: float | None = None,
+    seed: int = 0,
+) -> None:
+    """Evaluate the base, then the adapter on the same noise; write reports, print the table."""
+    from diffusers_fair.backends import load_base, load_judges, usual_guidance
+    from diffusers_fair.evaluation import evaluate as measure
+    from diffusers_fair.evaluation import table
+    from diffusers_fair.evaluation.report import require_free
+    from diffusers_fair.loading import load_fair_adapter
+
+    require_free(out)
+    models, known, usual = _evaluation(base, recipe)
+    chosen = _attributes(attributes, adapter, known, usual)
+    pipe = load_base(base)
+    options: dict[str, Any] = {
+        "judges": load_judges(models, chosen, pipe.device),
+        "images_per_prompt": images,
+        "steps": steps,
+        "guidance_scale": guidance_scale or usual_guidance(base),
+        "seed": seed,
+    }
+    before = measure(pipe, texts, chosen, **options)
+    before.save(out / "base" if adapter else out)
+    if adapter is None:
+        console.print(table(before))
+    else:
+        load_fair_adapter(pipe, adapter)
+        after = measure(pipe, texts, chosen, reference=before, **options)
+        after.save(out)
+        console.print(table(before, after))
+    console.print(f"report in {out}")
+
+
+def _evaluation(base: str, recipe: str | None) -> tuple[Any, dict[str, Any], list[str]]:
+    """Of the recipe, or of the testbed: what looks at the images, attributes, those to count."""
+    from diffusers_fair import testbed
+    from diffusers_fair.config import EvaluationModelsSection, RunConfig
+    from diffusers_fair.testbed import world
+
+    if recipe is not None:
+        config = RunConfig.load(recipe)
+        known = {section.name: section.attribute() for section in config.attributes}
+        return config.evaluation.models, known, list(known)
+    if base != testbed.NAME:
+        raise ValueError(
+            f"'{base}' needs models that look at its images: name a recipe that has them with "
+            "--recipe"
+        )
+    return EvaluationModelsSection(), world.ATTRIBUTES, list(world.ATTRIBUTES)[:1]
+
+
+def _attributes(
+    names: list[str] | None, adapter: str | None, known: dict[str, Any], usual: list[str]
+) -> list[Any]:
+    """The attributes asked for; else the adapter's own; else the usual ones."""
+    from diffusers_fair.adapters.io import read_adapter
+    from diffusers_fair.loading import local_folder
+
+    if names is None and adapter is not None:
+        return list(read_adapter(local_folder(adapter))[0].attributes)
+    unknown = [name for name in names or () if name not in known]
+    if unknown:
+        raise ValueError(f"unknown attribute '{unknown[0]}': expected one of {', '.join(known)}")
+    return [known[name] for name in names or usual]
+
+
+def _slug(text: str) -> str:
+    """A file name that tells the prompt."""
+    return re.sub(r"[^a-z0-9]+", "-", text.lower()).strip("-")[:60] or "empty"

@@ -1,0 +1,94 @@
+"""What a recipe needs, what is there and what is not: looked up before hours are spent.
+
+Nothing is downloaded and no model is loaded.
+"""
+
+from collections.abc import Sequence
+
+from diffusers_fair.attributes import Attribute
+from diffusers_fair.backends import base, checkpoint, dinov2, image_classification, retinaface
+from diffusers_fair.backends import open_clip as clips
+from diffusers_fair.backends.labels import group
+from diffusers_fair.backends.needs import Need, package
+from diffusers_fair.config import ClassifierSection, ModelsSection, RunConfig
+from diffusers_fair.prompts import prompt_set
+
+Found = dict[str, list[Need]]
+"""Part of the recipe -> what it needs."""
+
+
+def examine(config: RunConfig) -> Found:
+    """Look up everything that a recipe names.
+
+    Returns:
+        Part of the recipe, as its key -> what it needs; parts that need nothing are left out.
+    """
+    attributes = [section.attribute() for section in config.attributes]
+    packages = ["accelerate", "scipy", "rich"]
+    if config.tracker != "none":
+        packages.append(config.tracker)
+    splits = (config.prompts.train, config.prompts.validation, config.evaluation.split)
+    found = {
+        "packages": [package(name) for name in packages],
+        "base": base.needs(config.base.model, config.base.revision),
+        "prompts": [_prompts(name, splits) for name in config.prompts.sets],
+        **_judges(config.models, attributes, "models"),
+        **_judges(config.evaluation.models, attributes, "evaluation.models"),
+    }
+    return {part: needs for part, needs in found.items() if needs}
+
+
+def missing(found: Found) -> list[Need]:
+    """What is not there."""
+    return [need for needs in found.values() for need in needs if not need.there]
+
+
+def weights(found: Found) -> int:
+    """Bytes of all weights that are there, each counted once, as stored."""
+    return sum({need.what: need.size for needs in found.values() for need in needs}.values())
+
+
+def _judges(models: ModelsSection, attributes: Sequence[Attribute], key: str) -> Found:
+    """What the models that look at the images need."""
+    detector = retinaface.needs() if models.face_detector == "retinaface" else []
+    clip, dino = (name.partition(":")[2] for name in (models.clip, models.dino))
+    return {
+        f"{key}.face_detector": detector,
+        **{f"{key}.classifiers.{a.name}": _classifier(models.classifier(a), a) for a in attributes},
+        f"{key}.clip": clips.needs(clip) if clip else [],
+        f"{key}.dino": dinov2.needs(dino) if dino else [],
+    }
+
+
+def _classifier(section: ClassifierSection, attribute: Attribute) -> list[Need]:
+    """What a classifier needs, and whether it knows the attribute's classes."""
+    match section.kind:
+        case "transformers":
+            return image_classification.needs(section.model)
+        case "zero_shot":
+            return clips.needs(section.model)
+        case "checkpoint":
+            needs = checkpoint.needs(section.model)
+            return [*needs, _classes(section, attribute)] if needs[-1].there else needs
+    return []
+
+
+def _classes(section: ClassifierSection, attribute: Attribute) -> Need:
+    """Whether the labels of a checkpoint make the attribute's classes."""
+    try:
+        known = set(group(checkpoint.read_facts(section.model)["classes"], section.classes))
+    except (OSError, ValueError) as error:
+        return Need("its classes", False, str(error))
+    advice = f"expected {list(attribute.classes)}, got {sorted(known)}: map them with classes"
+    return Need("its classes", known == set(attribute.classes), advice)
+
+
+def _prompts(name: str, splits: Sequence[str]) -> Need:
+    """A prompt list, and its splits."""
+    try:
+        known = prompt_set(name)
+        for split in splits:
+            known.prompts(split)
+    except ValueError as error:
+        return Need(name, False, str(error))
+    return Need(name, True)

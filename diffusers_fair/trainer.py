@@ -1,0 +1,380 @@
+"""Fine-tuning for fairness: the loop around the method. The only file that knows accelerate.
+
+One iteration, for each of its prompts (Algorithm 1 and sections 4.1 to 4.3 of the paper):
+
+    prompt, noise -> the original model's images, without the adapter
+                  -> images with the adapter -> faces -> class probabilities -> targets -> loss
+                  -> d loss / d z_K -> replay -> gradients of the adapter's parameters
+"""
+
+import json
+from collections import Counter
+from collections.abc import Iterator
+from contextlib import contextmanager
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from diffusers_fair.adapters.io import AdapterInfo, Lora, base_fingerprint, write_adapter
+from diffusers_fair.adapters.lora import add_lora, lora_state_dict, without_adapter
+from diffusers_fair.backends import load_base, load_judges
+from diffusers_fair.checkpoints import load_checkpoint, save_checkpoint
+from diffusers_fair.conditioning import encode_prompts
+from diffusers_fair.config import RunConfig
+from diffusers_fair.evaluation import Report, evaluate
+from diffusers_fair.objective import Aim, Objective, SemanticsWeights
+from diffusers_fair.prompts import prompt_set
+from diffusers_fair.replay import draw_steps, replay
+from diffusers_fair.sampling import decode, initial_noise, sample
+from diffusers_fair.scheduler import BiasedGradientScheduler
+
+Figures = dict[str, float]
+
+
+class FairnessFinetuner:
+    """Trains an adapter by a recipe.
+
+        finetuner = FairnessFinetuner.from_recipe("my-recipe.yaml", output="runs/mine")
+        finetuner.train()
+        finetuner.save_adapter("my-adapter")
+
+    Args:
+        config: the recipe.
+
+    Raises:
+        ValueError: a base model, prompts or judges that cannot be had.
+    """
+
+    def __init__(self, config: RunConfig):
+        from diffusers.optimization import get_scheduler
+        from diffusers.training_utils import EMAModel
+
+        self.config = config
+        self.attributes = [section.attribute() for section in config.attributes]
+        self.prompts, self.validation_prompts = _prompts(config)
+        self.pipe = load_base(config.base.model, config.base.revision, config.base.dtype)
+        self.fingerprint = base_fingerprint(self.pipe)
+        for part in (self.pipe.unet, self.pipe.text_encoder, self.pipe.vae):
+            part.requires_grad_(False)
+        self.scheduler = BiasedGradientScheduler(
+            self.pipe.scheduler, standardize=config.gradient.standardize
+        )
+        self.judges = load_judges(config.models, self.attributes, self.pipe.device)
+        self.objective = Objective(self.judges, _aims(config), _semantics_weights(config))
+        self.parameters = [
+            parameter
+            for component in config.adapter.components
+            for parameter in add_lora(
+                self.pipe, component, config.adapter.rank, seed=config.train.seed
+            )
+        ]
+        options = config.optimizer
+        self.optimizer = torch.optim.AdamW(
+            self.parameters, options.lr, weight_decay=options.weight_decay
+        )
+        self.schedule = get_scheduler(
+            options.schedule,
+            self.optimizer,
+            num_warmup_steps=options.warmup,
+            num_training_steps=config.train.iterations,
+        )
+        self.ema = EMAModel(self.parameters, decay=options.ema_decay)
+        self.done = 0  # iterations
+        self.skipped = 0  # of them, for a gradient that was not finite
+        self.best: float | None = None  # validation bias
+
+    @classmethod
+    def from_recipe(cls, recipe: str | Path, **overrides: Any) -> "FairnessFinetuner":
+        """Make one from a shipped recipe or a YAML file.
+
+        Args:
+            recipe: name or path.
+            overrides: sections or values that replace the recipe's, as in `train={"seed": 1}`.
+
+        Raises:
+            ValueError: an unknown recipe or key, or a value that does not fit.
+        """
+        return cls(RunConfig.load(recipe, overrides))
+
+    def train(self, *, progress: bool = True) -> Path:
+        """Train to the end of the recipe, from the run folder's newest checkpoint if it has one.
+
+        Args:
+            progress: whether to show a bar with the running bias and losses.
+
+        Returns:
+            The run folder, with `adapter/` and `adapter-best/` in it.
+
+        Raises:
+            ValueError: the run folder holds another run.
+        """
+        folder = self.config.claim_output()
+        self._resume(folder)
+        total = self.config.train.iterations
+        with _tracker(self.config, folder) as log, _bar(self.done, total, progress) as advance:
+            while self.done < total:
+                figures = self.iteration(self.done)
+                self.done += 1
+                log(figures, self.done)
+                advance(figures)
+                if self._due(self.config.train.validate_every):
+                    log(self._validate(folder), self.done)
+                if self._due(self.config.train.checkpoint_every):
+                    save_checkpoint(
+                        folder / "checkpoints", self.done, self._state(), self.config.train.keep
+                    )
+        self.save_adapter(folder / "adapter")
+        return folder
+
+    def iteration(self, number: int) -> Figures:
+        """One update of the adapter's parameters; everything random depends on seed and number.
+
+        Returns:
+            Means over the prompts: `loss`, `alignment`, `semantics`, `faces` (share of images with
+            one), `bias/NAME` of the batches; and the length of the gradient.
+        """
+        g = torch.Generator().manual_seed(1_000_003 * self.config.train.seed + number)
+        low, high = self.config.sampling.steps
+        steps = int(torch.randint(low, high + 1, (), generator=g))
+        prompts = self._draw_prompts(number)
+        self.optimizer.zero_grad()
+        found = [self._accumulate(prompt, steps, 1 / len(prompts), g) for prompt in prompts]
+        figures = _means(found)
+        limit = self.config.optimizer.max_grad_norm or float("inf")
+        norm = torch.nn.utils.clip_grad_norm_(self.parameters, limit)
+        if norm.isfinite():
+            self.optimizer.step()
+        else:
+            self.skipped += 1
+        self.schedule.step()
+        self.ema.step(self.parameters)
+        return figures | {"gradient": norm.item(), "skipped": self.skipped}
+
+    def _draw_prompts(self, number: int) -> list[str]:
+        """The prompts of an iteration: every one once, in random order, before any comes again."""
+        count = self.config.train.prompts_per_iteration
+        chosen = []
+        for place in range(number * count, (number + 1) * count):
+            epoch, index = divmod(place, len(self.prompts))
+            g = torch.Generator().manual_seed(7_919 * self.config.train.seed + epoch)
+            order = torch.randperm(len(self.prompts), generator=g)
+            chosen.append(self.prompts[int(order[index])])
+        return chosen
+
+    def _accumulate(self, prompt: str, steps: int, share: float, g: torch.Generator) -> Figures:
+        """Add the gradient of one prompt's loss, times `share`, to the adapter's parameters."""
+        pipe, scale = self.pipe, self.config.sampling.guidance_scale
+        noise = self._noise(g)
+        with torch.no_grad(), without_adapter(pipe):
+            cond, uncond = self._encode(prompt)
+            first = sample(pipe.unet, self.scheduler, cond, uncond, noise, steps, scale, keep=False)
+            originals = self.objective.originals(decode(pipe.vae, first.latents).float())
+        cond, uncond = self._encode(prompt)
+        trajectory = sample(pipe.unet, self.scheduler, cond, uncond, noise, steps, scale)
+        z = trajectory.latents.requires_grad_()  # (n, c, h, w), z_K
+        loss, figures = self.objective(decode(pipe.vae, z).float(), originals)
+        (v,) = torch.autograd.grad(share * loss, z)  # (n, c, h, w)
+        weights = self.scheduler.gradient_weights()
+        count = min(self.config.gradient.replay_steps or len(weights), len(weights))
+        chosen, chances = draw_steps(len(weights), count, g)
+        gradients = replay(
+            pipe.unet, trajectory, cond, uncond, v, weights, steps=chosen, weights=chances
+        )
+        for embeddings, gradient in zip((cond, uncond), gradients, strict=True):
+            if embeddings is not None and gradient is not None:
+                embeddings.backward(gradient.to(embeddings.dtype))  # once through the text encoder
+        return figures
+
+    def _encode(self, prompt: str) -> tuple[Tensor, Tensor | None]:
+        """Embeddings of the prompt and, with guidance, of the empty one, (1, L, d) each."""
+        guided = self.config.sampling.guidance_scale > 1
+        uncond = encode_prompts(self.pipe, [""], prefix=False) if guided else None
+        return encode_prompts(self.pipe, [prompt]), uncond
+
+    def _noise(self, g: torch.Generator) -> Tensor:
+        """(n, c, h, w), standard normal."""
+        n, unet = self.config.prompts.images_per_prompt, self.pipe.unet
+        seeds = torch.randint(2**31, (n,), generator=g).tolist()
+        shape = (unet.config.in_channels, unet.config.sample_size, unet.config.sample_size)
+        return initial_noise(shape, seeds, device=unet.device).to(unet.dtype)
+
+    def _due(self, every: int) -> bool:
+        return self.done % every == 0 or self.done == self.config.train.iterations
+
+    @contextmanager
+    def averaged(self) -> Iterator[None]:
+        """Put the moving average of the weights in place, for the time being."""
+        self.ema.store(self.parameters)
+        self.ema.copy_to(self.parameters)
+        try:
+            yield
+        finally:
+            self.ema.restore(self.parameters)
+
+    def _validate(self, folder: Path) -> Figures:
+        """Bias over the validation prompts by the judges of training; the best adapter is kept."""
+        with self.averaged():
+            report = self._measure(self.validation_prompts)
+        biases = {f"validation/{a.name}": _mean_bias(report, a.name) for a in self.attributes}
+        found = [b for b in biases.values() if b is not None]
+        if not found:
+            return {}
+        _save_samples(report, folder / "samples" / f"step-{self.done:06d}.png")
+        mean = sum(found) / len(found)
+        if self.best is None or mean < self.best:
+            self.best = mean
+            self.save_adapter(folder / "adapter-best")
+        return {name: b for name, b in biases.items() if b is not None}
+
+    def _measure(self, prompts: list[str]) -> Report:
+        return evaluate(
+            self.pipe,
+            prompts,
+            self.attributes,
+            judges=self.judges,
+            images_per_prompt=self.config.train.validation_images,
+            steps=self.config.sampling.steps[1],
+            guidance_scale=self.config.sampling.guidance_scale,
+            seed=self.config.train.seed,
+            progress=False,
+        )
+
+    def save_adapter(self, folder: str | Path) -> Path:
+        """Write the adapter folder: the moving average of the weights, and what they are.
+
+        Raises:
+            ValueError: the folder holds something else.
+        """
+        rank = self.config.adapter.rank
+        with self.averaged():
+            weights = lora_state_dict(self.pipe)
+        info = AdapterInfo(
+            base_model=self.config.base.model,
+            base_revision=self.config.base.revision,
+            fingerprint=self.fingerprint,
+            components={c: Lora(rank=rank, alpha=rank) for c in self.config.adapter.components},
+            attributes=tuple(self.attributes),
+            recipe=self.config.model_dump(mode="json", exclude={"output"}),
+        )
+        write_adapter(folder, weights, info)
+        return Path(folder)
+
+    def _state(self) -> dict[str, Any]:
+        return {
+            "parameters": [parameter.detach() for parameter in self.parameters],
+            "ema": self.ema.state_dict(),
+            "optimizer": self.optimizer.state_dict(),
+            "schedule": self.schedule.state_dict(),
+            "skipped": self.skipped,
+            "best": self.best,
+        }
+
+    def _resume(self, folder: Path) -> None:
+        """Go on from the newest checkpoint of the run folder, if there is one."""
+        state = load_checkpoint(folder / "checkpoints")
+        if state is None:
+            return
+        with torch.no_grad():
+            for parameter, saved in zip(self.parameters, state["parameters"], strict=True):
+                parameter.copy_(saved)
+        self.ema.load_state_dict(state["ema"])
+        self.optimizer.load_state_dict(state["optimizer"])
+        self.schedule.load_state_dict(state["schedule"])
+        self.done, self.skipped, self.best = state["iteration"], state["skipped"], state["best"]
+
+
+def _prompts(config: RunConfig) -> tuple[list[str], list[str]]:
+    """Training and validation prompts of all sets of the recipe."""
+    sets = [prompt_set(name) for name in config.prompts.sets]
+    train = [p for known in sets for p in known.prompts(config.prompts.train)]
+    validation = [p for known in sets for p in known.prompts(config.prompts.validation)]
+    return train, validation
+
+
+def _aims(config: RunConfig) -> list[Aim]:
+    return [
+        Aim(attribute=section.attribute(), threshold=section.threshold, cost=section.cost)
+        for section in config.attributes
+    ]
+
+
+def _semantics_weights(config: RunConfig) -> SemanticsWeights:
+    asked = config.losses
+    return SemanticsWeights(
+        kept=asked.semantics, changed=asked.semantics_changed, face=asked.semantics_face
+    )
+
+
+def _means(found: list[Figures]) -> Figures:
+    """Mean of each figure over the prompts that have it."""
+    count = Counter(name for figures in found for name in figures)
+    return {name: sum(f[name] for f in found if name in f) / n for name, n in count.items()}
+
+
+def _mean_bias(report: Report, attribute: str) -> float | None:
+    figure = report.summary["bias"][attribute]
+    return None if figure is None else figure["mean"]
+
+
+def _save_samples(report: Report, file: Path) -> None:
+    """One row of images for each sampled prompt."""
+    import numpy as np
+    from PIL import Image
+
+    file.parent.mkdir(exist_ok=True)
+    rows = [np.concatenate(list(images), axis=1) for images in report.samples.values()]
+    Image.fromarray(np.concatenate(rows)).save(file)
+
+
+@contextmanager
+def _tracker(config: RunConfig, folder: Path) -> Iterator[Any]:
+    """Function (figures, iteration) that writes events.jsonl and the recipe's tracker."""
+    from accelerate import Accelerator
+
+    named = None if config.tracker == "none" else config.tracker
+    accelerator = Accelerator(log_with=named, project_dir=folder / "logs", cpu=True)
+    accelerator.init_trackers("run")
+
+    def log(figures: Figures, iteration: int) -> None:
+        with (folder / "events.jsonl").open("a", encoding="utf-8") as file:
+            file.write(json.dumps({"iteration": iteration, **figures}) + "\n")
+        accelerator.log(figures, step=iteration)
+
+    try:
+        yield log
+    finally:
+        accelerator.end_training()
+
+
+@contextmanager
+def _bar(done: int, total: int, shown: bool) -> Iterator[Any]:
+    """Function (figures) that moves a progress bar on; figures shown are running means."""
+    from rich.progress import (
+        BarColumn,
+        MofNCompleteColumn,
+        Progress,
+        TextColumn,
+        TimeRemainingColumn,
+    )
+
+    running: Figures = {}
+
+    def advance(figures: Figures) -> None:
+        for name, value in figures.items():
+            running[name] = 0.9 * running.get(name, value) + 0.1 * value
+        shown_names = [n for n in running if n.startswith("bias/")] + ["alignment", "semantics"]
+        text = "  ".join(f"{n.removeprefix('bias/')} {running[n]:.2f}" for n in shown_names)
+        bar.update(task, advance=1, description=text)
+
+    columns = (
+        TextColumn("training"),
+        BarColumn(20),
+        MofNCompleteColumn(),
+        TimeRemainingColumn(),
+        TextColumn("{task.description}"),
+    )
+    with Progress(*columns, disable=not shown) as bar:
+        task = bar.add_task("", completed=done, total=total)
+        yield advance

@@ -1,0 +1,493 @@
+"""Models of others, at small size: what the recipe says is what is loaded, or a clear message."""
+
+import json
+import sys
+
+import open_clip
+import pytest
+import stand_ins
+import torch
+from PIL import Image
+from torch.nn import functional as F
+from transformers import AutoImageProcessor, AutoModelForImageClassification, Dinov2Model
+
+from diffusers_fair import FairnessFinetuner
+from diffusers_fair.attributes import Attribute
+from diffusers_fair.backends import (
+    dinov2,
+    image_classification,
+    load_base,
+    load_evaluation_judges,
+    load_judges,
+    retinaface,
+)
+from diffusers_fair.backends import open_clip as clips
+from diffusers_fair.backends.checkpoint import load_classifier
+from diffusers_fair.backends.labels import group
+from diffusers_fair.backends.zero_shot import zero_shot
+from diffusers_fair.config import (
+    ClassifierSection,
+    EvaluationModelsSection,
+    ModelsSection,
+    RunConfig,
+    recipes,
+)
+
+SHAPE = Attribute("shape", ("round", "square"))
+LABELS = ["Ball", "Ring", "Box"]
+CLASSES = {"round": ("ball", "ring"), "square": ("box",)}
+PHRASES = {"round": ("a ball", "a ring"), "square": ("a box", "a cube")}
+
+
+@pytest.fixture(scope="module")
+def models(tmp_path_factory):
+    """Folders of small models, by kind."""
+    home = tmp_path_factory.mktemp("models")
+    with torch.random.fork_rng():
+        torch.manual_seed(0)
+        return {
+            "open_clip": stand_ins.open_clip_folder(home / "open_clip"),
+            "dinov2": stand_ins.dinov2_folder(home / "dinov2"),
+            "transformers": stand_ins.vit_folder(home / "vit", LABELS),
+            "checkpoint": stand_ins.checkpoint_folder(home / "checkpoint", LABELS),
+        }
+
+
+def pictures(size: int = stand_ins.SIZE, count: int = 3) -> torch.Tensor:
+    g = torch.Generator().manual_seed(0)
+    small = torch.rand(count, 3, 8, 8, generator=g)
+    x = F.interpolate(small, (size, size), mode="bicubic").clamp(0, 1)
+    return (x * 255).round() / 127.5 - 1
+
+
+def pil(x: torch.Tensor) -> list[Image.Image]:
+    return [Image.fromarray(((p + 1) * 127.5).round().byte().permute(1, 2, 0).numpy()) for p in x]
+
+
+def assert_differentiable(judge, x: torch.Tensor) -> None:
+    x = x.clone().requires_grad_()
+    (g,) = torch.autograd.grad(judge(x)[:, 0].sum(), x)
+    assert g.isfinite().all()
+    assert (g.abs().amax((1, 2, 3)) > 0).all()
+
+
+# ---- RetinaFace ----------------------------------------------------------------------------------
+
+
+@pytest.fixture
+def detector(monkeypatch, tmp_path):
+    stand_ins.retinaface(monkeypatch, tmp_path / "torch")
+    return retinaface.load_detector()
+
+
+def spots(*anchors: int) -> torch.Tensor:
+    """A dark picture (1, 3, 40, 80), red in the middle of some anchors."""
+    image = -torch.ones(1, 3, 40, 80)
+    for x, y in (stand_ins.BOXES[list(anchors), :2] * torch.tensor([80, 40])).long():
+        image[0, 0, y, x] = 1
+    return image
+
+
+def test_retinaface_takes_the_largest_face(detector):
+    faces = detector(torch.cat([spots(0), spots(0, 1), spots()]))
+    assert faces.found.tolist() == [True, True, False]
+    assert torch.allclose(faces.boxes[0], torch.tensor([10.0, 10, 30, 30]))
+    assert torch.allclose(faces.boxes[1], torch.tensor([44.0, 10, 76, 30]))
+    assert faces.boxes.isfinite().all()
+    first = torch.tensor([20.0, 20]) + torch.tensor([0, 1]) * 0.1 * torch.tensor([20, 20])
+    assert torch.allclose(faces.landmarks[0, 0], first)  # the left eye, by the stand-in's formula
+    assert faces.landmarks.shape == (3, 5, 2)
+
+
+def test_of_boxes_of_one_face_the_surest_stays(detector):
+    image = spots(1, 2)
+    image[0, 0, 20, 57] = 0.5  # the middle of the last anchor, a little less red
+    assert torch.allclose(detector(image).boxes[0], torch.tensor([44.0, 10, 76, 30]))
+
+
+def test_retinaface_that_is_not_installed(monkeypatch):
+    monkeypatch.setitem(sys.modules, "retinaface", None)
+    message = r"RetinaFace needs the package 'retinaface.*pip install --no-deps retinaface-pytorch"
+    with pytest.raises(ModuleNotFoundError, match=message):
+        retinaface.load_detector()
+
+
+def test_retinaface_without_its_weights(monkeypatch, tmp_path):
+    stand_ins.retinaface(monkeypatch, tmp_path / "torch")
+    monkeypatch.setattr(retinaface, "URL", "file:///nowhere/weights.zip")
+    with pytest.raises(ValueError, match=r"cannot load RetinaFace: .*weights.zip' as|or that file"):
+        retinaface.load_detector()
+
+
+def test_real_retinaface_in_a_batch_is_the_package_one_by_one():
+    network_module = pytest.importorskip("retinaface.network")
+    from retinaface.box_utils import decode, decode_landm
+    from retinaface.prior_box import priorbox
+    from torchvision.ops import nms
+
+    layers = {"layer2": 1, "layer3": 2, "layer4": 3}
+    with torch.random.fork_rng():
+        torch.manual_seed(0)
+        network = network_module.RetinaFace("Resnet50", False, 256, layers, 256).eval()
+        for head in network.ClassHead:
+            torch.nn.init.normal_(head.conv1x1.weight, std=0.1)
+    images = torch.rand(2, 3, 64, 96, generator=torch.Generator().manual_seed(1)) * 2 - 1
+    found = retinaface.RetinaFaceDetector(network, threshold=0.5)(images)
+    anchors = priorbox([[16, 32], [64, 128], [256, 512]], [8, 16, 32], False, (64, 96))
+    for i in range(2):
+        mean, std = (torch.tensor(v).view(3, 1, 1) for v in (retinaface.MEAN, retinaface.STD))
+        with torch.no_grad():
+            offsets, logits, points = network((((images[i] + 1) / 2 - mean) / std)[None])
+        boxes = decode(offsets[0], anchors, [0.1, 0.2]) * torch.tensor([96, 64, 96, 64])
+        marks = decode_landm(points[0], anchors, [0.1, 0.2]) * torch.tensor([96, 64] * 5)
+        scores = logits.softmax(-1)[0, :, 1]
+        sure = scores > 0.5
+        kept = nms(boxes[sure], scores[sure], 0.4)
+        sides = (boxes[sure][kept, 2:] - boxes[sure][kept, :2]).prod(1)
+        best = kept[sides.argmax()]
+        assert torch.allclose(found.boxes[i], boxes[sure][best], atol=1e-2)
+        assert torch.allclose(found.landmarks[i].flatten(), marks[sure][best], atol=1e-2)
+
+
+# ---- encoders ------------------------------------------------------------------------------------
+
+
+def test_open_clip_is_the_library_with_its_own_preprocessing(models):
+    encode = clips.load_encoder(str(models["open_clip"]))
+    network, _, preprocess = open_clip.create_model_and_transforms(
+        f"local-dir:{models['open_clip']}"
+    )
+    x = pictures()
+    with torch.no_grad():
+        theirs = network.eval().encode_image(torch.stack([preprocess(p) for p in pil(x)]))
+        texts = network.encode_text(open_clip.tokenize(["a ball", "a box"]))
+    assert torch.allclose(encode(x), F.normalize(theirs, dim=-1), atol=1e-5)
+    assert torch.allclose(encode.texts(["a ball", "a box"]), F.normalize(texts, dim=-1), atol=1e-5)
+    assert_differentiable(encode, pictures(48))
+
+
+def test_dinov2_is_the_library_with_its_own_preprocessing(models):
+    encode = dinov2.load_encoder(str(models["dinov2"]))
+    processor = AutoImageProcessor.from_pretrained(models["dinov2"])
+    x = pictures(28)
+    values = processor(pil(x), do_resize=False, return_tensors="pt").pixel_values
+    with torch.no_grad():
+        theirs = Dinov2Model.from_pretrained(models["dinov2"]).eval()(values).pooler_output
+    assert torch.allclose(encode(x), F.normalize(theirs, dim=-1), atol=1e-5)
+    assert_differentiable(encode, pictures(48))
+
+
+@pytest.mark.parametrize(
+    ("load", "name", "message"),
+    [
+        (clips.load_encoder, "ViT-B-32", "neither a folder nor of the form MODEL/WEIGHTS"),
+        (clips.load_encoder, "ViT-B-32/nobodys", "cannot load 'ViT-B-32/nobodys' of open_clip"),
+        (clips.load_encoder, "ViT-X-99/x", "Model config for 'ViT-X-99' not found"),
+        (
+            dinov2.load_encoder,
+            "./nowhere",
+            r"cannot load the DINOv2 './nowhere': .* expected a Hub",
+        ),
+        (load_base, "./nowhere", "cannot load the base model './nowhere': .* expected 'testbed'"),
+    ],
+)
+def test_models_that_are_not_there(load, name, message):
+    with pytest.raises(ValueError, match=message) as caught:
+        load(name)
+    assert "\n" not in str(caught.value)
+
+
+def test_a_folder_of_open_clip_without_weights(tmp_path, models):
+    (tmp_path / "open_clip_config.json").write_bytes(
+        (models["open_clip"] / "open_clip_config.json").read_bytes()
+    )
+    with pytest.raises(ValueError, match=r"weights .* could not be loaded"):
+        clips.load_encoder(str(tmp_path))
+
+
+def test_a_model_that_is_no_dinov2(models):
+    with pytest.raises(ValueError, match="it is of type 'vit'"):
+        dinov2.load_encoder(str(models["transformers"]))
+
+
+def test_open_clip_that_is_not_installed(monkeypatch):
+    monkeypatch.setitem(sys.modules, "open_clip", None)
+    with pytest.raises(ModuleNotFoundError, match="'open_clip': pip install open_clip_torch"):
+        clips.load_encoder("ViT-H-14/laion2b_s32b_b79k")
+
+
+# ---- classifiers ---------------------------------------------------------------------------------
+
+
+def test_image_classification_sums_the_probabilities_of_labels(models):
+    classify = image_classification.load_classifier(str(models["transformers"]), CLASSES)
+    assert classify.classes == ("round", "square")
+    network = AutoModelForImageClassification.from_pretrained(models["transformers"]).eval()
+    processor = AutoImageProcessor.from_pretrained(models["transformers"])
+    x = pictures()
+    with torch.no_grad():
+        p = network(**processor(pil(x), return_tensors="pt")).logits.softmax(-1)  # (n, 3)
+    expected = torch.stack([p[:, 0] + p[:, 1], p[:, 2]], 1)
+    assert torch.allclose(classify(x), expected, atol=1e-5)
+    assert_differentiable(classify, x)
+
+
+def test_labels_may_be_the_classes(models):
+    classify = image_classification.load_classifier(str(models["transformers"]), {})
+    assert classify.classes == tuple(LABELS)
+    assert torch.allclose(classify(pictures()).sum(1), torch.ones(3))
+
+
+def test_labels_in_groups():
+    assert group(LABELS, CLASSES) == {"round": [0, 1], "square": [2]}
+
+
+@pytest.mark.parametrize(
+    ("classes", "message"),
+    [
+        (
+            {"round": ["ball", "rnig"], "square": ["box"]},
+            r"'round' has the label 'rnig', the model",
+        ),
+        ({"round": ["ball"], "square": ["box"]}, "must be in one class, 'Ring' is in 0"),
+        ({"round": ["ball", "ring"], "square": ["box", "ring"]}, "'Ring' is in 2"),
+    ],
+)
+def test_labels_that_do_not_fit(models, classes, message):
+    for load, kind in [
+        (image_classification.load_classifier, "transformers"),
+        (load_classifier, "checkpoint"),
+    ]:
+        with pytest.raises(ValueError, match=message):
+            load(str(models[kind]), classes)
+
+
+def test_zero_shot_compares_faces_with_phrases(models):
+    encode = clips.load_encoder(str(models["open_clip"]))
+    classify = zero_shot(encode, PHRASES)
+    assert (classify.classes, classify.size) == (("round", "square"), stand_ins.SIZE)
+    x = pictures()
+    means = [encode.texts(list(texts)).mean(0) for texts in PHRASES.values()]
+    cosines = F.cosine_similarity(encode(x)[:, None], torch.stack(means)[None], dim=-1)
+    expected = (encode.model.logit_scale.exp() * cosines).softmax(-1)
+    assert torch.allclose(classify(x), expected, atol=1e-5)
+    assert_differentiable(classify, x)
+
+
+def test_checkpoint_with_classes(models):
+    classify = load_classifier(str(models["checkpoint"]), CLASSES)
+    plain = load_classifier(str(models["checkpoint"]), {})
+    x = pictures()
+    assert (classify.classes, classify.size) == (("round", "square"), stand_ins.SIZE)
+    assert torch.allclose(classify(x)[:, 0], plain(x)[:, :2].sum(1), atol=1e-5)
+    assert_differentiable(classify, x)
+
+
+@pytest.mark.parametrize(
+    ("facts", "message"),
+    [
+        (None, "No such file"),
+        ("[", "cannot load the classifier"),
+        ({"format": 2}, "must have format 1, got 2"),
+        ({"format": 1, "size": 32}, "must name two or more classes, got None"),
+        ({"format": 1, "classes": ["a", "b"], "size": 1}, "size of 32 to 1024 pixels, got 1"),
+        ({"format": 1, "classes": ["a", "b"], "size": 32}, "size mismatch|Error"),
+    ],
+)
+def test_a_folder_that_is_no_classifier(facts, message, models, tmp_path):
+    weights = (models["checkpoint"] / "model.safetensors").read_bytes()
+    (tmp_path / "model.safetensors").write_bytes(weights)
+    if facts is not None:
+        text = facts if isinstance(facts, str) else json.dumps(facts)
+        (tmp_path / "classifier.json").write_text(text)
+    with pytest.raises(ValueError, match=message) as caught:
+        load_classifier(str(tmp_path), {})
+    assert "diffusers-fair classifier train" in str(caught.value)
+
+
+# ---- judges --------------------------------------------------------------------------------------
+
+
+def section(models, **classifier) -> ModelsSection:
+    return ModelsSection(
+        classifiers={"shape": ClassifierSection(**classifier)},
+        clip=f"open_clip:{models['open_clip']}",
+        dino=f"dinov2:{models['dinov2']}",
+    )
+
+
+def test_one_model_serves_several_judges(models):
+    asked = section(models, kind="zero_shot", model=str(models["open_clip"]), phrases=PHRASES)
+    judges = load_judges(asked, [SHAPE])
+    assert judges.classifiers["shape"].network.__closure__
+    cells = [cell.cell_contents for cell in judges.classifiers["shape"].network.__closure__]
+    assert any(cell is judges.clip for cell in cells)
+    assert not judges.extra
+
+
+def test_classes_that_are_not_the_attributes(models):
+    asked = section(models, kind="transformers", model=str(models["transformers"]))
+    with pytest.raises(ValueError, match=r"'shape' has .* classifier knows \['Ball', 'Ring', 'Box"):
+        load_judges(asked, [SHAPE])
+
+
+def test_the_testbed_stays_the_default():
+    from diffusers_fair.testbed import judges, world
+
+    loaded = load_judges(ModelsSection(), [world.GENDER])
+    assert loaded.clip is judges.clip()
+    chips = pictures(judges.CHIP)
+    training, evaluation = (judges.classifier("gender", evaluation=e) for e in (False, True))
+    assert torch.equal(loaded.classifiers["gender"](chips), training(chips))
+    later = load_judges(EvaluationModelsSection(), [world.GENDER])
+    assert torch.equal(later.classifiers["gender"](chips), evaluation(chips))
+    assert list(later.extra) == ["context"]
+    assert load_evaluation_judges(["race"]).classifiers["race"].classes == world.RACE.classes
+    with pytest.raises(ValueError, match="the testbed has gender, race, age, no 'height'"):
+        load_evaluation_judges(["height"])
+
+
+def test_the_testbed_stays_on_the_cpu(models):
+    asked = section(models, kind="checkpoint", model=str(models["checkpoint"]))
+    with pytest.raises(ValueError, match=r"compute on the CPU, and the pipeline is on 'meta'"):
+        load_judges(asked, [], device="meta")
+
+
+@pytest.mark.parametrize(
+    ("override", "message"),
+    [
+        (
+            "models.clip=ViT-H-14",
+            "models.clip: expected 'testbed' or 'open_clip:MODEL/WEIGHTS', got",
+        ),
+        ("models.clip='open_clip:'", "expected 'testbed' or 'open_clip:MODEL/WEIGHTS'"),
+        ("models.face_detector=retinaface:x", "expected 'testbed' or 'retinaface', got"),
+        ("models.dino=dinov2", "expected 'testbed' or 'dinov2:MODEL', got 'dinov2'"),
+        ("models.classifiers=blip", r"classifiers\.\*\.kind: expected 'testbed', .* got 'blip'"),
+        ("models.classifiers=testbed:x", "expected 'testbed' or 'testbed:evaluation', got 'x'"),
+        ("models.classifiers={race: testbed}", "no classifier for attribute 'gender': .* race"),
+        ("models.classifiers.gender=checkpoint", "of kind 'checkpoint' needs a model"),
+        ("models.classifiers.gender.knd=x", r"unknown key .*gender\.knd': did you mean 'kind'"),
+        ("models.classifiers.gender=zero_shot:x", "'zero_shot' needs phrases for each class"),
+        (
+            "models.classifiers.gender={kind: zero_shot, model: x, phrases: {male: [a]}}",
+            r"phrases\.male: expected 2 or more, got 1",
+        ),
+        (
+            "models.classifiers.gender={kind: checkpoint, model: x, phrases: {male: [a, b]}}",
+            "kind 'checkpoint' takes no phrases",
+        ),
+        (
+            "models.classifiers.gender={kind: testbed, classes: {male: [a, b]}}",
+            "kind 'testbed' takes no classes",
+        ),
+        (
+            "models.classifiers.gender={kind: checkpoint, model: x, classes: {man: [a]}}",
+            r"its classifier is told of \['man'\]: they must be the same",
+        ),
+    ],
+)
+def test_recipes_that_name_models_wrongly(override, message):
+    with pytest.raises(ValueError, match=message):
+        RunConfig.load("testbed-gender", [override])
+
+
+def test_every_key_of_a_classifier_is_documented():
+    assert all(field.description for field in ClassifierSection.model_fields.values())
+    assert all(field.description for field in ModelsSection.model_fields.values())
+
+
+# ---- Stable Diffusion 1.5 ------------------------------------------------------------------------
+
+PAPER = {  # appendix A.2 and A.7: images, threshold, lambda_1, iterations
+    "sd15-gender": (24, 0.8, 8, 10_000),
+    "sd15-race": (32, 0.8, 6, 12_000),
+    "sd15-gender-race": (32, 0.6, 8, 14_000),
+    "sd15-gender-race-age": (40, 0.7, 8, 14_000),
+}
+
+
+@pytest.fixture(scope="module")
+def stable_diffusion(tmp_path_factory):
+    return stand_ins.stable_diffusion(tmp_path_factory.mktemp("base") / "sd15")
+
+
+def small(config: RunConfig, models, base) -> dict:
+    """Overrides that put small models in the places of those of a recipe, kind by kind."""
+
+    def classifiers(section: ModelsSection) -> dict:
+        found = {}
+        for name, classifier in section.classifiers.items():
+            model = {"zero_shot": "open_clip"}.get(classifier.kind, classifier.kind)
+            folder = models[model]
+            if classifier.kind != "zero_shot":
+                labels = [label for words in classifier.classes.values() for label in words]
+                make = {"checkpoint": stand_ins.checkpoint_folder}.get(model, stand_ins.vit_folder)
+                folder = folder.with_name(f"{model}-{'-'.join(labels)}".replace(" ", "_"))
+                folder.exists() or make(folder, labels)
+            found[f"{name}.model"] = str(folder)
+        return found
+
+    values = {"base.model": str(base), "prompts.images_per_prompt": 2, "sampling.steps": 2}
+    for key, section in {
+        "models": config.models,
+        "evaluation.models": config.evaluation.models,
+    }.items():
+        values[f"{key}.clip"] = f"open_clip:{models['open_clip']}"
+        values[f"{key}.dino"] = f"dinov2:{models['dinov2']}"
+        values |= {f"{key}.classifiers.{k}": v for k, v in classifiers(section).items()}
+    return values
+
+
+def test_every_recipe_of_the_paper_is_shipped():
+    assert set(PAPER) <= set(recipes())
+
+
+@pytest.mark.parametrize("name", PAPER)
+def test_recipe_has_the_papers_figures(name):
+    config = RunConfig.load(name)
+    images, threshold, semantics, iterations = PAPER[name]
+    assert config.base.model == "stable-diffusion-v1-5/stable-diffusion-v1-5"
+    assert config.prompts.images_per_prompt == images
+    assert {a.threshold for a in config.attributes} == {threshold}
+    assert config.losses.semantics == semantics
+    assert config.train.iterations == iterations
+    assert config.sampling.steps == (19, 23)
+    assert (config.adapter.rank, config.optimizer.lr) == (50, 5e-5)
+    assert "-".join(["sd15", *(a.name for a in config.attributes)]) == name
+    judged = {a.name for a in config.attributes}
+    assert set(config.models.classifiers) == set(config.evaluation.models.classifiers) == judged
+
+
+@pytest.mark.parametrize("name", PAPER)
+def test_recipe_trains_one_iteration(name, models, stable_diffusion, monkeypatch, tmp_path):
+    stand_ins.retinaface(monkeypatch, tmp_path / "torch")
+    values = small(RunConfig.load(name), models, stable_diffusion)
+    trainer = FairnessFinetuner.from_recipe(name, **values)
+    assert trainer.pipe.unet.dtype == torch.bfloat16
+    assert type(trainer.pipe.scheduler).__name__ == "DPMSolverMultistepScheduler"
+    before = [p.detach().clone() for p in trainer.parameters]
+    figures = trainer.iteration(0)
+    assert figures["skipped"] == 0
+    assert figures["gradient"] > 0
+    assert any(not torch.equal(a, b) for a, b in zip(before, trainer.parameters, strict=True))
+
+
+def test_recipe_evaluates(models, stable_diffusion, monkeypatch, tmp_path, capsys):
+    from diffusers_fair import cli
+
+    stand_ins.retinaface(monkeypatch, tmp_path / "torch")
+    name = "sd15-gender-race-age"
+    config = RunConfig.load(name, small(RunConfig.load(name), models, stable_diffusion))
+    (tmp_path / "recipe.yaml").write_text(config.to_yaml())
+    (tmp_path / "prompts.txt").write_text("a photo of a chef\n")
+    words = ["--base", stable_diffusion, "--prompts", tmp_path / "prompts.txt", "--images", 2]
+    words += ["--steps", 2, "--out", tmp_path / "report"]
+    monkeypatch.setattr("sys.argv", ["diffusers-fair", "evaluate", *map(str, words)])
+    with pytest.raises(SystemExit):
+        cli.main()
+    assert "needs models that look at its images: name a recipe" in capsys.readouterr().err
+    sys.argv += ["--recipe", str(tmp_path / "recipe.yaml")]
+    cli.main()
+    report = json.loads((tmp_path / "report" / "report.json").read_text())
+    assert {a["name"] for a in report["settings"]["attributes"]} == {"gender", "race", "age"}

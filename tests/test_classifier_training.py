@@ -1,0 +1,201 @@
+"""A classifier of one's own: pictures in, a folder with weights and held-out figures out."""
+
+import io
+import json
+
+import numpy as np
+import pyarrow as pa
+import pyarrow.parquet as pq
+import pytest
+import torch
+from PIL import Image
+
+from diffusers_fair import classifier_training, cli
+from diffusers_fair.backends.checkpoint import load_classifier
+from diffusers_fair.classifier_training import (
+    Settings,
+    hold_out,
+    read_pictures,
+    train_classifier,
+)
+
+COLOURS = {"green": (30, 200, 30), "red": (200, 30, 30)}
+SMALL = Settings(size=32, epochs=8, batch_size=8, held_out=0.25, pretrained=False)
+
+
+def picture(colour: str, seed: int) -> Image.Image:
+    """Noise of a colour, 40 by 36 pixels."""
+    noise = np.random.default_rng(seed).normal(COLOURS[colour], 40, (36, 40, 3))
+    return Image.fromarray(noise.clip(0, 255).astype(np.uint8))
+
+
+def contents(colour: str, seed: int) -> bytes:
+    file = io.BytesIO()
+    picture(colour, seed).save(file, "png")
+    return file.getvalue()
+
+
+@pytest.fixture(scope="module")
+def folder(tmp_path_factory):
+    """16 pictures of each colour."""
+    home = tmp_path_factory.mktemp("pictures")
+    for colour in COLOURS:
+        (home / colour).mkdir()
+        for i in range(16):
+            picture(colour, i).save(home / colour / f"{i:02d}.png")
+    (home / "notes.txt").write_text("not a picture")
+    return home
+
+
+@pytest.fixture(scope="module")
+def trained(folder, tmp_path_factory):
+    """A classifier's folder, and its facts."""
+    out = tmp_path_factory.mktemp("classifier") / "colour"
+    return out, train_classifier(read_pictures(folder), out, SMALL)
+
+
+def write(file, labels, images, metadata=None):
+    table = pa.table({"image": images, "colour": labels, "other": list(range(len(labels)))})
+    pq.write_table(table.replace_schema_metadata(metadata), file)
+    return file
+
+
+# ---- pictures ------------------------------------------------------------------------------------
+
+
+def test_a_folder_for_each_class(folder):
+    found = read_pictures(folder)
+    assert found.classes == ("green", "red")
+    assert found.labels.tolist() == [0] * 16 + [1] * 16
+    assert found.files[16].parent.name == "red"
+
+
+def test_a_parquet_file_of_words(tmp_path):
+    words = ["red", "green", "red", "green"]
+    images = [contents(word, i) for i, word in enumerate(words)]
+    found = read_pictures(write(tmp_path / "x.parquet", words, images), "colour")
+    assert found.classes == ("green", "red")
+    assert found.labels.tolist() == [1, 0, 1, 0]
+    assert found.files == images
+
+
+def test_a_folder_of_parquet_files_with_named_numbers(tmp_path):
+    """As the library `datasets` writes them: structs, and names in the metadata."""
+    names = {"info": {"features": {"colour": {"names": ["red", "blue", "green"]}}}}
+    metadata = {"huggingface": json.dumps(names)}
+    for part in ("a", "b"):
+        images = [{"bytes": contents("red", i), "path": None} for i in range(3)]
+        write(tmp_path / f"{part}.parquet", [0, 2, 0], images, metadata)
+    found = read_pictures(tmp_path, "colour")
+    assert found.classes == ("red", "green")  # nothing is blue
+    assert found.labels.tolist() == [0, 1, 0, 0, 1, 0]
+    assert all(isinstance(file, bytes) for file in found.files)
+
+
+def test_sources_that_will_not_do(tmp_path, folder):
+    with pytest.raises(ValueError, match="there is nothing at 'nowhere'"):
+        read_pictures("nowhere")
+    with pytest.raises(ValueError, match=r"two or more classes .* got \{\}"):
+        read_pictures(tmp_path)
+    file = write(tmp_path / "x.parquet", ["red"] * 3, [b""] * 3)
+    with pytest.raises(ValueError, match="has no column 'label', it has image, colour, other"):
+        read_pictures(file)
+    with pytest.raises(ValueError, match=r"two or more classes .* got \{'red': 3\}"):
+        read_pictures(file, "colour")
+    (tmp_path / "one").mkdir()
+    for colour, count in {"red": 3, "green": 1}.items():
+        (tmp_path / "one" / colour).mkdir()
+        for i in range(count):
+            picture(colour, i).save(tmp_path / "one" / colour / f"{i}.png")
+    with pytest.raises(ValueError, match="two or more pictures each"):
+        read_pictures(tmp_path / "one")
+
+
+def test_the_share_of_every_class_is_held_out():
+    labels = torch.tensor([0] * 20 + [1] * 4 + [2] * 2)
+    train, held = hold_out(labels, 0.25, torch.Generator().manual_seed(0))
+    assert sorted([*train.tolist(), *held.tolist()]) == list(range(26))
+    assert torch.bincount(labels[held]).tolist() == [5, 1, 1]
+    again = hold_out(labels, 0.25, torch.Generator().manual_seed(0))
+    assert torch.equal(held, again[1])
+
+
+# ---- training ------------------------------------------------------------------------------------
+
+
+def test_the_folder_says_how_good_the_classifier_is(trained, folder):
+    out, facts = trained
+    assert sorted(path.name for path in out.iterdir()) == ["classifier.json", "model.safetensors"]
+    assert json.loads((out / "classifier.json").read_text()) == {"format": 1} | facts
+    assert facts["pictures"] == {"trained on": 24, "held out": 8}
+    confusion = np.array(facts["confusion"])
+    assert confusion.sum(1).tolist() == [4, 4]
+    assert facts["accuracy"] == confusion.trace() / 8
+    assert facts["accuracy"] >= 0.75  # red is not green; 1 here
+
+
+def test_what_was_measured_is_what_is_loaded(trained, folder):
+    out, facts = trained
+    pictures = read_pictures(folder)
+    _, held = hold_out(pictures.labels, SMALL.held_out, torch.Generator().manual_seed(SMALL.seed))
+    classify = load_classifier(str(out), {})
+    assert (classify.classes, classify.size) == (("green", "red"), 32)
+    guesses = classify(classifier_training._load(pictures, held, 32)).argmax(1)
+    assert (guesses == pictures.labels[held]).float().mean() == facts["accuracy"]
+
+
+def test_the_same_seed_gives_the_same_classifier(folder, tmp_path):
+    quick = Settings(size=32, epochs=1, batch_size=12, held_out=0.25, pretrained=False)
+    state = torch.get_rng_state()
+    for name in ("a", "b"):
+        train_classifier(read_pictures(folder), tmp_path / name, quick)
+    a, b = ((tmp_path / name / "model.safetensors").read_bytes() for name in ("a", "b"))
+    assert a == b
+    assert torch.equal(torch.get_rng_state(), state)
+
+
+def test_a_folder_that_holds_something_is_left_alone(trained, folder):
+    with pytest.raises(ValueError, match="holds something already: choose another folder"):
+        train_classifier(read_pictures(folder), trained[0], SMALL)
+
+
+@pytest.mark.parametrize(
+    ("setting", "message"),
+    [
+        ({"size": 8}, "size must be 32 or more, got 8"),
+        ({"epochs": 0}, "epochs must be 1 or more, got 0"),
+        ({"batch_size": 1}, "batch_size must be 2 or more, got 1"),
+        ({"held_out": 1}, "held_out must be between 0 and 1, got 1"),
+    ],
+)
+def test_settings_out_of_range(setting, message):
+    with pytest.raises(ValueError, match=message):
+        Settings(**setting)
+
+
+def test_imagenets_weights_that_cannot_be_had(folder, tmp_path, monkeypatch):
+    monkeypatch.setenv("TORCH_HOME", str(tmp_path))
+
+    def offline(*args, **options):
+        raise OSError("no network")
+
+    monkeypatch.setattr("torchvision.models._api.load_state_dict_from_url", offline)
+    with pytest.raises(ValueError, match=r"ImageNet's weights: no network; .*--no-pretrained"):
+        train_classifier(read_pictures(folder), tmp_path / "out", Settings(size=32))
+    assert not (tmp_path / "out").exists()
+
+
+def test_the_command(folder, tmp_path, monkeypatch, capsys):
+    out = tmp_path / "colour"
+    words = ["--out", out, "--size", 32, "--epochs", 1, "--batch-size", 12, "--no-pretrained"]
+    words = ["diffusers-fair", "classifier", "train", folder, *words, "--held-out", 0.25]
+    monkeypatch.setattr("sys.argv", list(map(str, words)))
+    cli.main()
+    said = capsys.readouterr().out
+    assert "on 8 held-out pictures" in said
+    assert "is, and is seen as" in said
+    assert (out / "classifier.json").exists()
+    with pytest.raises(SystemExit) as stop:
+        cli.main()
+    assert stop.value.code == 2
+    assert "holds something already" in capsys.readouterr().err

@@ -1,0 +1,142 @@
+"""The command as a user types it: what it writes, and what it says of bad input."""
+
+import json
+
+import numpy as np
+import pytest
+from PIL import Image
+
+from diffusers_fair import cli
+from diffusers_fair.evaluation import Report
+
+TINY = [
+    "adapter.rank=2",
+    "prompts.images_per_prompt=4",
+    "sampling.steps=2",
+    "gradient.replay_steps=1",
+    "train.iterations=1",
+    "train.prompts_per_iteration=1",
+    "train.validation_images=1",
+    "tracker=none",
+]
+
+
+def run(monkeypatch, *words) -> int:
+    """Type the words; the exit code."""
+    monkeypatch.setattr("sys.argv", ["diffusers-fair", *map(str, words)])
+    try:
+        cli.main()
+    except SystemExit as stop:
+        return stop.code or 0
+    return 0
+
+
+@pytest.fixture(scope="module")
+def adapter(tmp_path_factory):
+    """An adapter folder, trained by the command."""
+    folder = tmp_path_factory.mktemp("cli") / "run"
+    with pytest.MonkeyPatch.context() as patch:
+        assert run(patch, "train", "testbed-gender", *TINY, f"output={folder}") == 0
+    return folder / "adapter"
+
+
+@pytest.fixture
+def lines(tmp_path):
+    """A file of two prompts."""
+    file = tmp_path / "prompts.txt"
+    file.write_text("a photo of the face of a senator, a person\na person reading\n")
+    return file
+
+
+def test_evaluate_writes_both_reports_and_prints_the_table(
+    adapter, lines, tmp_path, monkeypatch, capsys
+):
+    out = tmp_path / "report"
+    words = ["--adapter", adapter, "--prompts", lines, "--images", 2, "--steps", 2, "--out", out]
+    assert run(monkeypatch, "evaluate", *words) == 0
+    base, after = Report.load(out / "base"), Report.load(out)
+    assert base.settings == after.settings
+    assert after.summary["images"] == 4
+    assert "clip_i" in after.summary["scores"]
+    assert Image.open(out / "pairs.png").size[0] > 64
+    assert "images with a face" in capsys.readouterr().out
+
+
+def test_evaluate_a_base_model_alone(lines, tmp_path, monkeypatch):
+    words = ["--attribute", "gender", "--attribute", "race", "--prompts", lines]
+    words += ["--images", 2, "--steps", 2, "--out", tmp_path / "base"]
+    assert run(monkeypatch, "evaluate", *words) == 0
+    assert set(Report.load(tmp_path / "base").summary["bias"]) >= {"gender", "race"}
+
+
+def test_generate_draws_the_same_images_again(adapter, tmp_path, monkeypatch):
+    for folder in ("a", "b"):
+        words = ["a photo of a chef", "--images", 2, "--steps", 2, "--out", tmp_path / folder]
+        assert run(monkeypatch, "generate", *words, "--adapter", adapter) == 0
+    names = sorted(file.name for file in (tmp_path / "a").iterdir())
+    assert names == ["a-photo-of-a-chef-000.png", "a-photo-of-a-chef-001.png"]
+    first, second = (np.array(Image.open(tmp_path / f / names[1])) for f in ("a", "b"))
+    assert first.shape == (64, 64, 3)
+    assert (first == second).all()
+
+
+def test_inspect_says_what_an_adapter_is(adapter, monkeypatch, capsys):
+    assert run(monkeypatch, "inspect", adapter) == 0
+    facts = json.loads(capsys.readouterr().out)
+    assert facts["base_model"] == "testbed"
+    assert facts["components"] == {"text_encoder": {"rank": 2, "alpha": 2.0}}
+    assert facts["parameters"] == 4 * 2 * (4 * 256 + 2 * 640)
+
+
+def test_recipes_lists_what_is_shipped(monkeypatch, capsys):
+    assert run(monkeypatch, "recipes") == 0
+    shown = capsys.readouterr().out
+    assert "testbed-gender" in shown
+    assert "testbed-demo" in shown
+
+
+BAD = {
+    "unknown recipe": (["train", "testbed-gendr"], "did you mean 'testbed-gender'?"),
+    "unknown key": (["train", "testbed-gender", "train.iteration=1"], "'iterations'"),
+    "negative target": (
+        ["train", "testbed-gender", "attributes.0.target=[-.5,1.5]"],
+        "must not hold negative shares",
+    ),
+    "target that does not sum to 1": (
+        ["train", "testbed-gender", "attributes.0.target=[.5,.6]"],
+        "must sum to 1",
+    ),
+    "target of another length": (
+        ["train", "testbed-gender", "attributes.0.target=[.5,.25,.25]"],
+        "needs 2 shares",
+    ),
+    "missing adapter": (
+        ["generate", "x", "--adapter", "nowhere"],
+        "no adapter folder at 'nowhere'",
+    ),
+    "missing base": (["generate", "x", "--base", "./nowhere"], "cannot load the base model"),
+    "unknown prompts": (["evaluate", "--prompts", "testbed-ocupations"], "testbed-occupations"),
+    "unknown attribute": (["evaluate", "--attribute", "height"], "unknown attribute 'height'"),
+    "no images": (["evaluate", "--images", "0"], "images_per_prompt"),
+    "unknown option": (["evaluate", "--imges", "3"], "--imges"),
+    "unknown command": (["trian"], "trian"),
+}
+
+
+@pytest.mark.parametrize("case", BAD)
+def test_bad_input_is_one_sentence_and_exit_code_2(case, tmp_path, monkeypatch, capsys):
+    words, message = BAD[case]
+    monkeypatch.chdir(tmp_path)
+    assert run(monkeypatch, *words) == 2
+    said = capsys.readouterr().err
+    assert message in said
+    assert "Traceback" not in said
+    assert not any(tmp_path.iterdir()), "something half-written stays behind"
+
+
+def test_no_prompts(tmp_path, monkeypatch, capsys):
+    (tmp_path / "empty.txt").write_text("\n")
+    words = ["evaluate", "--prompts", tmp_path / "empty.txt", "--out", tmp_path / "out"]
+    assert run(monkeypatch, *words) == 2
+    assert "prompt" in capsys.readouterr().err
+    assert not (tmp_path / "out").exists()

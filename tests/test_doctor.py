@@ -1,0 +1,155 @@
+"""What a recipe needs: found where it is, named where it is not, and never fetched."""
+
+import socket
+import sys
+
+import pytest
+import stand_ins
+from huggingface_hub import constants
+
+from diffusers_fair import cli, doctor
+from diffusers_fair.config import RunConfig
+
+LABELS = ["Female", "Male"]
+CHECKPOINT = "models.classifiers.gender.model"
+
+
+@pytest.fixture(autouse=True)
+def alone(monkeypatch, tmp_path):
+    """No network, an empty cache, torch's folder elsewhere, RetinaFace not installed."""
+
+    def refuse(*args):
+        raise AssertionError("the doctor went to the network")
+
+    monkeypatch.setattr(socket.socket, "connect", refuse)
+    monkeypatch.setattr(constants, "HF_HUB_CACHE", str(tmp_path / "hub"))
+    monkeypatch.setenv("TORCH_HOME", str(tmp_path / "empty"))
+    whole = doctor.retinaface.package
+    monkeypatch.setattr(
+        doctor.retinaface,
+        "package",
+        lambda *a: whole("nowhere_to_be_found" if "ret" in a[0] else a[0], *a[1:]),
+    )
+
+
+def cached(home, model: str, *files: str) -> None:
+    """Put files of a repository into the Hub's cache, ten bytes each."""
+    folder = home / "hub" / f"models--{model.replace('/', '--')}"
+    (folder / "refs").mkdir(parents=True)
+    (folder / "refs" / "main").write_text("abc")
+    for name in files:
+        path = folder / "snapshots" / "abc" / name
+        path.parent.mkdir(parents=True, exist_ok=True)
+        path.write_bytes(b"0123456789")
+
+
+def run(monkeypatch, *words) -> int:
+    monkeypatch.setattr("sys.argv", ["diffusers-fair", "doctor", *map(str, words)])
+    try:
+        cli.main()
+    except SystemExit as stop:
+        return stop.code or 0
+    return 0
+
+
+def gaps(*overrides: str) -> dict[str, str]:
+    """What is missing for sd15-gender, and the advice."""
+    config = RunConfig.load("sd15-gender", overrides)
+    return {need.what: need.advice for need in doctor.missing(doctor.examine(config))}
+
+
+def test_the_testbed_needs_nothing_that_is_not_shipped(monkeypatch, capsys):
+    assert run(monkeypatch, "testbed-gender") == 0
+    said = capsys.readouterr().out
+    assert "there    packages  package accelerate" in said
+    assert "there    prompts  testbed-occupations" in said
+    assert "missing" not in said
+
+
+def test_a_recipe_on_an_empty_machine(monkeypatch, capsys):
+    assert run(monkeypatch, "sd15-gender") == 2
+    said = capsys.readouterr()
+    lines = "".join(said.out.split())  # whatever the width of the terminal
+    for expected in (
+        "missing base stable-diffusion-v1-5/stable-diffusion-v1-5: not a folder, and not in the "
+        "Hub's cache: hf download stable-diffusion-v1-5/stable-diffusion-v1-5",
+        "missing models.face_detector package nowhere_to_be_found: "
+        "pip install --no-deps retinaface-pytorch",
+        "missing models.classifiers.gender folder 'classifiers/gender': make one with: "
+        "diffusers-fair classifier train",
+        "missing models.clip laion/CLIP-ViT-H-14-laion2B-s32B-b79K: not a folder",
+        "missing models.dino facebook/dinov2-base",
+        "missing evaluation.models.clip laion/CLIP-ViT-bigG-14-laion2B-39B-b160k",
+        "there prompts occupations",
+        "weights that are there: 0.0 GB",
+    ):
+        assert "".join(expected.split()) in lines
+    assert "'sd15-gender' needs 11 things that are missing" in said.err
+
+
+def test_what_is_in_the_cache_is_found(tmp_path):
+    cached(tmp_path, "facebook/dinov2-base", "config.json", "model.safetensors")
+    assert "facebook/dinov2-base" not in gaps()
+    base = "stable-diffusion-v1-5/stable-diffusion-v1-5"
+    cached(tmp_path, base, "unet/x.safetensors", "vae/x.bin")
+    assert gaps()[base].endswith("has no text_encoder")
+
+
+def test_weights_are_counted_once_as_stored(tmp_path):
+    files = [
+        f"{part}/model.{kind}"
+        for part in ("unet", "vae", "text_encoder")
+        for kind in ("bin", "safetensors")
+    ]
+    cached(tmp_path, "org/base", *files)
+    cached(tmp_path, "org/dino", "model.safetensors")
+    dino = ["models.dino=dinov2:org/dino", "evaluation.models.dino=dinov2:org/dino"]
+    found = doctor.examine(RunConfig.load("sd15-gender", ["base.model=org/base", *dino]))
+    assert doctor.weights(found) == 40
+
+
+def test_folders_are_found(tmp_path):
+    clip = stand_ins.open_clip_folder(tmp_path / "clip")
+    assert "open_clip" not in str(gaps(f"models.clip=open_clip:{clip}").get(str(clip)))
+    (clip / "open_clip_model.safetensors").unlink()
+    assert gaps(f"models.clip=open_clip:{clip}")[str(clip)].endswith("has no weights")
+
+
+def test_a_checkpoint_with_other_classes_is_noticed(tmp_path):
+    right = stand_ins.checkpoint_folder(tmp_path / "right", LABELS)
+    wrong = stand_ins.checkpoint_folder(tmp_path / "wrong", ["Man", "Woman"])
+    assert "its classes" not in gaps(f"{CHECKPOINT}={right}")
+    assert "has the label 'Female', the model has" in gaps(f"{CHECKPOINT}={wrong}")["its classes"]
+
+
+def test_a_model_that_open_clip_does_not_know():
+    assert (
+        "unknown to open_clip" in gaps("models.clip=open_clip:ViT-H-14/nobodys")["ViT-H-14/nobodys"]
+    )
+
+
+def test_open_clip_that_is_not_installed(monkeypatch):
+    monkeypatch.setattr(doctor.clips, "PACKAGE", "nowhere_to_be_found")
+    assert gaps()["package nowhere_to_be_found"] == "pip install open_clip_torch"
+
+
+def test_prompts_that_are_not_there():
+    assert "did you mean 'occupations'" in gaps("prompts.sets=[occupation]")["occupation"]
+    assert (
+        "has no validation prompts"
+        in gaps("prompts.sets=[non-templated]", "prompts.train=test")["non-templated"]
+    )
+
+
+def test_bad_recipes_are_bad_input(monkeypatch, capsys):
+    assert run(monkeypatch, "testbed-gendr") == 2
+    assert run(monkeypatch, "testbed-gender", "trian.seed=3") == 2
+    said = capsys.readouterr().err
+    assert "did you mean 'testbed-gender'" in said
+    assert "did you mean 'train'" in said
+
+
+def test_no_model_is_loaded(monkeypatch):
+    before = set(sys.modules)
+    doctor.examine(RunConfig.load("sd15-gender"))
+    assert not {name for name in set(sys.modules) - before if name.startswith("diffusers.")}

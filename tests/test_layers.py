@@ -1,0 +1,231 @@
+"""The package's layers, and who must not know whom: read off the source."""
+
+import ast
+import json
+import re
+import subprocess
+import sys
+from functools import cache
+from pathlib import Path
+
+import pytest
+
+import diffusers_fair
+
+ROOT = Path(diffusers_fair.__file__).parent
+OWN = ROOT.name
+
+LAYERS = {  # of a module or of everything in a folder; imports go to the same layer or down
+    "attributes": 0,  # vocabulary
+    "config": 0,
+    "prompts": 0,
+    "scheduler": 1,  # pure maths
+    "targets": 1,
+    "losses": 1,
+    "evaluation.metrics": 1,
+    "conditioning": 2,  # model-bearing
+    "sampling": 2,
+    "faces": 2,
+    "classifiers": 2,
+    "encoders": 2,
+    "adapters": 2,
+    "evaluation.quality": 2,
+    "testbed": 2,
+    "replay": 3,  # composition
+    "loading": 3,
+    "backends": 3,
+    "objective": 3,
+    "evaluation": 3,
+    "baselines": 3,
+    "trainer": 4,  # assembly
+    "classifier_training": 4,
+    "doctor": 4,
+    "checkpoints": 4,
+    "card": 4,
+    "hub": 4,
+    "cli": 5,
+    "__main__": 5,
+    "testbed.__main__": 5,
+}
+CORE = {  # what `pip install diffusers-fair` brings, the last two through diffusers
+    *("torch", "diffusers", "transformers", "peft", "huggingface_hub", "safetensors"),
+    *("numpy", "PIL"),
+}
+
+
+def modules() -> dict[str, Path]:
+    """Name below the package -> file; the package itself is ''."""
+    paths = {path.relative_to(ROOT).with_suffix(""): path for path in sorted(ROOT.rglob("*.py"))}
+    return {
+        ".".join(name.parts).removesuffix("__init__").rstrip("."): path
+        for name, path in paths.items()
+    }
+
+
+MODULES = modules()
+
+
+def targets(node: ast.AST, module: str) -> list[str]:
+    """Full dotted names that an import statement imports, of submodules rather than of names."""
+    if isinstance(node, ast.Import):
+        return [alias.name for alias in node.names]
+    if not isinstance(node, ast.ImportFrom):
+        return []
+    assert node.level == 0, f"{module}: imports are absolute"
+    assert node.module is not None
+    names = []
+    for alias in node.names:
+        full = f"{node.module}.{alias.name}"
+        names.append(full if full.removeprefix(f"{OWN}.") in MODULES else node.module)
+        facade = node.module == OWN and names[-1] == OWN and alias.name != "__version__"
+        assert not facade, f"{module}: import {alias.name} from its module, not from the package"
+    return names
+
+
+@cache
+def imports(module: str) -> frozenset[str]:
+    """Everything a module imports, wherever in it."""
+    tree = ast.parse(MODULES[module].read_text(encoding="utf-8"))
+    return frozenset(name for node in ast.walk(tree) for name in targets(node, module))
+
+
+def top_level_imports(module: str) -> set[str]:
+    """What importing a module imports: not in functions, not for type checkers only."""
+    found, todo = set(), [ast.parse(MODULES[module].read_text(encoding="utf-8"))]
+    while todo:
+        node = todo.pop()
+        found |= set(targets(node, module))
+        if isinstance(node, ast.FunctionDef | ast.AsyncFunctionDef | ast.Lambda):
+            continue
+        if isinstance(node, ast.If) and ast.unparse(node.test) == "TYPE_CHECKING":
+            todo += node.orelse
+        else:
+            todo += ast.iter_child_nodes(node)
+    return found
+
+
+def own(names) -> set[str]:
+    """Those of the package's own modules, below the package."""
+    return {name.removeprefix(f"{OWN}.") for name in names if name.startswith(f"{OWN}.")}
+
+
+def reach(module: str) -> set[str]:
+    """Full names of what a module imports, itself or through the package's own modules."""
+    seen, todo = set(), [module]
+    while todo:
+        for name in imports(todo.pop()) - seen:
+            seen.add(name)
+            todo += own([name])
+    return seen
+
+
+def layer(module: str) -> int:
+    parts = module.split(".")
+    for length in range(len(parts), 0, -1):
+        if ".".join(parts[:length]) in LAYERS:
+            return LAYERS[".".join(parts[:length])]
+    raise AssertionError(f"{module} is in no layer: add it to LAYERS")
+
+
+def inside(module: str, *places: str) -> bool:
+    return any(module == place or module.startswith(f"{place}.") for place in places)
+
+
+BELOW = [module for module in MODULES if module]
+
+
+@pytest.mark.parametrize("module", BELOW)
+def test_imports_go_down(module):
+    up = {name for name in own(imports(module)) if layer(name) > layer(module)}
+    assert not up, f"{module} (layer {layer(module)}) imports {up}"
+
+
+@pytest.mark.parametrize("module", BELOW)
+def test_optional_packages_are_imported_in_functions(module):
+    """Except by the recipe, which is nothing without them, and by what nobody below imports."""
+    if module == "config" or layer(module) >= LAYERS["trainer"]:
+        return
+    packages = {name.partition(".")[0] for name in top_level_imports(module)}
+    assert packages <= CORE | {OWN} | set(sys.stdlib_module_names)
+
+
+@pytest.mark.parametrize("module", [m for m in BELOW if inside(m, "evaluation", "baselines")])
+def test_the_judge_does_not_know_the_contestant(module):
+    assert not own(reach(module)) & {"trainer", "replay", "losses"}
+
+
+@pytest.mark.parametrize("module", [m for m in BELOW if inside(m, "loading", "adapters")])
+def test_loading_knows_nothing_of_training(module):
+    reached = reach(module)
+    assert not own(reached) & {"faces", "classifiers", "config", "trainer"}
+    assert {name.partition(".")[0] for name in reached} <= CORE | {OWN} | set(
+        sys.stdlib_module_names
+    )
+
+
+@pytest.mark.parametrize("module", [m for m in BELOW if m != "trainer"])
+def test_only_the_trainer_knows_accelerate(module):
+    assert "accelerate" not in {name.partition(".")[0] for name in imports(module)}
+
+
+@pytest.mark.parametrize(
+    "module", [m for m in MODULES if not inside(m, "testbed", "prompts", "recipes")]
+)
+def test_attributes_are_data(module):
+    text = MODULES[module].read_text(encoding="utf-8")
+    words = re.findall(r"(?<![a-z])(?:gender|race|age)s?(?![a-z])", text, re.IGNORECASE)
+    assert not words
+
+
+# ---- import diffusers_fair -----------------------------------------------------------------------
+
+
+def run(code: str) -> dict:
+    done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True)
+    return json.loads(done.stdout.splitlines()[-1])
+
+
+def test_import_is_light():
+    result = run(
+        "import json, sys, time, diffusers\n"
+        "before, start = set(sys.modules), time.perf_counter()\n"
+        "import diffusers_fair\n"
+        "seconds = time.perf_counter() - start\n"
+        "print(json.dumps({'seconds': seconds, 'new': sorted(set(sys.modules) - before)}))"
+    )
+    new = {name for name in result["new"] if name.partition(".")[0] not in sys.stdlib_module_names}
+    assert {name for name in new if inside(name, OWN)} == {
+        OWN,
+        *(f"{OWN}.{name}" for name in ("attributes", "loading", "adapters", "adapters.io")),
+    }
+    assert {name.partition(".")[0] for name in new} <= {OWN, "safetensors"}
+    assert result["seconds"] < 1  # measured: 0.01
+
+
+@pytest.mark.parametrize(
+    "code",
+    [
+        "import diffusers_fair; from diffusers import DiffusionPipeline",
+        "from diffusers import DiffusionPipeline; import diffusers_fair",
+    ],
+)
+def test_pipelines_get_the_methods(code):
+    names = ["load_fair_adapter", "unload_fair_adapter", "set_fair_adapter_scale"]
+    result = run(
+        f"import json, sys; {code}\n"
+        f"same = [getattr(DiffusionPipeline, n) is getattr(diffusers_fair, n) for n in {names}]\n"
+        "hooks = [type(finder).__name__ for finder in sys.meta_path]\n"
+        "print(json.dumps({'same': same, 'hooks': hooks}))"
+    )
+    assert result["same"] == [True] * 3
+    assert "_WhenPipelinesAreImported" not in result["hooks"]
+
+
+@pytest.mark.parametrize("name", diffusers_fair.__all__)
+def test_public_names(name):
+    assert getattr(diffusers_fair, name).__doc__
+
+
+def test_unknown_name():
+    with pytest.raises(AttributeError, match="has no attribute 'load_unfair_adapter'"):
+        _ = diffusers_fair.load_unfair_adapter

@@ -1,0 +1,58 @@
+"""The README's Python runs as it stands, from top to bottom; its shell commands exist."""
+
+import re
+from pathlib import Path
+
+import pytest
+from typer.main import get_command
+
+from diffusers_fair import FairnessFinetuner, cli
+from diffusers_fair.config import RunConfig, recipes
+
+README = (Path(__file__).parents[1] / "README.md").read_text("utf-8")
+SMALL = {
+    "adapter.rank": 2,
+    "prompts.images_per_prompt": 4,
+    "sampling.steps": 2,
+    "gradient.replay_steps": 1,
+    "train.iterations": 1,
+    "train.prompts_per_iteration": 1,
+    "train.validation_images": 1,
+    "tracker": "none",
+}
+
+
+@pytest.fixture
+def short(monkeypatch, tmp_path):
+    """Recipes that take seconds, and the adapter that the demo would have left."""
+    monkeypatch.chdir(tmp_path)
+    whole = RunConfig.load
+    monkeypatch.setattr(
+        RunConfig, "load", lambda recipe, overrides=(): whole(recipe, SMALL | dict(overrides))
+    )
+    FairnessFinetuner.from_recipe("testbed-demo").save_adapter("runs/demo/adapter")
+
+
+def test_its_python_runs(short):
+    blocks = re.findall(r"```python\n(.*?)```", README, re.DOTALL)
+    assert len(blocks) == 4
+    names: dict = {}
+    for block in blocks:
+        exec(block, names)
+    assert names["images"][0].size == (64, 64)
+    assert Path("my-adapter/fair_adapter.json").exists()
+    assert names["report"].summary["images"] == 24
+
+
+def test_its_commands_exist():
+    known = get_command(cli.app).commands
+    used = re.findall(r"diffusers-fair ([a-z]+)(.*)", README)
+    assert {name for name, _ in used} >= {"demo", "train", "evaluate", "generate", "recipes"}
+    for name, rest in used:
+        command = known[name]
+        if hasattr(command, "commands"):  # a command of commands
+            command = command.commands[rest.split()[0]]
+        options = {o for p in command.params for o in p.opts}
+        assert set(re.findall(r"--[a-z-]+", rest)) <= options
+        if name == "train":
+            assert rest.split()[0] in recipes()

@@ -1,0 +1,148 @@
+"""The loop on the testbed, at a size that takes seconds."""
+
+import json
+
+import pytest
+import torch
+
+from diffusers_fair import FairnessFinetuner, testbed
+from diffusers_fair.adapters.io import read_adapter
+from diffusers_fair.config import RunConfig
+
+SMALL = {
+    "adapter": {"rank": 2},
+    "prompts": {"images_per_prompt": 4},
+    "sampling": {"steps": 3},
+    "gradient": {"replay_steps": 2},
+    "train": {
+        "iterations": 4,
+        "prompts_per_iteration": 1,
+        "checkpoint_every": 2,
+        "validate_every": 4,
+        "validation_images": 2,
+    },
+    "tracker": "none",
+}
+
+
+def finetuner(folder, **overrides) -> FairnessFinetuner:
+    return FairnessFinetuner.from_recipe(
+        "testbed-gender", **SMALL | {"output": str(folder)} | overrides
+    )
+
+
+@pytest.fixture(scope="module")
+def run(tmp_path_factory):
+    """A finished run of four iterations, and its finetuner."""
+    folder = tmp_path_factory.mktemp("runs") / "first"
+    trained = finetuner(folder)
+    trained.train(progress=False)
+    return folder, trained
+
+
+def test_a_run_leaves_what_the_design_says(run):
+    folder, _ = run
+    names = {path.name for path in folder.iterdir()}
+    assert {"recipe.yaml", "events.jsonl", "checkpoints", "adapter", "adapter-best"} <= names
+    assert [path.name for path in (folder / "samples").iterdir()] == ["step-000004.png"]
+    assert sorted(path.name for path in (folder / "checkpoints").iterdir()) == [
+        "step-000002",
+        "step-000004",
+    ]
+
+
+def test_every_iteration_is_recorded(run):
+    folder, _ = run
+    events = [json.loads(line) for line in (folder / "events.jsonl").read_text().splitlines()]
+    steps = [event for event in events if "loss" in event]
+    assert [event["iteration"] for event in steps] == [1, 2, 3, 4]
+    for event in steps:
+        assert event["loss"] == pytest.approx(event["alignment"] + event["semantics"], abs=1e-5)
+    assert 0 <= events[-1]["validation/gender"] <= 1
+
+
+def test_the_adapter_says_what_it_is(run):
+    info, weights = read_adapter(run[0] / "adapter")
+    assert info.base_model == testbed.NAME
+    assert [attribute.name for attribute in info.attributes] == ["gender"]
+    assert info.recipe["sampling"]["steps"] == [3, 3]
+    moved = [key for key, weight in weights.items() if ".lora_B" in key and weight.any()]
+    assert len(moved) == 4 * 6  # every layer of the text encoder has learned something
+
+
+def test_same_recipe_and_seed_give_the_same_adapter(run, tmp_path):
+    finetuner(tmp_path / "again").train(progress=False)
+    first, again = (read_adapter(f / "adapter")[1] for f in (run[0], tmp_path / "again"))
+    assert all(torch.equal(first[key], again[key]) for key in first)
+
+
+def test_another_seed_gives_another_adapter(run, tmp_path):
+    other = finetuner(tmp_path / "other", **{"train": SMALL["train"] | {"seed": 1}})
+    other.train(progress=False)
+    first, second = (read_adapter(f / "adapter")[1] for f in (run[0], tmp_path / "other"))
+    assert not all(torch.equal(first[key], second[key]) for key in first)
+
+
+def test_a_stopped_run_goes_on_to_the_same_adapter(run, tmp_path, monkeypatch):
+    folder = tmp_path / "stopped"
+    stopped = finetuner(folder)
+    whole = FairnessFinetuner.iteration
+
+    def stop(self, number):
+        if number == 3:
+            raise KeyboardInterrupt
+        return whole(self, number)
+
+    with monkeypatch.context() as patch:
+        patch.setattr(FairnessFinetuner, "iteration", stop)
+        with pytest.raises(KeyboardInterrupt):
+            stopped.train(progress=False)
+    assert not (folder / "adapter").exists()
+    finetuner(folder).train(progress=False)
+    first, again = (read_adapter(f / "adapter")[1] for f in (run[0], folder))
+    assert all(torch.equal(first[key], again[key]) for key in first)
+
+
+def test_a_gradient_that_is_not_finite_is_skipped_and_counted(tmp_path, monkeypatch):
+    broken = finetuner(tmp_path / "broken")
+    before = [parameter.detach().clone() for parameter in broken.parameters]
+
+    def accumulate(prompt, steps, share, g):
+        for parameter in broken.parameters:
+            parameter.grad = torch.full_like(parameter, float("nan"))
+        return {"loss": 1.0}
+
+    monkeypatch.setattr(broken, "_accumulate", accumulate)
+    figures = broken.iteration(0)
+    assert figures["skipped"] == 1
+    assert all(torch.equal(a, b) for a, b in zip(before, broken.parameters, strict=True))
+
+
+def test_every_prompt_comes_once_before_any_comes_again(tmp_path):
+    trainer = finetuner(tmp_path / "prompts")
+    count = len(trainer.prompts)
+    drawn = [trainer._draw_prompts(number)[0] for number in range(2 * count)]
+    assert sorted(drawn[:count]) == sorted(trainer.prompts) == sorted(drawn[count:])
+    assert drawn[:count] != drawn[count:]
+
+
+def test_test_prompts_are_never_trained_on(tmp_path):
+    from diffusers_fair.prompts import prompt_set
+
+    trainer = finetuner(tmp_path / "unseen")
+    unseen = set(prompt_set("testbed-occupations").prompts("test"))
+    assert len(unseen) == 50
+    assert not unseen & {*trainer.prompts, *trainer.validation_prompts}
+
+
+def test_an_output_folder_with_another_run_is_refused(run):
+    other = RunConfig.load(
+        "testbed-gender", SMALL | {"output": str(run[0]), "optimizer": {"lr": 0.5}}
+    )
+    with pytest.raises(ValueError, match=r"holds another run \(optimizer.lr is .* there and 0.5"):
+        FairnessFinetuner(other).train(progress=False)
+
+
+def test_a_split_without_prompts_is_refused(tmp_path):
+    with pytest.raises(ValueError, match=r"'non-templated' has no train"):
+        finetuner(tmp_path / "x", prompts={"sets": ["non-templated"]})
