@@ -62,17 +62,18 @@ def doctor(
     ] = None,
 ) -> None:
     """Say what a recipe needs, what is there and what is not; downloads nothing."""
-    from diffusers_fair import doctor as looks
     from diffusers_fair.config import RunConfig
+    from diffusers_fair.doctor import examine
 
-    found = looks.examine(RunConfig.load(recipe, overrides or []))
-    for part, needs in found.items():
-        for need in needs:
-            state = "there  " if need.there else "missing"
-            advice = "" if need.there else f": {need.advice}"
-            console.print(f"{state}  {part}  {need.what}{advice}", markup=False, highlight=False)
-    console.print(f"weights that are there: {looks.weights(found) / 1e9:.1f} GB, as stored")
-    gaps = looks.missing(found)
+    found = examine(RunConfig.load(recipe, overrides or []))
+    for need, parts in found.items():
+        state = "there  " if need.there else "missing"
+        advice = "" if need.there else f"\n         {need.advice}"
+        text = f"{state}  {need.what}  (for {', '.join(parts)}){advice}"
+        console.print(text, markup=False, highlight=False, soft_wrap=True)
+    size = sum(need.size for need in found) / 1e9
+    console.print(f"weights that are there: {size:.1f} GB, as stored", highlight=False)
+    gaps = [need for need in found if not need.there]
     if gaps:
         raise ValueError(f"'{recipe}' needs {len(gaps)} things that are missing, see above")
 

@@ -13,42 +13,36 @@ from diffusers_fair.backends.needs import Need, package
 from diffusers_fair.config import ClassifierSection, ModelsSection, RunConfig
 from diffusers_fair.prompts import prompt_set
 
-Found = dict[str, list[Need]]
-"""Part of the recipe -> what it needs."""
+Parts = dict[str, list[Need]]
+"""Part of the recipe, as its key -> what it needs."""
 
 
-def examine(config: RunConfig) -> Found:
+def examine(config: RunConfig) -> dict[Need, list[str]]:
     """Look up everything that a recipe names.
 
     Returns:
-        Part of the recipe, as its key -> what it needs; parts that need nothing are left out.
+        What is needed, each thing once -> the parts of the recipe that need it.
     """
     attributes = [section.attribute() for section in config.attributes]
     packages = ["accelerate", "scipy", "rich"]
     if config.tracker != "none":
         packages.append(config.tracker)
     splits = (config.prompts.train, config.prompts.validation, config.evaluation.split)
-    found = {
-        "packages": [package(name) for name in packages],
+    parts: Parts = {
+        "training": [package(name) for name in packages],
         "base": base.needs(config.base.model, config.base.revision),
         "prompts": [_prompts(name, splits) for name in config.prompts.sets],
         **_judges(config.models, attributes, "models"),
         **_judges(config.evaluation.models, attributes, "evaluation.models"),
     }
-    return {part: needs for part, needs in found.items() if needs}
+    found: dict[Need, list[str]] = {}
+    for part, needs in parts.items():
+        for need in needs:
+            found.setdefault(need, []).append(part)
+    return found
 
 
-def missing(found: Found) -> list[Need]:
-    """What is not there."""
-    return [need for needs in found.values() for need in needs if not need.there]
-
-
-def weights(found: Found) -> int:
-    """Bytes of all weights that are there, each counted once, as stored."""
-    return sum({need.what: need.size for needs in found.values() for need in needs}.values())
-
-
-def _judges(models: ModelsSection, attributes: Sequence[Attribute], key: str) -> Found:
+def _judges(models: ModelsSection, attributes: Sequence[Attribute], key: str) -> Parts:
     """What the models that look at the images need."""
     detector = retinaface.needs() if models.face_detector == "retinaface" else []
     clip, dino = (name.partition(":")[2] for name in (models.clip, models.dino))
@@ -75,12 +69,13 @@ def _classifier(section: ClassifierSection, attribute: Attribute) -> list[Need]:
 
 def _classes(section: ClassifierSection, attribute: Attribute) -> Need:
     """Whether the labels of a checkpoint make the attribute's classes."""
+    what = f"classes of '{section.model}'"
     try:
         known = set(group(checkpoint.read_facts(section.model)["classes"], section.classes))
     except (OSError, ValueError) as error:
-        return Need("its classes", False, str(error))
+        return Need(what, False, str(error))
     advice = f"expected {list(attribute.classes)}, got {sorted(known)}: map them with classes"
-    return Need("its classes", known == set(attribute.classes), advice)
+    return Need(what, known == set(attribute.classes), advice)
 
 
 def _prompts(name: str, splits: Sequence[str]) -> Need:
