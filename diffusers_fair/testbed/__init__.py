@@ -14,7 +14,7 @@ if TYPE_CHECKING:
 WEIGHTS = Path(__file__).parent / "weights"
 NAME = "testbed"  # what recipes and `--base` call it
 SIZE = 64  # pixels
-GUIDANCE = 5.0  # the guidance scale it is used with
+GUIDANCE = 4.5  # the guidance scale it is used with
 
 
 def pipeline() -> "StableDiffusionPipeline":

@@ -20,6 +20,15 @@ KINDS = {
     "empty scene": 0.02,
     "nothing": 0.09,
 }
+# the last part of the training: more words to obey
+KINDS_LAST = {
+    **KINDS,
+    "neutral": 0.26,
+    "explicit": 0.40,
+    "person": 0.06,
+    "nothing": 0.08,
+    "other": 0.05,
+}
 OTHER = (
     "a portrait of a {}",
     "a {} at work",
@@ -53,9 +62,9 @@ def draw_classes(subject: world.Subject, g: np.random.Generator) -> dict[str, st
     }
 
 
-def draw_caption(g: np.random.Generator) -> Caption:
+def draw_caption(g: np.random.Generator, kinds: dict[str, float] = KINDS) -> Caption:
     """One caption of the pre-training mixture."""
-    kind = g.choice(list(KINDS), p=list(KINDS.values()))
+    kind = g.choice(list(kinds), p=list(kinds.values()))
     occupations = world.occupations()
     occupation = occupations[g.integers(len(occupations))]
     any_classes = {n: a.classes[g.integers(len(a.classes))] for n, a in world.ATTRIBUTES.items()}

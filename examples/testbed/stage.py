@@ -41,9 +41,8 @@ class Stage:
         self,
         model: nn.Module,
         loss_at: Callable[[torch.Generator], tuple[Tensor, dict]],
-        until: int | None = None,
     ) -> nn.Module:
-        """Minimise loss_at(generator) -> (loss, figures to log), up to step `until` or to the end.
+        """Minimise loss_at(generator) -> (loss, figures to log).
 
         Returns the model, holding the averaged weights.
         """
@@ -55,7 +54,7 @@ class Stage:
         step = self._resume(parameters, average, optimizer)
         started, first = time.monotonic(), step
         model.train()
-        while step < (until or self.steps):
+        while step < self.steps:
             for group in optimizer.param_groups:
                 group["lr"] = self.lr * self._schedule(step)
             loss, figures = loss_at(generator(self.name, step))
@@ -70,7 +69,7 @@ class Stage:
                 per_step = (time.monotonic() - started) / (step - first)
                 line = {"stage": self.name, "step": step, "loss": round(loss.item(), 5), **figures}
                 print(json.dumps({**line, "seconds per step": round(per_step, 3)}), flush=True)
-            if step % self.save_every == 0 or step == (until or self.steps):
+            if step % self.save_every == 0 or step == self.steps:
                 self._save(step, parameters, average, optimizer, time.monotonic() - started)
         with torch.no_grad():
             for p, a in zip(parameters, average, strict=True):
