@@ -232,10 +232,30 @@ class SamplingSection(Section):
 class GradientSection(Section):
     """How the gradient gets from the image to the adapter."""
 
+    method: Literal["replay", "autograd", "naive", "truncated"] = "replay"
+    """`replay` and `autograd` give the paper's biased gradient, step by step or, as in its
+    Algorithm 1, in one graph; `naive` the exact one; `truncated` the exact one of the last steps.
+    All but `replay` are for comparison: their memory grows with the steps."""
     standardize: Literal["paper", "exact", "none"] = "exact"
-    """Weights of the steps: the paper's coefficients, all equal, or the scheduler's own."""
+    """Weights of the steps in the biased gradient: the paper's coefficients, all equal, or the
+    scheduler's own."""
     replay_steps: Positive | None = None
-    """Steps drawn for the gradient pass, inversely weighted; null is all of them."""
+    """Of `replay`: steps drawn for the gradient pass, inversely weighted; null is all of them."""
+    truncated_steps: Positive | None = None
+    """Of `truncated`: how many of the last steps the gradient goes through."""
+
+    @model_validator(mode="after")
+    def _check_method(self) -> "GradientSection":
+        for key, method in (("replay_steps", "replay"), ("truncated_steps", "truncated")):
+            value = getattr(self, key)
+            if value is not None and self.method != method:
+                raise ValueError(
+                    f"{key} is for method '{method}', got {value} with method '{self.method}': "
+                    "set it to null, or leave it out"
+                )
+        if self.method == "truncated" and self.truncated_steps is None:
+            raise ValueError("method 'truncated' needs truncated_steps, how many of the last steps")
+        return self
 
 
 class LossesSection(Section):
@@ -326,11 +346,12 @@ class RunConfig(Section):
         low, high = self.sampling.steps
         if low > high:
             raise ValueError(f"sampling.steps must be [low, high], low <= high, got {[low, high]}")
-        if (self.gradient.replay_steps or 0) > low:
-            raise ValueError(
-                f"gradient.replay_steps must be at most sampling.steps ({low}), "
-                f"got {self.gradient.replay_steps}"
-            )
+        for key in ("replay_steps", "truncated_steps"):
+            count = getattr(self.gradient, key)
+            if (count or 0) > low:
+                raise ValueError(
+                    f"gradient.{key} must be at most sampling.steps ({low}), got {count}"
+                )
         names = [attribute.name for attribute in self.attributes]
         if len(set(names)) < len(names):
             raise ValueError(f"attributes must have different names, got {names}")

@@ -1,6 +1,6 @@
 """Embeddings and noise -> latents -> images, keeping what replay needs on the way."""
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -76,19 +76,57 @@ def sample(
     Raises:
         ValueError: guidance without `uncond`, or a guidance scale below 1.
     """
-    branches = guidance(guidance_scale, cond, uncond)
-    embeddings = torch.cat([rows(embedding, len(noise)) for embedding, _ in branches])
-    scheduler.set_timesteps(steps, device=noise.device)
-    latents = noise * getattr(scheduler, "init_noise_sigma", 1.0)  # flow matching has none
+    guided = guided_unet(unet, cond, uncond, len(noise), guidance_scale)
     inputs = []
-    for t in scheduler.timesteps:
-        scaled = scaled_input(scheduler, latents, t)  # (n, c, h, w)
+
+    def evaluate(step: int, scaled: Tensor, t: Tensor) -> Tensor:
         if keep:
             inputs.append(scaled)
-        output = predict(unet, torch.cat([scaled] * len(branches)), t, embeddings)
-        output = _guided(output.chunk(len(branches)), guidance_scale)
-        latents = scheduler.step(output, t, latents, return_dict=False)[0]
+        return guided(scaled, t)
+
+    latents = denoise(evaluate, scheduler, noise, steps)
     return Trajectory(latents, tuple(inputs), scheduler.timesteps, guidance_scale)
+
+
+def denoise(
+    evaluate: Callable[[int, Tensor, Tensor], Tensor], scheduler: Any, noise: Tensor, steps: int
+) -> Tensor:
+    """Go from noise to the final latents, with or without gradients as the caller has them.
+
+    Args:
+        evaluate: gives the guided prediction (n, c, h, w) for the number of the U-Net evaluation,
+            from 0, the scaled latents (n, c, h, w) and the timestep.
+        scheduler: a diffusers scheduler, wrapped in `BiasedGradientScheduler` or not.
+        noise: (n, c, h, w), standard normal.
+        steps: of the scheduler.
+
+    Returns:
+        (n, c, h, w), z_K.
+    """
+    scheduler.set_timesteps(steps, device=noise.device)
+    latents = noise * getattr(scheduler, "init_noise_sigma", 1.0)  # flow matching has none
+    for i, t in enumerate(scheduler.timesteps):
+        output = evaluate(i, scaled_input(scheduler, latents, t), t)  # (n, c, h, w)
+        latents = scheduler.step(output, t, latents, return_dict=False)[0]
+    return latents
+
+
+def guided_unet(
+    unet: Any, cond: Tensor, uncond: Tensor | None, count: int, scale: float
+) -> Callable[[Tensor, Tensor], Tensor]:
+    """Return the guided prediction as a function of `count` scaled latents and a timestep.
+
+    Raises:
+        ValueError: as `guidance` and `rows` do.
+    """
+    branches = guidance(scale, cond, uncond)
+    embeddings = torch.cat([rows(embedding, count) for embedding, _ in branches])
+
+    def evaluate(scaled: Tensor, t: Tensor) -> Tensor:
+        output = predict(unet, torch.cat([scaled] * len(branches)), t, embeddings)
+        return _guided(output.chunk(len(branches)), scale)
+
+    return evaluate
 
 
 def predict(unet: Any, inputs: Tensor, timestep: Tensor, embeddings: Tensor) -> Tensor:

@@ -29,6 +29,7 @@ from diffusers_fair.prompts import prompt_set
 from diffusers_fair.replay import draw_steps, replay
 from diffusers_fair.sampling import decode, initial_noise, sample
 from diffusers_fair.scheduler import BiasedGradientScheduler
+from diffusers_fair.unrolled import unroll
 
 Figures = dict[str, float]
 
@@ -172,13 +173,18 @@ class FairnessFinetuner:
             first = sample(pipe.unet, self.scheduler, cond, uncond, noise, steps, scale, keep=False)
             originals = self.objective.originals(decode(pipe.vae, first.latents).float())
         cond, uncond = self._encode(prompt)
+        if self.config.gradient.method != "replay":
+            z = self._unroll(cond, uncond, noise, steps)
+            loss, figures = self.objective(decode(pipe.vae, z).float(), originals)
+            (share * loss).backward()
+            return figures
         trajectory = sample(pipe.unet, self.scheduler, cond, uncond, noise, steps, scale)
         z = trajectory.latents.requires_grad_()  # (n, c, h, w), z_K
         loss, figures = self.objective(decode(pipe.vae, z).float(), originals)
         (v,) = torch.autograd.grad(share * loss, z)  # (n, c, h, w)
         weights = self.scheduler.gradient_weights()
-        count = min(self.config.gradient.replay_steps or len(weights), len(weights))
-        chosen, chances = draw_steps(len(weights), count, g)
+        count = self.config.gradient.replay_steps
+        chosen, chances = draw_steps(len(weights), count, g) if count else (None, None)
         gradients = replay(
             pipe.unet, trajectory, cond, uncond, v, weights, steps=chosen, weights=chances
         )
@@ -186,6 +192,14 @@ class FairnessFinetuner:
             if embeddings is not None and gradient is not None:
                 embeddings.backward(gradient.to(embeddings.dtype))  # once through the text encoder
         return figures
+
+    def _unroll(self, cond: Tensor, uncond: Tensor | None, noise: Tensor, steps: int) -> Tensor:
+        """(n, c, h, w), z_K with the graph of the recipe's gradient, to compare replay with."""
+        unet, scale = self.pipe.unet, self.config.sampling.guidance_scale
+        biased = self.config.gradient.method == "autograd"
+        scheduler = self.scheduler if biased else self.scheduler.scheduler
+        last = self.config.gradient.truncated_steps
+        return unroll(unet, scheduler, cond, uncond, noise, steps, scale, last=last)
 
     def _encode(self, prompt: str) -> tuple[Tensor, Tensor | None]:
         """Embeddings of the prompt and, with guidance, of the empty one, (1, L, d) each."""

@@ -141,6 +141,20 @@ def test_every_key_is_documented():
         ("sampling.steps=[5,3]", r"sampling\.steps must be \[low, high\], low <= high"),
         ("sampling.steps=[1,2,3]", r"sampling\.steps: .*at most 2 items.*, got \[1, 2, 3\]"),
         ("gradient.replay_steps=20", r"at most sampling\.steps \(19\), got 20"),
+        ("gradient.method=x", "expected 'replay', 'autograd', 'naive' or 'truncated', got 'x'"),
+        (
+            "gradient={method: autograd, replay_steps: 3}",
+            "gradient: replay_steps is for method 'replay', got 3 with method 'autograd': set it",
+        ),
+        (
+            "gradient.truncated_steps=2",
+            "truncated_steps is for method 'truncated', got 2 with method 'replay': set it to null",
+        ),
+        ("gradient.method=truncated", "method 'truncated' needs truncated_steps, how many"),
+        (
+            "gradient={method: truncated, truncated_steps: 20}",
+            r"gradient\.truncated_steps must be at most sampling\.steps \(19\), got 20",
+        ),
         # overrides
         ("train.iterations", "an override must be key=value, got 'train.iterations'"),
         ("=3", "an override must be key=value"),

@@ -32,6 +32,7 @@ LAYERS = {  # of a module or of everything in a folder; imports go to the same l
     "evaluation.quality": 2,
     "testbed": 2,
     "replay": 3,  # composition
+    "unrolled": 3,
     "loading": 3,
     "backends": 3,
     "objective": 3,

@@ -118,6 +118,50 @@ def test_a_gradient_that_is_not_finite_is_skipped_and_counted(tmp_path, monkeypa
     assert all(torch.equal(a, b) for a, b in zip(before, broken.parameters, strict=True))
 
 
+METHODS = {
+    "replay": {},
+    "autograd": {"method": "autograd"},
+    "naive": {"method": "naive"},
+    "truncated": {"method": "truncated", "truncated_steps": 1},
+}
+
+
+@pytest.fixture(scope="module")
+def compared(tmp_path_factory):
+    """Gradient method -> figures, gradient and parameters after one iteration on two prompts."""
+    folder, found = tmp_path_factory.mktemp("methods"), {}
+    for method, section in METHODS.items():
+        trainer = finetuner(
+            folder / method,
+            prompts={"images_per_prompt": 2},
+            sampling={"steps": 2},
+            gradient={"replay_steps": None} | section,
+            train=SMALL["train"] | {"prompts_per_iteration": 2},
+        )
+        figures = trainer.iteration(0)
+        gradient = torch.cat([p.grad.flatten() for p in trainer.parameters])
+        weights = torch.cat([p.detach().flatten() for p in trainer.parameters])
+        found[method] = figures, gradient, weights
+    return found
+
+
+def test_replay_and_autograd_give_the_same_update(compared):
+    (_, expected, weights), (_, gradient, others) = compared["autograd"], compared["replay"]
+    assert (gradient - expected).norm() <= 1e-4 * expected.norm()
+    assert (weights - others).norm() <= 1e-3 * weights.norm()
+
+
+def test_every_method_trains_on_the_same_images(compared):
+    losses = [{k: v for k, v in found[0].items() if k != "gradient"} for found in compared.values()]
+    assert losses == [losses[0]] * len(METHODS)
+
+
+@pytest.mark.parametrize("method", ["naive", "truncated"])
+def test_other_methods_give_another_gradient(compared, method):
+    _, expected, _ = compared["replay"]
+    assert (compared[method][1] - expected).norm() > 0.05 * expected.norm()
+
+
 def test_every_prompt_comes_once_before_any_comes_again(tmp_path):
     trainer = finetuner(tmp_path / "prompts")
     count = len(trainer.prompts)
