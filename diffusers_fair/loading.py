@@ -2,6 +2,8 @@
 
 The low-rank layers are put in with peft's functional interface, the same for every part: the host's
 loader for text encoders draws random numbers, and the one for U-Nets switches other adapters off.
+Soft tokens are put in by the host's own loader of textual inversions, and before every prompt by
+`PromptPrefix`.
 """
 
 import math
@@ -14,6 +16,7 @@ from typing import TYPE_CHECKING, Any
 from torch import Tensor, nn
 
 from diffusers_fair.adapters.io import (
+    EMBEDS_FILE,
     INFO_FILE,
     PREFIXES,
     WEIGHTS_FILE,
@@ -22,6 +25,12 @@ from diffusers_fair.adapters.io import (
     Weights,
     base_fingerprint,
     read_adapter,
+)
+from diffusers_fair.adapters.prefix import PromptPrefix, prompt_prefix
+from diffusers_fair.adapters.soft_tokens import (
+    check_soft_tokens,
+    load_soft_tokens,
+    unload_soft_tokens,
 )
 
 if TYPE_CHECKING:
@@ -43,17 +52,23 @@ def load_fair_adapter(
     Adapters that the pipeline already carries stay, and stay active. Upon any error the pipeline is
     as it was.
 
+    Soft tokens go before every prompt that this pipeline is given as text, not before the negative
+    one. A pipeline made from this one's parts knows the tokens, but does not put them there: type
+    the placeholder, as `<fair> a chef`.
+
     Args:
         pipe: a pipeline with the base model that the adapter was trained for.
         id_or_dir: an adapter folder, or a repository on the Hub (then also from the local cache).
-        scale: strength; 0 is the base model, 1 the adapter as trained.
+        scale: strength; 0 is the base model, 1 the adapter as trained. Soft tokens are there or
+            not: an adapter with them takes nothing between.
         adapter_name: to address it by, also in diffusers' own `set_adapters`.
         revision: branch, tag or commit of the repository.
         token: for a private repository.
 
     Raises:
         ValueError: one sentence: not found, damaged, another format version, another base model, a
-            name in use, other adapters fused into the weights.
+            name in use, a scale that cannot be, other adapters fused into the weights, other soft
+            tokens before the prompt.
     """
     if not re.fullmatch(r"[\w-]+", adapter_name):
         raise ValueError(
@@ -67,9 +82,13 @@ def load_fair_adapter(
     _check_scale(scale)
     _check_not_fused(pipe)
     info, weights = read_adapter(local_folder(id_or_dir, revision, token))
+    _check_prefix_scale(scale, info.soft_tokens is not None)
     _check_base(pipe, info, weights)
     try:
-        for part, lora in info.components.items():
+        if info.soft_tokens:
+            embeds = weights[info.soft_tokens.token]
+            load_soft_tokens(pipe, info.soft_tokens, embeds, adapter_name)
+        for part, lora in info.lora.items():
             _insert(getattr(pipe, part), lora, _state(weights, part), adapter_name)
         set_fair_adapter_scale(pipe, scale, adapter_name=adapter_name)
     except BaseException:
@@ -83,7 +102,7 @@ def unload_fair_adapter(pipe: "DiffusionPipeline", *, adapter_name: str = "fair"
     Raises:
         ValueError: the pipeline carries no such adapter, or adapters are fused into its weights.
     """
-    _loaded_layers(pipe, adapter_name)
+    _check_loaded(pipe, adapter_name)
     _check_not_fused(pipe)
     _remove(pipe, adapter_name)
 
@@ -94,11 +113,17 @@ def set_fair_adapter_scale(
     """Set an adapter's strength: 0 is the base model, 1 the adapter as trained.
 
     Raises:
-        ValueError: the pipeline carries no such adapter, or the scale is not finite.
+        ValueError: the pipeline carries no such adapter, or the scale is not finite, or neither 0
+            nor 1 for an adapter with soft tokens.
     """
     _check_scale(scale)
+    _check_loaded(pipe, adapter_name)
+    prefix = _prefix(pipe, adapter_name)
+    _check_prefix_scale(scale, prefix is not None)
     for layer in _loaded_layers(pipe, adapter_name):
         layer.set_scale(adapter_name, scale)
+    if prefix is not None:
+        prefix.on = bool(scale)
 
 
 # ---- where the folder is -------------------------------------------------------------------------
@@ -107,7 +132,7 @@ def set_fair_adapter_scale(
 def local_folder(
     id_or_dir: str | Path, revision: str | None = None, token: str | bool | None = None
 ) -> Path:
-    """The folder itself, or the cached copy of a repository's two files that are read."""
+    """The folder itself, or the cached copy of a repository's files that are read."""
     if Path(id_or_dir).is_dir():
         return Path(id_or_dir)
     repository = str(id_or_dir)
@@ -117,7 +142,7 @@ def local_folder(
     from huggingface_hub import errors, snapshot_download
 
     try:
-        files = [INFO_FILE, WEIGHTS_FILE]
+        files = [INFO_FILE, WEIGHTS_FILE, EMBEDS_FILE]
         return Path(
             snapshot_download(repository, revision=revision, token=token, allow_patterns=files)
         )
@@ -140,6 +165,23 @@ def _check_scale(scale: float) -> None:
         raise ValueError(f"scale must be a finite number, got {scale}")
 
 
+def _check_prefix_scale(scale: float, prefix: bool) -> None:
+    """Soft tokens weighed less would be other words, not less of the adapter."""
+    if prefix and scale not in (0, 1):
+        raise ValueError(
+            f"this adapter puts soft tokens before the prompt, which are there or not: scale must "
+            f"be 0 or 1, got {scale}"
+        )
+
+
+def _check_loaded(pipe: "DiffusionPipeline", adapter_name: str) -> None:
+    """The pipeline carries this adapter."""
+    if not _loaded_layers(pipe, adapter_name) and _prefix(pipe, adapter_name) is None:
+        raise ValueError(
+            f"the pipeline carries no adapter '{adapter_name}', only {sorted(_adapter_names(pipe))}"
+        )
+
+
 def _check_not_fused(pipe: "DiffusionPipeline") -> None:
     """Fused layers would be unfused on the way, which rounds the base model's weights."""
     if any(layer.merged for model in _parts(pipe).values() for layer in _layers(model).values()):
@@ -155,7 +197,14 @@ def _check_base(pipe: "DiffusionPipeline", info: AdapterInfo, weights: Weights) 
             f"the adapter was trained for the base model '{info.base_model}', and the shapes of "
             f"this {type(pipe).__name__}'s text encoder and U-Net are of another one"
         )
-    for part in info.components:
+    if info.soft_tokens:
+        check_soft_tokens(pipe, info.soft_tokens)
+        width = pipe.text_encoder.get_input_embeddings().embedding_dim
+        if (got := weights[info.soft_tokens.token].shape[1]) != width:
+            raise ValueError(
+                f"the adapter's soft tokens are {got} numbers wide, and this text encoder's {width}"
+            )
+    for part in info.lora:
         modules = dict(_parts(pipe)[part].named_modules()) if part in _parts(pipe) else {}
         for key, tensor in _state(weights, part).items():
             name, _, half = key.removesuffix(".weight").rpartition(".lora_")
@@ -182,7 +231,15 @@ def _parts(pipe: "DiffusionPipeline") -> dict[str, Any]:
 
 def _adapter_names(pipe: "DiffusionPipeline") -> set[str]:
     """Names of all adapters on the pipeline, whoever loaded them."""
-    return {name for model in _parts(pipe).values() for name in getattr(model, "peft_config", {})}
+    names = {name for model in _parts(pipe).values() for name in getattr(model, "peft_config", {})}
+    prefix = prompt_prefix(pipe)
+    return names if prefix is None else names | {prefix.adapter_name}
+
+
+def _prefix(pipe: "DiffusionPipeline", adapter_name: str) -> PromptPrefix | None:
+    """The prefix before the prompts, if it is this adapter's."""
+    prefix = prompt_prefix(pipe)
+    return prefix if prefix is not None and prefix.adapter_name == adapter_name else None
 
 
 def _layers(model: nn.Module) -> "dict[str, LoraLayer]":
@@ -193,18 +250,13 @@ def _layers(model: nn.Module) -> "dict[str, LoraLayer]":
 
 
 def _loaded_layers(pipe: "DiffusionPipeline", adapter_name: str) -> "list[LoraLayer]":
-    """The layers that hold weights of this adapter; there are some."""
-    layers = [
+    """The layers that hold weights of this adapter."""
+    return [
         layer
         for model in _parts(pipe).values()
         for layer in _layers(model).values()
         if adapter_name in layer.scaling
     ]
-    if not layers:
-        raise ValueError(
-            f"the pipeline carries no adapter '{adapter_name}', only {sorted(_adapter_names(pipe))}"
-        )
-    return layers
 
 
 def _active_adapters(model: nn.Module) -> list[str]:
@@ -244,8 +296,11 @@ def _insert(model: Any, lora: Lora, state: dict[str, Tensor], adapter_name: str)
 
 
 def _remove(pipe: "DiffusionPipeline", adapter_name: str) -> None:
-    """Take out the layers of an adapter, also of one that was put in by half."""
+    """Take out all of an adapter, also of one that was put in by half."""
     from peft.functional import set_adapter
+
+    if _prefix(pipe, adapter_name) is not None:
+        unload_soft_tokens(pipe)
 
     for model in _parts(pipe).values():
         active = [name for name in _active_adapters(model) if name != adapter_name]

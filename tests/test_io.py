@@ -11,7 +11,7 @@ from safetensors.torch import save_file
 import diffusers_fair
 from diffusers_fair import Attribute
 from diffusers_fair.adapters import io
-from diffusers_fair.adapters.io import AdapterInfo, Lora, read_adapter, write_adapter
+from diffusers_fair.adapters.io import AdapterInfo, Lora, SoftTokens, read_adapter, write_adapter
 
 TEXT = "text_encoder.text_model.encoder.layers.0.mlp.fc1.lora_"
 UNET = "unet.mid_block.attentions.0.to_out.0.lora_"
@@ -39,10 +39,37 @@ def weights(dtype=torch.float32):
     }
 
 
+SOFT = {"soft_tokens": SoftTokens(count=2)}
+BOTH = {"text_encoder": Lora(rank=3, alpha=6.0), "unet": Lora(rank=2, alpha=2.0)} | SOFT
+
+
+def embeds(dtype=torch.float32):
+    return {"<fair>": torch.arange(8.0).view(2, 4).to(dtype)}
+
+
+def put(path, value):
+    """A change that sets one value of nested JSON."""
+
+    def change(data):
+        *parents, last = path
+        for name in parents:
+            data = data[name]
+        data[last] = value
+
+    return change
+
+
 @pytest.fixture
 def folder(tmp_path):
     write_adapter(tmp_path / "adapter", weights(), adapter_info())
     return tmp_path / "adapter"
+
+
+@pytest.fixture
+def whole(tmp_path):
+    """An adapter of low-rank layers and soft tokens."""
+    write_adapter(tmp_path / "whole", weights() | embeds(), adapter_info(components=BOTH))
+    return tmp_path / "whole"
 
 
 def edit(folder, change):
@@ -52,9 +79,9 @@ def edit(folder, change):
     (folder / io.INFO_FILE).write_text(json.dumps(data))
 
 
-def rewrite(folder, change, metadata=None):
+def rewrite(folder, change, metadata=None, name=io.WEIGHTS_FILE):
     """Change the tensors of an adapter folder in place; its header stays unless one is given."""
-    path = folder / io.WEIGHTS_FILE
+    path = folder / name
     with safe_open(path, framework="pt") as file:
         tensors, old = {key: file.get_tensor(key) for key in file.keys()}, file.metadata()  # noqa: SIM118
     change(tensors)
@@ -70,6 +97,30 @@ def test_what_is_written_is_read(tmp_path, dtype):
     for key, tensor in weights(dtype).items():
         assert tensors[key].dtype == dtype
         assert torch.equal(tensors[key], tensor)
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.float16, torch.bfloat16])
+@pytest.mark.parametrize("components", [SOFT, BOTH])
+def test_soft_tokens_are_read_as_written(tmp_path, components, dtype):
+    tensors = embeds(dtype) | (weights() if len(components) > 1 else {})
+    write_adapter(tmp_path / "adapter", tensors, adapter_info(components=components))
+    info, found = read_adapter(tmp_path / "adapter")
+    assert info == adapter_info(components=components)
+    assert info.soft_tokens == SOFT["soft_tokens"]
+    assert info.soft_tokens.names == ("<fair>", "<fair>_1")
+    assert info.lora == {name: size for name, size in components.items() if name in io.PREFIXES}
+    assert found.keys() == tensors.keys()
+    assert found["<fair>"].dtype == dtype
+    assert all(torch.equal(found[key], tensors[key]) for key in tensors)
+    with safe_open(tmp_path / "adapter" / io.EMBEDS_FILE, framework="pt") as file:
+        assert list(file.keys()) == ["<fair>"]
+    assert (tmp_path / "adapter" / io.WEIGHTS_FILE).exists() == bool(info.lora)
+
+
+def test_an_adapter_without_soft_tokens_replaces_one_with_them(whole):
+    write_adapter(whole, weights(), adapter_info())
+    assert read_adapter(whole)[0] == adapter_info()
+    assert not (whole / io.EMBEDS_FILE).exists()
 
 
 def test_optional_fields_may_be_missing(tmp_path):
@@ -144,6 +195,12 @@ def test_a_file_is_refused(tmp_path):
         (weights() | {TEXT + "A.weight": torch.full((3, 8), torch.inf)}, {}, "NaN or infinite"),
         (weights(torch.float64), {}, "F64"),
         (weights(), {"components": {"unet": Lora(rank=2, alpha=2.0)}}, "no low-rank weight"),
+        (weights(), {"components": SOFT}, f"has a '{io.WEIGHTS_FILE}', and its {io.INFO_FILE}"),
+        (weights() | embeds(), {}, f"has a '{io.EMBEDS_FILE}', and its fair_adapter.json names no"),
+        (weights(), {"components": BOTH}, r"expected '<fair>' alone in it, got \[\]"),
+        (embeds(), {"components": BOTH}, "nothing in it is for 'text_encoder'"),
+        (embeds() | {"x": torch.ones(1)}, {"components": SOFT}, f"has a '{io.WEIGHTS_FILE}', and"),
+        (embeds(), {"components": {"unet": SoftTokens(count=2)}}, "expected unet to have the keys"),
         (weights(), {"evaluation": {"bias": float("nan")}}, "Out of range float"),
     ],
 )
@@ -174,21 +231,31 @@ def test_missing_folder(tmp_path):
         read_adapter(tmp_path / "nowhere")
 
 
-@pytest.mark.parametrize("name", [io.INFO_FILE, io.WEIGHTS_FILE])
-def test_missing_file(folder, name):
-    (folder / name).unlink()
+@pytest.mark.parametrize("name", [io.INFO_FILE, io.WEIGHTS_FILE, io.EMBEDS_FILE])
+def test_missing_file(whole, name):
+    (whole / name).unlink()
     with pytest.raises(ValueError, match=f"is not an adapter folder: '{name}' is missing"):
-        read_adapter(folder)
+        read_adapter(whole)
 
 
-@pytest.mark.parametrize("name", [io.INFO_FILE, io.WEIGHTS_FILE])
+@pytest.mark.parametrize(("name", "part"), [(io.EMBEDS_FILE, "soft_tokens"), (io.WEIGHTS_FILE, "")])
+def test_file_that_is_not_named(whole, name, part):
+    named = [part] if part else list(io.PREFIXES)
+    edit(whole, lambda data: [data["components"].pop(key) for key in named])
+    with pytest.raises(
+        ValueError, match=f"has a '{name}', and its fair_adapter.json names nothing"
+    ):
+        read_adapter(whole)
+
+
+@pytest.mark.parametrize("name", [io.INFO_FILE, io.WEIGHTS_FILE, io.EMBEDS_FILE])
 @pytest.mark.parametrize("kept", [0, 5, 0.5, 0.99])
-def test_truncated_file(folder, name, kept):
-    content = (folder / name).read_bytes()
+def test_truncated_file(whole, name, kept):
+    content = (whole / name).read_bytes()
     length = kept if isinstance(kept, int) else int(kept * len(content))
-    (folder / name).write_bytes(content[:length])
+    (whole / name).write_bytes(content[:length])
     with pytest.raises(ValueError, match=f"'.*{name}' is truncated or"):
-        read_adapter(folder)
+        read_adapter(whole)
 
 
 @pytest.mark.parametrize("version", [0, 2, "1", None])
@@ -206,10 +273,11 @@ def test_large_json(folder):
         read_adapter(folder)
 
 
-def test_large_weights(folder, monkeypatch):
-    monkeypatch.setattr(io, "MAX_WEIGHTS_BYTES", 100)
-    with pytest.raises(ValueError, match="more than the 100 allowed"):
-        read_adapter(folder)
+@pytest.mark.parametrize("limit", ["MAX_WEIGHTS_BYTES", "MAX_EMBEDS_BYTES"])
+def test_large_weights(whole, monkeypatch, limit):
+    monkeypatch.setattr(io, limit, 50)
+    with pytest.raises(ValueError, match="more than the 50 allowed"):
+        read_adapter(whole)
 
 
 @pytest.mark.parametrize("depth", [25, 100_000])
@@ -225,18 +293,6 @@ def test_brackets_in_strings_are_no_depth(tmp_path):
     info = adapter_info(recipe={"note": '[{"\\' * 100})
     write_adapter(tmp_path / "adapter", weights(), info)
     assert read_adapter(tmp_path / "adapter")[0] == info
-
-
-def put(path, value):
-    """A change that sets one value of nested JSON."""
-
-    def change(data):
-        *parents, last = path
-        for name in parents:
-            data = data[name]
-        data[last] = value
-
-    return change
 
 
 @pytest.mark.parametrize(
@@ -255,6 +311,14 @@ def put(path, value):
         (put(["components", "unet", "alpha"], 0), "alpha of unet must be positive"),
         (put(["components", "unet", "alpha"], 10**400), "alpha of unet must be positive"),
         (put(["components", "unet", "alpha"], float("nan")), "NaN is not a JSON number"),
+        (put(["components", "soft_tokens"], 5), "expected soft_tokens to have the keys"),
+        (put(["components", "soft_tokens", "count"], True), "'count' of soft_tokens must not be"),
+        (put(["components", "soft_tokens", "count"], 0), "can be 1 to 1024 soft tokens, got 0"),
+        (put(["components", "soft_tokens", "count"], 1025), "1 to 1024 soft tokens, got 1025"),
+        (put(["components", "soft_tokens", "token"], "a"), "in angle brackets, as '<fair>', got"),
+        (put(["components", "soft_tokens", "token"], "<A>"), "of small letters, .* got '<A>'"),
+        (put(["components", "soft_tokens", "token"], "<a>\n"), "in angle brackets"),
+        (put(["components", "soft_tokens", "token"], f"<{'a' * 65}>"), "in angle brackets"),
         (put(["attributes", 0], "round"), "expected an attribute to have the keys"),
         (put(["attributes", 0, "classes"], [1, 2, 3]), "the classes of 'shape' must be strings"),
         (put(["attributes", 0, "target"], ["a", 0, 1]), "the target of 'shape' must be numbers"),
@@ -263,10 +327,10 @@ def put(path, value):
         (put(["evaluation"], "good"), "'evaluation' of the file must not be str"),
     ],
 )
-def test_bad_json_values(folder, change, message):
-    edit(folder, change)
+def test_bad_json_values(whole, change, message):
+    edit(whole, change)
     with pytest.raises(ValueError, match=message):
-        read_adapter(folder)
+        read_adapter(whole)
 
 
 def test_json_that_is_no_object(folder):
@@ -314,6 +378,31 @@ def test_bad_tensors(folder, change, message):
 
 
 @pytest.mark.parametrize(
+    ("change", "message"),
+    [
+        (put(["<fair>"], torch.zeros(2)), r"expected 2 rows of '<fair>', got the shape \[2\]"),
+        (
+            put(["<fair>"], torch.zeros(3, 4)),
+            r"expected 2 rows of '<fair>', got the shape \[3, 4\]",
+        ),
+        (
+            put(["<fair>"], torch.zeros(2, 0)),
+            r"expected 2 rows of '<fair>', got the shape \[2, 0\]",
+        ),
+        (put(["<fair>"], torch.zeros(2, 4).int()), "is of type I32, expected one of"),
+        (put(["<fair>"], torch.full((2, 4), torch.nan)), "holds NaN or infinite values"),
+        (put(["<other>"], torch.zeros(2, 4)), "expected '<fair>' alone in it, got"),
+        (lambda tensors: tensors.clear(), r"expected '<fair>' alone in it, got \[\]"),
+        (lambda t: t.update({"<a>": t.pop("<fair>")}), r"alone in it, got \['<a>'\]"),
+    ],
+)
+def test_bad_soft_tokens(whole, change, message):
+    rewrite(whole, change, name=io.EMBEDS_FILE)
+    with pytest.raises(ValueError, match=f"does not hold the weights of an adapter: .*{message}"):
+        read_adapter(whole)
+
+
+@pytest.mark.parametrize(
     ("metadata", "message"),
     [
         ({}, "does not agree with fair_adapter.json"),
@@ -348,9 +437,10 @@ def test_a_pickle_is_not_read(folder):
         read_adapter(folder)
 
 
-def test_random_damage_gives_a_clear_error_or_weights(folder):
-    rng = random.Random(0)
-    good = {name: (folder / name).read_bytes() for name in (io.INFO_FILE, io.WEIGHTS_FILE)}
+def test_random_damage_gives_a_clear_error_or_weights(whole):
+    folder, rng = whole, random.Random(0)
+    good = {path.name: path.read_bytes() for path in sorted(folder.iterdir())}
+    assert len(good) == 3
     errors = 0
     for _ in range(300):
         name = rng.choice(list(good))
@@ -364,4 +454,4 @@ def test_random_damage_gives_a_clear_error_or_weights(folder):
             errors += 1
         (folder / name).write_bytes(good[name])
     assert 100 < errors < 300
-    assert read_adapter(folder)[0] == adapter_info()
+    assert read_adapter(folder)[0] == adapter_info(components=BOTH)

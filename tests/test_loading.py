@@ -6,13 +6,27 @@ from pathlib import Path
 import pytest
 import tiny
 import torch
+from diffusers import (
+    StableDiffusionImg2ImgPipeline,
+    StableDiffusionInpaintPipeline,
+    StableDiffusionInstructPix2PixPipeline,
+    StableDiffusionPipeline,
+)
 from peft import LoraConfig, get_peft_model_state_dict
 from test_io import adapter_info
 
 from diffusers_fair import load_fair_adapter, set_fair_adapter_scale, unload_fair_adapter
 from diffusers_fair.adapters import io
-from diffusers_fair.adapters.io import Lora, base_fingerprint, read_adapter, write_adapter
-from diffusers_fair.adapters.lora import add_lora, lora_state_dict
+from diffusers_fair.adapters.io import (
+    Lora,
+    SoftTokens,
+    base_fingerprint,
+    read_adapter,
+    write_adapter,
+)
+from diffusers_fair.adapters.prefix import prompt_prefix
+from diffusers_fair.adapters.trainable import TrainableAdapter
+from diffusers_fair.conditioning import encode_prompts
 
 TARGETS = {
     "text_encoder": ["q_proj", "k_proj", "v_proj", "out_proj", "fc1", "fc2"],
@@ -55,9 +69,37 @@ def other(tmp_path_factory):
     return save(tmp_path_factory.mktemp("other") / "a", tiny.pipeline(), ["text_encoder"], seed=1)
 
 
-def images(pipe):
+def save_trained(folder, components, seed=0, **info):
+    """Train an adapter that does something, as the package does; write its folder."""
+    pipe = tiny.pipeline()
+    adapter = TrainableAdapter(pipe, components, seed)
+    generator = torch.Generator().manual_seed(seed)
+    for parameter in adapter.parameters:
+        parameter.data = 0.3 * torch.randn(parameter.shape, generator=generator)
+    info = adapter_info(fingerprint=base_fingerprint(pipe), components=components, **info)
+    write_adapter(folder, adapter.weights(), info)
+    return pipe
+
+
+@pytest.fixture(scope="module")
+def soft(tmp_path_factory):
+    """Soft tokens only."""
+    folder = tmp_path_factory.mktemp("soft") / "adapter"
+    save_trained(folder, {"soft_tokens": SoftTokens(count=3)})
+    return folder
+
+
+@pytest.fixture(scope="module")
+def whole(tmp_path_factory):
+    """Low-rank layers in both parts, and soft tokens."""
+    folder = tmp_path_factory.mktemp("whole") / "adapter"
+    save_trained(folder, SIZES | {"soft_tokens": SoftTokens(count=2, token="<even>")})
+    return folder
+
+
+def images(pipe, prompt="a chef"):
     return pipe(
-        "a chef",
+        prompt,
         num_inference_steps=2,
         guidance_scale=3.0,
         generator=torch.Generator().manual_seed(0),
@@ -78,6 +120,12 @@ def snapshot(pipe):
             set(getattr(model, "peft_config", {})),
             [getattr(module, "active_adapters", None) for module in model.modules()],
         )
+    tokenizer = json.loads(pipe.tokenizer.backend_tokenizer.to_str())
+    tokenizer |= {"padding": None, "truncation": None}  # as it was called the last time
+    words = pipe.tokenizer.decode(pipe.tokenizer("a dog").input_ids)
+    embedding = pipe.text_encoder.get_input_embeddings()
+    sizes = len(pipe.tokenizer), embedding.num_embeddings, pipe.text_encoder.config.vocab_size
+    state["prompts"] = {}, tokenizer, words, embedding, sizes, vars(pipe).get("encode_prompt")
     return state
 
 
@@ -112,16 +160,29 @@ def test_one_part_only(tmp_path, part):
     assert set(ours.get_list_adapters()) == {part}
 
 
-def test_what_is_trained_is_what_is_loaded(tmp_path):
-    trained, loaded = tiny.pipeline(), tiny.pipeline()
-    for part in TARGETS:
-        for i, parameter in enumerate(add_lora(trained, part, rank=4)):
-            torch.nn.init.normal_(parameter, generator=torch.Generator().manual_seed(i))
-    sizes = dict.fromkeys(TARGETS, Lora(rank=4, alpha=4.0))
-    info = adapter_info(fingerprint=base_fingerprint(loaded), components=sizes)
-    write_adapter(tmp_path / "adapter", lora_state_dict(trained), info)
+COMPONENTS = [
+    {"text_encoder": Lora(rank=4, alpha=4)},
+    SIZES,
+    {"soft_tokens": SoftTokens(count=3)},
+    SIZES | {"soft_tokens": SoftTokens(count=1)},
+]
+
+
+@pytest.mark.parametrize("components", COMPONENTS)
+def test_what_is_trained_is_what_is_loaded_and_what_plain_diffusers_loads(tmp_path, components):
+    loaded, plain = tiny.pipeline(), tiny.pipeline()
+    trained = save_trained(tmp_path / "adapter", components)
     load_fair_adapter(loaded, tmp_path / "adapter")
     assert torch.equal(images(loaded), images(trained))
+    assert torch.equal(
+        encode_prompts(trained, ["a chef", ""]), encode_prompts(loaded, ["a chef", ""])
+    )
+    if (tmp_path / "adapter" / io.WEIGHTS_FILE).exists():
+        plain.load_lora_weights(tmp_path / "adapter")
+    if prefix := "soft_tokens" in components:
+        plain.load_textual_inversion(tmp_path / "adapter", weight_name=io.EMBEDS_FILE)
+    assert torch.equal(images(loaded), images(plain, "<fair> a chef" if prefix else "a chef"))
+    assert not torch.equal(images(loaded), images(tiny.pipeline()))
 
 
 def test_methods_of_the_pipeline(folder):
@@ -228,6 +289,218 @@ def test_fingerprint_is_of_the_shapes():
     assert base_fingerprint(pipe) == fingerprint
     pipe.unet.register_parameter("extra", torch.nn.Parameter(torch.zeros(3)))
     assert base_fingerprint(pipe) != fingerprint
+
+
+# ---- soft tokens ---------------------------------------------------------------------------------
+
+
+def image_arguments(kind):
+    picture = torch.rand(1, 3, 16, 16, generator=torch.Generator().manual_seed(1))
+    if kind is StableDiffusionPipeline:
+        return {}
+    if kind is StableDiffusionInpaintPipeline:
+        return {"image": picture, "mask_image": picture[:, :1], "height": 16, "width": 16}
+    return {"image": picture}
+
+
+@pytest.mark.parametrize(
+    "kind",
+    [StableDiffusionPipeline, StableDiffusionImg2ImgPipeline, StableDiffusionInpaintPipeline],
+)
+def test_prefix_as_one_would_type_it_in_every_pipeline(soft, kind):
+    ours, plain = (
+        kind(**tiny.pipeline().components, requires_safety_checker=False) for _ in range(2)
+    )
+    before, base = snapshot(ours), ours.encode_prompt
+    load_fair_adapter(ours, soft)
+    plain.load_textual_inversion(soft, weight_name=io.EMBEDS_FILE)
+    for pipe in (ours, plain):
+        pipe.set_progress_bar_config(disable=True)
+
+    def draw(pipe, prompts):
+        return pipe(
+            prompt=prompts,
+            negative_prompt=["a cat"] * len(prompts),
+            num_inference_steps=2,
+            generator=torch.Generator().manual_seed(0),
+            output_type="pt",
+            **image_arguments(kind),
+        ).images
+
+    expected = draw(plain, ["<fair> a chef", "a <fair> nurse"])
+    assert torch.equal(draw(ours, ["a chef", "a <FAIR> nurse"]), expected)
+    unload_fair_adapter(ours)
+    assert_same(ours, before)
+    assert ours.encode_prompt == base
+
+
+@pytest.mark.parametrize("prompt", ["<fair> a chef", "<Fair> a chef"])
+def test_a_typed_placeholder_is_not_doubled(soft, prompt):
+    pipe = tiny.pipeline()
+    load_fair_adapter(pipe, soft)
+    assert torch.equal(images(pipe, prompt), images(pipe, "a chef"))
+
+
+def test_the_negative_prompt_stays_as_it_is(soft):
+    pipe, base = tiny.pipeline(), tiny.pipeline()
+    load_fair_adapter(pipe, soft)
+    for negative in (None, "a cat"):
+        with_it, without = (
+            p.encode_prompt("a chef", "cpu", 1, True, negative_prompt=negative)
+            for p in (pipe, base)
+        )
+        assert torch.equal(with_it[1], without[1])
+        assert not torch.equal(with_it[0], without[0])
+
+
+def test_embeddings_instead_of_a_prompt(soft):
+    pipe = tiny.pipeline()
+    embeds = pipe.encode_prompt("a chef", "cpu", 1, False)[0]
+    load_fair_adapter(pipe, soft)
+    message = "tokens of the adapter 'fair' cannot be put before prompt_embeds: pass the prompt as"
+    with pytest.raises(ValueError, match=message):
+        pipe(prompt_embeds=embeds, guidance_scale=1.0, num_inference_steps=1)
+    set_fair_adapter_scale(pipe, 0)
+    assert torch.equal(pipe.encode_prompt(None, "cpu", 1, False, prompt_embeds=embeds)[0], embeds)
+
+
+@pytest.mark.parametrize(("letters", "warned"), [(72, False), (73, True), (75, True), (76, False)])
+@pytest.mark.parametrize("typed", ["", "<fair> "])
+def test_a_prompt_that_the_prefix_cuts_off(soft, recwarn, letters, warned, typed):
+    pipe = tiny.pipeline()
+    load_fair_adapter(pipe, soft)
+    pipe.encode_prompt([typed + "x" * letters, "a chef"], "cpu", 1, True)
+    message = (
+        f"with the 3 soft tokens of the adapter 'fair' before it the prompt has {letters + 5} "
+    )
+    found = [str(warning.message) for warning in recwarn if "soft tokens" in str(warning.message)]
+    assert len(found) == warned
+    assert all(text.startswith(message) and text.endswith(f"'{'x' * letters}'") for text in found)
+
+
+def test_scale_of_soft_tokens(whole):
+    pipe = tiny.pipeline()
+    base = images(pipe)
+    load_fair_adapter(pipe, whole, scale=0)
+    assert torch.equal(images(pipe), base)
+    set_fair_adapter_scale(pipe, 1)
+    full = images(pipe)
+    assert not torch.equal(full, base)
+    with pytest.raises(ValueError, match=r"scale must be 0 or 1, got 0\.5"):
+        set_fair_adapter_scale(pipe, 0.5)
+    assert torch.equal(images(pipe), full)
+    refused(tiny.pipeline(), r"are there or not: scale must be 0 or 1, got 1\.5", whole, scale=1.5)
+
+
+def test_unloading_soft_tokens_restores_bit_for_bit(whole):
+    pipe = tiny.pipeline()
+    pipe.text_encoder.requires_grad_(True)
+    before, base = snapshot(pipe), images(pipe)
+    assert prompt_prefix(pipe) is None
+    state = torch.get_rng_state()
+    for _ in range(2):
+        load_fair_adapter(pipe, whole)
+        assert not torch.equal(images(pipe), base)
+        unload_fair_adapter(pipe)
+        assert_same(pipe, before)
+        assert torch.equal(images(pipe), base)
+    assert torch.equal(torch.get_rng_state(), state)
+
+
+@pytest.mark.parametrize("later", [False, True])
+def test_beside_another_textual_inversion(soft, later):
+    pipe, other = tiny.pipeline(), tiny.pipeline()
+    toy = {"<toy>": torch.randn(2, 16, generator=torch.Generator().manual_seed(2))}
+    other.load_textual_inversion(toy)
+    if not later:
+        pipe.load_textual_inversion(toy)
+    load_fair_adapter(pipe, soft)
+    if later:
+        pipe.load_textual_inversion(toy)
+    assert base_fingerprint(pipe) == base_fingerprint(tiny.pipeline())
+    with_both = images(pipe, "a <toy>")
+    unload_fair_adapter(pipe)
+    assert torch.equal(images(pipe, "a <toy>"), images(other, "a <toy>"))
+    assert not torch.equal(images(pipe, "a <toy>"), with_both)
+    assert pipe.tokenizer.get_vocab() == other.tokenizer.get_vocab()
+    assert all(
+        torch.equal(weight, other.text_encoder.state_dict()[key])
+        for key, weight in pipe.text_encoder.state_dict().items()
+    )
+
+
+def test_beside_low_rank_layers_of_another_adapter(soft, folder):
+    pipe, reverse = tiny.pipeline(), tiny.pipeline()
+    load_fair_adapter(pipe, folder, adapter_name="layers")
+    layers, before = images(pipe), snapshot(pipe)
+    load_fair_adapter(pipe, soft)
+    load_fair_adapter(reverse, soft)
+    load_fair_adapter(reverse, folder, adapter_name="layers")
+    assert torch.equal(images(pipe), images(reverse))
+    unload_fair_adapter(reverse, adapter_name="layers")
+    alone = tiny.pipeline()
+    load_fair_adapter(alone, soft)
+    assert torch.equal(images(reverse), images(alone))
+    unload_fair_adapter(pipe)
+    assert_same(pipe, before)
+    assert torch.equal(images(pipe), layers)
+
+
+def test_a_second_prefix_is_refused(soft, whole):
+    pipe = tiny.pipeline()
+    load_fair_adapter(pipe, soft, adapter_name="one")
+    message = "soft tokens already, those of the adapter 'one', and .*: unload that adapter first"
+    refused(pipe, message, whole, adapter_name="two")
+    refused(pipe, "already carries an adapter 'one'", whole, adapter_name="one")
+
+
+def test_a_placeholder_in_use(soft):
+    pipe = tiny.pipeline()
+    pipe.load_textual_inversion({"<fair>": torch.zeros(1, 16)})
+    refused(pipe, "tokenizer has a token '<fair>' already: unload that textual inversion", soft)
+
+
+def test_soft_tokens_of_another_width(tmp_path):
+    pipe = tiny.pipeline()
+    info = {"components": {"soft_tokens": SoftTokens(count=2)}}
+    info = adapter_info(fingerprint=base_fingerprint(pipe), **info)
+    write_adapter(tmp_path / "adapter", {"<fair>": torch.ones(2, 8)}, info)
+    message = "soft tokens are 8 numbers wide, and this text encoder's 16"
+    refused(pipe, message, tmp_path / "adapter")
+
+
+def test_a_pipeline_whose_prompts_cannot_be_given_a_prefix(soft):
+    parts = tiny.pipeline().components
+    pipe = StableDiffusionInstructPix2PixPipeline(**parts, requires_safety_checker=False)
+    refused(pipe, "encode_prompt and .*, and StableDiffusionInstructPix2PixPipeline is none", soft)
+
+
+@pytest.mark.parametrize("place", ["resize_token_embeddings", "add_tokens", "inject"])
+def test_an_error_between_soft_tokens_is_taken_back(whole, monkeypatch, place):
+    import peft.functional
+
+    pipe, calls = tiny.pipeline(), []
+    before, base = snapshot(pipe), images(pipe)
+    owner, name = {
+        "resize_token_embeddings": (pipe.text_encoder, "resize_token_embeddings"),
+        "add_tokens": (pipe.tokenizer, "add_tokens"),
+        "inject": (peft.functional, "inject_adapter_in_model"),
+    }[place]
+    real = getattr(owner, name)
+
+    def fail(*args, **kwargs):
+        result = real(*args, **kwargs)
+        calls.append(result)
+        if len(calls) == 1:
+            raise KeyboardInterrupt
+        return result
+
+    with monkeypatch.context() as patch:
+        patch.setattr(owner, name, fail)
+        with pytest.raises(KeyboardInterrupt):
+            load_fair_adapter(pipe, whole)
+    assert_same(pipe, before)
+    assert torch.equal(images(pipe), base)
 
 
 # ---- refused, and nothing changed ----------------------------------------------------------------
@@ -349,9 +622,9 @@ COMMIT = "c" * 40
 
 
 @pytest.fixture
-def hub(folder, tmp_path, monkeypatch):
+def hub(whole, tmp_path, monkeypatch):
     """A server on this machine that holds `org/fair`, and an empty cache."""
-    files = {path.name: path.read_bytes() for path in folder.iterdir()} | {"evil.bin": b"pickle"}
+    files = {path.name: path.read_bytes() for path in whole.iterdir()} | {"evil.bin": b"pickle"}
     asked = []
 
     class Hub(BaseHTTPRequestHandler):
@@ -400,9 +673,9 @@ def hub(folder, tmp_path, monkeypatch):
     server.server_close()
 
 
-def test_from_the_hub_and_then_from_the_cache(hub, folder, monkeypatch):
+def test_from_the_hub_and_then_from_the_cache(hub, whole, monkeypatch):
     here, there = tiny.pipeline(), tiny.pipeline()
-    load_fair_adapter(here, folder)
+    load_fair_adapter(here, whole)
     load_fair_adapter(there, "org/fair", token="secret-word")
     assert torch.equal(images(here), images(there))
     assert ("/api/models/org/fair/revision/main", "Bearer secret-word") in hub

@@ -1,6 +1,8 @@
 """The adapter folder: written and read here only, and checked before anything in it is believed.
 
 - `pytorch_lora_weights.safetensors`: low-rank weights; plain `pipe.load_lora_weights(folder)` works
+- `learned_embeds.safetensors`: soft tokens; plain `pipe.load_textual_inversion(folder, weight_name=
+  "learned_embeds.safetensors")` works, with the placeholder typed before the prompt
 - `fair_adapter.json`: what they are, `AdapterInfo`
 - `README.md`, `samples/*.png`: for people; never read by this package
 """
@@ -11,7 +13,7 @@ import math
 import re
 import secrets
 import shutil
-from collections.abc import Mapping
+from collections.abc import Callable, Iterator, Mapping
 from dataclasses import asdict, dataclass, field
 from importlib.metadata import version
 from itertools import accumulate
@@ -28,21 +30,27 @@ from diffusers_fair.attributes import Attribute
 FORMAT_VERSION = 1
 INFO_FILE = "fair_adapter.json"
 WEIGHTS_FILE = "pytorch_lora_weights.safetensors"
+EMBEDS_FILE = "learned_embeds.safetensors"
 README_FILE = "README.md"
 SAMPLES_FOLDER = "samples"
 
 # Parts of a pipeline that may carry low-rank layers, and what stands before a module's name in the
 # file. `text_model.` is a level that transformers 5 dropped and that older versions still need.
 PREFIXES = {"text_encoder": "text_encoder.text_model.", "unet": "unet."}
+SOFT_TOKENS = "soft_tokens"  # the component that is no part of the pipeline
 METADATA_KEY = "lora_adapter_metadata"  # where diffusers looks for rank and alpha in the header
 
 DTYPES = ("F32", "F16", "BF16")
 MAX_RANK = 1024
+MAX_SOFT_TOKENS = 1024
 MAX_INFO_BYTES = 2**20
 MAX_WEIGHTS_BYTES = 2**31
+MAX_EMBEDS_BYTES = 2**26
 MAX_DEPTH = 20  # of nested objects and lists in JSON
 
-Weights = dict[str, Tensor]  # `unet.module.lora_A.weight` (rank, in), `.lora_B.` (out, rank), ...
+Weights = dict[str, Tensor]
+"""All of an adapter's: `unet.module.lora_A.weight` (rank, in), `.lora_B.` (out, rank), ..., and the
+placeholder of the soft tokens (m, d)."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -51,6 +59,35 @@ class Lora:
 
     rank: int
     alpha: float
+
+
+@dataclass(frozen=True, kw_only=True)
+class SoftTokens:
+    """A trained prefix of every prompt.
+
+    Raises:
+        ValueError: a count or a placeholder that cannot be.
+    """
+
+    count: int
+    """m, number of soft tokens."""
+    token: str = "<fair>"
+    """The placeholder that stands for them all in a prompt."""
+
+    def __post_init__(self) -> None:
+        """Refuse what no tokenizer could tell from other words."""
+        if not 1 <= self.count <= MAX_SOFT_TOKENS:
+            raise ValueError(f"there can be 1 to {MAX_SOFT_TOKENS} soft tokens, got {self.count}")
+        if not re.fullmatch(r"<[a-z0-9_-]{1,64}>", self.token):
+            raise ValueError(
+                "the placeholder of soft tokens must be of small letters, digits, '_' and '-' in "
+                f"angle brackets, as '<fair>', got {self.token[:100]!r}"
+            )
+
+    @property
+    def names(self) -> tuple[str, ...]:
+        """What diffusers calls the m tokens in the tokenizer."""
+        return (self.token, *(f"{self.token}_{i}" for i in range(1, self.count)))
 
 
 def library_versions() -> dict[str, str]:
@@ -72,8 +109,8 @@ class AdapterInfo:
     """Commit or branch of the base, if it was pinned."""
     fingerprint: str
     """`base_fingerprint` of the base."""
-    components: dict[str, Lora]
-    """The parts that carry low-rank layers, of `PREFIXES`."""
+    components: Mapping[str, Lora | SoftTokens]
+    """Parts of the pipeline, of `PREFIXES`, and their low-rank layers; `soft_tokens`."""
     attributes: tuple[Attribute, ...]
     """What was balanced, and the distribution aimed at."""
     recipe: dict[str, Any]
@@ -83,21 +120,43 @@ class AdapterInfo:
     evaluation: dict[str, Any] | None = None
     """Summary of its report, if it was evaluated."""
 
+    @property
+    def lora(self) -> dict[str, Lora]:
+        """The parts that carry low-rank layers."""
+        return {part: c for part, c in self.components.items() if isinstance(c, Lora)}
+
+    @property
+    def soft_tokens(self) -> SoftTokens | None:
+        """The prompt prefix, if it has one."""
+        found = self.components.get(SOFT_TOKENS)
+        return found if isinstance(found, SoftTokens) else None
+
 
 def base_fingerprint(pipe: Any) -> str:
     """Digest of the parameter shapes of a pipeline's text encoder and U-Net.
 
-    The same with and without low-rank layers on them, in every dtype and under every version's
-    names; another for every other architecture. Weights of one architecture share it.
+    The same with and without low-rank layers, soft tokens or textual inversions on them, in every
+    dtype and under every version's names; another for every other architecture. Weights of one
+    architecture share it.
     """
     shapes = sorted(
-        f"{part} {tuple(parameter.shape)}"
+        f"{part} {shape}"
         for part in PREFIXES
         if getattr(pipe, part, None) is not None
-        for name, parameter in getattr(pipe, part).named_parameters()
-        if ".lora_" not in name
+        for shape in _own_shapes(pipe, getattr(pipe, part))
     )
     return hashlib.sha256("\n".join(shapes).encode()).hexdigest()
+
+
+def _own_shapes(pipe: Any, model: Any) -> Iterator[tuple[int, ...]]:
+    """Shapes of a model's own parameters; tokens that were added to its vocabulary do not count."""
+    words: list[Any] = []  # the vocabulary, and soft tokens in training
+    if model is pipe.text_encoder:
+        words = list(model.get_input_embeddings().parameters())
+        yield pipe.tokenizer.vocab_size, words[0].shape[1]
+    for name, parameter in model.named_parameters():
+        if ".lora_" not in name and not any(parameter is word for word in words):
+            yield tuple(parameter.shape)
 
 
 def write_adapter(folder: str | Path, weights: Mapping[str, Tensor], info: AdapterInfo) -> None:
@@ -105,7 +164,7 @@ def write_adapter(folder: str | Path, weights: Mapping[str, Tensor], info: Adapt
 
     Args:
         folder: new, empty, or an adapter folder, which is replaced.
-        weights: in diffusers' layout, as `lora_state_dict` gives them.
+        weights: in diffusers' layout, as `TrainableAdapter.weights` gives them.
         info: what the adapter is.
 
     Raises:
@@ -114,13 +173,12 @@ def write_adapter(folder: str | Path, weights: Mapping[str, Tensor], info: Adapt
     folder = Path(folder).resolve()
     _refuse_foreign(folder)
     tensors = {key: tensor.detach().cpu().contiguous() for key, tensor in weights.items()}
-    header = {"format": "pt", METADATA_KEY: json.dumps(_lora_metadata(tensors, info), indent=2)}
     temporary = folder.with_name(f".{folder.name}-{secrets.token_hex(4)}")
     try:
         temporary.mkdir(parents=True)
         text = json.dumps(_to_json(info), indent=2, ensure_ascii=False, allow_nan=False)
         (temporary / INFO_FILE).write_text(text + "\n", encoding="utf-8")
-        save_file(tensors, temporary / WEIGHTS_FILE, metadata=header)
+        _save_tensors(temporary, tensors, info)
         read_adapter(temporary)  # what could not be read back never gets its name
         _put_in_place(temporary, folder)
     finally:
@@ -131,7 +189,7 @@ def read_adapter(folder: str | Path) -> tuple[AdapterInfo, Weights]:
     """Read an adapter folder that may come from anybody.
 
     Returns:
-        What the adapter is, and its weights in diffusers' layout.
+        What the adapter is, and all its weights in diffusers' layout.
 
     Raises:
         ValueError: one sentence on what is missing, damaged, of another version or not acceptable.
@@ -140,9 +198,19 @@ def read_adapter(folder: str | Path) -> tuple[AdapterInfo, Weights]:
     if not folder.is_dir():
         raise ValueError(f"there is no adapter folder at '{folder}'")
     info_path = _checked_file(folder / INFO_FILE, MAX_INFO_BYTES)
-    weights_path = _checked_file(folder / WEIGHTS_FILE, MAX_WEIGHTS_BYTES)
     info = _from_json(_parse_json(info_path.read_bytes(), str(info_path)), str(info_path))
-    return info, _read_tensors(weights_path, info)
+    named = {WEIGHTS_FILE: bool(info.lora), EMBEDS_FILE: info.soft_tokens is not None}
+    for name in named:
+        if not named[name] and (folder / name).exists():
+            raise ValueError(f"'{folder}' has a '{name}', and its {INFO_FILE} names nothing in it")
+    weights: Weights = {}
+    if info.lora:
+        path = _checked_file(folder / WEIGHTS_FILE, MAX_WEIGHTS_BYTES)
+        weights |= _read_tensors(path, info, _check_lora)
+    if info.soft_tokens:
+        path = _checked_file(folder / EMBEDS_FILE, MAX_EMBEDS_BYTES)
+        weights |= _read_tensors(path, info, _check_soft_tokens)
+    return info, weights
 
 
 # ---- folders and files ---------------------------------------------------------------------------
@@ -155,7 +223,8 @@ def _refuse_foreign(folder: Path) -> None:
     if not folder.is_dir():
         raise ValueError(f"'{folder}' is a file: choose a folder for the adapter")
     names = {path.name for path in folder.iterdir()}
-    foreign = sorted(names - {INFO_FILE, WEIGHTS_FILE, README_FILE, SAMPLES_FOLDER})
+    own = {INFO_FILE, WEIGHTS_FILE, EMBEDS_FILE, README_FILE, SAMPLES_FOLDER}
+    foreign = sorted(names - own)
     if foreign or (names and INFO_FILE not in names):
         raise ValueError(
             f"'{folder}' holds something else than an adapter ('{(foreign or sorted(names))[0]}'): "
@@ -213,7 +282,7 @@ def _to_json(info: AdapterInfo) -> dict[str, Any]:
             "revision": info.base_revision,
             "fingerprint": info.fingerprint,
         },
-        "components": {part: asdict(lora) for part, lora in info.components.items()},
+        "components": {part: asdict(size) for part, size in info.components.items()},
         "attributes": [asdict(attribute) for attribute in info.attributes],
         "recipe": info.recipe,
         "library_versions": info.versions,
@@ -272,18 +341,27 @@ def _object(value: Any, name: str, kinds: Mapping[str, type | tuple[type, ...]])
     return value
 
 
-def _components(value: dict[str, Any]) -> dict[str, Lora]:
-    if not value or set(value) - set(PREFIXES):
-        raise ValueError(f"expected components of {list(PREFIXES)}, got {str(list(value))[:200]}")
-    components = {}
-    for part, size in value.items():
-        size = _object(size, part, {"rank": int, "alpha": (int, float)})
-        if not 1 <= size["rank"] <= MAX_RANK:
-            raise ValueError(f"the rank of {part} must be from 1 to {MAX_RANK}, got {size['rank']}")
-        if not (0 < size["alpha"] <= 1e6 and math.isfinite(size["alpha"])):
-            raise ValueError(f"the alpha of {part} must be positive, got {size['alpha']}")
-        components[part] = Lora(rank=size["rank"], alpha=size["alpha"])
-    return components
+def _components(value: dict[str, Any]) -> dict[str, Lora | SoftTokens]:
+    known = [*PREFIXES, SOFT_TOKENS]
+    if not value or set(value) - set(known):
+        raise ValueError(f"expected components of {known}, got {str(list(value))[:200]}")
+    return {
+        part: _soft_tokens(size) if part == SOFT_TOKENS else _lora(part, size)
+        for part, size in value.items()
+    }
+
+
+def _soft_tokens(value: Any) -> SoftTokens:
+    return SoftTokens(**_object(value, SOFT_TOKENS, {"count": int, "token": str}))
+
+
+def _lora(part: str, value: Any) -> Lora:
+    size = _object(value, part, {"rank": int, "alpha": (int, float)})
+    if not 1 <= size["rank"] <= MAX_RANK:
+        raise ValueError(f"the rank of {part} must be from 1 to {MAX_RANK}, got {size['rank']}")
+    if not (0 < size["alpha"] <= 1e6 and math.isfinite(size["alpha"])):
+        raise ValueError(f"the alpha of {part} must be positive, got {size['alpha']}")
+    return Lora(rank=size["rank"], alpha=size["alpha"])
 
 
 def _attribute(value: Any) -> Attribute:
@@ -295,20 +373,32 @@ def _attribute(value: Any) -> Attribute:
     return Attribute(entry["name"], tuple(entry["classes"]), tuple(entry["target"]))
 
 
-# ---- pytorch_lora_weights.safetensors ------------------------------------------------------------
+# ---- the two files of weights --------------------------------------------------------------------
+
+Slices = dict[str, Any]  # key -> a tensor of a file of which only the header has been read
 
 
-def _read_tensors(path: Path, info: AdapterInfo) -> Weights:
-    """The tensors of the file, after a look at the names, shapes and dtypes in its header."""
+def _save_tensors(folder: Path, tensors: Weights, info: AdapterInfo) -> None:
+    """Write each tensor into its file; what is in the wrong one is found when it is read back."""
+    embeds = {key: tensor for key, tensor in tensors.items() if key.startswith("<")}
+    lora = {key: tensor for key, tensor in tensors.items() if key not in embeds}
+    if lora or info.lora:
+        metadata = json.dumps(_lora_metadata(lora, info), indent=2)
+        save_file(lora, folder / WEIGHTS_FILE, metadata={"format": "pt", METADATA_KEY: metadata})
+    if embeds or info.soft_tokens:
+        save_file(embeds, folder / EMBEDS_FILE, metadata={"format": "pt"})
+
+
+def _read_tensors(
+    path: Path, info: AdapterInfo, check: Callable[[Slices, dict[str, str], AdapterInfo], None]
+) -> Weights:
+    """The tensors of a file, after `check` has seen its header: names, shapes, metadata."""
     try:
         with safe_open(path, framework="pt") as file:
-            parts = {key: file.get_slice(key) for key in file.keys()}  # noqa: SIM118 (no mapping)
-            _check_shapes({key: tuple(part.get_shape()) for key, part in parts.items()}, info)
-            _check_dtypes({key: part.get_dtype() for key, part in parts.items()})
-            written = _parse_json((file.metadata() or {}).get(METADATA_KEY, "{}"), METADATA_KEY)
-            if written != _lora_metadata(parts, info):
-                raise ValueError(f"'{METADATA_KEY}' does not agree with {INFO_FILE}")
-            tensors = {key: file.get_tensor(key) for key in parts}
+            slices = {key: file.get_slice(key) for key in file.keys()}  # noqa: SIM118 (no mapping)
+            check(slices, file.metadata() or {}, info)
+            _check_dtypes({key: part.get_dtype() for key, part in slices.items()})
+            tensors = {key: file.get_tensor(key) for key in slices}
         _check_finite(tensors)
         return tensors
     except SafetensorError as error:
@@ -319,10 +409,28 @@ def _read_tensors(path: Path, info: AdapterInfo) -> Weights:
         raise ValueError(f"'{path}' does not hold the weights of an adapter: {error}") from error
 
 
+def _check_lora(slices: Slices, metadata: dict[str, str], info: AdapterInfo) -> None:
+    _check_shapes({key: tuple(part.get_shape()) for key, part in slices.items()}, info.lora)
+    written = _parse_json(metadata.get(METADATA_KEY, "{}"), METADATA_KEY)
+    if written != _lora_metadata(slices, info):
+        raise ValueError(f"'{METADATA_KEY}' does not agree with {INFO_FILE}")
+
+
+def _check_soft_tokens(slices: Slices, metadata: dict[str, str], info: AdapterInfo) -> None:
+    """One key, the placeholder, of shape (m, d)."""
+    assert info.soft_tokens is not None
+    count, token = info.soft_tokens.count, info.soft_tokens.token
+    if list(slices) != [token]:
+        raise ValueError(f"expected '{token}' alone in it, got {str(list(slices))[:200]}")
+    shape = slices[token].get_shape()
+    if len(shape) != 2 or shape[0] != count or shape[1] < 1:
+        raise ValueError(f"expected {count} rows of '{token}', got the shape {list(shape)}")
+
+
 def _lora_metadata(keys: Mapping[str, Any], info: AdapterInfo) -> dict[str, Any]:
     """What diffusers makes its `LoraConfig` from; without it, it takes alpha = rank."""
     metadata: dict[str, Any] = {}
-    for part, lora in info.components.items():
+    for part, lora in info.lora.items():
         modules = {
             key.removeprefix(PREFIXES[part]).rpartition(".lora_")[0]
             for key in keys
@@ -334,21 +442,21 @@ def _lora_metadata(keys: Mapping[str, Any], info: AdapterInfo) -> dict[str, Any]
     return metadata
 
 
-def _check_shapes(shapes: Mapping[str, tuple[int, ...]], info: AdapterInfo) -> None:
+def _check_shapes(shapes: Mapping[str, tuple[int, ...]], components: Mapping[str, Lora]) -> None:
     """Every key is `prefix.module.lora_A.weight` (rank, in) or `.lora_B.` (out, rank), in pairs."""
-    ranks = {PREFIXES[part]: lora.rank for part, lora in info.components.items()}
+    ranks = {PREFIXES[part]: lora.rank for part, lora in components.items()}
     names = rf"({'|'.join(map(re.escape, ranks))})(\w+(?:\.\w+)*)\.lora_([AB])\.weight"
     for key, shape in shapes.items():
         match = re.fullmatch(names, key, re.ASCII)
         if match is None:
-            raise ValueError(f"{key[:200]!r} is no low-rank weight of {list(info.components)}")
+            raise ValueError(f"{key[:200]!r} is no low-rank weight of {list(components)}")
         prefix, module, half = match.groups()
         axis, other = (0, "B") if half == "A" else (1, "A")
         if len(shape) != 2 or min(shape) < 1 or shape[axis] != ranks[prefix]:
             raise ValueError(f"'{key}' is of rank {ranks[prefix]} but has the shape {list(shape)}")
         if f"{prefix}{module}.lora_{other}.weight" not in shapes:
             raise ValueError(f"'{key}' stands without its lora_{other}")
-    for part in info.components:
+    for part in components:
         if not any(key.startswith(PREFIXES[part]) for key in shapes):
             raise ValueError(f"nothing in it is for '{part}'")
 

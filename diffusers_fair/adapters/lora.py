@@ -17,16 +17,21 @@ TARGETS = {
 
 
 def add_lora(
-    pipe: Any, component: str, rank: int, *, seed: int = 0, adapter_name: str = "fair"
+    pipe: Any,
+    component: str,
+    rank: int,
+    *,
+    alpha: float | None = None,
+    seed: int = 0,
+    adapter_name: str = "fair",
 ) -> list[nn.Parameter]:
     """Freeze a component of a pipeline and add a trainable LoRA to it, which changes nothing yet.
-
-    Its alpha is its rank, so that the saved weights need no scale beside them.
 
     Args:
         pipe: a Stable Diffusion pipeline.
         component: `"text_encoder"` or `"unet"`.
         rank: of the adapter's matrices.
+        alpha: their product is scaled by alpha / rank; the rank itself by default.
         seed: of their initial values.
         adapter_name: what peft calls it.
 
@@ -49,7 +54,11 @@ def add_lora(
     module.requires_grad_(False)
     with torch.random.fork_rng():
         torch.manual_seed(seed)
-        config = LoraConfig(r=rank, lora_alpha=rank, target_modules=list(TARGETS[component]))
+        config = LoraConfig(
+            r=rank,
+            lora_alpha=alpha or rank,  # type: ignore[arg-type]  # peft divides it, any number will do
+            target_modules=list(TARGETS[component]),
+        )
         module.add_adapter(config, adapter_name=adapter_name)
     parameters = trainable_parameters(module)
     for parameter in parameters:
@@ -95,6 +104,16 @@ def lora_state_dict(pipe: Any, *, adapter_name: str = "fair") -> dict[str, Tenso
     Raises:
         ValueError: no component has an adapter of this name.
     """
+    weights = lora_tensors(pipe, adapter_name=adapter_name)
+    if not weights:
+        raise ValueError(
+            f"no component of the pipeline has an adapter '{adapter_name}': add_lora adds one"
+        )
+    return {key: w.to("cpu", copy=True).contiguous() for key, w in weights.items()}
+
+
+def lora_tensors(pipe: Any, *, adapter_name: str = "fair") -> dict[str, Tensor]:
+    """Return the adapter's weights themselves, by the same keys; empty if there are none."""
     from peft import get_peft_model_state_dict
 
     weights = {}
@@ -104,10 +123,5 @@ def lora_state_dict(pipe: Any, *, adapter_name: str = "fair") -> dict[str, Tenso
             continue
         found = get_peft_model_state_dict(module, adapter_name=adapter_name)
         for key, weight in found.items():
-            name = prefix + key.removeprefix("text_model.")
-            weights[name] = weight.detach().to("cpu", copy=True).contiguous()
-    if not weights:
-        raise ValueError(
-            f"no component of the pipeline has an adapter '{adapter_name}': add_lora adds one"
-        )
+            weights[prefix + key.removeprefix("text_model.")] = weight.detach()
     return weights
