@@ -58,6 +58,7 @@ def _one_of(*forms: str) -> AfterValidator:
 FaceDetectorName = Annotated[str, _one_of("testbed", "retinaface")]
 ClipName = Annotated[str, _one_of("testbed", "open_clip:MODEL/WEIGHTS")]
 DinoName = Annotated[str, _one_of("testbed", "dinov2:MODEL")]
+FaceEmbedderName = Annotated[str, _one_of("testbed", "timm:MODEL")]
 
 
 class Section(BaseModel):
@@ -92,6 +93,11 @@ class AttributeSection(Section):
     """C: images whose target is less certain than this take no part in the alignment loss."""
     cost: Annotated[float, Field(gt=0)] = 1.0
     """Weight of the attribute in the transport cost, when several are balanced jointly."""
+    semantics_changed: Share = 0.2
+    """lambda_2 / lambda_1: how much of `losses.semantics` is left where the class is to change,
+    outside the face. Of several attributes of an image that are to change, the smallest counts."""
+    semantics_face: Share = 0.2
+    """lambda_3 / lambda_2: how much of that is left inside the face; the smallest counts."""
 
     @model_validator(mode="after")
     def _check_attribute(self) -> "AttributeSection":
@@ -166,8 +172,8 @@ Classifiers = Annotated[
 ]
 
 
-class ModelsSection(Section):
-    """What looks at the images: in training, and under `evaluation` in evaluation."""
+class JudgesSection(Section):
+    """What looks at the images."""
 
     face_detector: FaceDetectorName = "testbed"
     """Finds the largest face of an image."""
@@ -202,7 +208,28 @@ class ModelsSection(Section):
         return chosen
 
 
-class EvaluationModelsSection(ModelsSection):
+class ModelsSection(JudgesSection):
+    """What looks at the images in training, and the real faces it knows."""
+
+    face_embedder: FaceEmbedderName = "testbed"
+    """Says what a face looks like, for `losses.face`; without that it is not loaded. A model of
+    timm that was trained to tell faces apart, by its name, as `timm:hf-hub:ORG/MODEL`, or by its
+    folder, as `timm:FOLDER`. The weights of many are for research only: mind the licence."""
+    face_bank: str = "testbed"
+    """Real faces for `losses.face`: a folder of pictures, in which faces are found and embedded
+    when training starts; a few thousand do. `testbed`: the testbed's portraits."""
+
+    @model_validator(mode="after")
+    def _check_bank(self) -> "ModelsSection":
+        if self.face_bank == "testbed" and self.face_embedder != "testbed":
+            raise ValueError(
+                "face_bank 'testbed' holds what the testbed's own face_embedder saw, not "
+                f"'{self.face_embedder}': name a folder of pictures with faces"
+            )
+        return self
+
+
+class EvaluationModelsSection(JudgesSection):
     """The same for evaluation, with the testbed's evaluation classifiers where none is named."""
 
     classifiers: Classifiers = {"*": ClassifierSection(kind="testbed", model="evaluation")}
@@ -262,11 +289,10 @@ class LossesSection(Section):
     """Weights beside the alignment loss, whose weight is 1 (section 4.1)."""
 
     semantics: Annotated[float, Field(ge=0)] = 8.0
-    """lambda_1: of the distance to the original image where its class is the target already."""
-    semantics_changed: Share = 0.2
-    """lambda_2 / lambda_1: where the class is to change, outside the face."""
-    semantics_face: Share = 0.2
-    """lambda_3 / lambda_2: where the class is to change, inside the face."""
+    """lambda_1: of the distance to the original image where its classes are the targets already;
+    attributes say what is left of it elsewhere."""
+    face: Annotated[float, Field(ge=0)] = 0.0
+    """lambda_face: of the distance between a face and the nearest real one."""
 
 
 class OptimizerSection(Section):

@@ -5,12 +5,21 @@ Nothing is downloaded and no model is loaded.
 
 from collections.abc import Sequence
 
+from diffusers_fair import testbed
 from diffusers_fair.attributes import Attribute
-from diffusers_fair.backends import base, checkpoint, dinov2, image_classification, retinaface
+from diffusers_fair.backends import (
+    base,
+    checkpoint,
+    dinov2,
+    face_bank,
+    image_classification,
+    retinaface,
+)
 from diffusers_fair.backends import open_clip as clips
+from diffusers_fair.backends import timm as embedders
 from diffusers_fair.backends.labels import group
 from diffusers_fair.backends.needs import Need, package
-from diffusers_fair.config import ClassifierSection, ModelsSection, RunConfig
+from diffusers_fair.config import ClassifierSection, JudgesSection, ModelsSection, RunConfig
 from diffusers_fair.prompts import prompt_set
 
 Parts = dict[str, list[Need]]
@@ -33,6 +42,7 @@ def examine(config: RunConfig) -> dict[Need, list[str]]:
         "base": base.needs(config.base.model, config.base.revision),
         "prompts": [_prompts(name, splits) for name in config.prompts.sets],
         **_judges(config.models, attributes, "models"),
+        **(_real_faces(config.models) if config.losses.face else {}),
         **_judges(config.evaluation.models, attributes, "evaluation.models"),
     }
     found: dict[Need, list[str]] = {}
@@ -42,7 +52,16 @@ def examine(config: RunConfig) -> dict[Need, list[str]]:
     return found
 
 
-def _judges(models: ModelsSection, attributes: Sequence[Attribute], key: str) -> Parts:
+def _real_faces(models: ModelsSection) -> Parts:
+    """What the face realism loss needs."""
+    embedder, folder = models.face_embedder.partition(":")[2], models.face_bank
+    return {
+        "models.face_embedder": embedders.needs(embedder) if embedder else [],
+        "models.face_bank": [] if folder == testbed.NAME else face_bank.needs(folder),
+    }
+
+
+def _judges(models: JudgesSection, attributes: Sequence[Attribute], key: str) -> Parts:
     """What the models that look at the images need."""
     detector = retinaface.needs() if models.face_detector == "retinaface" else []
     clip, dino = (name.partition(":")[2] for name in (models.clip, models.dino))

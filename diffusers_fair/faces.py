@@ -1,4 +1,7 @@
-"""Images -> the largest face of each -> square chips for classifiers. The detector is anyone's."""
+"""Images -> the largest face of each -> chips for classifiers and embedders.
+
+The detector is anyone's.
+"""
 
 from dataclasses import dataclass
 from math import ceil
@@ -7,6 +10,15 @@ from typing import Protocol
 import torch
 import torch.nn.functional as F
 from torch import Tensor
+
+TEMPLATE = (  # eyes, nose, corners of the mouth in an aligned chip: ArcFace's (Deng et al., 2019)
+    (38.2946, 51.6963),
+    (73.5318, 51.5014),
+    (56.0252, 71.7366),
+    (41.5493, 92.3655),
+    (70.7299, 92.2041),
+)
+TEMPLATE_SIZE = 112  # pixels, of the chip that the template is for
 
 
 @dataclass(frozen=True)
@@ -64,16 +76,66 @@ def face_chips(images: Tensor, faces: Faces, size: int, margin: float = 0.5) -> 
     Raises:
         ValueError: another number of faces than of images.
     """
-    n, _, h, w = images.shape
-    if len(faces) != n:
-        raise ValueError(f"expected the faces of {n} images, one row each, got {len(faces)} rows")
+    _check(images, faces)
     x, y, side = square_boxes(faces.boxes.to(images), margin).unbind(1)  # (n,) each
-    fine = size * ceil(max(h, w) / size)  # each pixel of a chip averages a grid of samples
-    steps = (torch.arange(fine).to(images) + 0.5) / fine - 0.5  # (fine,) in units of the side
-    columns = 2 * (x[:, None] + side[:, None] * steps) / w - 1  # (n, fine) in [-1, 1] of the image
-    rows = 2 * (y[:, None] + side[:, None] * steps) / h - 1
-    grid = torch.stack(
+    steps = _steps(images, size) - 0.5  # (fine,) in units of the side, from the centre
+    columns = x[:, None] + side[:, None] * steps  # (n, fine) pixels
+    rows = y[:, None] + side[:, None] * steps
+    fine = len(steps)
+    points = torch.stack(
         [columns[:, None, :].expand(-1, fine, -1), rows[:, :, None].expand(-1, -1, fine)], -1
     )  # (n, fine, fine, 2)
+    return _sample(images, points, size)
+
+
+def aligned_chips(images: Tensor, faces: Faces, size: int) -> Tensor:
+    """Crops with eyes, nose and mouth where face embedders expect them, however a head is tilted.
+
+    Turn, scale and shift are those that bring the landmarks nearest to `TEMPLATE`, in the least
+    squares (Umeyama, 1991), which are one complex division: a point x, y is the number x + iy, and
+    a similarity z -> a z + b. What lies outside the image repeats its border.
+
+    Args:
+        images: (n, 3, h, w).
+        faces: of these images, one row each, with landmarks. Rows without a face give a chip, too.
+        size: side of the chips in pixels.
+
+    Returns:
+        (n, 3, size, size), differentiable with respect to the images.
+
+    Raises:
+        ValueError: another number of faces than of images, or no landmarks.
+    """
+    _check(images, faces)
+    if faces.landmarks is None:
+        raise ValueError("expected faces with landmarks, got none: cut them with face_chips")
+    found = torch.view_as_complex(faces.landmarks.to(images).contiguous())  # (n, 5)
+    wanted = torch.view_as_complex(torch.tensor(TEMPLATE).to(images)) * (size / TEMPLATE_SIZE)
+    centre, middle = found.mean(1, keepdim=True), wanted.mean()
+    spread = found - centre
+    match = (spread.conj() * (wanted - middle)).sum(1)  # (n,), a times the square of the spread
+    back = spread.abs().square().sum(1) * match.conj() / match.abs().square().clamp_min(1e-12)
+    steps = _steps(images, size) * size  # (fine,) pixels of the chip
+    chip = torch.complex(*torch.meshgrid(steps, steps, indexing="xy"))  # (fine, fine)
+    points = centre[:, :, None] + back[:, None, None] * (chip - middle)  # 1 / a brings it back
+    return _sample(images, torch.view_as_real(points), size)
+
+
+def _check(images: Tensor, faces: Faces) -> None:
+    n = len(images)
+    if len(faces) != n:
+        raise ValueError(f"expected the faces of {n} images, one row each, got {len(faces)} rows")
+
+
+def _steps(images: Tensor, size: int) -> Tensor:
+    """(fine,) places along a chip's side, in (0, 1): one or more for each of its pixels."""
+    fine = size * ceil(max(images.shape[-2:]) / size)
+    return (torch.arange(fine).to(images) + 0.5) / fine
+
+
+def _sample(images: Tensor, points: Tensor, size: int) -> Tensor:
+    """Chips (n, 3, size, size), whose pixels average samples at points (n, fine, fine, 2)."""
+    h, w = images.shape[-2:]
+    grid = 2 * points / points.new_tensor([w, h]) - 1  # in [-1, 1] of the image
     sampled = F.grid_sample(images, grid, padding_mode="border", align_corners=False)
-    return F.avg_pool2d(sampled, fine // size)
+    return F.avg_pool2d(sampled, points.shape[1] // size)

@@ -60,6 +60,41 @@ def semantics_loss(features: Tensor, original: Tensor) -> Tensor:
     return 1 - functional.cosine_similarity(features, original, dim=-1)
 
 
+def face_realism_loss(embeddings: Tensor, bank: Tensor, own: Tensor, kept: Tensor) -> Tensor:
+    """Dissimilarity of generated faces and the nearest real ones, equation 8.
+
+        1 - max_F cos(emb(face_i), emb(F))
+
+    The paper prints a minimum over F, but its text says the closest face, whose cosine is the
+    largest. A face that should stay what it is, is compared with the original image's own face
+    instead, as in the authors' code.
+
+    Args:
+        embeddings: (n, d), of the generated faces, of unit length.
+        bank: (m, d), of the real faces F, of unit length.
+        own: (n, d), of the original images' faces, of unit length; looked at where `kept`.
+        kept: (n,) bool, whether a face is compared with its own original.
+
+    Returns:
+        (n,), in [0, 2].
+
+    Raises:
+        ValueError: an empty bank, or embeddings that do not fit each other.
+    """
+    if not len(bank) or bank.shape[1:] != embeddings.shape[1:]:
+        raise ValueError(
+            f"expected a bank of one or more real faces with embeddings of {embeddings.shape[1]} "
+            f"numbers, as the generated ones have, got shape {tuple(bank.shape)}"
+        )
+    if own.shape != embeddings.shape:
+        raise ValueError(
+            f"expected the original faces of the same images by the same embedder, got shapes "
+            f"{tuple(embeddings.shape)} and {tuple(own.shape)}"
+        )
+    nearest = (embeddings @ bank.T).amax(1)  # (n,)
+    return 1 - torch.where(kept, (embeddings * own).sum(1), nearest)
+
+
 def scale_gradient(images: Tensor, factor: Tensor) -> Tensor:
     """Return the images as they are; on the way back their gradient is multiplied by `factor`.
 

@@ -1,4 +1,4 @@
-"""Images with the adapter, and the original ones -> the loss to minimise (sections 4.1, 4.3)."""
+"""Images with the adapter, and the original ones -> the loss to minimise (section 4.1)."""
 
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
@@ -10,7 +10,13 @@ from diffusers_fair.attributes import Attribute
 from diffusers_fair.evaluation import Judges
 from diffusers_fair.evaluation.metrics import bias, frequencies
 from diffusers_fair.faces import Faces, face_chips
-from diffusers_fair.losses import alignment_loss, scale_gradient, semantics_loss
+from diffusers_fair.losses import (
+    alignment_loss,
+    face_realism_loss,
+    scale_gradient,
+    semantics_loss,
+)
+from diffusers_fair.real_faces import RealFaces
 from diffusers_fair.targets import joint_targets
 
 
@@ -20,21 +26,24 @@ class Aim:
 
     attribute: Attribute
     threshold: float
-    """C: targets less certain than this have no say, in [0, 1]."""
+    """C: targets less certain than this have no say, in [0, 1]; a face is kept as it was only if
+    its original's class is as likely."""
     cost: float = 1.0
     """Weight in the transport cost."""
+    semantics_changed: float = 0.2
+    """lambda_2 / lambda_1, in [0, 1]: likeness that is asked where the class is to change."""
+    semantics_face: float = 0.2
+    """lambda_3 / lambda_2, in [0, 1]: there, inside the face."""
 
 
 @dataclass(frozen=True, kw_only=True)
-class SemanticsWeights:
-    """How much it matters that an image stays like the original one (equation 8)."""
+class LossWeights:
+    """Of the losses beside the alignment loss, whose weight is 1."""
 
-    kept: float
-    """lambda_1: where the original's classes are the target's already."""
-    changed: float
-    """lambda_2 / lambda_1: where a class is to change."""
-    face: float
-    """lambda_3 / lambda_2: there, inside the face."""
+    semantics: float
+    """lambda_img,1: where the original's classes are the target's already."""
+    face: float = 0.0
+    """lambda_face: of the distance to real faces."""
 
 
 @dataclass(frozen=True)
@@ -46,30 +55,53 @@ class Originals:
     """Attribute name -> (n,) class numbers; without meaning where no face was found."""
     features: tuple[Tensor, Tensor]
     """CLIP and DINO, (n, d) each, of unit length."""
+    sure: Tensor
+    """(n,) bool: whether every attribute's class is at least as likely as its threshold."""
+    embeddings: Tensor | None = None
+    """Of the faces, (n, d), of unit length; as meaningless as the classes. None: not asked for."""
 
 
 class Objective:
-    """Alignment loss and semantics loss of images of one prompt, as training's judges see them.
+    """The loss of images of one prompt, as training's judges see them (section 4.1).
 
     Args:
         judges: face detector, classifiers and encoders.
         aims: the attributes to balance, jointly.
-        weights: of the semantics loss; the alignment loss has weight 1.
+        weights: of the semantics and the face realism loss.
+        real_faces: what faces are compared with; needed if the face realism loss has a weight.
+
+    Raises:
+        ValueError: a weight for face realism, and no real faces.
     """
 
-    def __init__(self, judges: Judges, aims: Sequence[Aim], weights: SemanticsWeights):
+    def __init__(
+        self,
+        judges: Judges,
+        aims: Sequence[Aim],
+        weights: LossWeights,
+        real_faces: RealFaces | None = None,
+    ):
+        if weights.face and real_faces is None:
+            raise ValueError(
+                f"a face weight of {weights.face:g} needs real faces, got none: load them with "
+                "backends.load_real_faces, or set the weight to 0"
+            )
         self.judges = judges
         self.aims = aims
         self.weights = weights
+        self.real_faces = real_faces
 
     @torch.no_grad()
     def originals(self, images: Tensor) -> Originals:
         """Look at the original model's images (n, 3, h, w) in [-1, 1]."""
         faces = self.judges.face_detector(images)
-        classes = {
-            name: p.argmax(1) for name, p in self.probabilities(images, faces).items()
-        }  # of every row: those without a face are left out later
-        return Originals(faces, classes, self._features(images))
+        p = self.probabilities(images, faces)  # of every row: faceless ones are left out later
+        sure = [p[aim.attribute.name].amax(1) >= aim.threshold for aim in self.aims]
+        classes = {name: x.argmax(1) for name, x in p.items()}
+        embeddings = None if self.real_faces is None else self.real_faces.embed(images, faces)
+        return Originals(
+            faces, classes, self._features(images), torch.stack(sure).all(0), embeddings
+        )
 
     def probabilities(self, images: Tensor, faces: Faces) -> dict[str, Tensor]:
         """Attribute name -> (n, classes), differentiable; classes in the attribute's order."""
@@ -84,25 +116,34 @@ class Objective:
     def __call__(self, images: Tensor, originals: Originals) -> tuple[Tensor, dict[str, float]]:
         """The loss of images (n, 3, h, w) in [-1, 1], and figures to log.
 
-        Images without a face take no part in the alignment.
+        The loss is the sum of `alignment`, `semantics` and, if it is asked for, `face`, each with
+        its weight. Images without a face take part in the semantics loss alone.
         """
         faces = self.judges.face_detector(images.detach())
         found = faces.found
         p = self.probabilities(images[found], faces[found])
         alignment = images.new_zeros(len(images))
-        changes = torch.ones_like(found)
+        differs = found.new_ones(len(images), len(self.aims))
         if found.any():
-            alignment[found], changes[found] = self._align(p, originals, found)
-        semantics = self._semantics(images, faces, originals, changes)
-        loss = (alignment + semantics).mean()
-        figures = {"loss": loss, "alignment": alignment.mean(), "semantics": semantics.mean()}
-        logged = {name: value.item() for name, value in figures.items()}
+            alignment[found], differs[found] = self._align(p, originals, found)
+        terms = {
+            "alignment": alignment,
+            "semantics": self._semantics(images, faces, originals, differs),
+        }
+        if self.real_faces is not None:
+            kept = originals.sure & ~differs.any(1)
+            terms["face"] = self._realism(self.real_faces, images, faces, originals, kept)
+        loss = torch.stack([*terms.values()]).sum(0).mean()
+        logged = {"loss": loss.item()} | {name: x.mean().item() for name, x in terms.items()}
         return loss, logged | {"faces": found.float().mean().item()} | _biases(p)
 
     def _align(
         self, p: Mapping[str, Tensor], originals: Originals, found: Tensor
     ) -> tuple[Tensor, Tensor]:
-        """Of the m faces found: the alignment loss (m,), and whether a class is to change (m,)."""
+        """Of the m faces found: the alignment loss (m,), and which classes are to change.
+
+        The latter is (m, attributes) bool.
+        """
         targets = joint_targets(
             list(p.values()),
             [aim.attribute.target for aim in self.aims],
@@ -114,20 +155,43 @@ class Objective:
             losses.append(alignment_loss(p[name], target, aim.threshold))  # equation 6
             differs.append(target.labels != originals.classes[name][found])
         unseen = ~originals.faces.found[found]  # no face in the original: nothing agrees with it
-        return torch.stack(losses).sum(0), torch.stack([*differs, unseen]).any(0)
+        return torch.stack(losses).sum(0), torch.stack(differs, 1) | unseen[:, None]
 
     def _semantics(
-        self, images: Tensor, faces: Faces, originals: Originals, changes: Tensor
+        self, images: Tensor, faces: Faces, originals: Originals, differs: Tensor
     ) -> Tensor:
-        """The weighted semantics loss (n,): less where a class changes, least on the face."""
-        inside = _shared_face(faces, originals.faces, images) & changes[:, None, None]  # (n, h, w)
-        images = scale_gradient(images, torch.where(inside, self.weights.face, 1.0)[:, None])
+        """The weighted semantics loss (n,): less where a class changes, least on the face.
+
+        Where several attributes of an image are to change, the smallest factor counts; without a
+        face all of them are taken to.
+        """
+        changed = _smallest([aim.semantics_changed for aim in self.aims], differs)  # (n,)
+        face = _smallest([aim.semantics_face for aim in self.aims], differs)[:, None, None]
+        inside = _shared_face(faces, originals.faces, images)  # (n, h, w)
+        images = scale_gradient(images, torch.where(inside, face, 1.0)[:, None])
         pairs = zip(self._features(images), originals.features, strict=True)
         loss = sum(semantics_loss(x, o) for x, o in pairs)  # equation 7
-        return self.weights.kept * torch.where(changes, self.weights.changed, 1.0) * loss
+        return self.weights.semantics * changed * loss
+
+    def _realism(
+        self, real: RealFaces, images: Tensor, faces: Faces, originals: Originals, kept: Tensor
+    ) -> Tensor:
+        """The weighted face realism loss (n,); 0 without a face."""
+        assert originals.embeddings is not None
+        loss, found = images.new_zeros(len(images)), faces.found
+        if found.any():
+            embeddings = real.embed(images[found], faces[found])  # (m, d)
+            own = originals.embeddings[found]
+            loss[found] = face_realism_loss(embeddings, real.bank, own, kept[found])
+        return self.weights.face * loss
 
     def _features(self, images: Tensor) -> tuple[Tensor, Tensor]:
         return self.judges.clip(images), self.judges.dino(images)
+
+
+def _smallest(factors: Sequence[float], differs: Tensor) -> Tensor:
+    """(n,): of the attributes that differ (n, attributes), the smallest factor; 1 if none does."""
+    return torch.where(differs, torch.tensor(factors, device=differs.device), 1.0).amin(1)
 
 
 def _shared_face(a: Faces, b: Faces, images: Tensor) -> Tensor:

@@ -19,12 +19,12 @@ from torch import Tensor
 
 from diffusers_fair.adapters.io import AdapterInfo, Lora, base_fingerprint, write_adapter
 from diffusers_fair.adapters.lora import add_lora, lora_state_dict, without_adapter
-from diffusers_fair.backends import load_base, load_judges
+from diffusers_fair.backends import load_base, load_judges, load_real_faces
 from diffusers_fair.checkpoints import load_checkpoint, save_checkpoint
 from diffusers_fair.conditioning import encode_prompts
 from diffusers_fair.config import RunConfig
-from diffusers_fair.evaluation import Report, evaluate
-from diffusers_fair.objective import Aim, Objective, SemanticsWeights
+from diffusers_fair.evaluation import Judges, Report, evaluate
+from diffusers_fair.objective import Aim, LossWeights, Objective
 from diffusers_fair.prompts import prompt_set
 from diffusers_fair.replay import draw_steps, replay
 from diffusers_fair.sampling import decode, initial_noise, sample
@@ -63,7 +63,7 @@ class FairnessFinetuner:
             self.pipe.scheduler, standardize=config.gradient.standardize
         )
         self.judges = load_judges(config.models, self.attributes, self.pipe.device)
-        self.objective = Objective(self.judges, _aims(config), _semantics_weights(config))
+        self.objective = _objective(config, self.judges, self.pipe.device)
         self.parameters = [
             parameter
             for component in config.adapter.components
@@ -307,18 +307,26 @@ def _prompts(config: RunConfig) -> tuple[list[str], list[str]]:
     return train, validation
 
 
+def _objective(config: RunConfig, judges: Judges, device: torch.device) -> Objective:
+    """What is minimised; real faces are loaded only if they have a weight."""
+    real_faces = None
+    if config.losses.face:
+        real_faces = load_real_faces(config.models, judges.face_detector, device)
+    weights = LossWeights(semantics=config.losses.semantics, face=config.losses.face)
+    return Objective(judges, _aims(config), weights, real_faces)
+
+
 def _aims(config: RunConfig) -> list[Aim]:
     return [
-        Aim(attribute=section.attribute(), threshold=section.threshold, cost=section.cost)
+        Aim(
+            attribute=section.attribute(),
+            threshold=section.threshold,
+            cost=section.cost,
+            semantics_changed=section.semantics_changed,
+            semantics_face=section.semantics_face,
+        )
         for section in config.attributes
     ]
-
-
-def _semantics_weights(config: RunConfig) -> SemanticsWeights:
-    asked = config.losses
-    return SemanticsWeights(
-        kept=asked.semantics, changed=asked.semantics_changed, face=asked.semantics_face
-    )
 
 
 def _means(found: list[Figures]) -> Figures:

@@ -5,9 +5,12 @@ import sys
 from pathlib import Path
 from types import ModuleType
 
+import numpy as np
 import open_clip
+import timm
 import torch
 from diffusers import AutoencoderKL, PNDMScheduler, StableDiffusionPipeline, UNet2DConditionModel
+from PIL import Image
 from safetensors.torch import save_file
 from tiny import BETAS, tokenizer
 from transformers import (
@@ -128,6 +131,45 @@ def checkpoint_folder(folder: Path, labels: list[str]) -> Path:
     """What `diffusers-fair classifier train` writes."""
     network = checkpoint.mobilenet(len(labels))
     checkpoint.write(folder, network, {"classes": labels, "size": SIZE})
+    return folder
+
+
+def timm_folder(folder: Path) -> Path:
+    """A face embedder of timm; its last layer makes the embedding, 12 numbers."""
+    args = {
+        **{"img_size": SIZE, "patch_size": 8, "embed_dim": 16, "depth": 2, "num_heads": 2},
+        **{"class_token": False, "global_pool": "avg"},
+    }
+    with torch.random.fork_rng():
+        torch.manual_seed(2)
+        network = timm.create_model("vit_tiny_patch16_224", num_classes=12, **args)
+        for weight in network.parameters():  # so that pictures matter
+            torch.nn.init.normal_(weight, std=0.3)
+    config = {
+        "architecture": "vit_tiny_patch16_224",
+        "num_classes": 12,
+        "model_args": args,
+        "pretrained_cfg": {
+            "input_size": [3, SIZE, SIZE],
+            "mean": [0.4, 0.5, 0.6],
+            "std": [0.2, 0.3, 0.4],
+            "num_classes": 12,
+            "first_conv": "patch_embed.proj",
+            "classifier": "head",
+        },
+    }
+    folder.mkdir()
+    (folder / "config.json").write_text(json.dumps(config))
+    save_file(network.state_dict(), folder / "model.safetensors")
+    return folder
+
+
+def picture_folder(folder: Path, pictures: torch.Tensor) -> Path:
+    """Pictures (n, 3, h, w) in [-1, 1] as files."""
+    folder.mkdir()
+    for i, x in enumerate(pictures):
+        pixels = ((x + 1) * 127.5).round().clamp(0, 255).byte().permute(1, 2, 0)
+        Image.fromarray(np.asarray(pixels)).save(folder / f"{i}.png")
     return folder
 
 

@@ -6,22 +6,28 @@ import sys
 import open_clip
 import pytest
 import stand_ins
+import timm
 import torch
+from pictures import held_out
 from PIL import Image
+from safetensors.torch import save_file
 from torch.nn import functional as F
 from transformers import AutoImageProcessor, AutoModelForImageClassification, Dinov2Model
 
-from diffusers_fair import FairnessFinetuner
+from diffusers_fair import FairnessFinetuner, trainer
 from diffusers_fair.attributes import Attribute
 from diffusers_fair.backends import (
     dinov2,
+    face_bank,
     image_classification,
     load_base,
     load_evaluation_judges,
     load_judges,
+    load_real_faces,
     retinaface,
 )
 from diffusers_fair.backends import open_clip as clips
+from diffusers_fair.backends import timm as embedders
 from diffusers_fair.backends.checkpoint import load_classifier
 from diffusers_fair.backends.labels import group
 from diffusers_fair.backends.zero_shot import zero_shot
@@ -50,6 +56,7 @@ def models(tmp_path_factory):
             "dinov2": stand_ins.dinov2_folder(home / "dinov2"),
             "transformers": stand_ins.vit_folder(home / "vit", LABELS),
             "checkpoint": stand_ins.checkpoint_folder(home / "checkpoint", LABELS),
+            "timm": stand_ins.timm_folder(home / "timm"),
         }
 
 
@@ -188,6 +195,8 @@ def test_dinov2_is_the_library_with_its_own_preprocessing(models):
             "./nowhere",
             r"cannot load the DINOv2 './nowhere': .* expected a Hub",
         ),
+        (embedders.load_embedder, "nowhere", "cannot load the face embedder 'nowhere' of timm"),
+        (embedders.load_embedder, "./nowhere", "expected a name that timm knows, hf-hub:ORG/MODEL"),
         (load_base, "./nowhere", "cannot load the base model './nowhere': .* expected 'testbed'"),
     ],
 )
@@ -208,6 +217,12 @@ def test_a_folder_of_open_clip_without_weights(tmp_path, models):
 def test_a_model_that_is_no_dinov2(models):
     with pytest.raises(ValueError, match="it is of type 'vit'"):
         dinov2.load_encoder(str(models["transformers"]))
+
+
+def test_timm_that_is_not_installed(monkeypatch):
+    monkeypatch.setitem(sys.modules, "timm", None)
+    with pytest.raises(ModuleNotFoundError, match="needs the package 'timm': pip install timm"):
+        embedders.load_embedder("vit_tiny_patch16_224")
 
 
 def test_open_clip_that_is_not_installed(monkeypatch):
@@ -305,6 +320,123 @@ def test_a_folder_that_is_no_classifier(facts, message, models, tmp_path):
     assert "diffusers-fair classifier train" in str(caught.value)
 
 
+# ---- real faces ----------------------------------------------------------------------------------
+
+FACELESS = -torch.ones(1, 3, 40, 80)
+
+
+def test_timm_is_the_library_with_its_own_preprocessing(models):
+    encode = embedders.load_embedder(str(models["timm"]))
+    network = timm.create_model(f"local-dir:{models['timm']}", pretrained=True).eval()
+    mean, std = (torch.tensor(v).view(3, 1, 1) for v in ([0.4, 0.5, 0.6], [0.2, 0.3, 0.4]))
+    x = pictures()
+    with torch.no_grad():
+        theirs = network(((x + 1) / 2 - mean) / std)
+    assert theirs.shape == (3, 12)  # the last layer is there
+    assert torch.allclose(encode(x), F.normalize(theirs, dim=-1), atol=1e-5)
+    assert encode.pixels.size == stand_ins.SIZE
+    assert_differentiable(encode, pictures(48))
+
+
+def test_timm_without_weights_or_squares(models, tmp_path):
+    config = json.loads((models["timm"] / "config.json").read_text())
+    (tmp_path / "config.json").write_text(json.dumps(config))
+    with pytest.raises(ValueError, match=r"cannot load the face embedder .* expected a name"):
+        embedders.load_embedder(str(tmp_path))
+    config["pretrained_cfg"]["input_size"] = [3, 32, 64]
+    config["model_args"]["img_size"] = [32, 64]
+    (tmp_path / "config.json").write_text(json.dumps(config))
+    network = timm.create_model(f"local-dir:{tmp_path}", num_classes=12)
+    save_file(network.state_dict(), tmp_path / "model.safetensors")
+    with pytest.raises(ValueError, match=r"squares of 3 colours, got \[3, 32, 64\]"):
+        embedders.load_embedder(str(tmp_path))
+
+
+def test_a_bank_of_pictures_holds_the_faces_found(detector, models, tmp_path):
+    encode = embedders.load_embedder(str(models["timm"]))
+    seen = torch.cat([spots(0), FACELESS, spots(0, 1)])
+    seen[:, 1:] = F.interpolate(pictures(), (40, 80))[:, 1:]  # in green and blue, so as to differ
+    folder = stand_ins.picture_folder(tmp_path / "faces", seen)
+    (folder / "more").mkdir()
+    (folder / "0.png").rename(folder / "more" / "0.PNG")
+    (folder / "notes.txt").write_text("not a picture")
+    asked = ModelsSection(face_embedder=f"timm:{models['timm']}", face_bank=str(folder))
+    real = load_real_faces(asked, detector)
+    with torch.no_grad():
+        expected = real.embed(seen, detector(seen))[[2, 0]]
+    assert torch.allclose(real.bank, expected, atol=1e-2)  # colours of a file are steps
+    assert not torch.allclose(real.bank[0], real.bank[1], atol=1e-2)
+    assert torch.allclose(real.embedder(pictures()), encode(pictures()))
+
+
+def test_large_pictures_are_shrunk(tmp_path):
+    folder = stand_ins.picture_folder(tmp_path / "large", torch.zeros(1, 3, 600, 1200))
+    assert face_bank._read(folder / "0.png").shape == (1, 3, 256, 512)
+
+
+@pytest.mark.parametrize(
+    ("content", "message"),
+    [
+        (None, "is no folder with pictures in it: put pictures with faces"),
+        ({}, "is no folder with pictures in it: put pictures with faces"),
+        ({"a.jpg": b"x"}, r"a\.jpg' of the face_bank is no picture: remove it"),
+    ],
+)
+def test_folders_that_are_no_bank(content, message, detector, models, tmp_path):
+    folder = tmp_path / "bank"
+    if content is not None:
+        folder.mkdir()
+        for name, data in content.items():
+            (folder / name).write_bytes(data)
+    encode = embedders.load_embedder(str(models["timm"]))
+    with pytest.raises(ValueError, match=message):
+        face_bank.load_bank(str(folder), detector, encode)
+
+
+def test_a_bank_without_a_face(detector, models, tmp_path):
+    folder = stand_ins.picture_folder(tmp_path / "bank", torch.cat([FACELESS, FACELESS]))
+    encode = embedders.load_embedder(str(models["timm"]))
+    with pytest.raises(ValueError, match="no face was found in any of its 2 pictures: put"):
+        face_bank.load_bank(str(folder), detector, encode)
+
+
+def test_the_testbed_has_real_faces():
+    from diffusers_fair.testbed import judges
+
+    real = load_real_faces(ModelsSection(), judges.face_detector())
+    assert real.embedder is judges.face_embedder()
+    assert real.bank.shape == (1024, 64)
+    assert torch.allclose(real.bank.norm(dim=1), torch.ones(1024))
+    assert (judges.WEIGHTS / "face_bank.safetensors").stat().st_size < 0.2e6
+    x = held_out("portrait", 60)[0]
+    faces = judges.face_detector()(x)
+    empty = held_out("empty", 60)[0]  # the same places, without a face
+    near, far = ((real.embed(v, faces) @ real.bank.T).amax(1).mean().item() for v in (x, empty))
+    assert near > 0.75  # measured over all held-out portraits: 0.81
+    assert far < near - 0.05  # measured: 0.70
+
+
+def test_real_faces_of_the_testbed_stay_on_the_cpu(detector):
+    with pytest.raises(ValueError, match=r"compute on the CPU, and the pipeline is on 'meta'"):
+        load_real_faces(ModelsSection(), detector, "meta")
+
+
+def test_real_faces_are_loaded_only_if_they_have_a_weight(monkeypatch, tmp_path):
+    small = {"output": str(tmp_path), "prompts.images_per_prompt": 3, "sampling.steps": 2}
+    small |= {"gradient.replay_steps": 1, "adapter.rank": 2, "train.prompts_per_iteration": 1}
+    trained = FairnessFinetuner.from_recipe("testbed-gender", **small, **{"losses.face": 0.5})
+    figures = trained.iteration(0)
+    assert figures["face"] > 0
+    terms = figures["alignment"] + figures["semantics"] + figures["face"]
+    assert figures["loss"] == pytest.approx(terms, abs=1e-5)
+
+    def refuse(*args):
+        raise AssertionError("real faces were loaded")
+
+    monkeypatch.setattr(trainer, "load_real_faces", refuse)
+    assert FairnessFinetuner.from_recipe("testbed-gender", **small).objective.real_faces is None
+
+
 # ---- judges --------------------------------------------------------------------------------------
 
 
@@ -363,6 +495,12 @@ def test_the_testbed_stays_on_the_cpu(models):
         ("models.clip='open_clip:'", "expected 'testbed' or 'open_clip:MODEL/WEIGHTS'"),
         ("models.face_detector=retinaface:x", "expected 'testbed' or 'retinaface', got"),
         ("models.dino=dinov2", "expected 'testbed' or 'dinov2:MODEL', got 'dinov2'"),
+        ("models.face_embedder=timm", "expected 'testbed' or 'timm:MODEL', got 'timm'"),
+        (
+            "models.face_embedder=timm:x",
+            "models: face_bank 'testbed' holds what the testbed's own .* saw, not 'timm:x': name a",
+        ),
+        ("evaluation.models.face_bank=x", r"unknown key 'evaluation\.models\.face_bank'"),
         ("models.classifiers=blip", r"classifiers\.\*\.kind: expected 'testbed', .* got 'blip'"),
         ("models.classifiers=testbed:x", "expected 'testbed' or 'testbed:evaluation', got 'x'"),
         ("models.classifiers={race: testbed}", "no classifier for attribute 'gender': .* race"),
@@ -399,11 +537,17 @@ def test_every_key_of_a_classifier_is_documented():
 
 # ---- Stable Diffusion 1.5 ------------------------------------------------------------------------
 
-PAPER = {  # appendix A.2 and A.7: images, threshold, lambda_1, iterations
-    "sd15-gender": (24, 0.8, 8, 10_000),
-    "sd15-race": (32, 0.8, 6, 12_000),
-    "sd15-gender-race": (32, 0.6, 8, 14_000),
-    "sd15-gender-race-age": (40, 0.7, 8, 14_000),
+PAPER = {  # appendix A.2 and A.7: images, threshold, lambda_face, lambda_1, iterations
+    "sd15-gender": (24, 0.8, 1, 8, 10_000),
+    "sd15-race": (32, 0.8, 0.1, 6, 12_000),
+    "sd15-gender-race": (32, 0.6, 0.1, 8, 14_000),
+    "sd15-gender-race-age": (40, 0.7, 0.1, 8, 14_000),
+}
+LESS = {  # for each attribute lambda_2 / lambda_1 and lambda_3 / lambda_2
+    "sd15-gender": [(0.2, 0.2)],
+    "sd15-race": [(0.6, 0.3)],
+    "sd15-gender-race": [(0.2, 0.2), (0.6, 0.3)],
+    "sd15-gender-race-age": [(0.2, 0.2), (0.3, 0.3), (0.3, 0.3)],
 }
 
 
@@ -446,11 +590,13 @@ def test_every_recipe_of_the_paper_is_shipped():
 @pytest.mark.parametrize("name", PAPER)
 def test_recipe_has_the_papers_figures(name):
     config = RunConfig.load(name)
-    images, threshold, semantics, iterations = PAPER[name]
+    images, threshold, face, semantics, iterations = PAPER[name]
     assert config.base.model == "stable-diffusion-v1-5/stable-diffusion-v1-5"
     assert config.prompts.images_per_prompt == images
     assert {a.threshold for a in config.attributes} == {threshold}
-    assert config.losses.semantics == semantics
+    assert (config.losses.semantics, config.losses.face) == (semantics, face)
+    assert [(a.semantics_changed, a.semantics_face) for a in config.attributes] == LESS[name]
+    assert config.optimizer.ema_decay == 0.996
     assert config.train.iterations == iterations
     assert config.sampling.steps == (19, 23)
     assert (config.adapter.rank, config.optimizer.lr) == (50, 5e-5)
@@ -463,14 +609,17 @@ def test_recipe_has_the_papers_figures(name):
 def test_recipe_trains_one_iteration(name, models, stable_diffusion, monkeypatch, tmp_path):
     stand_ins.retinaface(monkeypatch, tmp_path / "torch")
     values = small(RunConfig.load(name), models, stable_diffusion)
-    trainer = FairnessFinetuner.from_recipe(name, **values)
-    assert trainer.pipe.unet.dtype == torch.bfloat16
-    assert type(trainer.pipe.scheduler).__name__ == "DPMSolverMultistepScheduler"
-    before = [p.detach().clone() for p in trainer.parameters]
-    figures = trainer.iteration(0)
+    values["models.face_embedder"] = f"timm:{models['timm']}"
+    values["models.face_bank"] = str(stand_ins.picture_folder(tmp_path / "real", spots(0, 1)))
+    trained = FairnessFinetuner.from_recipe(name, **values)
+    assert trained.pipe.unet.dtype == torch.bfloat16
+    assert type(trained.pipe.scheduler).__name__ == "DPMSolverMultistepScheduler"
+    before = [p.detach().clone() for p in trained.parameters]
+    figures = trained.iteration(0)
+    assert figures["face"] >= 0
     assert figures["skipped"] == 0
     assert figures["gradient"] > 0
-    assert any(not torch.equal(a, b) for a, b in zip(before, trainer.parameters, strict=True))
+    assert any(not torch.equal(a, b) for a, b in zip(before, trained.parameters, strict=True))
 
 
 def test_recipe_evaluates(models, stable_diffusion, monkeypatch, tmp_path, capsys):

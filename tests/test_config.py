@@ -43,6 +43,8 @@ def test_defaults_are_the_papers(toy):
     config = RunConfig.load(toy)
     assert config.attributes[0].attribute() == Attribute("shape", ("round", "square", "flat"))
     assert config.attributes[0].threshold == 0.8
+    assert config.attributes[0].semantics_changed == config.attributes[0].semantics_face == 0.2
+    assert (config.losses.semantics, config.losses.face) == (8, 0)  # realism is on when asked for
     assert config.prompts.images_per_prompt == 24
     assert config.adapter.rank == 50
     assert config.sampling.steps == (19, 23)
@@ -60,6 +62,8 @@ def test_every_default_is_written_out(toy):
         "target": [],
         "threshold": 0.8,
         "cost": 1.0,
+        "semantics_changed": 0.2,
+        "semantics_face": 0.2,
     }
 
 
@@ -134,6 +138,9 @@ def test_every_key_is_documented():
         ("train.iterations=0", "expected greater than or equal to 1, got 0"),
         ("optimizer.lr=fast", r"optimizer\.lr: expected a valid number, got 'fast'"),
         ("optimizer.lr=.inf", r"optimizer\.lr: expected a finite number, got inf"),
+        ("attributes.0.semantics_face=2", "expected less than or equal to 1, got 2"),
+        ("losses.face=-1", r"losses\.face: expected greater than or equal to 0, got -1"),
+        ("losses.semantics_changed=.2", r"losses\.semantics_changed': did you mean 'semantics'"),
         ("gradient.standardize=x", "expected 'paper', 'exact' or 'none', got 'x'"),
         ("base.model=3", r"base\.model: expected a valid string, got 3"),
         ("train=3", "train: expected a section of keys and values, got 3"),

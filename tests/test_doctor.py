@@ -5,6 +5,7 @@ import sys
 
 import pytest
 import stand_ins
+import torch
 from huggingface_hub import constants
 
 from diffusers_fair import cli, doctor
@@ -79,12 +80,16 @@ def test_a_recipe_on_an_empty_machine(monkeypatch, capsys):
         "  make one with: diffusers-fair classifier train\n",
         "missing  laion/CLIP-ViT-H-14-laion2B-s32B-b79K  (for models.clip)\n",
         "missing  facebook/dinov2-base  (for models.dino)\n",
+        "missing  face-embedder  (for models.face_embedder)\n",
+        "  unknown to timm, or without weights: expected a name that timm knows, ",
+        "missing  pictures in 'real-faces'  (for models.face_bank)\n",
+        "  put pictures with faces (.png, .jpg, .jpeg, .webp) into it, or name another face_bank\n",
         "(for evaluation.models.classifiers.gender, evaluation.models.clip)\n",
         "there    occupations  (for prompts)\n",
         "weights that are there: 0.0 GB",
     ):
         assert expected in said.out
-    assert "'sd15-gender' needs 8 things that are missing, see above" in said.err
+    assert "'sd15-gender' needs 10 things that are missing, see above" in said.err
 
 
 def test_what_is_in_the_cache_is_found(tmp_path):
@@ -134,6 +139,35 @@ def test_a_model_that_open_clip_does_not_know():
 def test_open_clip_that_is_not_installed(monkeypatch):
     monkeypatch.setattr(doctor.clips, "PACKAGE", "nowhere_to_be_found")
     assert gaps()["package nowhere_to_be_found"] == "pip install open_clip_torch"
+
+
+def test_real_faces_are_needed_only_if_they_have_a_weight():
+    assert not {"face-embedder", "pictures in 'real-faces'"} & {*gaps("losses.face=0")}
+
+
+def test_a_face_embedder_of_the_hub_and_of_timm(tmp_path):
+    cached(tmp_path, "org/faces", "model.safetensors")
+    assert "org/faces" not in gaps("models.face_embedder=timm:hf-hub:org/faces")
+    assert gaps("models.face_embedder=timm:hf-hub:org/x")["org/x"].endswith("hf download org/x")
+    hub = "timm/vit_tiny_patch16_224.augreg_in21k_ft_in1k"
+    assert hub in gaps("models.face_embedder=timm:vit_tiny_patch16_224")
+
+
+def test_a_face_embedder_and_a_bank_in_folders(tmp_path):
+    embedder = stand_ins.timm_folder(tmp_path / "timm")
+    bank = stand_ins.picture_folder(tmp_path / "faces", torch.zeros(1, 3, 8, 8))
+    found = gaps(f"models.face_embedder=timm:{embedder}", f"models.face_bank={bank}")
+    assert not {str(embedder), f"pictures in '{bank}'"} & {*found}
+    (bank / "0.png").unlink()
+    (embedder / "model.safetensors").unlink()
+    found = gaps(f"models.face_embedder=timm:{embedder}", f"models.face_bank={bank}")
+    assert found[str(embedder)].endswith("has no weights")
+    assert f"pictures in '{bank}'" in found
+
+
+def test_timm_that_is_not_installed(monkeypatch):
+    monkeypatch.setattr(doctor.embedders, "PACKAGE", "nowhere_to_be_found_either")
+    assert gaps()["package nowhere_to_be_found_either"] == "pip install timm"
 
 
 def test_prompts_that_are_not_there():

@@ -2,7 +2,7 @@ import pytest
 import torch
 from pictures import held_out
 
-from diffusers_fair.faces import Faces, face_chips, square_boxes
+from diffusers_fair.faces import TEMPLATE, Faces, aligned_chips, face_chips, square_boxes
 from diffusers_fair.testbed.judges import FaceGrid, GridDetector, face_detector, overlap
 
 
@@ -65,6 +65,80 @@ def test_chips_need_a_row_for_each_image(images):
         ValueError, match="expected the faces of 2 images, one row each, got 1 rows"
     ):
         face_chips(images, faces((0, 0, 5, 5)), 8)
+
+
+def marked(landmarks: torch.Tensor) -> Faces:
+    n = len(landmarks)
+    return Faces(torch.zeros(n, 4), torch.ones(n, dtype=torch.bool), landmarks)
+
+
+@pytest.fixture
+def portrait() -> torch.Tensor:
+    small = torch.rand(1, 3, 10, 10, generator=torch.Generator().manual_seed(1))
+    return torch.nn.functional.interpolate(small, (112, 112), mode="bicubic")
+
+
+def test_a_face_that_lies_right_is_left_as_it_is(portrait):
+    wanted = torch.tensor(TEMPLATE)[None]
+    assert torch.allclose(aligned_chips(portrait, marked(wanted), 112), portrait, atol=1e-4)
+    small = torch.nn.functional.avg_pool2d(portrait, 2)
+    assert torch.allclose(aligned_chips(portrait, marked(wanted), 56), small, atol=1e-4)
+
+
+def test_a_tilted_face_is_put_upright(portrait):
+    x, y = torch.tensor(TEMPLATE).unbind(1)
+    lying = marked(torch.stack([y, 112 - x], 1)[None])  # as rot90 moves them
+    chips = aligned_chips(torch.rot90(portrait, 1, (2, 3)), lying, 112)
+    assert torch.allclose(chips, portrait, atol=1e-4)
+
+
+def test_a_face_elsewhere_and_larger_is_brought_back(portrait):
+    canvas = torch.zeros(1, 3, 300, 260)
+    large = torch.nn.functional.interpolate(portrait, scale_factor=2, mode="nearest")
+    canvas[..., 40:264, 20:244] = large
+    landmarks = 2 * torch.tensor(TEMPLATE)[None] + torch.tensor([20.0, 40])
+    chips = aligned_chips(canvas, marked(landmarks), 112)
+    assert (chips - portrait)[..., 2:-2, 2:-2].abs().max() < 0.03
+
+
+def test_a_face_that_fits_in_no_way_is_brought_nearest():
+    """The least squares by a solver: chip = [[a, -b], [b, a]] landmark + [c, d]."""
+    g = torch.Generator().manual_seed(0)
+    wanted = torch.tensor(TEMPLATE, dtype=torch.float64)
+    landmarks = 1.7 * wanted + 20 + 15 * torch.randn(5, 2, generator=g, dtype=torch.float64)
+    (x, y), one, zero = landmarks.T, torch.ones(5).double(), torch.zeros(5).double()
+    rows = torch.cat([torch.stack([x, -y, one, zero], 1), torch.stack([y, x, zero, one], 1)])
+    a, b, c, d = torch.linalg.lstsq(rows, wanted.T.reshape(-1)).solution
+    chip = torch.cartesian_prod(*[torch.arange(112).double() + 0.5] * 2).flip(1)  # x, y
+    back = torch.linalg.inv(torch.stack([torch.stack([a, -b]), torch.stack([b, a])]))
+    expected = (chip - torch.stack([c, d])) @ back.T
+    ramps = torch.meshgrid(*[torch.arange(112).double() + 0.5] * 2, indexing="xy")
+    image = torch.stack([*ramps, torch.zeros(112, 112).double()])[None]  # tells x and y
+    found = aligned_chips(image, marked(landmarks[None]), 112)[0, :2].flatten(1).T
+    inside = ((expected > 1) & (expected < 111)).all(1)
+    assert inside.float().mean() > 0.2
+    assert torch.allclose(found[inside], expected[inside], atol=1e-6)
+
+
+def test_aligned_chips_are_differentiable(images):
+    x = images.double().requires_grad_()
+    landmarks = torch.tensor(TEMPLATE).double() / 9 + torch.tensor([[[1.3, -0.2]], [[2, 0.5]]])
+    assert torch.autograd.gradcheck(lambda v: aligned_chips(v, marked(landmarks), 5), x)
+
+
+def test_landmarks_in_one_place_give_a_finite_chip(images):
+    x = images.requires_grad_()
+    chips = aligned_chips(x, marked(torch.full((2, 5, 2), 3.0)), 8)
+    (g,) = torch.autograd.grad(chips.sum(), x)
+    assert chips.isfinite().all()
+    assert g.isfinite().all()
+
+
+def test_alignment_needs_landmarks_of_every_image(images):
+    with pytest.raises(ValueError, match="expected faces with landmarks, got none: cut"):
+        aligned_chips(images, faces((0, 0, 5, 5), (0, 0, 5, 5)), 8)
+    with pytest.raises(ValueError, match="the faces of 2 images, one row each, got 1 rows"):
+        aligned_chips(images, marked(torch.rand(1, 5, 2)), 8)
 
 
 def test_some_of_the_faces():

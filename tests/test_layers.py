@@ -28,6 +28,7 @@ LAYERS = {  # of a module or of everything in a folder; imports go to the same l
     "faces": 2,
     "classifiers": 2,
     "encoders": 2,
+    "real_faces": 2,
     "adapters": 2,
     "evaluation.quality": 2,
     "testbed": 2,

@@ -3,7 +3,12 @@ import math
 import pytest
 import torch
 
-from diffusers_fair.losses import alignment_loss, scale_gradient, semantics_loss
+from diffusers_fair.losses import (
+    alignment_loss,
+    face_realism_loss,
+    scale_gradient,
+    semantics_loss,
+)
 from diffusers_fair.targets import Targets, expected_targets
 
 
@@ -88,3 +93,65 @@ def test_targets_of_other_images_are_refused():
 def test_features_of_another_encoder_are_refused():
     with pytest.raises(ValueError, match=r"same images and encoder, got shapes \(3, 2\) and"):
         semantics_loss(torch.rand(3, 2), torch.rand(3, 4))
+
+
+# ---- face realism --------------------------------------------------------------------------------
+
+FACES = torch.tensor([[1.0, 0.0], [0.6, 0.8]])
+BANK = torch.tensor([[0.0, 1.0], [0.8, 0.6], [-1.0, 0.0]])
+OWN = torch.tensor([[-1.0, 0.0], [0.0, -1.0]])
+NONE, BOTH = torch.tensor([False, False]), torch.tensor([True, True])
+
+
+def unit(*shape, seed=0):
+    x = torch.randn(shape, generator=torch.Generator().manual_seed(seed), dtype=torch.float64)
+    return torch.nn.functional.normalize(x, dim=-1)
+
+
+def test_a_face_is_compared_with_the_nearest_real_one():
+    found = face_realism_loss(FACES, BANK, OWN, NONE)
+    torch.testing.assert_close(found, torch.tensor([1 - 0.8, 1 - 0.96]))
+
+
+def test_a_face_that_stays_is_compared_with_its_own():
+    found = face_realism_loss(FACES, BANK, OWN, torch.tensor([True, False]))
+    torch.testing.assert_close(found, torch.tensor([2.0, 1 - 0.96]))
+    torch.testing.assert_close(face_realism_loss(FACES, BANK, FACES, BOTH), torch.zeros(2))
+
+
+def test_gradient_pulls_towards_the_face_compared_with():
+    x = FACES.clone().requires_grad_()
+    face_realism_loss(x, BANK, OWN, torch.tensor([True, False])).sum().backward()
+    torch.testing.assert_close(x.grad, -torch.stack([OWN[0], BANK[1]]))
+
+
+def test_the_order_of_the_bank_is_of_no_matter():
+    x, bank = unit(5, 8), unit(40, 8, seed=1)
+    bank = torch.cat([bank, bank[:7]])  # some are as near as others
+    losses, gradients = [], []
+    for rows in (torch.arange(47), torch.randperm(47, generator=torch.Generator().manual_seed(2))):
+        v = x.clone().requires_grad_()
+        loss = face_realism_loss(v, bank[rows], x, torch.zeros(5, dtype=torch.bool))
+        losses.append(loss.detach())
+        gradients.append(torch.autograd.grad(loss.sum(), v)[0])
+    torch.testing.assert_close(*losses)
+    torch.testing.assert_close(*gradients)
+
+
+def test_more_real_faces_are_never_farther():
+    x, bank, nobody = unit(5, 8), unit(40, 8, seed=1), torch.zeros(5, dtype=torch.bool)
+    few, many = (face_realism_loss(x, bank[:n], x, nobody) for n in (3, 40))
+    assert (many <= few).all()
+    assert ((many >= 0) & (few <= 2)).all()
+
+
+@pytest.mark.parametrize("bank", [torch.zeros(0, 2), torch.zeros(4, 3)])
+def test_banks_that_do_not_fit_are_refused(bank):
+    message = rf"bank of one or more .* embeddings of 2 numbers, .* got shape \({len(bank)}, "
+    with pytest.raises(ValueError, match=message):
+        face_realism_loss(FACES, bank, OWN, NONE)
+
+
+def test_own_faces_of_other_images_are_refused():
+    with pytest.raises(ValueError, match=r"same images by the same embedder, .* \(1, 2\)"):
+        face_realism_loss(FACES, BANK, OWN[:1], NONE)

@@ -1,16 +1,21 @@
 """Losses put together, with judges that are formulas."""
 
+from dataclasses import replace
+
 import pytest
 import torch
 
 from diffusers_fair.attributes import Attribute
 from diffusers_fair.classifiers import NetworkClassifier
+from diffusers_fair.encoders import NetworkEncoder, Pixels
 from diffusers_fair.evaluation import Judges
-from diffusers_fair.faces import Faces
-from diffusers_fair.objective import Aim, Objective, SemanticsWeights
+from diffusers_fair.faces import Faces, aligned_chips, face_chips
+from diffusers_fair.objective import Aim, LossWeights, Objective
+from diffusers_fair.real_faces import RealFaces, embed_faces
 
 TOY = Attribute("brightness", ("dark", "bright"))
-WEIGHTS = SemanticsWeights(kept=2.0, changed=0.5, face=0.25)
+CONTRAST = Attribute("contrast", ("flat", "rich"))
+KEPT, CHANGED, FACE = 2.0, 0.5, 0.25  # of the semantics loss: lambda_1, and its shares
 
 
 class Detector:
@@ -44,7 +49,8 @@ def objective(threshold=0.0, classes=TOY.classes) -> Objective:
         clip=Encoder(),
         dino=Encoder(),
     )
-    return Objective(judges, [Aim(attribute=TOY, threshold=threshold)], WEIGHTS)
+    aim = Aim(attribute=TOY, threshold=threshold, semantics_changed=CHANGED, semantics_face=FACE)
+    return Objective(judges, [aim], LossWeights(semantics=KEPT))
 
 
 def pictures(levels, size=8):
@@ -100,7 +106,7 @@ def test_less_likeness_is_asked_where_a_class_changes():
     loss, _ = aim(x, aim.originals(original))
     (g,) = torch.autograd.grad(loss, x)
     features = [Encoder()(v) for v in (x, original)]
-    plain = 2 * (1 - (features[0] * features[1]).sum(1)).mean() * WEIGHTS.kept
+    plain = 2 * (1 - (features[0] * features[1]).sum(1)).mean() * KEPT
     (full,) = torch.autograd.grad(plain, x)
     ratio = g / full
     kept, changed = ratio[:2], ratio[2:]
@@ -116,3 +122,138 @@ def test_classes_in_another_order_change_nothing():
         aim = objective(classes=classes)
         losses.append(aim(x.clone().requires_grad_(), aim.originals(x * 0.9))[0].item())
     assert losses[0] == pytest.approx(losses[1])
+
+
+# ---- several attributes --------------------------------------------------------------------------
+
+
+def richness(chips):
+    """Logits (n, 2) of flat and rich, by whether the pixels' spread is above 0.1."""
+    logit = 100 * (chips.std((1, 2, 3)) - 0.1)
+    return torch.stack([-logit, logit], 1)
+
+
+def test_of_several_attributes_to_change_the_smallest_factor_counts():
+    judges = Judges(
+        face_detector=Detector(),
+        classifiers={
+            "brightness": classifier(),
+            "contrast": NetworkClassifier(richness, CONTRAST.classes, 4),
+        },
+        clip=Encoder(),
+        dino=Encoder(),
+    )
+    aims = [
+        Aim(attribute=TOY, threshold=1.0, semantics_changed=0.5, semantics_face=0.1),
+        Aim(attribute=CONTRAST, threshold=1.0, semantics_changed=0.3, semantics_face=0.4),
+    ]
+    aim = Objective(judges, aims, LossWeights(semantics=KEPT))
+    levels = torch.tensor([-0.6, -0.6, 0.6, 0.6]).view(4, 1, 1, 1)
+    spread = torch.tensor([0.05, 0.5, 0.05, 0.5]).view(4, 1, 1, 1)
+    noise = torch.randn(2, 4, 3, 8, 8, generator=torch.Generator().manual_seed(0))
+    x = (levels + spread * noise[0]).requires_grad_()  # one of each kind, as should be
+    originals = aim.originals((x + 0.03 * noise[1]).detach())
+    brightness, contrast = originals.classes["brightness"], originals.classes["contrast"]
+    assert (brightness.tolist(), contrast.tolist()) == ([0, 0, 1, 1], [0, 1, 0, 1])
+    other = {
+        "brightness": brightness ^ torch.tensor([0, 1, 0, 1]),  # the second and the last changed
+        "contrast": contrast ^ torch.tensor([0, 0, 1, 1]),
+    }
+    (full,) = torch.autograd.grad(aim(x, originals)[0], x)
+    (less,) = torch.autograd.grad(aim(x, replace(originals, classes=other))[0], x)
+    ratio = less / full
+    for part, factors in (
+        (ratio[..., :1, :], [1, 0.5, 0.3, 0.3]),
+        (ratio[..., 3:5, 3:5], [1, 0.5 * 0.1, 0.3 * 0.4, 0.3 * 0.1]),
+    ):
+        expected = torch.tensor(factors).view(4, 1, 1, 1).expand_as(part)
+        torch.testing.assert_close(part, expected, atol=1e-3, rtol=1e-3)
+
+
+# ---- face realism --------------------------------------------------------------------------------
+
+EMBEDDER = NetworkEncoder(lambda chips: chips.flatten(1) + 0.1, Pixels(4))
+REAL = pictures([-0.3, 0.2, 0.5]) + torch.linspace(-0.5, 0.5, 8)
+
+
+def realistic(weight=0.5, threshold=0.0) -> Objective:
+    plain = objective(threshold)
+    bank = embed_faces(EMBEDDER, REAL, Detector()(REAL))
+    weights = LossWeights(semantics=KEPT, face=weight)
+    return Objective(plain.judges, plain.aims, weights, RealFaces(EMBEDDER, bank))
+
+
+def cosines(x, others) -> torch.Tensor:
+    """Between the faces of pictures (n) and others (m), (n, m)."""
+    a, b = (embed_faces(EMBEDDER, v, Detector()(v)) for v in (x, others))
+    return a @ b.T
+
+
+def changed(x, seed=3) -> torch.Tensor:
+    return x + 0.1 * torch.randn(x.shape, generator=torch.Generator().manual_seed(seed))
+
+
+LEVELS = [-0.8, -0.7, -0.6, -0.5]  # the last two should become bright
+
+
+@pytest.mark.parametrize(("threshold", "kept"), [(0.5, 2), (0.9, 0)])
+def test_faces_that_stay_are_compared_with_their_own_if_their_class_is_sure(threshold, kept):
+    """Every class has a probability of 0.73 to 0.84."""
+    original, aim = pictures(LEVELS), realistic(threshold=threshold)
+    x = changed(original)
+    _, figures = aim(x.requires_grad_(), aim.originals(original))
+    nearest, own = cosines(x, REAL).amax(1), cosines(x, original).diag()
+    expected = 0.5 * (1 - torch.cat([own[:kept], nearest[kept:]])).mean()
+    assert figures["face"] == pytest.approx(expected.item(), rel=1e-4)
+    assert (own - nearest).abs().min() > 0.05  # so that it matters which
+
+
+def test_the_loss_is_the_sum_of_what_is_logged():
+    aim, x = realistic(), changed(pictures(LEVELS))
+    loss, figures = aim(x, aim.originals(pictures(LEVELS)))
+    assert loss.item() == figures["loss"]
+    terms = figures["alignment"] + figures["semantics"] + figures["face"]
+    assert loss.item() == pytest.approx(terms, rel=1e-5)
+    assert "face" not in objective()(x, objective().originals(x))[1]
+
+
+def test_faces_pull_only_where_one_was_found():
+    original = pictures(LEVELS)
+    original[2, :, 0, 0] = -2  # no face there, and in the second only the original has none
+    x = changed(original)
+    original[1, :, 0, 0] = -2
+    x[2, :, 0, 0] = -2
+    x.requires_grad_()
+    gradients, figures = [], {}
+    for weight in (0.0, 1.0):
+        aim = realistic(weight)
+        loss, figures = aim(x, aim.originals(original))
+        gradients.append(torch.autograd.grad(loss, x)[0])
+    pull = (gradients[1] - gradients[0]).abs().amax((1, 2, 3))
+    assert (pull > 1e-4).tolist() == [True, True, False, True]
+    nearest, own = cosines(x, REAL).amax(1), cosines(x, original).diag()
+    one_kept = 1 - torch.stack([own[0], nearest[1], nearest[3]])
+    assert figures["face"] == pytest.approx(one_kept.sum().item() / 4, rel=1e-4)
+
+
+def test_without_any_face_nothing_is_compared():
+    x = pictures([-0.8, 0.8])
+    x[:, :, 0, 0] = -2
+    aim = realistic()
+    assert aim(x.requires_grad_(), aim.originals(x.detach()))[1]["face"] == 0
+
+
+def test_a_weight_without_real_faces_is_refused():
+    plain = objective()
+    with pytest.raises(ValueError, match=r"a face weight of 0\.1 needs real faces, got none: load"):
+        Objective(plain.judges, plain.aims, LossWeights(semantics=1.0, face=0.1))
+
+
+def test_landmarks_align_the_chips():
+    faces = Detector()(REAL)
+    marks = torch.tensor([[3.0, 3], [5, 3], [4, 4], [3, 5], [5, 5]]).repeat(3, 1, 1)
+    marked = replace(faces, landmarks=marks)
+    square, aligned = (embed_faces(EMBEDDER, REAL, f) for f in (faces, marked))
+    torch.testing.assert_close(square, EMBEDDER(face_chips(REAL, faces, 4)))
+    torch.testing.assert_close(aligned, EMBEDDER(aligned_chips(REAL, marked, 4)))
+    assert not torch.allclose(square, aligned, atol=1e-2)

@@ -14,16 +14,23 @@ from diffusers_fair.backends.base import load_base, usual_guidance
 if TYPE_CHECKING:
     from diffusers_fair.backends.open_clip import OpenClipEncoder
     from diffusers_fair.classifiers import Classifier
-    from diffusers_fair.config import ClassifierSection, ModelsSection
-    from diffusers_fair.encoders import ImageEncoder, ImageTextEncoder
+    from diffusers_fair.config import ClassifierSection, JudgesSection, ModelsSection
+    from diffusers_fair.encoders import ImageEncoder, ImageTextEncoder, NetworkEncoder
     from diffusers_fair.evaluation import Judges
     from diffusers_fair.faces import FaceDetector
+    from diffusers_fair.real_faces import RealFaces
 
-__all__ = ["load_base", "load_evaluation_judges", "load_judges", "usual_guidance"]
+__all__ = [
+    "load_base",
+    "load_evaluation_judges",
+    "load_judges",
+    "load_real_faces",
+    "usual_guidance",
+]
 
 
 def load_judges(
-    models: "ModelsSection", attributes: Sequence[Attribute], device: Any = "cpu"
+    models: "JudgesSection", attributes: Sequence[Attribute], device: Any = "cpu"
 ) -> "Judges":
     """Load what looks at the images, in training or in evaluation.
 
@@ -73,6 +80,40 @@ def load_evaluation_judges(attributes: Sequence[str]) -> "Judges":
         if name not in world.ATTRIBUTES:
             raise ValueError(f"the testbed has {', '.join(world.ATTRIBUTES)}, no '{name}'")
     return load_judges(EvaluationModelsSection(), [world.ATTRIBUTES[name] for name in attributes])
+
+
+def load_real_faces(
+    models: "ModelsSection", detector: "FaceDetector", device: Any = "cpu"
+) -> "RealFaces":
+    """Load the face embedder, and find and embed the real faces: for the face realism loss only.
+
+    Args:
+        models: a recipe's `models`.
+        detector: training's, which finds the faces in the pictures of a folder.
+        device: where it all computes, in float32: the pipeline's.
+
+    Raises:
+        ModuleNotFoundError: a package that the embedder needs is missing; says how to install it.
+        ValueError: an embedder that cannot be loaded; a folder without faces; the testbed's
+            embedder on another device than the CPU.
+    """
+    from diffusers_fair.real_faces import RealFaces
+
+    embedder = _face_embedder(models.face_embedder, device)
+    if models.face_bank == testbed.NAME:
+        return RealFaces(embedder, _testbed(device).face_bank())
+    from diffusers_fair.backends.face_bank import load_bank
+
+    return RealFaces(embedder, load_bank(models.face_bank, detector, embedder, device))
+
+
+def _face_embedder(name: str, device: Any) -> "NetworkEncoder":
+    kind, _, what = name.partition(":")
+    if kind == "timm":
+        from diffusers_fair.backends.timm import load_embedder
+
+        return load_embedder(what, device)
+    return _testbed(device).face_embedder()
 
 
 def _face_detector(name: str, device: Any) -> "FaceDetector":
@@ -131,7 +172,7 @@ def _classifier(
     return found
 
 
-def _extra(models: "ModelsSection") -> dict[str, Any]:
+def _extra(models: "JudgesSection") -> dict[str, Any]:
     """Beside the testbed's evaluation classifiers, whether the context is that of the prompt."""
     kinds = {(section.kind, section.model) for section in models.classifiers.values()}
     if ("testbed", "evaluation") not in kinds:

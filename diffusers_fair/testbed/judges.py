@@ -228,6 +228,13 @@ def face_embedder() -> NetworkEncoder:
 
 
 @cache
+def face_bank() -> Tensor:
+    """(1024, 64) embeddings by `face_embedder` of portraits' faces, of unit length."""
+    stored = load_file(WEIGHTS / "face_bank.safetensors")["embeddings"]  # as float16
+    return nn.functional.normalize(stored.float(), dim=1)
+
+
+@cache
 def _attribute_trunk(evaluation: bool):
     """The network that the classifiers of all attributes share: chips -> logits side by side."""
     file = "evaluation_classifiers" if evaluation else "classifiers"

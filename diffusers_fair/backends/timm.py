@@ -1,0 +1,59 @@
+"""timm: a model whose output is the embedding of a face, with its own size and scale of colours."""
+
+from pathlib import Path
+
+import torch
+
+from diffusers_fair.backends.errors import loading
+from diffusers_fair.backends.needs import Need, package, pretrained
+from diffusers_fair.encoders import NetworkEncoder, Pixels
+
+PACKAGE = "timm"  # as it is imported
+INSTALL = "pip install timm"
+HUB = "hf-hub:"
+FORMS = f"a name that timm knows, {HUB}ORG/MODEL, or a folder with config.json and weights"
+
+
+def load_embedder(name: str, device: torch.device | str = "cpu") -> NetworkEncoder:
+    """Load a face embedder.
+
+    Its last layer stays: in models trained to tell faces apart, that layer makes the embedding, and
+    the one that names the people of the training set is not saved.
+
+    Args:
+        name: as `timm.create_model` takes it, or a folder.
+        device: where it computes, in float32.
+
+    Raises:
+        ModuleNotFoundError: timm is not installed.
+        ValueError: there is no such model, it cannot be reached, or takes no squares.
+    """
+    with loading(f"the face embedder '{name}' of timm", FORMS, INSTALL):
+        import timm
+
+        source = f"local-dir:{name}" if Path(name).is_dir() else name
+        network = timm.create_model(source, pretrained=True)
+        config = timm.data.resolve_model_data_config(network)
+        channels, height, width = config["input_size"]
+        if channels != 3 or height != width:
+            raise ValueError(f"it must take squares of 3 colours, got {config['input_size']}")
+    network = network.to(device).eval().requires_grad_(False)
+    return NetworkEncoder(network, Pixels(width, tuple(config["mean"]), tuple(config["std"])))
+
+
+def needs(name: str) -> list[Need]:
+    """What `load_embedder` needs."""
+    installed = package(PACKAGE, INSTALL)
+    if not installed.there:
+        return [installed]
+    if Path(name).is_dir() or name.startswith(HUB):
+        return [installed, pretrained(name.removeprefix(HUB))]
+    import timm
+
+    known = timm.models.is_model(name) and timm.models.get_pretrained_cfg(name)
+    if not known or not known.hf_hub_id:
+        return [
+            installed,
+            Need(name, False, f"unknown to timm, or without weights: expected {FORMS}"),
+        ]
+    return [installed, pretrained(known.hf_hub_id)]
