@@ -27,7 +27,7 @@ Out = Annotated[Path, typer.Option(help="Folder to write to.")]
 @app.command()
 def demo(
     out: Out = Path("runs/demo"),
-    images: Annotated[int, typer.Option(help="Of each prompt.")] = 24,
+    images: Annotated[int, typer.Option(help="Of each prompt.")] = 20,
 ) -> None:
     """Train on the testbed, measure before and after, write the report: minutes on a laptop.
 

@@ -32,6 +32,7 @@ except ModuleNotFoundError as error:
 RECIPES = Path(__file__).parent / "recipes"
 RUN_FILE = "recipe.yaml"  # of a run folder: the recipe as run
 
+Weight = Annotated[float, Field(gt=0)]
 Share = Annotated[float, Field(ge=0, le=1)]
 Count = Annotated[int, Field(ge=0, strict=True)]
 Positive = Annotated[int, Field(ge=1, strict=True)]
@@ -40,6 +41,11 @@ Steps = Annotated[
     tuple[Positive, Positive],
     BeforeValidator(lambda steps: (steps, steps) if isinstance(steps, int) else steps),
 ]
+
+
+def _weighted(sets: Any) -> Any:
+    """Equal weights for sets that have none."""
+    return dict.fromkeys(sets, 1.0) if isinstance(sets, list) else sets
 
 
 def _one_of(*forms: str) -> AfterValidator:
@@ -112,8 +118,9 @@ class AttributeSection(Section):
 class PromptsSection(Section):
     """The prompts to train and to validate on."""
 
-    sets: Annotated[tuple[str, ...], Field(min_length=1)]
-    """Names of packaged prompt lists, or text files with one prompt a line."""
+    sets: Annotated[dict[str, Weight], BeforeValidator(_weighted), Field(min_length=1)]
+    """Packaged prompt lists, or files as `prompt_set` reads them: a list of names, or a mapping of
+    names to weights, which are the shares of their prompts in training."""
     train: str = "train"
     """Split that the adapter is trained on."""
     validation: str = "validation"
@@ -239,12 +246,14 @@ class EvaluationModelsSection(JudgesSection):
 class AdapterSection(Section):
     """What is trained."""
 
-    components: Annotated[tuple[Literal["text_encoder", "unet"], ...], Field(min_length=1)] = (
-        "text_encoder",
-    )
-    """The parts of the pipeline that get low-rank layers."""
+    components: Annotated[
+        tuple[Literal["text_encoder", "unet", "soft_tokens"], ...], Field(min_length=1)
+    ] = ("text_encoder",)
+    """The parts of the pipeline that get low-rank layers; soft tokens before every prompt."""
     rank: Annotated[int, Field(ge=1, le=1024, strict=True)] = 50
     """Rank of the layers."""
+    soft_tokens: Annotated[int, Field(ge=1, le=75, strict=True)] = 5
+    """Number of soft tokens."""
 
 
 class SamplingSection(Section):
@@ -323,10 +332,13 @@ class TrainSection(Section):
     """Of the prompts, the noise and the adapter's first weights."""
     checkpoint_every: Positive = 200
     """Iterations between checkpoints."""
-    validate_every: Positive = 200
-    """Iterations between validations."""
+    validate_every: Positive | None = 200
+    """Iterations between validations; null is never, and no best adapter is kept."""
     validation_images: Positive = 24
     """Images of each validation prompt."""
+    clip_t_drop: Annotated[float, Field(ge=0)] = 0.01
+    """The best adapter has the least validation bias of those whose CLIP-T is no further below the
+    base model's than this."""
     keep: Positive = 2
     """Newest checkpoints that stay on the disk."""
 
@@ -390,7 +402,7 @@ class RunConfig(Section):
     def load(
         cls, recipe: str | Path, overrides: Iterable[str] | Mapping[str, Any] = ()
     ) -> "RunConfig":
-        """Read a recipe.
+        """Read a recipe, and below it the one that it names under `extends`, if it does.
 
         Args:
             recipe: a YAML file, or the name of a shipped recipe.
@@ -401,10 +413,7 @@ class RunConfig(Section):
             ValueError: one sentence: no such recipe, an unknown key with the nearest known one, a
                 value with what was expected and what was got.
         """
-        path = _recipe_file(recipe)
-        data = _parse_yaml(path.read_text(encoding="utf-8"), str(path))
-        if not isinstance(data, dict):
-            raise ValueError(f"recipe '{path}' must hold keys and values, got {data!r}")
+        data = _read(_recipe_file(recipe))
         pairs = overrides.items() if isinstance(overrides, Mapping) else map(_split, overrides)
         for key, value in pairs:
             _set(data, key.split("."), value, key)
@@ -450,6 +459,29 @@ def recipes() -> list[str]:
     return sorted(path.stem for path in RECIPES.glob("*.yaml"))
 
 
+def _read(path: Path, through: tuple[Path, ...] = ()) -> dict[str, Any]:
+    """The keys and values of a recipe, on top of those of the recipe that it extends."""
+    data = _parse_yaml(path.read_text(encoding="utf-8"), str(path))
+    if not isinstance(data, dict):
+        raise ValueError(f"recipe '{path}' must hold keys and values, got {data!r}")
+    if path in through:
+        raise ValueError(f"recipe '{path}' extends itself: {' -> '.join(map(str, through))}")
+    extended = data.pop("extends", None)
+    if extended is None:
+        return data
+    return _merged(_read(_recipe_file(extended), (*through, path)), data)
+
+
+def _merged(below: dict[str, Any], above: dict[str, Any]) -> dict[str, Any]:
+    """Both, section by section; where both have a value or a list, that of `above`."""
+    both = {
+        key: _merged(below[key], value)
+        for key, value in above.items()
+        if isinstance(value, dict) and isinstance(below.get(key), dict)
+    }
+    return below | above | both
+
+
 def _recipe_file(recipe: str | Path) -> Path:
     """The file itself, or that of the shipped recipe of this name."""
     if Path(recipe).is_file():
@@ -482,8 +514,11 @@ def _split(override: str) -> tuple[str, Any]:
 
 
 def _set(tree: Any, path: list[str], value: Any, key: str) -> None:
-    """Set one value, or those that a mapping names; a section that the file leaves out is made."""
-    if isinstance(value, dict):
+    """Set one value, or those that a mapping names; a section that the file leaves out is made.
+
+    A mapping takes the place of a list.
+    """
+    if isinstance(value, dict) and not isinstance(_get(tree, path), list):
         for name, inner in value.items():
             _set(tree, [*path, str(name)], inner, key)
         return
@@ -498,6 +533,13 @@ def _set(tree: Any, path: list[str], value: Any, key: str) -> None:
         elif isinstance(tree, dict) and tree.get(place) is None:
             tree[place] = {}
         tree = tree[place]
+
+
+def _get(tree: Any, path: list[str]) -> Any:
+    """What is at a path of mappings; None if nothing is."""
+    for name in path:
+        tree = tree.get(name) if isinstance(tree, dict) else None
+    return tree
 
 
 def _sentences(error: ValidationError) -> str:

@@ -17,8 +17,14 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from diffusers_fair.adapters.io import AdapterInfo, Lora, base_fingerprint, write_adapter
-from diffusers_fair.adapters.lora import add_lora, lora_state_dict, without_adapter
+from diffusers_fair.adapters.io import (
+    AdapterInfo,
+    Lora,
+    SoftTokens,
+    base_fingerprint,
+    write_adapter,
+)
+from diffusers_fair.adapters.trainable import TrainableAdapter
 from diffusers_fair.backends import load_base, load_judges, load_real_faces
 from diffusers_fair.checkpoints import load_checkpoint, save_checkpoint
 from diffusers_fair.conditioning import encode_prompts
@@ -26,6 +32,7 @@ from diffusers_fair.config import RunConfig
 from diffusers_fair.evaluation import Judges, Report, evaluate
 from diffusers_fair.objective import Aim, LossWeights, Objective
 from diffusers_fair.prompts import prompt_set
+from diffusers_fair.prompts.mixtures import prompt_mixture
 from diffusers_fair.replay import draw_steps, replay
 from diffusers_fair.sampling import decode, initial_noise, sample
 from diffusers_fair.scheduler import BiasedGradientScheduler
@@ -54,23 +61,22 @@ class FairnessFinetuner:
 
         self.config = config
         self.attributes = [section.attribute() for section in config.attributes]
-        self.prompts, self.validation_prompts = _prompts(config)
+        names = config.prompts.sets
+        self.prompts = prompt_mixture(names, split=config.prompts.train, seed=config.train.seed)
+        self.validation_prompts = [
+            prompt
+            for name in names
+            for prompt in prompt_set(name).prompts(config.prompts.validation)
+        ]
         self.pipe = load_base(config.base.model, config.base.revision, config.base.dtype)
         self.fingerprint = base_fingerprint(self.pipe)
-        for part in (self.pipe.unet, self.pipe.text_encoder, self.pipe.vae):
-            part.requires_grad_(False)
         self.scheduler = BiasedGradientScheduler(
             self.pipe.scheduler, standardize=config.gradient.standardize
         )
         self.judges = load_judges(config.models, self.attributes, self.pipe.device)
         self.objective = _objective(config, self.judges, self.pipe.device)
-        self.parameters = [
-            parameter
-            for component in config.adapter.components
-            for parameter in add_lora(
-                self.pipe, component, config.adapter.rank, seed=config.train.seed
-            )
-        ]
+        self.adapter = TrainableAdapter(self.pipe, _components(config), config.train.seed)
+        self.parameters = self.adapter.parameters
         options = config.optimizer
         self.optimizer = torch.optim.AdamW(
             self.parameters, options.lr, weight_decay=options.weight_decay
@@ -85,6 +91,7 @@ class FairnessFinetuner:
         self.done = 0  # iterations
         self.skipped = 0  # of them, for a gradient that was not finite
         self.best: float | None = None  # validation bias
+        self.base_clip_t: float | None = None  # of the original model, when it is asked for
 
     @classmethod
     def from_recipe(cls, recipe: str | Path, **overrides: Any) -> "FairnessFinetuner":
@@ -139,36 +146,28 @@ class FairnessFinetuner:
         g = torch.Generator().manual_seed(1_000_003 * self.config.train.seed + number)
         low, high = self.config.sampling.steps
         steps = int(torch.randint(low, high + 1, (), generator=g))
-        prompts = self._draw_prompts(number)
+        count = self.config.train.prompts_per_iteration
+        prompts = [
+            self.prompts.prompt(place) for place in range(number * count, (number + 1) * count)
+        ]
         self.optimizer.zero_grad()
         found = [self._accumulate(prompt, steps, 1 / len(prompts), g) for prompt in prompts]
         figures = _means(found)
         limit = self.config.optimizer.max_grad_norm or float("inf")
         norm = torch.nn.utils.clip_grad_norm_(self.parameters, limit)
-        if norm.isfinite():
-            self.optimizer.step()
-        else:
+        if not norm.isfinite():
             self.skipped += 1
+            self.optimizer.zero_grad(set_to_none=True)  # nothing to step with
+        self.optimizer.step()
         self.schedule.step()
         self.ema.step(self.parameters)
         return figures | {"gradient": norm.item(), "skipped": self.skipped}
-
-    def _draw_prompts(self, number: int) -> list[str]:
-        """The prompts of an iteration: every one once, in random order, before any comes again."""
-        count = self.config.train.prompts_per_iteration
-        chosen = []
-        for place in range(number * count, (number + 1) * count):
-            epoch, index = divmod(place, len(self.prompts))
-            g = torch.Generator().manual_seed(7_919 * self.config.train.seed + epoch)
-            order = torch.randperm(len(self.prompts), generator=g)
-            chosen.append(self.prompts[int(order[index])])
-        return chosen
 
     def _accumulate(self, prompt: str, steps: int, share: float, g: torch.Generator) -> Figures:
         """Add the gradient of one prompt's loss, times `share`, to the adapter's parameters."""
         pipe, scale = self.pipe, self.config.sampling.guidance_scale
         noise = self._noise(g)
-        with torch.no_grad(), without_adapter(pipe):
+        with torch.no_grad(), self.adapter.off():
             cond, uncond = self._encode(prompt)
             first = sample(pipe.unet, self.scheduler, cond, uncond, noise, steps, scale, keep=False)
             originals = self.objective.originals(decode(pipe.vae, first.latents).float())
@@ -214,7 +213,9 @@ class FairnessFinetuner:
         shape = (unet.config.in_channels, unet.config.sample_size, unet.config.sample_size)
         return initial_noise(shape, seeds, device=unet.device).to(unet.dtype)
 
-    def _due(self, every: int) -> bool:
+    def _due(self, every: int | None) -> bool:
+        if every is None:
+            return False
         return self.done % every == 0 or self.done == self.config.train.iterations
 
     @contextmanager
@@ -230,22 +231,29 @@ class FairnessFinetuner:
     def _validate(self, folder: Path) -> Figures:
         """Bias over the validation prompts by the judges of training; the best adapter is kept."""
         with self.averaged():
-            report = self._measure(self.validation_prompts)
-        biases = {f"validation/{a.name}": _mean_bias(report, a.name) for a in self.attributes}
-        found = [b for b in biases.values() if b is not None]
-        if not found:
-            return {}
+            report = self._measure()
         _save_samples(report, folder / "samples" / f"step-{self.done:06d}.png")
-        mean = sum(found) / len(found)
-        if self.best is None or mean < self.best:
-            self.best = mean
-            self.save_adapter(folder / "adapter-best")
-        return {name: b for name, b in biases.items() if b is not None}
+        biases = {a.name: _mean_bias(report, a.name) for a in self.attributes}
+        found = {f"validation/{name}": b for name, b in biases.items() if b is not None}
+        clip_t = report.summary["scores"]["clip_t"]["mean"]
+        if found and clip_t >= self._least_clip_t():
+            mean = sum(found.values()) / len(found)
+            if self.best is None or mean < self.best:
+                self.best = mean
+                self.save_adapter(folder / "adapter-best")
+        return found | {"validation/clip_t": clip_t}
 
-    def _measure(self, prompts: list[str]) -> Report:
+    def _least_clip_t(self) -> float:
+        """CLIP-T of the original model on the validation prompts, less what may be lost."""
+        if self.base_clip_t is None:
+            with self.adapter.off():
+                self.base_clip_t = self._measure().summary["scores"]["clip_t"]["mean"]
+        return self.base_clip_t - self.config.train.clip_t_drop
+
+    def _measure(self) -> Report:
         return evaluate(
             self.pipe,
-            prompts,
+            self.validation_prompts,
             self.attributes,
             judges=self.judges,
             images_per_prompt=self.config.train.validation_images,
@@ -261,14 +269,13 @@ class FairnessFinetuner:
         Raises:
             ValueError: the folder holds something else.
         """
-        rank = self.config.adapter.rank
         with self.averaged():
-            weights = lora_state_dict(self.pipe)
+            weights = self.adapter.weights()
         info = AdapterInfo(
             base_model=self.config.base.model,
             base_revision=self.config.base.revision,
             fingerprint=self.fingerprint,
-            components={c: Lora(rank=rank, alpha=rank) for c in self.config.adapter.components},
+            components=self.adapter.components,
             attributes=tuple(self.attributes),
             recipe=self.config.model_dump(mode="json", exclude={"output"}),
         )
@@ -283,6 +290,7 @@ class FairnessFinetuner:
             "schedule": self.schedule.state_dict(),
             "skipped": self.skipped,
             "best": self.best,
+            "base_clip_t": self.base_clip_t,
         }
 
     def _resume(self, folder: Path) -> None:
@@ -297,14 +305,15 @@ class FairnessFinetuner:
         self.optimizer.load_state_dict(state["optimizer"])
         self.schedule.load_state_dict(state["schedule"])
         self.done, self.skipped, self.best = state["iteration"], state["skipped"], state["best"]
+        self.base_clip_t = state["base_clip_t"]
 
 
-def _prompts(config: RunConfig) -> tuple[list[str], list[str]]:
-    """Training and validation prompts of all sets of the recipe."""
-    sets = [prompt_set(name) for name in config.prompts.sets]
-    train = [p for known in sets for p in known.prompts(config.prompts.train)]
-    validation = [p for known in sets for p in known.prompts(config.prompts.validation)]
-    return train, validation
+def _components(config: RunConfig) -> dict[str, Lora | SoftTokens]:
+    """What the adapter is made of; the layers' alpha is their rank, so nothing scales them."""
+    asked = config.adapter
+    layers = Lora(rank=asked.rank, alpha=asked.rank)
+    tokens = SoftTokens(count=asked.soft_tokens)
+    return {name: tokens if name == "soft_tokens" else layers for name in asked.components}
 
 
 def _objective(config: RunConfig, judges: Judges, device: torch.device) -> Objective:
@@ -345,7 +354,7 @@ def _save_samples(report: Report, file: Path) -> None:
     import numpy as np
     from PIL import Image
 
-    file.parent.mkdir(exist_ok=True)
+    file.parent.mkdir(parents=True, exist_ok=True)
     rows = [np.concatenate(list(images), axis=1) for images in report.samples.values()]
     Image.fromarray(np.concatenate(rows)).save(file)
 

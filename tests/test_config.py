@@ -67,6 +67,39 @@ def test_every_default_is_written_out(toy):
     }
 
 
+def test_a_recipe_extends_another(toy, tmp_path):
+    path = tmp_path / "more.yaml"
+    path.write_text(
+        f"extends: {toy}\nprompts: {{images_per_prompt: 6}}\n"
+        "attributes: [{name: shape, classes: [round, flat]}]\n"
+    )
+    config = RunConfig.load(path, ["train.seed=3"])
+    assert config.prompts.sets == {"toys": 1.0}  # of the recipe below
+    assert config.prompts.images_per_prompt == 6
+    assert [a.classes for a in config.attributes] == [("round", "flat")]  # lists are replaced
+    assert config.train.seed == 3
+    assert config.output == "runs/toy"
+    assert "extends" not in yaml.safe_load(config.to_yaml())
+
+
+def test_what_is_extended_must_be_there_and_lead_to_an_end(toy, tmp_path):
+    path = tmp_path / "more.yaml"
+    path.write_text("extends: testbed-gander\n")
+    with pytest.raises(ValueError, match=r"no recipe 'testbed-gander'.* mean 'testbed-gender'"):
+        RunConfig.load(path)
+    path.write_text(f"extends: {path}\n")
+    with pytest.raises(ValueError, match="extends itself"):
+        RunConfig.load(path)
+
+
+def test_sets_have_weights(toy):
+    assert RunConfig.load(toy).prompts.sets == {"toys": 1.0}
+    mixed = RunConfig.load(toy, {"prompts": {"sets": {"a": 3, "b": 1}}})
+    assert mixed.prompts.sets == {"a": 3.0, "b": 1.0}
+    with pytest.raises(ValueError, match=r"prompts\.sets\.a: expected greater than 0, got 0"):
+        RunConfig.load(toy, ["prompts.sets={a: 0}"])
+
+
 def test_overrides(toy):
     config = RunConfig.load(
         toy,
@@ -90,7 +123,7 @@ def test_overrides(toy):
 def test_a_mapping_changes_only_what_it_names(toy):
     config = RunConfig.load(toy, {"train": {"seed": 3}, "train.keep": 5, "prompts": {"train": "x"}})
     assert (config.train.seed, config.train.keep, config.train.iterations) == (3, 5, 10_000)
-    assert (config.prompts.train, config.prompts.sets) == ("x", ("toys",))
+    assert (config.prompts.train, config.prompts.sets) == ("x", {"toys": 1.0})
 
 
 def test_a_number_of_steps_is_a_range_of_one(toy):
@@ -144,7 +177,7 @@ def test_every_key_is_documented():
         ("gradient.standardize=x", "expected 'paper', 'exact' or 'none', got 'x'"),
         ("base.model=3", r"base\.model: expected a valid string, got 3"),
         ("train=3", "train: expected a section of keys and values, got 3"),
-        ("adapter.components=[vae]", "expected 'text_encoder' or 'unet', got 'vae'"),
+        ("adapter.components=[vae]", "expected 'text_encoder', 'unet' or 'soft_tokens', got 'vae'"),
         ("sampling.steps=[5,3]", r"sampling\.steps must be \[low, high\], low <= high"),
         ("sampling.steps=[1,2,3]", r"sampling\.steps: .*at most 2 items.*, got \[1, 2, 3\]"),
         ("gradient.replay_steps=20", r"at most sampling\.steps \(19\), got 20"),

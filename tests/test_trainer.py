@@ -164,9 +164,10 @@ def test_other_methods_give_another_gradient(compared, method):
 
 def test_every_prompt_comes_once_before_any_comes_again(tmp_path):
     trainer = finetuner(tmp_path / "prompts")
-    count = len(trainer.prompts)
-    drawn = [trainer._draw_prompts(number)[0] for number in range(2 * count)]
-    assert sorted(drawn[:count]) == sorted(trainer.prompts) == sorted(drawn[count:])
+    (prompts,) = trainer.prompts.prompts
+    count = len(prompts)
+    drawn = [trainer.prompts.prompt(place) for place in range(2 * count)]
+    assert sorted(drawn[:count]) == sorted(prompts) == sorted(drawn[count:])
     assert drawn[:count] != drawn[count:]
 
 
@@ -176,7 +177,7 @@ def test_test_prompts_are_never_trained_on(tmp_path):
     trainer = finetuner(tmp_path / "unseen")
     unseen = set(prompt_set("testbed-occupations").prompts("test"))
     assert len(unseen) == 50
-    assert not unseen & {*trainer.prompts, *trainer.validation_prompts}
+    assert not unseen & {*trainer.prompts.prompts[0], *trainer.validation_prompts}
 
 
 def test_an_output_folder_with_another_run_is_refused(run):
@@ -190,3 +191,23 @@ def test_an_output_folder_with_another_run_is_refused(run):
 def test_a_split_without_prompts_is_refused(tmp_path):
     with pytest.raises(ValueError, match=r"'non-templated' has no train"):
         finetuner(tmp_path / "x", prompts={"sets": ["non-templated"]})
+
+
+def test_sets_are_mixed_by_their_weights(tmp_path):
+    sets = {"testbed-occupations": 3, "sports": 1}
+    trainer = finetuner(tmp_path / "mixed", prompts=SMALL["prompts"] | {"sets": sets})
+    drawn = [trainer.prompts.prompt(place) for place in range(40)]
+    assert sum("playing" in prompt or "sport" in prompt for prompt in drawn) == 10
+    assert len(trainer.validation_prompts) == 20
+
+
+def test_an_adapter_that_costs_clip_t_is_not_the_best(tmp_path):
+    trainer = finetuner(tmp_path / "floor")
+    trainer.base_clip_t = 2.0  # more than any
+    trainer._validate(tmp_path / "floor")
+    assert trainer.best is None
+    assert not (tmp_path / "floor" / "adapter-best").exists()
+    trainer.base_clip_t = -1.0
+    trainer._validate(tmp_path / "floor")
+    assert trainer.best is not None
+    assert (tmp_path / "floor" / "adapter-best").exists()
