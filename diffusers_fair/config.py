@@ -328,6 +328,12 @@ class TrainSection(Section):
     """Updates of the weights."""
     prompts_per_iteration: Positive = 1
     """Prompts in one update, over all processes."""
+    distinct_iterations: Positive | None = None
+    """Iterations with prompts, noise and steps of their own; then they come again, and what was
+    seen in the original images comes from the disk. Null: never again."""
+    micro_batch: Positive | None = None
+    """Images that the U-Net and the decoder see at a time; null is all. Costs time and saves
+    memory, and changes nothing else."""
     seed: Count = 0
     """Of the prompts, the noise and the adapter's first weights."""
     checkpoint_every: Positive = 200

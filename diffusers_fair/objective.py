@@ -1,8 +1,12 @@
-"""Images with the adapter, and the original ones -> the loss to minimise (section 4.1)."""
+"""Images with the adapter, and the original ones -> the loss to minimise (section 4.1).
+
+Targets are found among the images of one prompt; everything else is done for all prompts at once.
+"""
 
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 
+import numpy as np
 import torch
 from torch import Tensor
 
@@ -17,7 +21,7 @@ from diffusers_fair.losses import (
     semantics_loss,
 )
 from diffusers_fair.real_faces import RealFaces
-from diffusers_fair.targets import joint_targets
+from diffusers_fair.targets import Targets, joined, joint_targets
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -48,7 +52,7 @@ class LossWeights:
 
 @dataclass(frozen=True)
 class Originals:
-    """What is kept of the original model's images o_i for one prompt and noise."""
+    """What is kept of the original model's images o_i of the same prompts and noise."""
 
     faces: Faces
     classes: dict[str, Tensor]
@@ -62,7 +66,7 @@ class Originals:
 
 
 class Objective:
-    """The loss of images of one prompt, as training's judges see them (section 4.1).
+    """The loss of images, as training's judges see them (section 4.1).
 
     Args:
         judges: face detector, classifiers and encoders.
@@ -113,19 +117,27 @@ class Objective:
             found[aim.attribute.name] = classifier(chips)[:, order]
         return found
 
-    def __call__(self, images: Tensor, originals: Originals) -> tuple[Tensor, dict[str, float]]:
+    def __call__(
+        self, images: Tensor, originals: Originals, prompts: int = 1
+    ) -> tuple[Tensor, dict[str, float]]:
         """The loss of images (n, 3, h, w) in [-1, 1], and figures to log.
 
         The loss is the sum of `alignment`, `semantics` and, if it is asked for, `face`, each with
         its weight. Images without a face take part in the semantics loss alone.
+
+        Args:
+            images: equally many of each prompt, prompt by prompt.
+            originals: of the same prompts and noise.
+            prompts: how many prompts there are.
         """
         faces = self.judges.face_detector(images.detach())
         found = faces.found
         p = self.probabilities(images[found], faces[found])
+        sizes = [int(part.sum()) for part in found.chunk(prompts)]  # faces of each prompt
         alignment = images.new_zeros(len(images))
         differs = found.new_ones(len(images), len(self.aims))
         if found.any():
-            alignment[found], differs[found] = self._align(p, originals, found)
+            alignment[found], differs[found] = self._align(p, originals, found, sizes)
         terms = {
             "alignment": alignment,
             "semantics": self._semantics(images, faces, originals, differs),
@@ -135,27 +147,33 @@ class Objective:
             terms["face"] = self._realism(self.real_faces, images, faces, originals, kept)
         loss = torch.stack([*terms.values()]).sum(0).mean()
         logged = {"loss": loss.item()} | {name: x.mean().item() for name, x in terms.items()}
-        return loss, logged | {"faces": found.float().mean().item()} | _biases(p)
+        return loss, logged | {"faces": found.float().mean().item()} | _biases(p, sizes)
 
     def _align(
-        self, p: Mapping[str, Tensor], originals: Originals, found: Tensor
+        self, p: Mapping[str, Tensor], originals: Originals, found: Tensor, sizes: Sequence[int]
     ) -> tuple[Tensor, Tensor]:
         """Of the m faces found: the alignment loss (m,), and which classes are to change.
 
         The latter is (m, attributes) bool.
         """
-        targets = joint_targets(
-            list(p.values()),
-            [aim.attribute.target for aim in self.aims],
-            cost_weights=[aim.cost for aim in self.aims],
-        )
         losses, differs = [], []
-        for aim, target in zip(self.aims, targets, strict=True):
+        for aim, target in zip(self.aims, self._targets(p, sizes), strict=True):
             name = aim.attribute.name
             losses.append(alignment_loss(p[name], target, aim.threshold))  # equation 6
             differs.append(target.labels != originals.classes[name][found])
         unseen = ~originals.faces.found[found]  # no face in the original: nothing agrees with it
         return torch.stack(losses).sum(0), torch.stack(differs, 1) | unseen[:, None]
+
+    def _targets(self, p: Mapping[str, Tensor], sizes: Sequence[int]) -> list[Targets]:
+        """Of each attribute, the targets of the m faces: those of each prompt among themselves."""
+        target = [aim.attribute.target for aim in self.aims]
+        cost = [aim.cost for aim in self.aims]
+        of_prompts = [
+            joint_targets(parts, target, cost_weights=cost)
+            for parts in zip(*(x.split(sizes) for x in p.values()), strict=True)
+            if len(parts[0])
+        ]
+        return [joined(parts) for parts in zip(*of_prompts, strict=True)]
 
     def _semantics(
         self, images: Tensor, faces: Faces, originals: Originals, differs: Tensor
@@ -205,11 +223,12 @@ def _shared_face(a: Faces, b: Faces, images: Tensor) -> Tensor:
     return rows[:, :, None] & columns[:, None, :] & (a.found & b.found)[:, None, None]
 
 
-def _biases(p: Mapping[str, Tensor]) -> dict[str, float]:
-    """'bias/NAME' -> bias of this batch; left out where no face was found."""
-    counts = {name: torch.bincount(x.argmax(1), minlength=x.shape[1]) for name, x in p.items()}
-    return {
-        f"bias/{name}": float(bias(frequencies(n.numpy(force=True))))
-        for name, n in counts.items()
-        if n.sum()
-    }
+def _biases(p: Mapping[str, Tensor], sizes: Sequence[int]) -> dict[str, float]:
+    """'bias/NAME' -> mean over the prompts with a face; left out where none has one."""
+    figures = {}
+    for name, x in p.items():
+        parts = [part.argmax(1) for part in x.split(sizes) if len(part)]
+        counts = [torch.bincount(part, minlength=x.shape[1]).numpy(force=True) for part in parts]
+        if counts:
+            figures[f"bias/{name}"] = float(np.mean([bias(frequencies(n)) for n in counts]))
+    return figures

@@ -19,11 +19,13 @@ from diffusers_fair.sampling import Trajectory, guidance, predict, rows
 
 
 def draw_steps(total: int, count: int, generator: torch.Generator) -> tuple[list[int], list[float]]:
-    """Draw steps for an unbiased estimate of the sum over all of them.
+    """Draw steps for an unbiased estimate of the sum over all of them, spread over time.
+
+    The steps are cut into `count` parts, as equal as can be, and one is drawn of each.
 
     Args:
         total: K, number of steps there are.
-        count: how many to draw, without replacement.
+        count: how many to draw.
         generator: on the CPU.
 
     Returns:
@@ -34,8 +36,9 @@ def draw_steps(total: int, count: int, generator: torch.Generator) -> tuple[list
     """
     if not 1 <= count <= total:
         raise ValueError(f"can draw 1 to {total} of {total} steps, not {count}")
-    steps = sorted(torch.randperm(total, generator=generator)[:count].tolist())
-    return steps, [total / count] * count
+    parts = torch.arange(total).tensor_split(count)
+    steps = [int(part[torch.randint(len(part), (), generator=generator)]) for part in parts]
+    return steps, [float(len(part)) for part in parts]
 
 
 @torch.enable_grad()

@@ -60,6 +60,7 @@ def sample(
     guidance_scale: float = 7.5,
     *,
     keep: bool = True,
+    micro_batch: int | None = None,
 ) -> Trajectory:
     """Sample latents as a Stable Diffusion pipeline does, without gradients.
 
@@ -72,11 +73,12 @@ def sample(
         steps: of the scheduler.
         guidance_scale: 1 for no guidance, or more.
         keep: whether to keep the U-Net inputs for replay.
+        micro_batch: images that the U-Net sees at a time; left out, all.
 
     Raises:
         ValueError: guidance without `uncond`, or a guidance scale below 1.
     """
-    guided = guided_unet(unet, cond, uncond, len(noise), guidance_scale)
+    guided = guided_unet(unet, cond, uncond, len(noise), guidance_scale, micro_batch)
     inputs = []
 
     def evaluate(step: int, scaled: Tensor, t: Tensor) -> Tensor:
@@ -112,19 +114,28 @@ def denoise(
 
 
 def guided_unet(
-    unet: Any, cond: Tensor, uncond: Tensor | None, count: int, scale: float
+    unet: Any,
+    cond: Tensor,
+    uncond: Tensor | None,
+    count: int,
+    scale: float,
+    micro_batch: int | None = None,
 ) -> Callable[[Tensor, Tensor], Tensor]:
     """Return the guided prediction as a function of `count` scaled latents and a timestep.
 
     Raises:
         ValueError: as `guidance` and `rows` do.
     """
-    branches = guidance(scale, cond, uncond)
-    embeddings = torch.cat([rows(embedding, count) for embedding, _ in branches])
+    embeddings = [rows(embedding, count) for embedding, _ in guidance(scale, cond, uncond)]
+    parts = torch.arange(count).split(micro_batch or count)
+    shared = [torch.cat([branch[part] for branch in embeddings]) for part in parts]
 
     def evaluate(scaled: Tensor, t: Tensor) -> Tensor:
-        output = predict(unet, torch.cat([scaled] * len(branches)), t, embeddings)
-        return _guided(output.chunk(len(branches)), scale)
+        found = []
+        for part, embedding in zip(parts, shared, strict=True):
+            output = predict(unet, torch.cat([scaled[part]] * len(embeddings)), t, embedding)
+            found.append(_guided(output.chunk(len(embeddings)), scale))
+        return torch.cat(found)
 
     return evaluate
 
@@ -166,10 +177,28 @@ def rows(embeddings: Tensor, count: int) -> Tensor:
     return embeddings.expand(count, -1, -1)
 
 
-def decode(vae: Any, latents: Tensor) -> Tensor:
+def decode(vae: Any, latents: Tensor, micro_batch: int | None = None) -> Tensor:
     """Decode (n, c, h, w) latents to (n, 3, H, W) images in [-1, 1], differentiably."""
-    images = vae.decode(latents / vae.config.scaling_factor, return_dict=False)[0]
-    return images.clamp(-1, 1)
+    parts = latents.split(micro_batch or len(latents))
+    images = [vae.decode(x / vae.config.scaling_factor, return_dict=False)[0] for x in parts]
+    return torch.cat(images).clamp(-1, 1)
+
+
+@torch.enable_grad()
+def decode_backward(
+    vae: Any, latents: Tensor, grad_images: Tensor, micro_batch: int | None = None
+) -> Tensor:
+    """Gradient on `decode`'s images (n, 3, H, W) -> on the latents (n, c, h, w).
+
+    Decodes again, `micro_batch` images at a time, so that the decoder's memory is theirs alone.
+    """
+    size = micro_batch or len(latents)
+    found = []
+    for part, grad in zip(latents.split(size), grad_images.split(size), strict=True):
+        z = part.detach().requires_grad_()
+        images = decode(vae, z)
+        found += torch.autograd.grad(images, z, grad.to(images.dtype))
+    return torch.cat(found)
 
 
 def _guided(predictions: Sequence[Tensor], scale: float) -> Tensor:

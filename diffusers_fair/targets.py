@@ -110,6 +110,16 @@ def joint_targets(
     return [_targets(_marginal(joint, a).to(device), error) for a in range(len(sizes))]
 
 
+def joined(parts: Sequence[Targets]) -> Targets:
+    """Targets of several batches, one after the other; the error is the largest of theirs."""
+    return Targets(
+        torch.cat([part.labels for part in parts]),
+        torch.cat([part.confidence for part in parts]),
+        torch.cat([part.plan for part in parts]),
+        max(part.error for part in parts),
+    )
+
+
 def _targets(plan: Tensor, error: float) -> Targets:
     """Read y_i and c_i off the plan (equation 6)."""
     confidence, labels = plan.max(dim=1)

@@ -1,16 +1,16 @@
 """Fine-tuning for fairness: the loop around the method. The only file that knows accelerate.
 
-One iteration, for each of its prompts (Algorithm 1 and sections 4.1 to 4.3 of the paper):
+One iteration (Algorithm 1 and sections 4.1 to 4.3 of the paper):
 
-    prompt, noise -> the original model's images, without the adapter
-                  -> images with the adapter -> faces -> class probabilities -> targets -> loss
-                  -> d loss / d z_K -> replay -> gradients of the adapter's parameters
+    prompts, noise -> the original model's images, without the adapter; kept in the bank
+                   -> images with the adapter -> faces -> class probabilities -> targets -> loss
+                   -> d loss / d z_K -> replay -> gradients of the adapter's parameters
 """
 
 import json
-from collections import Counter
 from collections.abc import Iterator
 from contextlib import contextmanager
+from dataclasses import asdict
 from pathlib import Path
 from typing import Any
 
@@ -26,15 +26,23 @@ from diffusers_fair.adapters.io import (
 )
 from diffusers_fair.adapters.trainable import TrainableAdapter
 from diffusers_fair.backends import load_base, load_judges, load_real_faces
+from diffusers_fair.bank import OriginalsBank
+from diffusers_fair.batches import Batch, draw_batch
 from diffusers_fair.checkpoints import load_checkpoint, save_checkpoint
 from diffusers_fair.conditioning import encode_prompts
 from diffusers_fair.config import RunConfig
 from diffusers_fair.evaluation import Judges, Report, evaluate
-from diffusers_fair.objective import Aim, LossWeights, Objective
+from diffusers_fair.objective import Aim, LossWeights, Objective, Originals
 from diffusers_fair.prompts import prompt_set
 from diffusers_fair.prompts.mixtures import prompt_mixture
 from diffusers_fair.replay import draw_steps, replay
-from diffusers_fair.sampling import decode, initial_noise, sample
+from diffusers_fair.sampling import (
+    Trajectory,
+    decode,
+    decode_backward,
+    initial_noise,
+    sample,
+)
 from diffusers_fair.scheduler import BiasedGradientScheduler
 from diffusers_fair.unrolled import unroll
 
@@ -75,6 +83,7 @@ class FairnessFinetuner:
         )
         self.judges = load_judges(config.models, self.attributes, self.pipe.device)
         self.objective = _objective(config, self.judges, self.pipe.device)
+        self.bank = OriginalsBank(Path(config.output) / "originals", _about_originals(config))
         self.adapter = TrainableAdapter(self.pipe, _components(config), config.train.seed)
         self.parameters = self.adapter.parameters
         options = config.optimizer
@@ -140,19 +149,11 @@ class FairnessFinetuner:
         """One update of the adapter's parameters; everything random depends on seed and number.
 
         Returns:
-            Means over the prompts: `loss`, `alignment`, `semantics`, `faces` (share of images with
-            one), `bias/NAME` of the batches; and the length of the gradient.
+            Means over the images: `loss`, `alignment`, `semantics`, `face` if it has a weight, and
+            `faces`, the share with one; over the prompts: `bias/NAME`; the length of the gradient.
         """
-        g = torch.Generator().manual_seed(1_000_003 * self.config.train.seed + number)
-        low, high = self.config.sampling.steps
-        steps = int(torch.randint(low, high + 1, (), generator=g))
-        count = self.config.train.prompts_per_iteration
-        prompts = [
-            self.prompts.prompt(place) for place in range(number * count, (number + 1) * count)
-        ]
         self.optimizer.zero_grad()
-        found = [self._accumulate(prompt, steps, 1 / len(prompts), g) for prompt in prompts]
-        figures = _means(found)
+        figures = self._backward(draw_batch(self.config, self.prompts, number), number)
         limit = self.config.optimizer.max_grad_norm or float("inf")
         norm = torch.nn.utils.clip_grad_norm_(self.parameters, limit)
         if not norm.isfinite():
@@ -163,34 +164,82 @@ class FairnessFinetuner:
         self.ema.step(self.parameters)
         return figures | {"gradient": norm.item(), "skipped": self.skipped}
 
-    def _accumulate(self, prompt: str, steps: int, share: float, g: torch.Generator) -> Figures:
-        """Add the gradient of one prompt's loss, times `share`, to the adapter's parameters."""
-        pipe, scale = self.pipe, self.config.sampling.guidance_scale
-        noise = self._noise(g)
-        with torch.no_grad(), self.adapter.off():
-            cond, uncond = self._encode(prompt)
-            first = sample(pipe.unet, self.scheduler, cond, uncond, noise, steps, scale, keep=False)
-            originals = self.objective.originals(decode(pipe.vae, first.latents).float())
-        cond, uncond = self._encode(prompt)
+    def _backward(self, batch: Batch, number: int) -> Figures:
+        """Add the gradient of the loss of a batch to the adapter's parameters."""
+        noise = self._noise(batch)
+        originals = self._originals(batch, noise)
+        cond, uncond = self._encode(batch)
         if self.config.gradient.method != "replay":
-            z = self._unroll(cond, uncond, noise, steps)
-            loss, figures = self.objective(decode(pipe.vae, z).float(), originals)
-            (share * loss).backward()
+            z = self._unroll(cond, uncond, noise, batch.steps)
+            v, figures = self._loss(z.detach(), originals, len(batch.prompts))
+            z.backward(v)
             return figures
-        trajectory = sample(pipe.unet, self.scheduler, cond, uncond, noise, steps, scale)
-        z = trajectory.latents.requires_grad_()  # (n, c, h, w), z_K
-        loss, figures = self.objective(decode(pipe.vae, z).float(), originals)
-        (v,) = torch.autograd.grad(share * loss, z)  # (n, c, h, w)
-        weights = self.scheduler.gradient_weights()
-        count = self.config.gradient.replay_steps
-        chosen, chances = draw_steps(len(weights), count, g) if count else (None, None)
-        gradients = replay(
-            pipe.unet, trajectory, cond, uncond, v, weights, steps=chosen, weights=chances
-        )
+        trajectory = self._sample(cond, uncond, noise, batch.steps, keep=True)
+        v, figures = self._loss(trajectory.latents, originals, len(batch.prompts))
+        gradients = self._replay(trajectory, cond, uncond, v, number)
         for embeddings, gradient in zip((cond, uncond), gradients, strict=True):
             if embeddings is not None and gradient is not None:
                 embeddings.backward(gradient.to(embeddings.dtype))  # once through the text encoder
         return figures
+
+    def _originals(self, batch: Batch, noise: Tensor) -> Originals:
+        """What the judges see in the original model's images, from the bank if it is there."""
+
+        @torch.no_grad()
+        def make() -> Originals:
+            with self.adapter.off():
+                cond, uncond = self._encode(batch)
+                z = self._sample(cond, uncond, noise, batch.steps, keep=False).latents
+            micro_batch = self.config.train.micro_batch
+            return self.objective.originals(decode(self.pipe.vae, z, micro_batch).float())
+
+        if self.config.train.distinct_iterations is None:
+            return make()
+        return self.bank.get(asdict(batch), make, noise.device)
+
+    def _sample(
+        self, cond: Tensor, uncond: Tensor | None, noise: Tensor, steps: int, *, keep: bool
+    ) -> Trajectory:
+        return sample(
+            self.pipe.unet,
+            self.scheduler,
+            cond,
+            uncond,
+            noise,
+            steps,
+            self.config.sampling.guidance_scale,
+            keep=keep,
+            micro_batch=self.config.train.micro_batch,
+        )
+
+    def _loss(self, z: Tensor, originals: Originals, prompts: int) -> tuple[Tensor, Figures]:
+        """The gradient v of the loss on the final latents (n, c, h, w), and figures."""
+        vae, micro_batch = self.pipe.vae, self.config.train.micro_batch
+        with torch.no_grad():
+            images = decode(vae, z, micro_batch).float()
+        loss, figures = self.objective(images.requires_grad_(), originals, prompts)
+        (gradient,) = torch.autograd.grad(loss, images)  # (n, 3, H, W)
+        return decode_backward(vae, z, gradient, micro_batch), figures
+
+    def _replay(
+        self, trajectory: Trajectory, cond: Tensor, uncond: Tensor | None, v: Tensor, number: int
+    ) -> tuple[Tensor | None, Tensor | None]:
+        """Gradients of the embeddings; those of the U-Net's parameters are added to them."""
+        weights = self.scheduler.gradient_weights()  # (K,), C_i a_i
+        g = torch.Generator().manual_seed(1_000_003 * self.config.train.seed + number)
+        count = self.config.gradient.replay_steps
+        steps, chances = draw_steps(len(weights), count, g) if count else (None, None)
+        return replay(
+            self.pipe.unet,
+            trajectory,
+            cond,
+            uncond,
+            v,
+            weights,
+            steps=steps,
+            weights=chances,
+            micro_batch=self.config.train.micro_batch,
+        )
 
     def _unroll(self, cond: Tensor, uncond: Tensor | None, noise: Tensor, steps: int) -> Tensor:
         """(n, c, h, w), z_K with the graph of the recipe's gradient, to compare replay with."""
@@ -200,18 +249,18 @@ class FairnessFinetuner:
         last = self.config.gradient.truncated_steps
         return unroll(unet, scheduler, cond, uncond, noise, steps, scale, last=last)
 
-    def _encode(self, prompt: str) -> tuple[Tensor, Tensor | None]:
-        """Embeddings of the prompt and, with guidance, of the empty one, (1, L, d) each."""
+    def _encode(self, batch: Batch) -> tuple[Tensor, Tensor | None]:
+        """Embeddings of each image's prompt (n, L, d) and, with guidance, of the empty one."""
         guided = self.config.sampling.guidance_scale > 1
-        uncond = encode_prompts(self.pipe, [""], prefix=False) if guided else None
-        return encode_prompts(self.pipe, [prompt]), uncond
+        uncond = encode_prompts(self.pipe, [""], prefix=False) if guided else None  # (1, L, d)
+        cond = encode_prompts(self.pipe, batch.prompts)  # (P, L, d)
+        return cond.repeat_interleave(batch.images_per_prompt, dim=0), uncond
 
-    def _noise(self, g: torch.Generator) -> Tensor:
+    def _noise(self, batch: Batch) -> Tensor:
         """(n, c, h, w), standard normal."""
-        n, unet = self.config.prompts.images_per_prompt, self.pipe.unet
-        seeds = torch.randint(2**31, (n,), generator=g).tolist()
+        unet = self.pipe.unet
         shape = (unet.config.in_channels, unet.config.sample_size, unet.config.sample_size)
-        return initial_noise(shape, seeds, device=unet.device).to(unet.dtype)
+        return initial_noise(shape, batch.seeds, device=unet.device).to(unet.dtype)
 
     def _due(self, every: int | None) -> bool:
         if every is None:
@@ -325,6 +374,12 @@ def _objective(config: RunConfig, judges: Judges, device: torch.device) -> Objec
     return Objective(judges, _aims(config), weights, real_faces)
 
 
+def _about_originals(config: RunConfig) -> Any:
+    """What the original images, and what is seen in them, depend on beside the batch."""
+    told = config.model_dump(mode="json", include={"base", "attributes", "models", "sampling"})
+    return told | {"face": config.losses.face > 0}
+
+
 def _aims(config: RunConfig) -> list[Aim]:
     return [
         Aim(
@@ -336,12 +391,6 @@ def _aims(config: RunConfig) -> list[Aim]:
         )
         for section in config.attributes
     ]
-
-
-def _means(found: list[Figures]) -> Figures:
-    """Mean of each figure over the prompts that have it."""
-    count = Counter(name for figures in found for name in figures)
-    return {name: sum(f[name] for f in found if name in f) / n for name, n in count.items()}
 
 
 def _mean_bias(report: Report, attribute: str) -> float | None:

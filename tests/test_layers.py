@@ -37,6 +37,8 @@ LAYERS = {  # of a module or of everything in a folder; imports go to the same l
     "loading": 3,
     "backends": 3,
     "objective": 3,
+    "bank": 3,
+    "batches": 3,
     "evaluation": 3,
     "baselines": 3,
     "trainer": 4,  # assembly

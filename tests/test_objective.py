@@ -124,6 +124,28 @@ def test_classes_in_another_order_change_nothing():
     assert losses[0] == pytest.approx(losses[1])
 
 
+def test_prompts_together_are_prompts_one_by_one():
+    """Targets are found within a prompt; one prompt has no face at all."""
+    aim = objective()
+    x = pictures([-0.8, -0.6, -0.4, -0.2, 0.1, 0.3, 0.5, 0.7])
+    x = torch.cat([x, pictures([-0.5, 0.5, -0.1, 0.1])])
+    x[8:, :, 0, 0] = x[1, :, 0, 0] = -2
+    original = (0.9 * x + 0.02 * torch.randn(x.shape)).clamp_min(-2)
+    original[x[:, 0, 0, 0] == -2] = 1.1 * x[x[:, 0, 0, 0] == -2]
+    x.requires_grad_()
+    loss, figures = aim(x, aim.originals(original), prompts=3)
+    apart = [
+        aim(part, aim.originals(o)) for part, o in zip(x.split(4), original.split(4), strict=True)
+    ]
+    (whole,) = torch.autograd.grad(loss, x)
+    (parts,) = torch.autograd.grad(sum(part for part, _ in apart) / 3, x)
+    torch.testing.assert_close(whole, parts)
+    for name in ("loss", "alignment", "semantics", "faces"):
+        assert figures[name] == pytest.approx(sum(f[name] for _, f in apart) / 3, abs=1e-6)
+    with_faces = [f["bias/brightness"] for _, f in apart[:2]]
+    assert figures["bias/brightness"] == pytest.approx(sum(with_faces) / 2)
+
+
 # ---- several attributes --------------------------------------------------------------------------
 
 

@@ -289,7 +289,8 @@ def test_subsets_of_steps_average_to_the_whole(world, adapter):
     scheduler, (total, count) = biased(pipe), (5, 2)
     _, _, expected = by_replay(pipe, parameters, scheduler, total, 7.5)
     _, weights = draw_steps(total, count, torch.Generator())
-    subsets = list(itertools.combinations(range(total), count))
+    parts = torch.arange(total).tensor_split(count)
+    subsets = list(itertools.product(*(part.tolist() for part in parts)))
     found = [
         by_replay(pipe, parameters, scheduler, total, 7.5, steps=steps, weights=weights)[2]
         for steps in subsets
@@ -303,9 +304,9 @@ def test_steps_are_drawn_evenly_and_reproducibly():
     drawn = torch.zeros(6)
     for _ in range(3000):
         steps, weights = draw_steps(6, 2, generator)
-        assert len(set(steps)) == 2
-        assert steps == sorted(steps)
-        assert weights == [3.0, 3.0]  # inverse of the probability 2 / 6
+        assert steps[0] in range(3)  # one of each half
+        assert steps[1] in range(3, 6)
+        assert weights == [3.0, 3.0]  # inverse of the probability 1 / 3
         drawn[steps] += 1
     torch.testing.assert_close(drawn / 3000, torch.full((6,), 1 / 3), rtol=0, atol=0.04)
     again = [draw_steps(9, 4, torch.Generator().manual_seed(7)) for _ in range(2)]

@@ -1,13 +1,16 @@
 """The loop on the testbed, at a size that takes seconds."""
 
 import json
+import shutil
 
 import pytest
 import torch
 
 from diffusers_fair import FairnessFinetuner, testbed
 from diffusers_fair.adapters.io import read_adapter
+from diffusers_fair.batches import draw_batch
 from diffusers_fair.config import RunConfig
+from diffusers_fair.objective import Objective
 
 SMALL = {
     "adapter": {"rank": 2},
@@ -107,12 +110,12 @@ def test_a_gradient_that_is_not_finite_is_skipped_and_counted(tmp_path, monkeypa
     broken = finetuner(tmp_path / "broken")
     before = [parameter.detach().clone() for parameter in broken.parameters]
 
-    def accumulate(prompt, steps, share, g):
+    def backward(batch, number):
         for parameter in broken.parameters:
             parameter.grad = torch.full_like(parameter, float("nan"))
         return {"loss": 1.0}
 
-    monkeypatch.setattr(broken, "_accumulate", accumulate)
+    monkeypatch.setattr(broken, "_backward", backward)
     figures = broken.iteration(0)
     assert figures["skipped"] == 1
     assert all(torch.equal(a, b) for a, b in zip(before, broken.parameters, strict=True))
@@ -160,6 +163,41 @@ def test_every_method_trains_on_the_same_images(compared):
 def test_other_methods_give_another_gradient(compared, method):
     _, expected, _ = compared["replay"]
     assert (compared[method][1] - expected).norm() > 0.05 * expected.norm()
+
+
+def test_micro_batches_change_nothing(compared, tmp_path):
+    train = SMALL["train"] | {"prompts_per_iteration": 2, "micro_batch": 3}
+    settings = {"prompts": {"images_per_prompt": 2}, "sampling": {"steps": 2}}
+    settings["gradient"] = {"replay_steps": None}
+    trainer = finetuner(tmp_path / "parts", **settings, train=train)
+    figures = trainer.iteration(0)
+    gradient = torch.cat([p.grad.flatten() for p in trainer.parameters])
+    expected, whole, _ = compared["replay"]
+    assert (gradient - whole).norm() <= 1e-5 * whole.norm()
+    assert figures == pytest.approx(expected, abs=1e-5)
+
+
+def test_batches_come_again_and_the_originals_from_the_disk(tmp_path, monkeypatch):
+    train = SMALL["train"] | {"distinct_iterations": 2, "validate_every": None}
+    folders = [tmp_path / "whole", tmp_path / "emptied"]
+    drawn = []
+    make = Objective.originals
+    monkeypatch.setattr(Objective, "originals", lambda *args: drawn.append(1) or make(*args))
+    for folder in folders:
+        trainer = finetuner(folder, train=train)
+        trainer.config.claim_output()
+        for number in range(4):
+            if folder == folders[1]:
+                shutil.rmtree(folder / "originals", ignore_errors=True)
+            trainer.iteration(number)
+        trainer.save_adapter(folder / "adapter")
+    assert len(drawn) == 2 + 4
+    assert len(list((folders[0] / "originals").iterdir())) == 2
+    first, again = (read_adapter(folder / "adapter")[1] for folder in folders)
+    assert all(torch.equal(first[key], again[key]) for key in first)
+    batches = [draw_batch(trainer.config, trainer.prompts, number) for number in range(4)]
+    assert batches[:2] == batches[2:]
+    assert batches[0] != batches[1]
 
 
 def test_every_prompt_comes_once_before_any_comes_again(tmp_path):

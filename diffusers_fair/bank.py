@@ -1,0 +1,77 @@
+"""What training looked up in the original images, kept on disk: they never change.
+
+One file for each batch, named by everything the originals depend on. Files are written whole or not
+at all, mapped into memory when read, and may be deleted at any time: they are then made again.
+"""
+
+import hashlib
+import json
+import os
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import torch
+from safetensors.torch import load_file, save_file
+from torch import Tensor
+
+from diffusers_fair.faces import Faces
+from diffusers_fair.objective import Originals
+
+
+class OriginalsBank:
+    """Originals of batches, made once.
+
+    Args:
+        folder: where the files go; made when the first one is written.
+        about: what all originals depend on: base model, judges, attributes. JSON data.
+    """
+
+    def __init__(self, folder: Path, about: Any):
+        self.folder = folder
+        self.about = about
+
+    def get(self, batch: Any, make: Callable[[], Originals], device: torch.device) -> Originals:
+        """The originals of a batch: from the disk, or made and put there.
+
+        Args:
+            batch: what tells it from others: prompts, noise, steps. JSON data.
+            make: draws the original images and looks at them.
+            device: where the tensors go.
+        """
+        told = json.dumps([self.about, batch], sort_keys=True)
+        file = self.folder / f"{hashlib.sha256(told.encode()).hexdigest()[:32]}.safetensors"
+        if file.exists():
+            return _unpacked(load_file(file, device=str(device)))
+        originals = make()
+        self.folder.mkdir(parents=True, exist_ok=True)
+        partial = file.with_suffix(f".{os.getpid()}.partial")
+        save_file(_packed(originals), partial)
+        partial.rename(file)
+        return originals
+
+
+def _packed(originals: Originals) -> dict[str, Tensor]:
+    """Name -> tensor, for a file."""
+    clip, dino = originals.features
+    tensors = {
+        "boxes": originals.faces.boxes,
+        "found": originals.faces.found,
+        "landmarks": originals.faces.landmarks,
+        "clip": clip,
+        "dino": dino,
+        "sure": originals.sure,
+        "embeddings": originals.embeddings,
+    } | {f"class/{name}": numbers for name, numbers in originals.classes.items()}
+    return {name: tensor.contiguous() for name, tensor in tensors.items() if tensor is not None}
+
+
+def _unpacked(tensors: dict[str, Tensor]) -> Originals:
+    faces = Faces(tensors["boxes"], tensors["found"], tensors.get("landmarks"))
+    classes = {
+        name.removeprefix("class/"): numbers
+        for name, numbers in tensors.items()
+        if name.startswith("class/")
+    }
+    features = tensors["clip"], tensors["dino"]
+    return Originals(faces, classes, features, tensors["sure"], tensors.get("embeddings"))

@@ -1,0 +1,44 @@
+"""What an iteration trains on: prompts, noise and steps, all by the seed and its number alone."""
+
+from dataclasses import dataclass
+
+import torch
+
+from diffusers_fair.config import RunConfig
+from diffusers_fair.prompts.mixtures import PromptMixture
+
+
+@dataclass(frozen=True)
+class Batch:
+    """The images of one iteration, prompt by prompt, equally many of each."""
+
+    prompts: tuple[str, ...]
+    """P of them."""
+    seeds: tuple[int, ...]
+    """P * n, of each image's noise."""
+    steps: int
+    """K, of the scheduler."""
+
+    @property
+    def images_per_prompt(self) -> int:
+        """Images of each prompt: n."""
+        return len(self.seeds) // len(self.prompts)
+
+
+def draw_batch(config: RunConfig, prompts: PromptMixture, number: int) -> Batch:
+    """Draw the batch of an iteration; after `train.distinct_iterations` they come again.
+
+    Args:
+        config: the recipe.
+        prompts: those of training, without end.
+        number: of the iteration, from 0.
+    """
+    number %= config.train.distinct_iterations or number + 1
+    g = torch.Generator().manual_seed(1_000_003 * config.train.seed + number)
+    low, high = config.sampling.steps
+    steps = int(torch.randint(low, high + 1, (), generator=g))
+    count = config.train.prompts_per_iteration
+    places = range(number * count, (number + 1) * count)
+    images = count * config.prompts.images_per_prompt
+    seeds = torch.randint(2**31, (images,), generator=g).tolist()
+    return Batch(tuple(prompts.prompt(place) for place in places), tuple(seeds), steps)

@@ -1,0 +1,89 @@
+"""The bank of what was seen in the original images: found again, whole, and for its batch alone."""
+
+from dataclasses import asdict, astuple
+
+import pytest
+import torch
+
+from diffusers_fair.bank import OriginalsBank
+from diffusers_fair.batches import Batch
+from diffusers_fair.faces import Faces
+from diffusers_fair.objective import Originals
+
+CPU = torch.device("cpu")
+BATCH = {"prompts": ["a cat"], "seeds": [1, 2, 3], "steps": 4}
+
+
+def originals(landmarks: bool, embeddings: bool) -> Originals:
+    g = torch.Generator().manual_seed(0)
+
+    def drawn(*shape):
+        return torch.randn(3, *shape, generator=g)
+
+    return Originals(
+        Faces(drawn(4), torch.tensor([True, False, True]), drawn(5, 2) if landmarks else None),
+        {"colour": torch.tensor([0, 2, 1]), "size": torch.tensor([1, 1, 0])},
+        (drawn(8), drawn(6)),
+        torch.tensor([False, True, True]),
+        drawn(7) if embeddings else None,
+    )
+
+
+def equal(a, b) -> bool:
+    if isinstance(a, torch.Tensor):
+        return torch.equal(a, b)
+    if isinstance(a, (tuple, list)):
+        return len(a) == len(b) and all(map(equal, a, b))
+    if isinstance(a, dict):
+        return a.keys() == b.keys() and all(equal(a[k], b[k]) for k in a)
+    return a == b
+
+
+def never() -> Originals:
+    raise AssertionError("made again")
+
+
+@pytest.mark.parametrize("landmarks", [False, True])
+@pytest.mark.parametrize("embeddings", [False, True])
+def test_what_was_kept_comes_back_bit_for_bit(tmp_path, landmarks, embeddings):
+    made = originals(landmarks, embeddings)
+    bank = OriginalsBank(tmp_path / "bank", {"model": "x"})
+    assert bank.get(BATCH, lambda: made, CPU) is made
+    again = OriginalsBank(tmp_path / "bank", {"model": "x"}).get(BATCH, never, CPU)
+    assert equal(astuple(again), astuple(made))
+    assert [path.suffix for path in (tmp_path / "bank").iterdir()] == [".safetensors"]
+
+
+@pytest.mark.parametrize(
+    ("about", "batch"),
+    [
+        ({"model": "y"}, BATCH),
+        ({"model": "x"}, BATCH | {"seeds": [1, 2, 4]}),
+        ({"model": "x"}, BATCH | {"prompts": ["a dog"]}),
+        ({"model": "x"}, BATCH | {"steps": 5}),
+    ],
+)
+def test_anything_else_is_made_anew(tmp_path, about, batch):
+    first, other = originals(False, False), originals(True, True)
+    OriginalsBank(tmp_path, {"model": "x"}).get(BATCH, lambda: first, CPU)
+    assert OriginalsBank(tmp_path, about).get(batch, lambda: other, CPU) is other
+
+
+def test_a_file_that_was_deleted_is_made_again(tmp_path):
+    bank, made = OriginalsBank(tmp_path, None), originals(False, False)
+    bank.get(BATCH, lambda: made, CPU)
+    for path in tmp_path.iterdir():
+        path.unlink()
+    assert bank.get(BATCH, lambda: made, CPU) is made
+
+
+def test_a_failure_leaves_nothing_behind(tmp_path):
+    with pytest.raises(AssertionError, match="made again"):
+        OriginalsBank(tmp_path / "bank", None).get(BATCH, never, CPU)
+    assert not (tmp_path / "bank").exists()
+
+
+def test_a_batch_knows_how_many_images_a_prompt_has():
+    batch = Batch(("a", "b"), tuple(range(6)), 4)
+    assert batch.images_per_prompt == 3
+    assert asdict(batch)["prompts"] == ("a", "b")
