@@ -148,6 +148,13 @@ def evaluate(
         float | None, typer.Option(help="Left out: the base's usual.")
     ] = None,
     seed: Annotated[int, typer.Option(help="Of the noise.")] = 0,
+    reference: Annotated[
+        Path | None,
+        typer.Option(
+            help="Report folder of the base model with the same prompts, seed and sampling, to "
+            "spare its half of the work."
+        ),
+    ] = None,
 ) -> None:
     """Measure a base model, and an adapter against it, on unseen prompts."""
     from diffusers_fair.prompts import prompt_set
@@ -163,6 +170,7 @@ def evaluate(
         steps=steps,
         guidance_scale=guidance_scale,
         seed=seed,
+        reference=reference,
     )
 
 
@@ -284,15 +292,18 @@ def _evaluate(
     steps: int = 20,
     guidance_scale: float | None = None,
     seed: int = 0,
+    reference: Path | None = None,
 ) -> None:
     """Evaluate the base, then the adapter on the same noise; write reports, print the table."""
     from diffusers_fair.backends import load_base, load_judges, usual_guidance
     from diffusers_fair.evaluation import evaluate as measure
-    from diffusers_fair.evaluation import table
+    from diffusers_fair.evaluation import Report, table
     from diffusers_fair.evaluation.report import require_free
     from diffusers_fair.loading import load_fair_adapter
 
     require_free(out)
+    if reference is not None and adapter is None:
+        raise ValueError("a reference is what an adapter is compared with: name an --adapter")
     models, known, usual = _evaluation(base, recipe)
     chosen = _attributes(attributes, adapter, known, usual)
     pipe = load_base(base)
@@ -303,8 +314,11 @@ def _evaluate(
         "guidance_scale": guidance_scale or usual_guidance(base),
         "seed": seed,
     }
-    before = measure(pipe, texts, chosen, **options)
-    before.save(out / "base" if adapter else out)
+    if reference is None:
+        before = measure(pipe, texts, chosen, **options)
+        before.save(out / "base" if adapter else out)
+    else:
+        before = Report.load(reference).of(chosen)
     if adapter is None:
         console.print(table(before))
     else:

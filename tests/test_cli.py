@@ -62,6 +62,21 @@ def test_evaluate_writes_both_reports_and_prints_the_table(
     assert "images with a face" in capsys.readouterr().out
 
 
+def test_a_reference_spares_the_base_models_half(adapter, lines, tmp_path, monkeypatch, capsys):
+    common = ["--prompts", lines, "--images", 2, "--steps", 2]
+    asked = ["--attribute", "race", "--attribute", "gender", "--out", tmp_path / "base"]
+    assert run(monkeypatch, "evaluate", *common, *asked) == 0
+    words = ["--adapter", adapter, *common, "--out", tmp_path / "spared"]
+    assert run(monkeypatch, "evaluate", *words, "--reference", tmp_path / "base") == 0
+    assert not (tmp_path / "spared" / "base").exists()
+    words[-1] = tmp_path / "whole"
+    assert run(monkeypatch, "evaluate", *words) == 0
+    spared, whole = (Report.load(tmp_path / name) for name in ("spared", "whole"))
+    assert spared.summary == whole.summary
+    assert spared.settings == whole.settings
+    assert "bias, race" not in capsys.readouterr().out.split("bias, gender")[-1]
+
+
 def test_evaluate_a_base_model_alone(lines, tmp_path, monkeypatch):
     words = ["--attribute", "gender", "--attribute", "race", "--prompts", lines]
     words += ["--images", 2, "--steps", 2, "--out", tmp_path / "base"]
@@ -117,6 +132,7 @@ BAD = {
     "missing base": (["generate", "x", "--base", "./nowhere"], "cannot load the base model"),
     "unknown prompts": (["evaluate", "--prompts", "testbed-ocupations"], "testbed-occupations"),
     "unknown attribute": (["evaluate", "--attribute", "height"], "unknown attribute 'height'"),
+    "a reference for nothing": (["evaluate", "--reference", "x"], "name an --adapter"),
     "no images": (["evaluate", "--images", "0"], "images_per_prompt"),
     "unknown option": (["evaluate", "--imges", "3"], "--imges"),
     "unknown command": (["trian"], "trian"),

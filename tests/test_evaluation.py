@@ -230,6 +230,32 @@ def test_joint_only_of_several_attributes(pipe, base):
     alone = evaluate(pipe, PROMPTS, [HUE], judges=judges(), **QUICK)
     assert list(alone.summary["bias"]) == ["hue"]
     assert alone.summary["bias"]["hue"] == base.summary["bias"]["hue"]
+    assert base.of([HUE]).summary == alone.summary
+
+
+def test_every_combination_of_three_attributes():
+    names = "abc"
+    attributes = tuple(Attribute(name, ("x", "y")) for name in names)
+    settings = Settings(
+        prompts=("p",),
+        attributes=attributes,
+        images_per_prompt=1,
+        steps=1,
+        guidance_scale=1,
+        seed=0,
+    )
+    joints = ["a x b", "a x c", "b x c", "a x b x c"]
+    assert [a.name for a in settings.measured()] == [*names, *joints]
+    assert settings.measured()[-1].classes[1] == "x, x, y"
+
+
+def test_other_targets_need_no_other_images(base):
+    even = base.of([dataclasses.replace(TONE, target=(0.5, 0.5)), HUE])
+    assert list(even.summary["bias"]) == ["tone", "hue", "tone x hue"]
+    assert not even.summary["deviation"]
+    assert even.summary["bias"]["hue"] == base.summary["bias"]["hue"]
+    with pytest.raises(ValueError, match=r"looked at .*, not at 'tone' with classes .*: evaluate"):
+        base.of([dataclasses.replace(TONE, classes=TONE.classes[::-1])])
 
 
 def test_deviation_only_from_uneven_targets(base):

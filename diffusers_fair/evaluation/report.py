@@ -8,8 +8,9 @@ import json
 import os
 import tempfile
 from collections.abc import Iterator, Mapping, Sequence
-from dataclasses import asdict, dataclass, field
+from dataclasses import asdict, dataclass, field, replace
 from functools import cached_property
+from itertools import combinations
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -43,10 +44,13 @@ class Settings:
     seed: int
 
     def measured(self) -> tuple[Attribute, ...]:
-        """The attributes, and their joint where there are several."""
-        if len(self.attributes) == 1:
-            return self.attributes
-        return (*self.attributes, metrics.joint_attribute(self.attributes))
+        """The attributes, and the joint of each combination of several."""
+        return tuple(metrics.joint_attribute(group) for group in self.groups())
+
+    def groups(self) -> list[tuple[Attribute, ...]]:
+        """Each attribute alone, then every two of them, and so on."""
+        sizes = range(1, len(self.attributes) + 1)
+        return [group for size in sizes for group in combinations(self.attributes, size)]
 
 
 @dataclass(frozen=True, kw_only=True, eq=False)
@@ -143,6 +147,21 @@ class Report:
     def prompts(self) -> list[dict[str, Any]]:
         """`prompt_figures` of the records."""
         return prompt_figures(self.settings, self.records)
+
+    def of(self, attributes: Sequence[Attribute]) -> "Report":
+        """The same images, counted by other attributes or against other targets.
+
+        Raises:
+            ValueError: an attribute that was not looked at, or that has other classes.
+        """
+        looked = {a.name: a.classes for a in self.settings.attributes}
+        for attribute in attributes:
+            if looked.get(attribute.name) != attribute.classes:
+                raise ValueError(
+                    f"the report looked at {looked}, not at '{attribute.name}' with classes "
+                    f"{attribute.classes}: evaluate again with that attribute"
+                )
+        return replace(self, settings=replace(self.settings, attributes=tuple(attributes)))
 
     def save(self, folder: str | Path) -> None:
         """Write report.json, records.jsonl, features.npz and pictures; all of it or nothing.
@@ -252,17 +271,16 @@ def require_free(folder: str | Path) -> Path:
 def counts_by_prompt(settings: Settings, records: Records) -> dict[str, np.ndarray]:
     """Attribute (and joint) -> how often each class was perceived, (prompts, classes)."""
     found, attributes = records.found, settings.attributes
-    labels = {a.name: records.probabilities[a.name][found].argmax(-1) for a in attributes}
-    if len(attributes) > 1:
-        labels[metrics.joint_attribute(attributes).name] = metrics.joint_labels(
-            [labels[a.name] for a in attributes], [len(a.classes) for a in attributes]
+    seen = {a.name: records.probabilities[a.name][found].argmax(-1) for a in attributes}
+    counts = {}
+    for group, measured in zip(settings.groups(), settings.measured(), strict=True):
+        labels = metrics.joint_labels(
+            [seen[a.name] for a in group], [len(a.classes) for a in group]
+        )  # (faces,)
+        counts[measured.name] = metrics.class_counts(
+            labels, records.prompt[found], len(settings.prompts), len(measured.classes)
         )
-    return {
-        a.name: metrics.class_counts(
-            labels[a.name], records.prompt[found], len(settings.prompts), len(a.classes)
-        )
-        for a in settings.measured()
-    }
+    return counts
 
 
 def prompt_figures(settings: Settings, records: Records) -> list[dict[str, Any]]:
