@@ -296,8 +296,8 @@ def _evaluate(
 ) -> None:
     """Evaluate the base, then the adapter on the same noise; write reports, print the table."""
     from diffusers_fair.backends import load_base, load_judges, usual_guidance
-    from diffusers_fair.evaluation import evaluate as measure
     from diffusers_fair.evaluation import Report, table
+    from diffusers_fair.evaluation import evaluate as measure
     from diffusers_fair.evaluation.report import require_free
     from diffusers_fair.loading import load_fair_adapter
 
