@@ -151,8 +151,8 @@ def evaluate(
     reference: Annotated[
         Path | None,
         typer.Option(
-            help="Report folder of the base model with the same prompts, seed and sampling, to "
-            "spare its half of the work."
+            help="Report folder of the base model with the same prompts, seed and sampling, and "
+            "as many images or more, to spare its half of the work."
         ),
     ] = None,
 ) -> None:
@@ -318,7 +318,7 @@ def _evaluate(
         before = measure(pipe, texts, chosen, **options)
         before.save(out / "base" if adapter else out)
     else:
-        before = Report.load(reference).of(chosen)
+        before = Report.load(reference).of(chosen, images)
     if adapter is None:
         console.print(table(before))
     else:

@@ -249,11 +249,15 @@ def test_every_combination_of_three_attributes():
     assert settings.measured()[-1].classes[1] == "x, x, y"
 
 
-def test_other_targets_need_no_other_images(base):
+def test_other_targets_and_fewer_images_need_no_other_images(pipe, base):
     even = base.of([dataclasses.replace(TONE, target=(0.5, 0.5)), HUE])
     assert list(even.summary["bias"]) == ["tone", "hue", "tone x hue"]
     assert not even.summary["deviation"]
     assert even.summary["bias"]["hue"] == base.summary["bias"]["hue"]
+    fewer = evaluate(pipe, PROMPTS, [TONE], judges=judges(), **QUICK | {"images_per_prompt": 3})
+    assert base.of([TONE], 3).summary == fewer.summary
+    with pytest.raises(ValueError, match=r"has 5 images of each prompt, not 9"):
+        base.of([HUE], 9)
     with pytest.raises(ValueError, match=r"looked at .*, not at 'tone' with classes .*: evaluate"):
         base.of([dataclasses.replace(TONE, classes=TONE.classes[::-1])])
 

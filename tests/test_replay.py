@@ -32,9 +32,9 @@ OTHERS = {
 }
 
 
-def adapted(adapter, dtype=torch.float64):
+def adapted(adapter, dtype=torch.float64, version=1):
     """A pipeline with an adapter that already does something, and the adapter's parameters."""
-    pipe = pipeline(dtype)
+    pipe = pipeline(dtype, version=version)
     if adapter == "soft tokens":
         return pipe, [add_soft_tokens(pipe, 3, torch.Generator().manual_seed(0))]
     parameters = add_lora(pipe, adapter, 2)
@@ -199,6 +199,21 @@ def test_routes_agree_with_any_linear_scheduler(world, name, adapter):
     trajectory, _, found = by_replay(pipe, parameters, scheduler, 5, 7.5)
     assert torch.equal(trajectory.latents, latents)
     assert relative(found, expected) <= TOLERANCE
+
+
+@pytest.mark.parametrize("adapter", ADAPTERS)
+@pytest.mark.parametrize("guidance_scale", [1, 7.5])
+def test_three_routes_agree_for_stable_diffusion_2(guidance_scale, adapter):
+    pipe, parameters = adapted(adapter, version=2)
+    assert pipe.scheduler.config.prediction_type == "v_prediction"
+    scheduler = biased(pipe, standardize="exact")
+    latents, expected = by_autograd(pipe, parameters, scheduler, 5, guidance_scale)
+    trajectory, v, found = by_replay(pipe, parameters, scheduler, 5, guidance_scale)
+    assert torch.equal(trajectory.latents, latents)
+    assert relative(found, expected) <= TOLERANCE
+    direction, weights = found / found.norm(), scheduler.gradient_weights()
+    slope = by_differences(pipe, parameters, direction, trajectory, v, weights)
+    assert slope == pytest.approx(found.norm().item(), rel=TOLERANCE)
 
 
 def test_text_encoder_and_unet_together(world):

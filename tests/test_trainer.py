@@ -9,7 +9,7 @@ import torch
 from diffusers_fair import FairnessFinetuner, testbed
 from diffusers_fair.adapters.io import read_adapter
 from diffusers_fair.batches import draw_batch
-from diffusers_fair.config import RunConfig
+from diffusers_fair.config import RunConfig, recipes
 from diffusers_fair.objective import Objective
 
 SMALL = {
@@ -119,6 +119,24 @@ def test_a_gradient_that_is_not_finite_is_skipped_and_counted(tmp_path, monkeypa
     figures = broken.iteration(0)
     assert figures["skipped"] == 1
     assert all(torch.equal(a, b) for a, b in zip(before, broken.parameters, strict=True))
+
+
+@pytest.mark.parametrize("name", [name for name in recipes() if name.startswith("testbed-")])
+def test_every_recipe_of_the_testbed_trains_one_iteration(name, tmp_path):
+    trainer = FairnessFinetuner.from_recipe(
+        name,
+        **{key: SMALL[key] for key in ("gradient", "tracker")},
+        prompts={"images_per_prompt": 2},
+        sampling={"steps": 2},
+        optimizer={"warmup": 0},
+        train={"prompts_per_iteration": 2, "validate_every": None},
+        output=str(tmp_path / name),
+    )
+    before = [p.detach().clone() for p in trainer.parameters]
+    figures = trainer.iteration(0)
+    assert figures["gradient"] > 0
+    assert figures.keys() >= {f"bias/{attribute.name}" for attribute in trainer.attributes}
+    assert any(not torch.equal(a, b) for a, b in zip(before, trainer.parameters, strict=True))
 
 
 METHODS = {

@@ -24,7 +24,7 @@ def tokenizer() -> CLIPTokenizer:
     return CLIPTokenizer(vocab=vocabulary, merges=[], model_max_length=77)
 
 
-def text_encoder(vocabulary: int) -> CLIPTextModel:
+def text_encoder(vocabulary: int, **more: object) -> CLIPTextModel:
     return CLIPTextModel(
         CLIPTextConfig(
             vocab_size=vocabulary,
@@ -37,11 +37,12 @@ def text_encoder(vocabulary: int) -> CLIPTextModel:
             bos_token_id=vocabulary - 2,
             eos_token_id=vocabulary - 1,
             pad_token_id=vocabulary - 1,
+            **more,
         )
     )
 
 
-def unet() -> UNet2DConditionModel:
+def unet(**more: object) -> UNet2DConditionModel:
     return UNet2DConditionModel(
         sample_size=LATENT[1],
         block_out_channels=(8, 16),
@@ -49,8 +50,7 @@ def unet() -> UNet2DConditionModel:
         up_block_types=("CrossAttnUpBlock2D", "UpBlock2D"),
         layers_per_block=1,
         cross_attention_dim=WIDTH,
-        attention_head_dim=2,
-        norm_num_groups=4,
+        **{"attention_head_dim": 2, "norm_num_groups": 4} | more,
     )
 
 
@@ -68,17 +68,26 @@ def vae() -> AutoencoderKL:
 
 
 def pipeline(
-    dtype: torch.dtype = torch.float32, *, seed: int = 0, **scheduler: object
+    dtype: torch.dtype = torch.float32, *, seed: int = 0, version: int = 1, **scheduler: object
 ) -> StableDiffusionPipeline:
-    """16x16 pixels, latents 4x8x8, all weights random; DPM-Solver++ 2M unless told otherwise."""
+    """16x16 pixels, latents 4x8x8, all weights random; DPM-Solver++ 2M unless told otherwise.
+
+    Version 2 has what Stable Diffusion 2.x has otherwise: it predicts velocity, the U-Net projects
+    linearly and counts heads by level, the text encoder's activation is GELU.
+    """
+    second = version == 2
+    text = {"hidden_act": "gelu"} if second else {}
+    blocks = {"use_linear_projection": True, "attention_head_dim": (2, 4)} if second else {}
+    if second:
+        scheduler = {"prediction_type": "v_prediction"} | scheduler
     tokens = tokenizer()
     with torch.random.fork_rng():
         torch.manual_seed(seed)
         pipe = StableDiffusionPipeline(
             vae=vae(),
-            text_encoder=text_encoder(len(tokens)),
+            text_encoder=text_encoder(len(tokens), **text),
             tokenizer=tokens,
-            unet=unet(),
+            unet=unet(**blocks),
             scheduler=DPMSolverMultistepScheduler(**BETAS, steps_offset=1, **scheduler),
             safety_checker=None,
             feature_extractor=None,

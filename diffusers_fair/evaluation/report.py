@@ -86,6 +86,16 @@ class Records:
 
         return cls(**{name: joined(name) for name in cls.__dataclass_fields__})
 
+    def rows(self, chosen: np.ndarray) -> "Records":
+        """Those of some images: a mask (n,), or row numbers."""
+
+        def part(values: Any) -> Any:
+            if not isinstance(values, Mapping):
+                return values[chosen]
+            return {key: value[chosen] for key, value in values.items()}
+
+        return type(self)(**{name: part(getattr(self, name)) for name in self.__dataclass_fields__})
+
     def lines(self) -> Iterator[dict[str, Any]]:
         """One JSON object per image, without the features."""
         for i, found in enumerate(self.found.tolist()):
@@ -148,11 +158,16 @@ class Report:
         """`prompt_figures` of the records."""
         return prompt_figures(self.settings, self.records)
 
-    def of(self, attributes: Sequence[Attribute]) -> "Report":
+    def of(self, attributes: Sequence[Attribute], images_per_prompt: int | None = None) -> "Report":
         """The same images, counted by other attributes or against other targets.
 
+        Args:
+            attributes: of those that were looked at.
+            images_per_prompt: how many of the images, the first; left out, all.
+
         Raises:
-            ValueError: an attribute that was not looked at, or that has other classes.
+            ValueError: an attribute that was not looked at, or that has other classes; more images
+                than there are.
         """
         looked = {a.name: a.classes for a in self.settings.attributes}
         for attribute in attributes:
@@ -161,7 +176,14 @@ class Report:
                     f"the report looked at {looked}, not at '{attribute.name}' with classes "
                     f"{attribute.classes}: evaluate again with that attribute"
                 )
-        return replace(self, settings=replace(self.settings, attributes=tuple(attributes)))
+        there = self.settings.images_per_prompt
+        count = there if images_per_prompt is None else images_per_prompt
+        if count > there:
+            raise ValueError(f"the report has {there} images of each prompt, not {count}")
+        settings = replace(self.settings, attributes=tuple(attributes), images_per_prompt=count)
+        return replace(
+            self, settings=settings, records=self.records.rows(self.records.image < count)
+        )
 
     def save(self, folder: str | Path) -> None:
         """Write report.json, records.jsonl, features.npz and pictures; all of it or nothing.
