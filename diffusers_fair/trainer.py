@@ -8,6 +8,7 @@ One iteration (Algorithm 1 and sections 4.1 to 4.3 of the paper):
 """
 
 import json
+import time
 from collections.abc import Iterator
 from contextlib import contextmanager
 from dataclasses import asdict
@@ -132,9 +133,10 @@ class FairnessFinetuner:
         total = self.config.train.iterations
         with _tracker(self.config, folder) as log, _bar(self.done, total, progress) as advance:
             while self.done < total:
+                start = time.perf_counter()
                 figures = self.iteration(self.done)
                 self.done += 1
-                log(figures, self.done)
+                log(figures | {"seconds": round(time.perf_counter() - start, 2)}, self.done)
                 advance(figures)
                 if self._due(self.config.train.validate_every):
                     log(self._validate(folder), self.done)

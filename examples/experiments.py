@@ -71,13 +71,16 @@ def main(
     ),
     only: Annotated[list[str] | None, typer.Option(help="Recipe; may be repeated.")] = None,
     train_only: Annotated[bool, typer.Option(help="Measure nothing.")] = False,
+    images: Annotated[
+        int | None, typer.Option(help="Of each prompt; left out, as many as the paper has.")
+    ] = None,
 ) -> None:
     """Train and measure what is not there yet; write the table of what is."""
     for experiment in EXPERIMENTS:
         if not only or experiment.recipe in only:
             trained(experiment.recipe, runs)
             if not train_only:
-                measured(experiment, runs)
+                measured(experiment, runs, images)
     keep(runs, out)
 
 
@@ -89,14 +92,14 @@ def trained(recipe: str, runs: Path) -> Path:
     return folder / "adapter"
 
 
-def measured(experiment: Experiment, runs: Path) -> Report:
+def measured(experiment: Experiment, runs: Path, images: int | None) -> Report:
     """The report of an adapter."""
     folder = runs / "reports" / experiment.name
     if folder.exists():
         return Report.load(folder)
     config = RunConfig.load(experiment.recipe)
     attributes = counted(config)
-    images = config.evaluation.images_per_prompt
+    images = images or config.evaluation.images_per_prompt
     reference = base(experiment.prompts, images, config, runs).of(attributes, images)
     pipe = load_base(testbed.NAME)
     load_fair_adapter(pipe, trained(experiment.recipe, runs))
