@@ -160,6 +160,11 @@ def test_an_adapter_folder_is_replaced_as_a_whole(folder):
     assert [path.name for path in folder.parent.iterdir()] == ["adapter"]
 
 
+def test_whoever_may_read_the_folder_may_read_all_of_it(whole):
+    modes = {file.name: file.stat().st_mode & 0o777 for file in whole.iterdir()}
+    assert len(set(modes.values())) == 1, modes
+
+
 def test_an_empty_folder_is_used(tmp_path):
     write_adapter(tmp_path, weights(), adapter_info())
     assert read_adapter(tmp_path)[0] == adapter_info()
@@ -217,7 +222,7 @@ def test_nothing_stays_of_an_interrupted_write(tmp_path, monkeypatch):
     def interrupt(*_, **__):
         raise KeyboardInterrupt
 
-    monkeypatch.setattr(io, "save_file", interrupt)
+    monkeypatch.setattr(io, "save", interrupt)
     with pytest.raises(KeyboardInterrupt):
         write_adapter(tmp_path / "adapter", weights(), adapter_info())
     assert list(tmp_path.iterdir()) == []

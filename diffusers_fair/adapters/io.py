@@ -22,7 +22,7 @@ from typing import Any
 
 import torch
 from safetensors import SafetensorError, safe_open
-from safetensors.torch import save_file
+from safetensors.torch import save
 from torch import Tensor
 
 from diffusers_fair.attributes import Attribute
@@ -379,14 +379,18 @@ Slices = dict[str, Any]  # key -> a tensor of a file of which only the header ha
 
 
 def _save_tensors(folder: Path, tensors: Weights, info: AdapterInfo) -> None:
-    """Write each tensor into its file; what is in the wrong one is found when it is read back."""
+    """Write each tensor into its file; what is in the wrong one is found when it is read back.
+
+    As bytes, because safetensors' own files are closed to all but their owner.
+    """
     embeds = {key: tensor for key, tensor in tensors.items() if key.startswith("<")}
     lora = {key: tensor for key, tensor in tensors.items() if key not in embeds}
     if lora or info.lora:
         metadata = json.dumps(_lora_metadata(lora, info), indent=2)
-        save_file(lora, folder / WEIGHTS_FILE, metadata={"format": "pt", METADATA_KEY: metadata})
+        data = save(lora, metadata={"format": "pt", METADATA_KEY: metadata})
+        (folder / WEIGHTS_FILE).write_bytes(data)
     if embeds or info.soft_tokens:
-        save_file(embeds, folder / EMBEDS_FILE, metadata={"format": "pt"})
+        (folder / EMBEDS_FILE).write_bytes(save(embeds, metadata={"format": "pt"}))
 
 
 def _read_tensors(
