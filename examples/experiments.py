@@ -196,6 +196,7 @@ def document(rows: list[list[str]], origin: Mapping[str, str]) -> list[str]:
         "",
         "Bias over unseen prompts by the evaluation classifiers: mean ± std over prompts, and (in",
         "brackets) the floor, which a generator exactly on target would score with as many images.",
+        "The command of each row is in its report.json.",
         "",
         *(f"| {' | '.join(cells)} |" for cells in (head, ["---"] * len(head), *rows)),
         "",
