@@ -70,7 +70,6 @@ def main(
         "runs/experiments"
     ),
     only: Annotated[list[str] | None, typer.Option(help="Recipe; may be repeated.")] = None,
-    train_only: Annotated[bool, typer.Option(help="Measure nothing.")] = False,
     images: Annotated[
         int | None, typer.Option(help="Of each prompt; left out, as many as the paper has.")
     ] = None,
@@ -78,9 +77,7 @@ def main(
     """Train and measure what is not there yet; write the table of what is."""
     for experiment in EXPERIMENTS:
         if not only or experiment.recipe in only:
-            trained(experiment.recipe, runs)
-            if not train_only:
-                measured(experiment, runs, images)
+            measured(experiment, runs, images)
     keep(runs, out)
 
 

@@ -137,7 +137,10 @@ def curve(name: str, seed: int, iterations: int) -> list[float]:
             gradient={"replay_steps": None} | GRADIENTS[name],
             adapter={"components": ["text_encoder"], "rank": SETTINGS["rank"]},
             optimizer={"lr": SETTINGS["lr"], "schedule": "cosine", "warmup": 0},
-            train={"iterations": iterations, "prompts_per_iteration": 1, "seed": seed},
+            train={
+                **{"iterations": iterations, "prompts_per_iteration": 1, "seed": seed},
+                "distinct_iterations": None,  # nothing is kept: the folder is gone by then
+            },
             output=folder,
         )
     return [trainer.iteration(number)["loss"] for number in range(iterations)]

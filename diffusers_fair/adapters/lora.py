@@ -94,26 +94,13 @@ def without_adapter(pipe: Any) -> Iterator[None]:
             parameter.requires_grad_(True)
 
 
-def lora_state_dict(pipe: Any, *, adapter_name: str = "fair") -> dict[str, Tensor]:
-    """Copy the adapter's weights out of every component that has it, on the CPU.
+def lora_tensors(pipe: Any, *, adapter_name: str = "fair") -> dict[str, Tensor]:
+    """Return the adapter's weights themselves, from every component that has it; empty if none has.
 
     Returns:
         Keys in diffusers' own layout, so that `pipe.load_lora_weights` takes it, in any version:
         transformers 5 dropped the `text_model` level of the text encoder, the layout has it.
-
-    Raises:
-        ValueError: no component has an adapter of this name.
     """
-    weights = lora_tensors(pipe, adapter_name=adapter_name)
-    if not weights:
-        raise ValueError(
-            f"no component of the pipeline has an adapter '{adapter_name}': add_lora adds one"
-        )
-    return {key: w.to("cpu", copy=True).contiguous() for key, w in weights.items()}
-
-
-def lora_tensors(pipe: Any, *, adapter_name: str = "fair") -> dict[str, Tensor]:
-    """Return the adapter's weights themselves, by the same keys; empty if there are none."""
     from peft import get_peft_model_state_dict
 
     weights = {}
