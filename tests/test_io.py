@@ -1,8 +1,12 @@
 import json
+import math
+import os
 import random
 import struct
 from importlib.metadata import version
+from pathlib import Path
 
+import jsonschema
 import pytest
 import torch
 from safetensors import safe_open
@@ -315,7 +319,7 @@ def test_brackets_in_strings_are_no_depth(tmp_path):
         (put(["components", "unet", "rank"], 10**9), "rank of unet must be from 1 to 1024"),
         (put(["components", "unet", "alpha"], 0), "alpha of unet must be positive"),
         (put(["components", "unet", "alpha"], 10**400), "alpha of unet must be positive"),
-        (put(["components", "unet", "alpha"], float("nan")), "NaN is not a JSON number"),
+        (put(["components", "unet", "alpha"], float("nan")), "NaN is not a finite number"),
         (put(["components", "soft_tokens"], 5), "expected soft_tokens to have the keys"),
         (put(["components", "soft_tokens", "count"], True), "'count' of soft_tokens must not be"),
         (put(["components", "soft_tokens", "count"], 0), "can be 1 to 1024 soft tokens, got 0"),
@@ -460,3 +464,147 @@ def test_random_damage_gives_a_clear_error_or_weights(whole):
         (folder / name).write_bytes(good[name])
     assert 100 < errors < 300
     assert read_adapter(folder)[0] == adapter_info(components=BOTH)
+
+
+# ---- names, links, strings without an end --------------------------------------------------------
+
+
+@pytest.mark.parametrize("text", ["", " ", "two\nlines", "\x1b[31m", "\ud800", "x" * 301])
+@pytest.mark.parametrize("place", [["name"], ["classes", 0]])
+def test_names_that_nobody_could_read(folder, text, place):
+    edit(folder, put(["attributes", 0, *place], text))
+    with pytest.raises(ValueError, match="names must be 1 to 300 printable characters") as caught:
+        read_adapter(folder)
+    assert str(caught.value).isprintable()
+
+
+@pytest.mark.parametrize("number", ["1e999", "-1e999", "Infinity"])
+def test_numbers_without_an_end(folder, number):
+    path = folder / io.INFO_FILE
+    path.write_text(path.read_text().replace('"iterations": 3', f'"iterations": {number}'))
+    with pytest.raises(ValueError, match=f"{number} is not a finite number"):
+        read_adapter(folder)
+
+
+@pytest.mark.parametrize("end", ["", "\\"])
+def test_a_string_without_an_end_is_refused_in_linear_time(folder, end):
+    """Where each of the quotes is taken for the begin of another string it takes hours."""
+    (folder / io.INFO_FILE).write_text('"' + '\\"' * 500_000 + end)
+    with pytest.raises(ValueError, match="truncated or not acceptable JSON"):
+        read_adapter(folder)
+
+
+@pytest.mark.parametrize("name", [io.INFO_FILE, io.WEIGHTS_FILE, io.EMBEDS_FILE])
+def test_links_out_of_the_folder_are_not_followed(whole, tmp_path, name):
+    (whole / name).rename(tmp_path / "elsewhere")
+    (whole / name).symlink_to(tmp_path / "elsewhere")
+    with pytest.raises(ValueError, match=f"{name}' is a link to somewhere else: put the file"):
+        read_adapter(whole)
+
+
+def test_links_into_the_folder_are_followed(whole, tmp_path):
+    (whole / io.INFO_FILE).rename(whole / "info")
+    (whole / io.INFO_FILE).symlink_to("info")
+    (tmp_path / "here").symlink_to(whole)
+    assert read_adapter(tmp_path / "here")[0] == adapter_info(components=BOTH)
+
+
+@pytest.mark.parametrize("name", [io.INFO_FILE, io.WEIGHTS_FILE, io.EMBEDS_FILE])
+def test_a_folder_or_a_pipe_is_no_file(whole, name):
+    (whole / name).unlink()
+    (whole / name).mkdir()
+    with pytest.raises(ValueError, match=f"'{name}' is missing"):
+        read_adapter(whole)
+    (whole / name).rmdir()
+    os.mkfifo(whole / name)  # to open it would wait for ever
+    with pytest.raises(ValueError, match=f"'{name}' is missing"):
+        read_adapter(whole)
+
+
+# ---- what it says of itself is said otherwise ----------------------------------------------------
+
+
+def test_info_is_replaced_and_the_rest_stays(whole):
+    before = {path.name: path.read_bytes() for path in whole.iterdir()}
+    info = adapter_info(components=BOTH, training={"iterations": 3, "seconds": 1.5})
+    io.write_info(whole, info)
+    after = {path.name: path.read_bytes() for path in whole.iterdir()}
+    assert after.keys() == before.keys()
+    assert {name for name in after if after[name] != before[name]} == {io.INFO_FILE}
+    assert read_adapter(whole)[0] == info
+
+
+@pytest.mark.parametrize(
+    ("changes", "message"),
+    [
+        ({"components": SOFT}, "holds the weights of .*: write them with write_adapter"),
+        ({"base_model": "two\nlines"}, "names must be"),
+        ({"evaluation": {"bias": math.inf}}, "Out of range float"),
+    ],
+)
+def test_info_that_could_not_be_read_is_not_written(whole, changes, message):
+    before = {path.name: path.read_bytes() for path in whole.iterdir()}
+    with pytest.raises(ValueError, match=message):
+        io.write_info(whole, adapter_info(**{"components": BOTH} | changes))
+    assert {path.name: path.read_bytes() for path in whole.iterdir()} == before
+
+
+def test_folders_from_before_training_was_noted_are_read(folder):
+    edit(folder, lambda data: data.pop("training"))
+    assert read_adapter(folder)[0] == adapter_info()
+
+
+# ---- the schema ----------------------------------------------------------------------------------
+
+schema = jsonschema.Draft202012Validator(json.loads(io.SCHEMA.read_text("utf-8")))
+CARDS = sorted((Path(__file__).parents[1] / "model_cards").glob("*/adapter"))
+
+
+def test_the_schema_is_one():
+    schema.check_schema(schema.schema)
+    properties = schema.schema["properties"]
+    assert properties["format_version"] == {"const": io.FORMAT_VERSION}
+    assert set(properties["components"]["properties"]) == {*io.PREFIXES, io.SOFT_TOKENS}
+    assert schema.schema["$defs"]["lora"]["properties"]["rank"]["maximum"] == io.MAX_RANK
+    assert schema.schema["$defs"]["label"]["maxLength"] == io.MAX_LABEL
+
+
+@pytest.mark.parametrize("card", CARDS, ids=lambda path: path.parent.name)
+def test_shipped_adapters_are_by_the_schema(card):
+    schema.validate(json.loads((card / io.INFO_FILE).read_text("utf-8")))
+
+
+def test_what_is_written_is_by_the_schema(whole):
+    schema.validate(json.loads((whole / io.INFO_FILE).read_text("utf-8")))
+
+
+@pytest.mark.parametrize(
+    "change",
+    [
+        put(["format_version"], 2),
+        put(["base_model", "fingerprint"], "f"),
+        put(["base_model", "id"], None),
+        put(["components"], {}),
+        put(["components", "vae"], {"rank": 1, "alpha": 1}),
+        put(["components", "unet", "rank"], 0),
+        put(["components", "unet", "rank"], 2.5),
+        put(["components", "unet", "alpha"], 0),
+        put(["components", "soft_tokens", "token"], "<|endoftext|>"),
+        put(["components", "soft_tokens", "count"], 2000),
+        put(["attributes", 0, "classes"], ["round"]),
+        put(["attributes", 0, "target"], ["a", "b", "c"]),
+        put(["attributes", 0, "target", 0], True),
+        put(["attributes"], {}),
+        put(["recipe"], []),
+        put(["evaluation"], 3),
+        put(["training"], "long"),
+        put(["more"], 1),
+        lambda data: data.pop("recipe"),
+    ],
+)
+def test_reader_and_schema_refuse_the_same(whole, change):
+    edit(whole, change)
+    with pytest.raises(ValueError, match=io.INFO_FILE):
+        read_adapter(whole)
+    with pytest.raises(jsonschema.ValidationError):
+        schema.validate(json.loads((whole / io.INFO_FILE).read_text("utf-8")))

@@ -3,13 +3,14 @@
 - `pytorch_lora_weights.safetensors`: low-rank weights; plain `pipe.load_lora_weights(folder)` works
 - `learned_embeds.safetensors`: soft tokens; plain `pipe.load_textual_inversion(folder, weight_name=
   "learned_embeds.safetensors")` works, with the placeholder typed before the prompt
-- `fair_adapter.json`: what they are, `AdapterInfo`
-- `README.md`, `samples/*.png`: for people; never read by this package
+- `fair_adapter.json`: what they are, `AdapterInfo`; its schema is `fair_adapter.schema.json`
+- `README.md`, `samples/*.png`, `report.json`, `report.html`: for people; never read from here
 """
 
 import hashlib
 import json
 import math
+import os
 import re
 import secrets
 import shutil
@@ -33,6 +34,8 @@ WEIGHTS_FILE = "pytorch_lora_weights.safetensors"
 EMBEDS_FILE = "learned_embeds.safetensors"
 README_FILE = "README.md"
 SAMPLES_FOLDER = "samples"
+REPORT_FILES = ("report.json", "report.html")
+SCHEMA = Path(__file__).with_name("fair_adapter.schema.json")
 
 # Parts of a pipeline that may carry low-rank layers, and what stands before a module's name in the
 # file. `text_model.` is a level that transformers 5 dropped and that older versions still need.
@@ -46,6 +49,7 @@ MAX_SOFT_TOKENS = 1024
 MAX_INFO_BYTES = 2**20
 MAX_WEIGHTS_BYTES = 2**31
 MAX_EMBEDS_BYTES = 2**26
+MAX_LABEL = 300  # characters of a name
 MAX_DEPTH = 20  # of nested objects and lists in JSON
 
 Weights = dict[str, Tensor]
@@ -118,7 +122,9 @@ class AdapterInfo:
     versions: dict[str, str] = field(default_factory=library_versions)
     """Libraries it was trained with."""
     evaluation: dict[str, Any] | None = None
-    """Summary of its report, if it was evaluated."""
+    """Summary of its report, if it was evaluated; `card.write_card` puts it there."""
+    training: dict[str, Any] | None = None
+    """What the training took: `iterations`, `seconds`, `machine`."""
 
     @property
     def lora(self) -> dict[str, Lora]:
@@ -176,13 +182,38 @@ def write_adapter(folder: str | Path, weights: Mapping[str, Tensor], info: Adapt
     temporary = folder.with_name(f".{folder.name}-{secrets.token_hex(4)}")
     try:
         temporary.mkdir(parents=True)
-        text = json.dumps(_to_json(info), indent=2, ensure_ascii=False, allow_nan=False)
-        (temporary / INFO_FILE).write_text(text + "\n", encoding="utf-8")
+        (temporary / INFO_FILE).write_bytes(_to_text(info))
         _save_tensors(temporary, tensors, info)
         read_adapter(temporary)  # what could not be read back never gets its name
         _put_in_place(temporary, folder)
     finally:
         shutil.rmtree(temporary, ignore_errors=True)
+
+
+def write_info(folder: str | Path, info: AdapterInfo) -> None:
+    """Say otherwise what an adapter is; its weights stay.
+
+    Args:
+        folder: an adapter folder.
+        info: of the same components.
+
+    Raises:
+        ValueError: it is no adapter folder, or `read_adapter` would refuse the result.
+    """
+    old, _ = read_adapter(folder)
+    if info.components != old.components:
+        raise ValueError(
+            f"'{folder}' holds the weights of {old.components}, not of {info.components}: write "
+            "them with write_adapter"
+        )
+    text, path = _to_text(info), Path(folder) / INFO_FILE
+    _from_json(_parse_json(text, str(path)), str(path))
+    temporary = path.with_name(f".{INFO_FILE}-{secrets.token_hex(4)}")
+    try:
+        temporary.write_bytes(text)
+        os.replace(temporary, path)
+    finally:
+        temporary.unlink(missing_ok=True)
 
 
 def read_adapter(folder: str | Path) -> tuple[AdapterInfo, Weights]:
@@ -223,7 +254,7 @@ def _refuse_foreign(folder: Path) -> None:
     if not folder.is_dir():
         raise ValueError(f"'{folder}' is a file: choose a folder for the adapter")
     names = {path.name for path in folder.iterdir()}
-    own = {INFO_FILE, WEIGHTS_FILE, EMBEDS_FILE, README_FILE, SAMPLES_FOLDER}
+    own = {INFO_FILE, WEIGHTS_FILE, EMBEDS_FILE, README_FILE, SAMPLES_FOLDER, *REPORT_FILES}
     foreign = sorted(names - own)
     if foreign or (names and INFO_FILE not in names):
         raise ValueError(
@@ -244,34 +275,51 @@ def _put_in_place(temporary: Path, folder: Path) -> None:
 
 
 def _checked_file(path: Path, limit: int) -> Path:
-    """The path of a regular file of at most `limit` bytes."""
+    """The path of a regular file of at most `limit` bytes that lies in the folder itself."""
     if not path.is_file():
         raise ValueError(f"'{path.parent}' is not an adapter folder: '{path.name}' is missing")
+    if not any(path.resolve().is_relative_to(home) for home in _homes(path.parent.resolve())):
+        raise ValueError(f"'{path}' is a link to somewhere else: put the file itself there")
     if path.stat().st_size > limit:
         raise ValueError(f"'{path}' has {path.stat().st_size} bytes, more than the {limit} allowed")
     return path
+
+
+def _homes(folder: Path) -> Iterator[Path]:
+    """Where the files of a folder may lie: a snapshot in the Hub's cache is links to blobs."""
+    yield folder
+    if folder.parent.name == "snapshots":
+        yield folder.parent.parent / "blobs"
 
 
 # ---- fair_adapter.json ---------------------------------------------------------------------------
 
 
 def _parse_json(text: str | bytes, where: str) -> Any:
-    """JSON of bounded size and depth, without NaN."""
+    """JSON of bounded size and depth, of finite numbers."""
 
-    def refuse(constant: str) -> None:
-        raise ValueError(f"{constant} is not a JSON number")
+    def finite(number: str) -> float:
+        if not math.isfinite(value := float(number)):
+            raise ValueError(f"{number[:40]} is not a finite number")
+        return value
 
     try:
         if len(text) > MAX_INFO_BYTES:
             raise ValueError(f"it is longer than {MAX_INFO_BYTES}")
         text = text.decode() if isinstance(text, bytes) else text
-        bare = re.sub(r'"(?:[^"\\]|\\.)*"', "", text, flags=re.DOTALL)
+        # strings out, also one without an end: to look for its end again and again takes hours
+        bare = re.sub(r'"(?:[^"\\]|\\.?)*(?:"|\Z)', "", text, flags=re.DOTALL)
         depths = accumulate((mark in "[{") - (mark in "]}") for mark in bare)
         if max(depths, default=0) > MAX_DEPTH:
             raise ValueError(f"it is nested deeper than {MAX_DEPTH} levels")
-        return json.loads(text, parse_constant=refuse)
+        return json.loads(text, parse_constant=finite, parse_float=finite)
     except ValueError as error:
         raise ValueError(f"'{where}' is truncated or not acceptable JSON: {error}") from error
+
+
+def _to_text(info: AdapterInfo) -> bytes:
+    text = json.dumps(_to_json(info), indent=2, ensure_ascii=False, allow_nan=False)
+    return (text + "\n").encode()
 
 
 def _to_json(info: AdapterInfo) -> dict[str, Any]:
@@ -287,6 +335,7 @@ def _to_json(info: AdapterInfo) -> dict[str, Any]:
         "recipe": info.recipe,
         "library_versions": info.versions,
         "evaluation": info.evaluation,
+        "training": info.training,
     }
 
 
@@ -299,7 +348,7 @@ def _from_json(data: Any, where: str) -> AdapterInfo:
         )
     try:
         root = _object(
-            data,
+            {"training": None} | data if isinstance(data, dict) else data,
             "the file",
             {
                 "format_version": int,
@@ -309,6 +358,7 @@ def _from_json(data: Any, where: str) -> AdapterInfo:
                 "recipe": dict,
                 "library_versions": dict,
                 "evaluation": (dict, type(None)),
+                "training": (dict, type(None)),
             },
         )
         base = _object(
@@ -316,15 +366,18 @@ def _from_json(data: Any, where: str) -> AdapterInfo:
             "base_model",
             {"id": str, "revision": (str, type(None)), "fingerprint": str},
         )
+        if not re.fullmatch("[0-9a-f]{64}", base["fingerprint"]):
+            raise ValueError("the fingerprint of base_model must be 64 hexadecimal digits")
         return AdapterInfo(
-            base_model=base["id"],
-            base_revision=base["revision"],
+            base_model=_label(base["id"]),
+            base_revision=base["revision"] and _label(base["revision"]),
             fingerprint=base["fingerprint"],
             components=_components(root["components"]),
             attributes=tuple(map(_attribute, root["attributes"])),
             recipe=root["recipe"],
             versions={name: str(number) for name, number in root["library_versions"].items()},
             evaluation=root["evaluation"],
+            training=root["training"],
         )
     except (ValueError, OverflowError) as error:
         raise ValueError(f"'{where}' does not describe an adapter: {error}") from error
@@ -366,11 +419,21 @@ def _lora(part: str, value: Any) -> Lora:
 
 def _attribute(value: Any) -> Attribute:
     entry = _object(value, "an attribute", {"name": str, "classes": list, "target": list})
-    if not all(isinstance(name, str) for name in entry["classes"]):
-        raise ValueError(f"the classes of '{entry['name']}' must be strings")
-    if not all(isinstance(share, (int, float)) for share in entry["target"]):
-        raise ValueError(f"the target of '{entry['name']}' must be numbers")
-    return Attribute(entry["name"], tuple(entry["classes"]), tuple(entry["target"]))
+    name, target = _label(entry["name"]), entry["target"]
+    if not all(isinstance(each, str) for each in entry["classes"]):
+        raise ValueError(f"the classes of '{name}' must be strings")
+    if not all(isinstance(x, (int, float)) and not isinstance(x, bool) for x in target):
+        raise ValueError(f"the target of '{name}' must be numbers")
+    return Attribute(name, tuple(map(_label, entry["classes"])), tuple(target))
+
+
+def _label(text: str) -> str:
+    """What is shown to people: one short line without control characters."""
+    if not (text.strip() and len(text) <= MAX_LABEL and text.isprintable()):
+        raise ValueError(
+            f"names must be 1 to {MAX_LABEL} printable characters, got {ascii(text)[:100]}"
+        )
+    return text
 
 
 # ---- the two files of weights --------------------------------------------------------------------
