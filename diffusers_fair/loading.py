@@ -9,21 +9,20 @@ Soft tokens are put in by the host's own loader of textual inversions, and befor
 import math
 import re
 from collections.abc import Iterator
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from torch import Tensor, nn
 
 from diffusers_fair.adapters.io import (
-    EMBEDS_FILE,
-    INFO_FILE,
+    MAX_BYTES,
     PREFIXES,
-    WEIGHTS_FILE,
     AdapterInfo,
     Lora,
     Weights,
     base_fingerprint,
+    check_size,
     read_adapter,
 )
 from diffusers_fair.adapters.prefix import PromptPrefix, prompt_prefix
@@ -37,6 +36,12 @@ if TYPE_CHECKING:
     from diffusers import DiffusionPipeline
     from peft.tuners.lora import LoraLayer
 
+REPOSITORY = re.compile(r"[A-Za-z0-9][\w.-]*/[A-Za-z0-9][\w.-]*")  # an id on the Hub
+MIRRORS = {  # of models that have moved, or are on the Hub twice
+    "runwayml/stable-diffusion-v1-5": "stable-diffusion-v1-5/stable-diffusion-v1-5",
+    "sd-legacy/stable-diffusion-v1-5": "stable-diffusion-v1-5/stable-diffusion-v1-5",
+}
+
 
 def load_fair_adapter(
     pipe: "DiffusionPipeline",
@@ -46,6 +51,7 @@ def load_fair_adapter(
     adapter_name: str = "fair",
     revision: str | None = None,
     token: str | bool | None = None,
+    other_base: bool = False,
 ) -> None:
     """Put a fairness adapter on a pipeline; also `pipe.load_fair_adapter(...)`.
 
@@ -64,11 +70,13 @@ def load_fair_adapter(
         adapter_name: to address it by, also in diffusers' own `set_adapters`.
         revision: branch, tag or commit of the repository.
         token: for a private repository.
+        other_base: load it also into another base model than it was trained for, such as a
+            fine-tuned one, if the layers fit. What it does there has not been measured.
 
     Raises:
         ValueError: one sentence: not found, damaged, another format version, another base model, a
             name in use, a scale that cannot be, other adapters fused into the weights, other soft
-            tokens before the prompt.
+            tokens before the prompt, weights that are offloaded layer by layer.
     """
     if not re.fullmatch(r"[\w-]+", adapter_name):
         raise ValueError(
@@ -81,9 +89,12 @@ def load_fair_adapter(
         )
     _check_scale(scale)
     _check_not_fused(pipe)
+    _check_in_memory(pipe)
     info, weights = read_adapter(local_folder(id_or_dir, revision, token))
     _check_prefix_scale(scale, info.soft_tokens is not None)
-    _check_base(pipe, info, weights)
+    if not other_base:
+        _check_base(pipe, info)
+    _check_fit(pipe, info, weights)
     try:
         if info.soft_tokens:
             embeds = weights[info.soft_tokens.token]
@@ -100,10 +111,12 @@ def unload_fair_adapter(pipe: "DiffusionPipeline", *, adapter_name: str = "fair"
     """Take an adapter off again: the pipeline is bit for bit what it was without it.
 
     Raises:
-        ValueError: the pipeline carries no such adapter, or adapters are fused into its weights.
+        ValueError: the pipeline carries no such adapter, adapters are fused into its weights, or
+            the weights are offloaded layer by layer.
     """
     _check_loaded(pipe, adapter_name)
     _check_not_fused(pipe)
+    _check_in_memory(pipe)
     _remove(pipe, adapter_name)
 
 
@@ -136,16 +149,13 @@ def local_folder(
     if Path(id_or_dir).is_dir():
         return Path(id_or_dir)
     repository = str(id_or_dir)
-    if not re.fullmatch(r"[A-Za-z0-9][\w.-]*/[A-Za-z0-9][\w.-]*", repository):
+    if not REPOSITORY.fullmatch(repository):
         raise ValueError(f"there is no adapter folder at '{id_or_dir}'")
 
-    from huggingface_hub import errors, snapshot_download
+    from huggingface_hub import errors
 
     try:
-        files = [INFO_FILE, WEIGHTS_FILE, EMBEDS_FILE]
-        return Path(
-            snapshot_download(repository, revision=revision, token=token, allow_patterns=files)
-        )
+        return _download(repository, revision, token)
     except errors.RepositoryNotFoundError:
         reason = "no repository on the Hub that you may read (if it is private, pass token=)"
     except errors.RevisionNotFoundError:
@@ -155,6 +165,18 @@ def local_folder(
     except OSError as error:
         reason = f"the Hub answered with an error ({type(error).__name__})"
     raise ValueError(f"there is no adapter folder at '{repository}', and {reason}")
+
+
+def _download(repository: str, revision: str | None, token: str | bool | None) -> Path:
+    """The cached copy of a repository's files, once their sizes are known."""
+    from huggingface_hub import errors, snapshot_download
+
+    wanted: dict[str, Any] = {"revision": revision, "token": token}
+    wanted["allow_patterns"] = list(MAX_BYTES)
+    with suppress(errors.DryRunError):  # cannot be asked: what is in the cache, or the reason
+        for file in snapshot_download(repository, dry_run=True, **wanted):
+            check_size(f"{repository}/{file.filename}", file.filename, file.file_size)
+    return Path(snapshot_download(repository, **wanted))
 
 
 # ---- what is checked -----------------------------------------------------------------------------
@@ -190,13 +212,32 @@ def _check_not_fused(pipe: "DiffusionPipeline") -> None:
         )
 
 
-def _check_base(pipe: "DiffusionPipeline", info: AdapterInfo, weights: Weights) -> None:
-    """The pipeline's shapes are those of the adapter's base, and every weight has its layer."""
-    if base_fingerprint(pipe) != info.fingerprint:
+def _check_in_memory(pipe: "DiffusionPipeline") -> None:
+    """Layers beside weights that are elsewhere would be elsewhere too, and lost."""
+    if any(weight.is_meta for model in _parts(pipe).values() for weight in model.parameters()):
         raise ValueError(
-            f"the adapter was trained for the base model '{info.base_model}', and the shapes of "
-            f"this {type(pipe).__name__}'s text encoder and U-Net are of another one"
+            "the pipeline's weights are offloaded layer by layer: call pipe.remove_all_hooks() "
+            "first, and pipe.enable_sequential_cpu_offload() again afterwards"
         )
+
+
+def _check_base(pipe: "DiffusionPipeline", info: AdapterInfo) -> None:
+    """The pipeline is the adapter's base: by its id, where both are on the Hub, and by shapes."""
+    other = None
+    if base_fingerprint(pipe) != info.fingerprint:
+        other = f"the shapes of this {type(pipe).__name__}'s text encoder and U-Net are of another"
+    ids = [MIRRORS.get(name, name) for name in (info.base_model, pipe.name_or_path or "")]
+    if all(map(REPOSITORY.fullmatch, ids)) and not Path(ids[1]).is_dir() and ids[0] != ids[1]:
+        other = f"this pipeline is '{ids[1]}'"
+    if other:
+        raise ValueError(
+            f"the adapter was trained for the base model '{info.base_model}', and {other}: pass "
+            "other_base=True to load it all the same if its layers fit"
+        )
+
+
+def _check_fit(pipe: "DiffusionPipeline", info: AdapterInfo, weights: Weights) -> None:
+    """Every weight has its layer, and there is room for soft tokens."""
     if info.soft_tokens:
         check_soft_tokens(pipe, info.soft_tokens)
         width = pipe.text_encoder.get_input_embeddings().embedding_dim

@@ -277,14 +277,14 @@ def test_other_format_version(folder, version):
 
 
 def test_large_json(folder):
-    edit(folder, lambda data: data.update(recipe={"x": "x" * io.MAX_INFO_BYTES}))
+    edit(folder, lambda data: data.update(recipe={"x": "x" * io.MAX_BYTES[io.INFO_FILE]}))
     with pytest.raises(ValueError, match="more than the 1048576 allowed"):
         read_adapter(folder)
 
 
-@pytest.mark.parametrize("limit", ["MAX_WEIGHTS_BYTES", "MAX_EMBEDS_BYTES"])
-def test_large_weights(whole, monkeypatch, limit):
-    monkeypatch.setattr(io, limit, 50)
+@pytest.mark.parametrize("name", [io.WEIGHTS_FILE, io.EMBEDS_FILE])
+def test_large_weights(whole, monkeypatch, name):
+    monkeypatch.setitem(io.MAX_BYTES, name, 50)
     with pytest.raises(ValueError, match="more than the 50 allowed"):
         read_adapter(whole)
 
@@ -417,7 +417,7 @@ def test_bad_soft_tokens(whole, change, message):
         ({}, "does not agree with fair_adapter.json"),
         ({"lora_adapter_metadata": "{"}, "is truncated or not acceptable JSON"),
         ({"lora_adapter_metadata": "[" * 100}, "nested deeper"),
-        ({"lora_adapter_metadata": " " * (io.MAX_INFO_BYTES + 1)}, "longer than"),
+        ({"lora_adapter_metadata": " " * (io.MAX_BYTES[io.INFO_FILE] + 1)}, "longer than"),
         ({"lora_adapter_metadata": '{"unet.r": 2, "unet.use_dora": true}'}, "does not agree"),
     ],
 )

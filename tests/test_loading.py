@@ -1,5 +1,6 @@
 import json
 import threading
+import traceback
 from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
 from pathlib import Path
 
@@ -291,6 +292,96 @@ def test_fingerprint_is_of_the_shapes():
     assert base_fingerprint(pipe) != fingerprint
 
 
+@pytest.mark.parametrize("scales", [(1.0, 0.5), (0.3, -1.0)])
+def test_ours_and_others_at_once_by_diffusers_own_methods(folder, other, scales):
+    """`set_adapters` sees no difference between ours, a second of ours and an ordinary LoRA."""
+    ours, plain = tiny.pipeline(), tiny.pipeline()
+    for pipe, load in ((ours, load_fair_adapter), (plain, tiny_lora)):
+        load(pipe, folder, adapter_name="fair")
+        load(pipe, other, adapter_name="two")
+        pipe.load_lora_weights(other, adapter_name="style")
+        pipe.set_adapters(["fair", "style"], list(scales))
+    assert torch.equal(images(ours), images(plain))
+    assert ours.get_list_adapters() == plain.get_list_adapters()
+    ours.set_adapters("style")
+    unload_fair_adapter(ours)
+    unload_fair_adapter(ours, adapter_name="two")
+    alone = tiny.pipeline()
+    alone.load_lora_weights(other)
+    assert torch.equal(images(ours), images(alone))
+
+
+def tiny_lora(pipe, folder, adapter_name):
+    pipe.load_lora_weights(folder, adapter_name=adapter_name)
+
+
+def test_fused_and_unfused(folder):
+    pipe, base = tiny.pipeline(), tiny.pipeline()
+    load_fair_adapter(pipe, folder)
+    beside = images(pipe)
+    pipe.fuse_lora()
+    assert torch.allclose(images(pipe), beside, atol=1e-4)
+    pipe.unfuse_lora()
+    assert torch.allclose(images(pipe), beside, atol=1e-4)
+    unload_fair_adapter(pipe)
+    assert torch.allclose(images(pipe), images(base), atol=1e-4)
+    assert not torch.allclose(beside, images(base), atol=1e-2)
+
+
+@pytest.mark.parametrize("later", [False, True])
+def test_models_that_are_offloaded_one_by_one(whole, later):
+    """`enable_model_cpu_offload`, here to the CPU again: its hooks are those of any device."""
+    pipe, plain = tiny.pipeline(), tiny.pipeline()
+    base = images(plain)
+    load_fair_adapter(plain, whole)
+    if later:
+        load_fair_adapter(pipe, whole)
+    pipe.enable_model_cpu_offload(device="cpu")
+    if not later:
+        load_fair_adapter(pipe, whole)
+    assert torch.equal(images(pipe), images(plain))
+    unload_fair_adapter(pipe)
+    assert torch.equal(images(pipe), base)
+    assert all(hasattr(getattr(pipe, part), "_hf_hook") for part in ("text_encoder", "unet"))
+
+
+def test_layers_that_are_offloaded_one_by_one(folder):
+    """What `enable_sequential_cpu_offload` does, which itself asks for a GPU."""
+    from accelerate import cpu_offload
+
+    pipe, plain = tiny.pipeline(), tiny.pipeline()
+    load_fair_adapter(plain, folder)
+    cpu_offload(pipe.unet, execution_device=torch.device("cpu"))
+    message = r"offloaded layer by layer: call pipe\.remove_all_hooks\(\) first"
+    with pytest.raises(ValueError, match=message):
+        load_fair_adapter(pipe, folder)
+    pipe.remove_all_hooks()
+    load_fair_adapter(pipe, folder)
+    cpu_offload(pipe.unet, execution_device=torch.device("cpu"))
+    assert torch.equal(images(pipe), images(plain))
+    with pytest.raises(ValueError, match=message):
+        unload_fair_adapter(pipe)
+
+
+@pytest.mark.parametrize("kind", [StableDiffusionImg2ImgPipeline, StableDiffusionInpaintPipeline])
+def test_low_rank_layers_in_other_pipelines_of_the_family(folder, kind):
+    ours, plain = (
+        kind(**tiny.pipeline().components, requires_safety_checker=False) for _ in range(2)
+    )
+    before = snapshot(ours)
+    load_fair_adapter(ours, folder)
+    plain.load_lora_weights(folder)
+    drawn = []
+    for pipe in (ours, plain):
+        pipe.set_progress_bar_config(disable=True)
+        generator, given = torch.Generator().manual_seed(0), image_arguments(kind)
+        call = {"num_inference_steps": 2, "generator": generator, "output_type": "pt"}
+        drawn.append(pipe(prompt="a chef", **call, **given).images)
+    assert torch.equal(*drawn)
+    unload_fair_adapter(ours)
+    assert_same(ours, before)
+
+
 # ---- soft tokens ---------------------------------------------------------------------------------
 
 
@@ -534,8 +625,57 @@ def test_other_format_version(folder, tmp_path):
 
 def test_other_base_model(folder, monkeypatch):
     monkeypatch.setattr(tiny, "WIDTH", 32)
-    message = "trained for the base model 'testbed', and the shapes of this StableDiffusionPipeline"
+    message = (
+        "trained for the base model 'testbed', and the shapes of this StableDiffusionPipeline's "
+        "text encoder and U-Net are of another: pass other_base=True"
+    )
     refused(tiny.pipeline(), message, folder)
+    refused(tiny.pipeline(), "fits no layer of the text_encoder", folder, other_base=True)
+
+
+def named(name):
+    """A pipeline as `from_pretrained(name)` leaves it."""
+    pipe = tiny.pipeline()
+    pipe.register_to_config(_name_or_path=name)
+    return pipe
+
+
+@pytest.mark.parametrize(
+    ("trained_on", "base"),
+    [
+        ("org/base", "org/base"),
+        ("org/base", None),
+        ("org/base", "/home/me/base"),
+        ("testbed", "org/base"),
+        ("stable-diffusion-v1-5/stable-diffusion-v1-5", "runwayml/stable-diffusion-v1-5"),
+    ],
+)
+def test_bases_that_are_the_same_or_cannot_be_told_apart(tmp_path, trained_on, base):
+    folder = save(tmp_path / "adapter", tiny.pipeline(), base_model=trained_on)
+    load_fair_adapter(named(base), folder)
+
+
+def test_a_base_of_the_same_shapes_but_another_name(tmp_path, monkeypatch):
+    folder = save(tmp_path / "adapter", tiny.pipeline(), base_model="org/base")
+    message = "the base model 'org/base', and this pipeline is 'org/fine-tuned': pass other_base="
+    refused(named("org/fine-tuned"), message, folder)
+    pipe, plain = named("org/fine-tuned"), tiny.pipeline()
+    load_fair_adapter(pipe, folder, other_base=True)
+    plain.load_lora_weights(folder)
+    assert torch.equal(images(pipe), images(plain))
+    monkeypatch.chdir(tmp_path)
+    (tmp_path / "org" / "fine-tuned").mkdir(parents=True)  # a folder, not an id
+    load_fair_adapter(named("org/fine-tuned"), folder)
+
+
+def test_another_u_net_around_the_same_text_encoder(tmp_path):
+    """As that of inpainting, which sees the mask as well."""
+    folder = save(tmp_path / "adapter", tiny.pipeline(), ["text_encoder"])
+    pipe = tiny.pipeline()
+    pipe.unet = tiny.unet(in_channels=9)
+    refused(pipe, "U-Net are of another: pass other_base=True", folder)
+    load_fair_adapter(pipe, folder, other_base=True)
+    assert pipe.get_list_adapters() == {"text_encoder": ["fair"]}
 
 
 @pytest.mark.parametrize(
@@ -633,7 +773,8 @@ def hub(whole, tmp_path, monkeypatch):
 
         def do_GET(self):
             path = self.path.partition("?")[0]
-            asked.append((path, self.headers.get("authorization")))
+            shown = path if self.command == "GET" else f"{self.command} {path}"
+            asked.append((shown, self.headers.get("authorization")))
             tree = [{"type": "file", "path": n, "size": len(b), "oid": n} for n, b in files.items()]
             known = {f"/api/models/org/fair/revision/{r}" for r in ("main", "v1")}
             if path in known:
@@ -687,6 +828,29 @@ def test_from_the_hub_and_then_from_the_cache(hub, whole, monkeypatch):
     load_fair_adapter(offline, "org/fair")
     assert torch.equal(images(here), images(offline))
     assert not hub
+
+
+def test_a_file_that_is_too_large_is_not_downloaded(hub, monkeypatch):
+    monkeypatch.setitem(io.MAX_BYTES, io.WEIGHTS_FILE, 50)
+    message = f"'org/fair/{io.WEIGHTS_FILE}' has [0-9]+ bytes, more than the 50 allowed"
+    refused(tiny.pipeline(), message, "org/fair")
+    file = f"/org/fair/resolve/{COMMIT}/{io.WEIGHTS_FILE}"
+    assert file not in [path for path, _ in hub]
+    monkeypatch.setitem(io.MAX_BYTES, io.WEIGHTS_FILE, 2**20)
+    load_fair_adapter(tiny.pipeline(), "org/fair")
+    assert file in [path for path, _ in hub]
+
+
+def test_the_token_stays_out_of_messages_and_of_the_cache(hub, tmp_path, capfd):
+    load_fair_adapter(tiny.pipeline(), "org/fair", token="secret-word")
+    for repository, revision in (("org/fair", "v2"), ("org/nothing", None), ("org/broken", None)):
+        with pytest.raises(ValueError, match="there is no adapter folder") as caught:
+            load_fair_adapter(tiny.pipeline(), repository, revision=revision, token="secret-word")
+        assert "secret-word" not in "".join(traceback.format_exception(caught.value))
+    assert "secret-word" not in "".join(capfd.readouterr())
+    files = [path for path in (tmp_path / "cache").rglob("*") if path.is_file()]
+    assert files
+    assert not any(b"secret-word" in path.read_bytes() for path in files)
 
 
 def test_revision(hub):

@@ -46,9 +46,8 @@ METADATA_KEY = "lora_adapter_metadata"  # where diffusers looks for rank and alp
 DTYPES = ("F32", "F16", "BF16")
 MAX_RANK = 1024
 MAX_SOFT_TOKENS = 1024
-MAX_INFO_BYTES = 2**20
-MAX_WEIGHTS_BYTES = 2**31
-MAX_EMBEDS_BYTES = 2**26
+MAX_BYTES = {INFO_FILE: 2**20, WEIGHTS_FILE: 2**31, EMBEDS_FILE: 2**26}
+"""The files that are read, and how large they may be."""
 MAX_LABEL = 300  # characters of a name
 MAX_DEPTH = 20  # of nested objects and lists in JSON
 
@@ -228,7 +227,7 @@ def read_adapter(folder: str | Path) -> tuple[AdapterInfo, Weights]:
     folder = Path(folder)
     if not folder.is_dir():
         raise ValueError(f"there is no adapter folder at '{folder}'")
-    info_path = _checked_file(folder / INFO_FILE, MAX_INFO_BYTES)
+    info_path = _checked_file(folder / INFO_FILE)
     info = _from_json(_parse_json(info_path.read_bytes(), str(info_path)), str(info_path))
     named = {WEIGHTS_FILE: bool(info.lora), EMBEDS_FILE: info.soft_tokens is not None}
     for name in named:
@@ -236,10 +235,10 @@ def read_adapter(folder: str | Path) -> tuple[AdapterInfo, Weights]:
             raise ValueError(f"'{folder}' has a '{name}', and its {INFO_FILE} names nothing in it")
     weights: Weights = {}
     if info.lora:
-        path = _checked_file(folder / WEIGHTS_FILE, MAX_WEIGHTS_BYTES)
+        path = _checked_file(folder / WEIGHTS_FILE)
         weights |= _read_tensors(path, info, _check_lora)
     if info.soft_tokens:
-        path = _checked_file(folder / EMBEDS_FILE, MAX_EMBEDS_BYTES)
+        path = _checked_file(folder / EMBEDS_FILE)
         weights |= _read_tensors(path, info, _check_soft_tokens)
     return info, weights
 
@@ -274,15 +273,24 @@ def _put_in_place(temporary: Path, folder: Path) -> None:
     shutil.rmtree(old)
 
 
-def _checked_file(path: Path, limit: int) -> Path:
-    """The path of a regular file of at most `limit` bytes that lies in the folder itself."""
+def _checked_file(path: Path) -> Path:
+    """The path of a regular file that lies in the folder itself and is not too large."""
     if not path.is_file():
         raise ValueError(f"'{path.parent}' is not an adapter folder: '{path.name}' is missing")
     if not any(path.resolve().is_relative_to(home) for home in _homes(path.parent.resolve())):
         raise ValueError(f"'{path}' is a link to somewhere else: put the file itself there")
-    if path.stat().st_size > limit:
-        raise ValueError(f"'{path}' has {path.stat().st_size} bytes, more than the {limit} allowed")
+    check_size(str(path), path.name, path.stat().st_size)
     return path
+
+
+def check_size(where: str, name: str, size: int) -> None:
+    """Refuse one of the folder's files that is larger than it may be.
+
+    Raises:
+        ValueError: more bytes than `MAX_BYTES` has for its name.
+    """
+    if size > MAX_BYTES[name]:
+        raise ValueError(f"'{where}' has {size} bytes, more than the {MAX_BYTES[name]} allowed")
 
 
 def _homes(folder: Path) -> Iterator[Path]:
@@ -304,8 +312,8 @@ def _parse_json(text: str | bytes, where: str) -> Any:
         return value
 
     try:
-        if len(text) > MAX_INFO_BYTES:
-            raise ValueError(f"it is longer than {MAX_INFO_BYTES}")
+        if len(text) > MAX_BYTES[INFO_FILE]:
+            raise ValueError(f"it is longer than {MAX_BYTES[INFO_FILE]}")
         text = text.decode() if isinstance(text, bytes) else text
         # strings out, also one without an end: to look for its end again and again takes hours
         bare = re.sub(r'"(?:[^"\\]|\\.?)*(?:"|\Z)', "", text, flags=re.DOTALL)
