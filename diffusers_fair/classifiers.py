@@ -18,6 +18,13 @@ class Classifier(Protocol):
     def size(self) -> int:
         """Side of the chips it takes, in pixels."""
 
+    @property
+    def confusion(self) -> tuple[tuple[float, ...], ...] | None:
+        """Counts of held-out pictures: a row for each true class, a column for each class seen.
+
+        In the order of `classes`; None where nobody measured it.
+        """
+
     def __call__(self, chips: Tensor) -> Tensor:
         """(n, 3, size, size) in [-1, 1] -> (n, classes) probabilities, differentiable."""
 
@@ -30,6 +37,7 @@ class NetworkClassifier:
     """(n, 3, size, size) -> (n, classes) logits."""
     classes: tuple[str, ...]
     size: int
+    confusion: tuple[tuple[float, ...], ...] | None = None
 
     def __call__(self, chips: Tensor) -> Tensor:
         """Probabilities (n, classes) of chips (n, 3, size, size) in [-1, 1].

@@ -29,7 +29,7 @@ from diffusers_fair.evaluation import (
     table,
 )
 from diffusers_fair.evaluation.generate import generate, image_seed
-from diffusers_fair.evaluation.report import sampled
+from diffusers_fair.evaluation.pictures import sampled
 from diffusers_fair.faces import Faces
 
 HUE = Attribute("hue", ("red", "green", "blue"))
@@ -350,13 +350,16 @@ def test_no_face_at_all(pipe, tmp_path):
     assert Report.load(tmp_path / "report").summary == report.summary
 
 
-def test_one_image_of_one_prompt():
+def test_one_image_of_a_prompt_has_no_bias():
     report = made_up([[1]], [[[1]], [[0]]], attributes=(HUE, TONE))
-    bias = report.summary["bias"]["tone"]
-    assert (bias["mean"], bias["floor"], bias["interval"]) == (1, 1, None)
-    assert bias["without_scatter"] is None
+    assert set(report.summary["bias"].values()) == {None}
+    assert report.summary["frequencies"]["hue"] is None
+    assert report.prompts[0]["attributes"]["hue"] is None
+    assert report.summary["prompts_with_one_face"] == ["prompt 0"]
     assert finite([report.summary, report.prompts])
-    assert "nan" not in shown(report).lower()
+    text = shown(report)
+    assert "nan" not in text.lower()
+    assert "prompts with one face only" in text
 
 
 def test_a_class_never_seen():

@@ -19,6 +19,7 @@ LAYERS = {  # of a module or of everything in a folder; imports go to the same l
     "attributes": 0,  # vocabulary
     "config": 0,
     "prompts": 0,
+    "provenance": 0,
     "scheduler": 1,  # pure maths
     "targets": 1,
     "losses": 1,

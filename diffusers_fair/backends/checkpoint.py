@@ -12,7 +12,7 @@ import torch
 from torch import nn
 
 from diffusers_fair.backends.errors import loading
-from diffusers_fair.backends.labels import group, merge
+from diffusers_fair.backends.labels import group, merge, merge_counts
 from diffusers_fair.backends.needs import Need, package
 from diffusers_fair.classifiers import NetworkClassifier
 from diffusers_fair.encoders import Pixels
@@ -91,7 +91,10 @@ def load_classifier(
     network = network.to(device).eval().requires_grad_(False)
     pixels = Pixels(facts["size"], MEAN, STD)
     return NetworkClassifier(
-        merge(lambda chips: network(pixels(chips)), groups), tuple(groups), pixels.size
+        merge(lambda chips: network(pixels(chips)), groups),
+        tuple(groups),
+        pixels.size,
+        confusion=merge_counts(facts["confusion"], groups) if "confusion" in facts else None,
     )
 
 

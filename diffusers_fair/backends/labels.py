@@ -44,3 +44,13 @@ def merge(network: Callable[[Tensor], Tensor], groups: Groups) -> Callable[[Tens
         return torch.stack([logits[:, i].logsumexp(1) for i in groups.values()], 1)
 
     return merged
+
+
+def merge_counts(
+    confusion: Sequence[Sequence[float]], groups: Groups
+) -> tuple[tuple[float, ...], ...]:
+    """Make a confusion matrix (classes, classes) out of one of (labels, labels), counts."""
+    return tuple(
+        tuple(sum(confusion[i][j] for i in rows for j in columns) for columns in groups.values())
+        for rows in groups.values()
+    )

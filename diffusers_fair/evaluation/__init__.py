@@ -1,72 +1,41 @@
 """Measure a pipeline: generate, look, count. Knows nothing of how an adapter was trained."""
 
-import os
-import platform
-import shlex
-import sys
-from collections.abc import Callable, Mapping, Sequence
-from dataclasses import dataclass, field
-from datetime import datetime, timezone
-from importlib.metadata import version
+import json
+import shutil
+from collections.abc import Callable, Mapping, MutableMapping, Sequence
+from dataclasses import asdict
 from pathlib import Path
 from typing import Any
 
 import numpy as np
-import torch
-from torch import Tensor
 
-from diffusers_fair import __version__
 from diffusers_fair.attributes import Attribute
-from diffusers_fair.classifiers import Classifier
-from diffusers_fair.encoders import ImageEncoder, ImageTextEncoder
-from diffusers_fair.evaluation.generate import Batch, generate
-from diffusers_fair.evaluation.quality import (
-    image_features,
-    prompt_features,
-    quality_scores,
-    recognition,
-)
-from diffusers_fair.evaluation.report import (
-    SAMPLE_IMAGES,
-    SCORE_NAMES,
-    Records,
-    Report,
-    Settings,
-    pairs_picture,
-    sampled,
-    table,
-)
-from diffusers_fair.faces import FaceDetector, Faces, face_chips
+from diffusers_fair.evaluation import processes
+from diffusers_fair.evaluation.folder import picture_folder
+from diffusers_fair.evaluation.generate import Pictures, bar, draw, pairs_of
+from diffusers_fair.evaluation.journal import Journal, Seen
+from diffusers_fair.evaluation.look import Judges, confusion_of, look
+from diffusers_fair.evaluation.pictures import pairs_picture
+from diffusers_fair.evaluation.quality import prompt_features, recognition
+from diffusers_fair.evaluation.records import Records, Settings
+from diffusers_fair.evaluation.report import FILE, SCORE_NAMES, Report
+from diffusers_fair.evaluation.table import table
+from diffusers_fair.provenance import provenance
 
 __all__ = [
     "Judges",
     "Records",
     "Report",
     "Settings",
+    "audit",
     "evaluate",
     "pairs_picture",
     "recognition",
     "table",
 ]
 
-PACKAGES = ("torch", "diffusers", "transformers", "peft", "numpy")
+PARTIAL = ".partial"  # in a report's folder, as long as the evaluation runs
 SAME_NOISE = ("prompts", "images_per_prompt", "steps", "guidance_scale", "seed")
-
-
-@dataclass(frozen=True, kw_only=True)
-class Judges:
-    """The models that look at the images; they take no gradient and should be none that trained."""
-
-    face_detector: FaceDetector
-    classifiers: Mapping[str, Classifier]
-    """Attribute name -> classifier of its classes, in any order."""
-    clip: ImageTextEncoder
-    """For CLIP-T and CLIP-I."""
-    dino: ImageEncoder
-    """For DINO."""
-    extra: Mapping[str, Callable[[Tensor, Sequence[str]], Any]] = field(default_factory=dict)
-    """Name -> a score of one's own: (images (n, 3, h, w), their prompts) -> (n,), NaN where it does
-    not apply. `quality.recognition` makes one from a classifier of whole images."""
 
 
 def evaluate(
@@ -82,16 +51,23 @@ def evaluate(
     batch_size: int = 24,
     reference: Report | None = None,
     label: str | None = None,
+    out: str | Path | None = None,
+    model: Mapping[str, Any] | None = None,
     progress: bool = True,
 ) -> Report:
     """Generate images of prompts and measure their bias, and how well they fit (section 5.1).
+
+    With `out` it may be stopped at any time: the same call goes on where it was, repeats nothing
+    and ends with the same report; and if it runs in several processes, as `accelerate launch` or
+    `torchrun` start them, they share the batches, and each returns the whole report.
 
     Args:
         pipe: a text-to-image pipeline of diffusers, with or without an adapter.
         prompts: what to draw.
         attributes: what to count; where there are several their joint is counted, too.
         judges: the models that look at the images.
-        images_per_prompt: images of each prompt; the fewer, the higher the floor of the bias.
+        images_per_prompt: images of each prompt; the fewer, the higher the floor of the bias. One
+            tells nothing of bias.
         steps: scheduler steps.
         guidance_scale: of classifier-free guidance.
         seed: of the noise; the figures do not depend on the batch size.
@@ -99,11 +75,15 @@ def evaluate(
         reference: the base model's report with the same prompts, seed and sampling; needed for
             CLIP-I, DINO and the pictures of pairs.
         label: what this is, as a column head; left out: "base", or "adapter" with a reference.
+        out: folder that the report is saved to. If it holds this very report, that is loaded.
+        model: what is measured and by what, in names; goes into the report's provenance. An
+            evaluation that was stopped goes on only with the same.
         progress: whether to show a bar with the time left.
 
     Raises:
         ValueError: no prompts, no attributes, no images; a classifier that is missing or has other
-            classes than its attribute; a reference that was not drawn from the same noise.
+            classes than its attribute; a reference that was not drawn from the same noise; a folder
+            that holds another evaluation.
     """
     settings = Settings(
         prompts=_checked_prompts(prompts),
@@ -115,95 +95,179 @@ def evaluate(
     )
     if reference is not None:
         _check_reference(reference.settings, settings)
+    sampling = {"steps": steps, "guidance_scale": settings.guidance_scale, "seed": seed}
+    about = {
+        "pipeline": type(pipe).__name__,
+        "scheduler": type(pipe.scheduler).__name__,
+        "device": str(pipe.device),
+        **(model or {}),
+    }
+    return _measure(
+        settings,
+        [settings.images_per_prompt] * len(settings.prompts),
+        lambda pairs: draw(pipe, settings.prompts, pairs, **sampling),  # type: ignore[arg-type]
+        judges,
+        batch_size=batch_size,
+        reference=reference,
+        label=label or ("base" if reference is None else "adapter"),
+        out=out,
+        about=about,
+        progress=progress,
+    )
+
+
+def audit(
+    folder: str | Path,
+    attributes: Sequence[Attribute],
+    *,
+    judges: Judges,
+    batch_size: int = 24,
+    label: str = "images",
+    out: str | Path | None = None,
+    model: Mapping[str, Any] | None = None,
+    progress: bool = True,
+) -> Report:
+    """Measure pictures made by anything, a folder for each prompt: their bias and CLIP-T.
+
+    Prompts may have different numbers of pictures; one with fewer than two faces has no bias, and
+    the report says so.
+
+    Args:
+        folder: as `folder.picture_folder` describes it.
+        attributes: as for `evaluate`, like everything else.
+        judges: the models that look at the images.
+        batch_size: images looked at together.
+        label: what this is, as a column head.
+        out: folder that the report is saved to.
+        model: what looks at the images, in names.
+        progress: whether to show a bar with the time left.
+
+    Raises:
+        ValueError: a folder without pictures, or with one that cannot be read; otherwise as
+            `evaluate`.
+    """
+    found = picture_folder(folder)
+    counts = [len(files) for files in found.files]
+    settings = Settings(
+        prompts=found.prompts,
+        attributes=_checked_attributes(attributes, judges),
+        images_per_prompt=max(counts),
+    )
+    return _measure(
+        settings,
+        counts,
+        found.read,
+        judges,
+        batch_size=batch_size,
+        reference=None,
+        label=label,
+        out=out,
+        about={"images": str(folder), "files": found.digest(), **(model or {})},
+        progress=progress,
+    )
+
+
+def _measure(
+    settings: Settings,
+    counts: Sequence[int],
+    read: Callable[[np.ndarray], Pictures],
+    judges: Judges,
+    *,
+    batch_size: int,
+    reference: Report | None,
+    label: str,
+    out: str | Path | None,
+    about: Mapping[str, Any],
+    progress: bool,
+) -> Report:
+    """Look at all images, `counts` of each prompt, that `read` gives for (prompt, image) pairs."""
     for name in judges.extra.keys() & {*SCORE_NAMES, "face_rate"}:
         raise ValueError(f"an extra score must not be called '{name}': that name is taken")
+    batches = pairs_of(counts, _positive(batch_size, "batch_size"))
+    facts = provenance() | {"model": dict(about)}
+    if out is not None and (Path(out) / FILE).exists():
+        return _same(Report.load(out), settings, facts, out)
+    seen: MutableMapping[int, Seen] | Journal = {}
+    if out is not None:
+        asked = {"settings": asdict(settings), "batch_size": batch_size, "label": label, **about}
+        seen = _journal(Path(out) / PARTIAL, asked, facts)
+        facts = seen.provenance
     texts = prompt_features(settings.prompts, judges.clip)  # (P, d)
-    parts: list[Records] = []
-    samples: dict[int, list[np.ndarray]] = {i: [] for i in sampled(len(settings.prompts))}
-    for batch in generate(
-        pipe,
-        settings.prompts,
-        images_per_prompt=settings.images_per_prompt,
-        steps=settings.steps,
-        guidance_scale=settings.guidance_scale,
-        seed=seed,
-        batch_size=_positive(batch_size, "batch_size"),
+    _fill(
+        seen,
+        batches,
+        lambda pairs: look(read(pairs), settings, judges, texts, reference),
+        shared=out is not None,
         progress=progress,
-    ):
-        parts.append(_look(batch, settings, judges, texts, reference))
-        _keep(batch, samples)
-    return Report(
-        label=label or ("base" if reference is None else "adapter"),
+    )
+    report = _report(
+        [seen[i] for i in range(len(batches))],
+        label=label,
         settings=settings,
-        records=Records.concatenate(parts),
-        samples={i: np.stack(images) for i, images in samples.items()},
-        provenance=_provenance(pipe),
+        provenance=facts,
+        confusion=confusion_of(settings.attributes, judges),
         reference=reference,
     )
+    if out is not None:
+        _finish(report, Path(out))
+    return report
 
 
-@torch.no_grad()
-def _look(
-    batch: Batch,
-    settings: Settings,
-    judges: Judges,
-    texts: np.ndarray,
-    reference: Report | None,
-) -> Records:
-    """Everything that is recorded of a batch of images."""
-    faces = judges.face_detector(batch.images)
-    features = image_features(batch.images, judges.clip, judges.dino)
-    base = None
-    if reference is not None:
-        rows = batch.prompt * settings.images_per_prompt + batch.image  # (n,)
-        base = {name: values[rows] for name, values in reference.records.features.items()}
-    scores = quality_scores(features, texts[batch.prompt], base)
-    prompts = [settings.prompts[i] for i in batch.prompt]
-    for name, score in judges.extra.items():
-        scores[name] = _checked_score(name, score(batch.images, prompts), len(prompts))
-    return Records(
-        prompt=batch.prompt,
-        image=batch.image,
-        seed=batch.seed,
-        found=faces.found.cpu().numpy(),
-        boxes=np.round(faces.boxes.double().cpu().numpy(), 2),
-        probabilities=_probabilities(batch.images, faces, settings.attributes, judges),
-        scores={name: np.round(values.astype(float), 6) for name, values in scores.items()},
-        features=features,
+def _journal(folder: Path, asked: Mapping[str, Any], facts: Mapping[str, Any]) -> Journal:
+    """The same for all processes; the first one starts it."""
+    if processes.index() == 0:
+        Journal.begin(folder, asked, facts)
+    processes.meet()
+    return Journal(folder)
+
+
+def _fill(
+    seen: MutableMapping[int, Seen] | Journal,
+    batches: Sequence[np.ndarray],
+    look_at: Callable[[np.ndarray], Seen],
+    *,
+    shared: bool,
+    progress: bool,
+) -> None:
+    """Look at the batches that nobody has seen; shared: every process at its own."""
+    first, step = (processes.index(), processes.count()) if shared else (0, 1)
+    mine = range(first, len(batches), step)
+    with bar(sum(len(batches[i]) for i in mine), progress and first == 0) as advance:
+        for i in mine:
+            if i not in seen:
+                seen[i] = look_at(batches[i])
+            advance(len(batches[i]))
+    if shared:
+        processes.meet()
+
+
+def _report(parts: Sequence[Seen], **rest: Any) -> Report:
+    samples: dict[int, list[np.ndarray]] = {}
+    for part in parts:
+        for (i, _), image in part.samples.items():
+            samples.setdefault(i, []).append(image)
+    return Report(
+        records=Records.concatenate([part.records for part in parts]),
+        samples={i: np.stack(images) for i, images in samples.items()},
+        **rest,
     )
 
 
-def _probabilities(
-    images: Tensor, faces: Faces, attributes: Sequence[Attribute], judges: Judges
-) -> dict[str, np.ndarray]:
-    """Attribute -> probabilities (n, classes) in the attribute's order; 0 without a face."""
-    shown = images[faces.found]
-    chips: dict[int, Tensor] = {}  # by size: classifiers share them
-    result = {}
-    for attribute in attributes:
-        result[attribute.name] = np.zeros((len(images), len(attribute.classes)))
-        if not len(shown):
-            continue
-        classifier = judges.classifiers[attribute.name]
-        if classifier.size not in chips:
-            chips[classifier.size] = face_chips(shown, faces[faces.found], classifier.size)
-        p = classifier(chips[classifier.size]).double().cpu().numpy()  # (faces, classes)
-        if not np.isfinite(p).all():
-            raise ValueError(
-                f"the classifier of '{attribute.name}' gave probabilities that are not finite: "
-                "check its weights and precision"
-            )
-        order = [classifier.classes.index(name) for name in attribute.classes]
-        result[attribute.name][faces.found.cpu().numpy()] = np.round(p[:, order], 6)
-    return result
+def _finish(report: Report, out: Path) -> None:
+    """Save the report once, after all processes have read what it is made of."""
+    processes.meet()
+    if processes.index() == 0:
+        report.save(out)
+        shutil.rmtree(out / PARTIAL)
+    processes.meet()
 
 
-def _keep(batch: Batch, samples: dict[int, list[np.ndarray]]) -> None:
-    """Put the first images of the sampled prompts aside, as (h, w, 3) uint8."""
-    for image, i, j in zip(batch.images, batch.prompt, batch.image, strict=True):
-        if i in samples and j < SAMPLE_IMAGES:
-            pixels = ((image + 1) * 127.5).round().clamp(0, 255).to(torch.uint8)
-            samples[i].append(pixels.permute(1, 2, 0).cpu().numpy())
+def _same(report: Report, settings: Settings, facts: Mapping[str, Any], out: str | Path) -> Report:
+    """The report that is there, if it is the one that is asked for."""
+    model = json.loads(json.dumps(facts["model"]))
+    if report.settings != settings or report.provenance.get("model") != model:
+        raise ValueError(f"'{out}' holds a report of something else already: choose another folder")
+    return report
 
 
 def _checked_prompts(prompts: Sequence[str]) -> tuple[str, ...]:
@@ -244,16 +308,6 @@ def _positive(value: int, name: str) -> int:
     return value
 
 
-def _checked_score(name: str, values: Any, images: int) -> np.ndarray:
-    array = values.detach().cpu().numpy() if isinstance(values, Tensor) else np.asarray(values)
-    if array.shape != (images,):
-        raise ValueError(
-            f"extra score '{name}' must give one number per image, expected shape ({images},), "
-            f"got {array.shape}"
-        )
-    return array
-
-
 def _check_reference(reference: Settings, settings: Settings) -> None:
     for name in SAME_NOISE:
         theirs, mine = getattr(reference, name), getattr(settings, name)
@@ -263,25 +317,3 @@ def _check_reference(reference: Settings, settings: Settings) -> None:
                 f"the reference was made with other {name}{shown}: images can be compared only if "
                 f"{', '.join(SAME_NOISE)} are the same"
             )
-
-
-def _provenance(pipe: Any) -> dict[str, Any]:
-    """Where the figures come from."""
-    return {
-        "date": datetime.now(timezone.utc).isoformat(timespec="seconds"),
-        "command": shlex.join([Path(sys.argv[0]).name, *sys.argv[1:]]),
-        "pipeline": type(pipe).__name__,
-        "scheduler": type(pipe.scheduler).__name__,
-        "versions": {
-            "python": platform.python_version(),
-            "diffusers-fair": __version__,
-            **{name: version(name) for name in PACKAGES},
-        },
-        "machine": {
-            "platform": platform.platform(),
-            "processor": platform.machine(),
-            "cores": os.cpu_count(),
-            "threads": torch.get_num_threads(),
-            "device": str(pipe.device),
-        },
-    }

@@ -14,7 +14,7 @@ from torch import Tensor
 
 
 @dataclass(frozen=True)
-class Batch:
+class Pictures:
     """Some images, and whose they are."""
 
     images: Tensor
@@ -23,8 +23,10 @@ class Batch:
     """Index i of each image's prompt, (n,)."""
     image: np.ndarray
     """Index j of the image among those of its prompt, (n,)."""
-    seed: np.ndarray
-    """Seed of each image's generator, (n,)."""
+    seed: np.ndarray | None = None
+    """Seed of each image's generator, (n,); None for images that were not drawn here."""
+    file: np.ndarray | None = None
+    """Where each image was read from, (n,); None for images that were drawn."""
 
 
 def image_seed(seed: int, prompt: int, image: int) -> int:
@@ -41,6 +43,56 @@ def image_seed(seed: int, prompt: int, image: int) -> int:
     return int(np.random.SeedSequence([seed, prompt, image]).generate_state(1)[0])
 
 
+def pairs_of(images: Sequence[int], batch_size: int) -> list[np.ndarray]:
+    """(prompt, image) of all images, prompt by prompt, cut into batches.
+
+    Args:
+        images: of each prompt.
+        batch_size: images in a batch, of one prompt or several.
+
+    Returns:
+        Integers (n, 2) of each batch, n <= batch_size.
+    """
+    pairs = np.array([(i, j) for i, count in enumerate(images) for j in range(count)])
+    return [pairs[start : start + batch_size] for start in range(0, len(pairs), batch_size)]
+
+
+def draw(
+    pipe: Any,
+    prompts: Sequence[str],
+    pairs: np.ndarray,
+    *,
+    steps: int,
+    guidance_scale: float,
+    seed: int,
+) -> Pictures:
+    """Images (i, j) of prompts, in one batch.
+
+    An image depends on (pipeline, prompt, seed, i, j, steps, guidance_scale), not on the batch it
+    is drawn in: its own CPU generator, seeded by `image_seed`, gives its first noise and whatever
+    noise the scheduler adds.
+
+    Args:
+        pipe: a text-to-image pipeline of diffusers; called, never changed.
+        prompts: of which some are drawn.
+        pairs: prompt i and image j of each image, (n, 2).
+        steps: scheduler steps.
+        guidance_scale: of classifier-free guidance.
+        seed: >= 0.
+    """
+    seeds = [image_seed(seed, int(i), int(j)) for i, j in pairs]
+    with _silent(pipe):
+        images = pipe(
+            prompt=[prompts[i] for i, _ in pairs],
+            generator=[torch.Generator().manual_seed(s) for s in seeds],
+            num_inference_steps=steps,
+            guidance_scale=guidance_scale,
+            output_type="pt",
+        ).images  # (n, 3, h, w) in [0, 1]
+    prompt, image = pairs.T  # (n,) each
+    return Pictures(images.float() * 2 - 1, prompt, image, seed=np.array(seeds))
+
+
 def generate(
     pipe: Any,
     prompts: Sequence[str],
@@ -51,12 +103,8 @@ def generate(
     seed: int,
     batch_size: int,
     progress: bool = True,
-) -> Iterator[Batch]:
+) -> Iterator[Pictures]:
     """Images of all prompts, prompt by prompt, one batch in memory at a time.
-
-    An image depends on (pipeline, prompt, seed, i, j, steps, guidance_scale), not on the batch it
-    is drawn in: its own CPU generator, seeded by `image_seed`, gives its first noise and whatever
-    noise the scheduler adds.
 
     Args:
         pipe: a text-to-image pipeline of diffusers; called, never changed.
@@ -68,22 +116,11 @@ def generate(
         batch_size: images drawn at once, of one prompt or several.
         progress: whether to show a bar with the time left, on stderr.
     """
-    pairs = [(i, j) for i in range(len(prompts)) for j in range(images_per_prompt)]
-    with _bar(len(pairs), progress) as advance:
-        for start in range(0, len(pairs), batch_size):
-            part = pairs[start : start + batch_size]
-            seeds = [image_seed(seed, i, j) for i, j in part]
-            with _silent(pipe):
-                images = pipe(
-                    prompt=[prompts[i] for i, _ in part],
-                    generator=[torch.Generator().manual_seed(s) for s in seeds],
-                    num_inference_steps=steps,
-                    guidance_scale=guidance_scale,
-                    output_type="pt",
-                ).images  # (n, 3, h, w) in [0, 1]
-            prompt, image = np.array(part).T  # (n,) each
-            yield Batch(images.float() * 2 - 1, prompt, image, np.array(seeds))
-            advance(len(part))
+    batches = pairs_of([images_per_prompt] * len(prompts), batch_size)
+    with bar(sum(map(len, batches)), progress) as advance:
+        for pairs in batches:
+            yield draw(pipe, prompts, pairs, steps=steps, guidance_scale=guidance_scale, seed=seed)
+            advance(len(pairs))
 
 
 @contextmanager
@@ -98,7 +135,7 @@ def _silent(pipe):
 
 
 @contextmanager
-def _bar(total: int, shown: bool):
+def bar(total: int, shown: bool):
     """A bar over images with the time left; gives the function that advances it."""
     if not shown:
         yield lambda images: None

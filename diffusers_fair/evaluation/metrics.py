@@ -1,4 +1,4 @@
-"""Bias of class counts, its floor, its interval, and what is left without the scatter. Pure.
+"""Bias of class counts: floor, intervals, scatter and classifier errors taken out, tests. Pure.
 
 | here | paper | meaning |
 |---|---|---|
@@ -6,11 +6,14 @@
 | frequencies (P, K) | freq(i) | counts / images with a face |
 | target (K,) | D | share wanted of each class |
 | bias | bias(P) | mean over class pairs of the difference of their frequencies |
+| confusion (K, K) | | pictures of true class i (row) that the classifier sees as j (column) |
 
 A prompt without faces has no frequencies: callers leave its row out and say so.
 """
 
 from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+from functools import reduce
 from itertools import product
 from math import prod
 from typing import TypeAlias
@@ -21,6 +24,7 @@ from diffusers_fair.attributes import Attribute
 
 LEVEL = 0.95  # share of bootstrap draws inside an interval
 DRAWS = 10_000  # of the bootstrap
+PARTS = 10  # that they are made in, which bounds the memory
 
 Shares: TypeAlias = Sequence[float] | np.ndarray  # (K,), sums to 1
 
@@ -208,12 +212,151 @@ def bootstrap_interval(
     if len(values) < 2:
         return None
     rng = np.random.default_rng(seed)
-    draws = [  # in parts, which bounds the memory
-        statistic(values[rng.integers(len(values), size=(DRAWS // 10, len(values)))])
-        for _ in range(10)
+    draws = [
+        statistic(values[rng.integers(len(values), size=(DRAWS // PARTS, len(values)))])
+        for _ in range(PARTS)
     ]
-    low, high = np.quantile(np.concatenate(draws), [(1 - LEVEL) / 2, (1 + LEVEL) / 2])
+    return _central(np.concatenate(draws))
+
+
+def image_interval(
+    counts: np.ndarray, centre: Shares | None = None, *, seed: int = 0
+) -> tuple[float, float]:
+    """Bootstrap over images: where the mean bias would lie for the same prompts, drawn anew.
+
+    Images are drawn with replacement within each prompt. Drawing from what was drawn scatters
+    twice and so lifts the bias; the draws are shifted back so that their mean is the mean bias.
+    It leaves out the choice of prompts, which `bootstrap_interval` covers together with this.
+
+    Args:
+        counts: (P, K), every row with a face.
+        centre: shares (K,) the deviation is taken from; None: equal shares, as in `bias`.
+        seed: of the draws.
+
+    Returns:
+        Lower and upper end of the central 95 %.
+    """
+    rng = np.random.default_rng(seed)
+    shares, images = frequencies(counts), counts.sum(-1)  # (P, K), (P,)
+    draws = np.concatenate(
+        [
+            deviation(
+                rng.multinomial(images, shares, (DRAWS // PARTS, len(counts))) / images[:, None],
+                centre,
+            ).mean(-1)
+            for _ in range(PARTS)
+        ]
+    )
+    return _central(draws - draws.mean() + deviation(shares, centre).mean())
+
+
+def joint_confusion(confusions: Sequence[np.ndarray]) -> np.ndarray:
+    """Error rates (K, K) of the joint of several attributes, whose errors are independent.
+
+    Args:
+        confusions: (k, k) of each attribute, in the order of `joint_attribute`; counts or rates.
+
+    Raises:
+        ValueError: a true class of which there are no pictures.
+    """
+    return reduce(np.kron, [_rates(confusion) for confusion in confusions])
+
+
+def corrected(observed: np.ndarray, confusion: np.ndarray) -> np.ndarray:
+    """Shares that the classifier's errors would turn into the observed ones, as nearly as may be.
+
+    f = argmin |C^T f - observed| over the simplex, C the error rates: the adjusted count of
+    quantification, held to shares. Range [0, 1], rows sum to 1; equal to the observed shares where
+    the classifier does not err. To be shown beside the observed, never instead: it takes error
+    rates that were measured on other pictures to hold here, and scatters more than the observed
+    (for two classes by 1 / (1 - e_1 - e_2), e the rates of error).
+
+    Args:
+        observed: (..., K), rows sum to 1.
+        confusion: (K, K); counts or rates.
+
+    Raises:
+        ValueError: a true class of which there are no pictures.
+    """
+    from scipy.optimize import nnls
+
+    rates = _rates(confusion)
+    sums = 1e3 * np.ones((1, len(rates)))  # weighs so much that the shares sum to 1
+    system = np.concatenate([rates.T, sums])  # (K + 1, K)
+    shares = [
+        nnls(system, np.append(row, sums[0, 0]))[0]
+        for row in np.reshape(observed, (-1, len(rates)))
+    ]
+    found = np.reshape(shares, np.shape(observed))
+    return found / found.sum(-1, keepdims=True)
+
+
+@dataclass(frozen=True)
+class PairedTest:
+    """How two methods differ on the same prompts."""
+
+    prompts: int
+    """That have a figure of both."""
+    difference: float | None
+    """Mean over prompts of second minus first; None without prompts. 0: no difference."""
+    interval: tuple[float, float] | None
+    """Its 95 % bootstrap interval over prompts; None for fewer than two."""
+    p_value: float | None
+    """Of Wilcoxon's signed-rank test, two-sided, ties by Pratt, in [0, 1]: how often prompts would
+    differ as much if neither method were the lower; None for fewer than two prompts."""
+
+
+def paired_test(
+    first: Sequence[float | None] | np.ndarray,
+    second: Sequence[float | None] | np.ndarray,
+    *,
+    seed: int = 0,
+) -> PairedTest:
+    """Compare a figure of two methods on the same prompts, prompt by prompt.
+
+    Pairs take out how prompts differ from one another, which makes most of the std of a bias. The
+    figure may be a bias, a score or a frequency; a prompt that lacks one of the two is left out.
+
+    Args:
+        first: one figure per prompt, (P,); None or NaN where there is none.
+        second: of the other method, in the same order.
+        seed: of the bootstrap.
+
+    Raises:
+        ValueError: another number of prompts.
+    """
+    from scipy.stats import wilcoxon
+
+    a, b = np.array(first, float), np.array(second, float)  # None -> NaN
+    if a.shape != b.shape:
+        raise ValueError(
+            f"paired figures need the same prompts, got {len(a)} and {len(b)} of them: evaluate "
+            "both methods on one list"
+        )
+    d = (b - a)[np.isfinite(b - a)]
+    p = None
+    if len(d) > 1:
+        p = float(wilcoxon(d, zero_method="pratt").pvalue) if np.any(d) else 1.0
+    mean = float(d.mean()) if len(d) else None
+    return PairedTest(len(d), mean, bootstrap_interval(d, seed=seed), p)
+
+
+def _central(draws: np.ndarray) -> tuple[float, float]:
+    """Ends of the interval that holds the middle `LEVEL` of the draws."""
+    low, high = np.quantile(draws, [(1 - LEVEL) / 2, (1 + LEVEL) / 2])
     return float(low), float(high)
+
+
+def _rates(confusion: np.ndarray) -> np.ndarray:
+    """Counts or rates (K, K) -> rates, whose rows sum to 1."""
+    counts = np.asarray(confusion, float)
+    total = counts.sum(-1, keepdims=True)
+    if not np.all(total > 0):
+        raise ValueError(
+            "a confusion matrix needs pictures of every true class, got a row of zeros: measure "
+            "the classifier on pictures of that class"
+        )
+    return counts / total
 
 
 def _pairs(classes: int) -> tuple[np.ndarray, np.ndarray]:

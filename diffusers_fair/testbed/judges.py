@@ -194,7 +194,12 @@ def classifier(name: str, *, evaluation: bool = False) -> NetworkClassifier:
     names = list(classes)
     start = sum(len(classes[other]) for other in names[: names.index(name)])
     columns = slice(start, start + len(classes[name]))
-    return NetworkClassifier(lambda chips: network(chips)[:, columns], tuple(classes[name]), CHIP)
+    return NetworkClassifier(
+        lambda chips: network(chips)[:, columns],
+        tuple(classes[name]),
+        CHIP,
+        confusion=tuple(map(tuple, figures(file)["confusion"][name])),
+    )
 
 
 @cache

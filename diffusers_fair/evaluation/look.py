@@ -1,0 +1,141 @@
+"""Judges and images -> what is kept of each image."""
+
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass, field
+from typing import Any
+
+import numpy as np
+import torch
+from torch import Tensor
+
+from diffusers_fair.attributes import Attribute
+from diffusers_fair.classifiers import Classifier
+from diffusers_fair.encoders import ImageEncoder, ImageTextEncoder
+from diffusers_fair.evaluation.generate import Pictures
+from diffusers_fair.evaluation.journal import Seen
+from diffusers_fair.evaluation.pictures import SAMPLE_IMAGES, sampled
+from diffusers_fair.evaluation.quality import image_features, quality_scores
+from diffusers_fair.evaluation.records import Records, Settings
+from diffusers_fair.evaluation.report import Report
+from diffusers_fair.faces import FaceDetector, Faces, face_chips
+
+
+@dataclass(frozen=True, kw_only=True)
+class Judges:
+    """The models that look at the images; they take no gradient and should be none that trained."""
+
+    face_detector: FaceDetector
+    classifiers: Mapping[str, Classifier]
+    """Attribute name -> classifier of its classes, in any order."""
+    clip: ImageTextEncoder
+    """For CLIP-T and CLIP-I."""
+    dino: ImageEncoder
+    """For DINO."""
+    extra: Mapping[str, Callable[[Tensor, Sequence[str]], Any]] = field(default_factory=dict)
+    """Name -> a score of one's own: (images (n, 3, h, w), their prompts) -> (n,), NaN where it does
+    not apply. `quality.recognition` makes one from a classifier of whole images."""
+
+
+@torch.no_grad()
+def look(
+    batch: Pictures,
+    settings: Settings,
+    judges: Judges,
+    texts: np.ndarray,
+    reference: Report | None,
+) -> Seen:
+    """Everything that is kept of a batch of images.
+
+    Args:
+        batch: the images.
+        settings: what was asked for.
+        judges: the models that look at them.
+        texts: CLIP's features (P, d) of the prompts.
+        reference: the base model's report of the same noise.
+
+    Raises:
+        ValueError: a judge that gives what is not finite, or not one score for each image.
+    """
+    faces = judges.face_detector(batch.images)
+    features = image_features(batch.images, judges.clip, judges.dino)
+    base = None
+    if reference is not None:
+        rows = batch.prompt * settings.images_per_prompt + batch.image  # (n,)
+        base = {name: values[rows] for name, values in reference.records.features.items()}
+    scores = quality_scores(features, texts[batch.prompt], base)
+    prompts = [settings.prompts[i] for i in batch.prompt]
+    for name, score in judges.extra.items():
+        scores[name] = _checked_score(name, score(batch.images, prompts), len(prompts))
+    records = Records(
+        prompt=batch.prompt,
+        image=batch.image,
+        seed=batch.seed,
+        file=batch.file,
+        found=faces.found.cpu().numpy(),
+        boxes=np.round(faces.boxes.double().cpu().numpy(), 2),
+        probabilities=_probabilities(batch.images, faces, settings.attributes, judges),
+        scores={name: np.round(values.astype(float), 6) for name, values in scores.items()},
+        features=features,
+    )
+    return Seen(records, _samples(batch, sampled(len(settings.prompts))))
+
+
+def _probabilities(
+    images: Tensor, faces: Faces, attributes: Sequence[Attribute], judges: Judges
+) -> dict[str, np.ndarray]:
+    """Attribute -> probabilities (n, classes) in the attribute's order; 0 without a face."""
+    shown = images[faces.found]
+    chips: dict[int, Tensor] = {}  # by size: classifiers share them
+    result = {}
+    for attribute in attributes:
+        result[attribute.name] = np.zeros((len(images), len(attribute.classes)))
+        if not len(shown):
+            continue
+        classifier = judges.classifiers[attribute.name]
+        if classifier.size not in chips:
+            chips[classifier.size] = face_chips(shown, faces[faces.found], classifier.size)
+        p = classifier(chips[classifier.size]).double().cpu().numpy()  # (faces, classes)
+        if not np.isfinite(p).all():
+            raise ValueError(
+                f"the classifier of '{attribute.name}' gave probabilities that are not finite: "
+                "check its weights and precision"
+            )
+        order = [classifier.classes.index(name) for name in attribute.classes]
+        result[attribute.name][faces.found.cpu().numpy()] = np.round(p[:, order], 6)
+    return result
+
+
+def confusion_of(attributes: Sequence[Attribute], judges: Judges) -> dict[str, list[list[float]]]:
+    """Attribute -> confusion of its classifier in the attribute's order, where that is known."""
+    found = {}
+    for attribute in attributes:
+        classifier = judges.classifiers[attribute.name]
+        if classifier.confusion is not None:
+            order = [classifier.classes.index(name) for name in attribute.classes]
+            found[attribute.name] = [[classifier.confusion[i][j] for j in order] for i in order]
+    return found
+
+
+def _samples(batch: Pictures, prompts: Sequence[int]) -> dict[tuple[int, int], np.ndarray]:
+    """The first images of the sampled prompts, (h, w, 3) uint8."""
+    return {
+        (int(i), int(j)): _pixels(image)
+        for image, i, j in zip(batch.images, batch.prompt, batch.image, strict=True)
+        if i in prompts and j < SAMPLE_IMAGES
+    }
+
+
+def _pixels(image: Tensor) -> np.ndarray:
+    """(3, h, w) in [-1, 1] -> (h, w, 3) uint8."""
+    pixels = ((image + 1) * 127.5).round().clamp(0, 255).to(torch.uint8)
+    return pixels.permute(1, 2, 0).cpu().numpy()
+
+
+def _checked_score(name: str, values: Any, images: int) -> np.ndarray:
+    array = values.detach().cpu().numpy() if isinstance(values, Tensor) else np.asarray(values)
+    if array.shape != (images,):
+        raise ValueError(
+            f"extra score '{name}' must give one number per image, expected shape ({images},), "
+            f"got {array.shape}"
+        )
+    return array

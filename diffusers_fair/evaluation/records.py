@@ -1,0 +1,139 @@
+"""What was asked for, and what was seen in each image."""
+
+from collections.abc import Iterator, Mapping, Sequence
+from dataclasses import dataclass, fields
+from itertools import combinations
+from math import isfinite
+from typing import Any
+
+import numpy as np
+
+from diffusers_fair.attributes import Attribute
+from diffusers_fair.evaluation import metrics
+
+
+@dataclass(frozen=True, kw_only=True)
+class Settings:
+    """What was asked for; reports with the same settings have the same noise, image by image."""
+
+    prompts: tuple[str, ...]
+    attributes: tuple[Attribute, ...]
+    images_per_prompt: int
+    """Of images from a folder, as many as the prompt has that has most."""
+    steps: int | None = None
+    """None, like the next two, for images that were not drawn here."""
+    guidance_scale: float | None = None
+    seed: int | None = None
+
+    def measured(self) -> tuple[Attribute, ...]:
+        """The attributes, and the joint of each combination of several."""
+        return tuple(metrics.joint_attribute(group) for group in self.groups())
+
+    def groups(self) -> list[tuple[Attribute, ...]]:
+        """Each attribute alone, then every two of them, and so on."""
+        sizes = range(1, len(self.attributes) + 1)
+        return [group for size in sizes for group in combinations(self.attributes, size)]
+
+
+@dataclass(frozen=True, kw_only=True, eq=False)
+class Records:
+    """What was seen in each of n images, prompt by prompt."""
+
+    prompt: np.ndarray
+    """Index of the prompt, (n,)."""
+    image: np.ndarray
+    """Index of the image among those of its prompt, (n,)."""
+    seed: np.ndarray | None = None
+    """Seed of the image's generator, (n,); None for images that were not drawn here."""
+    file: np.ndarray | None = None
+    """Where the image was read from, below the folder, (n,); None for images that were drawn."""
+    found: np.ndarray
+    """Whether there is a face, (n,) bool."""
+    boxes: np.ndarray
+    """Its corners x0, y0, x1, y1 in pixels, (n, 4); without meaning where not found."""
+    probabilities: Mapping[str, np.ndarray]
+    """Attribute -> probabilities (n, classes); without meaning where not found."""
+    scores: Mapping[str, np.ndarray]
+    """Score -> (n,); NaN where it does not apply."""
+    features: Mapping[str, np.ndarray]
+    """Encoder -> unit-length features (n, d), for comparison with another report."""
+
+    @classmethod
+    def concatenate(cls, parts: Sequence["Records"]) -> "Records":
+        """One after the other."""
+        flat = [part.arrays() for part in parts]
+        return cls.from_arrays({name: np.concatenate([p[name] for p in flat]) for name in flat[0]})
+
+    def rows(self, chosen: np.ndarray) -> "Records":
+        """Those of some images: a mask (n,), or row numbers."""
+        return self.from_arrays({name: values[chosen] for name, values in self.arrays().items()})
+
+    def arrays(self) -> dict[str, np.ndarray]:
+        """All of it, as in {"found": (n,), "scores/clip_t": (n,)}; what is None is left out."""
+        found: dict[str, np.ndarray] = {}
+        for name in (f.name for f in fields(self)):
+            values = getattr(self, name)
+            if isinstance(values, Mapping):
+                found |= {f"{name}/{key}": value for key, value in values.items()}
+            elif values is not None:
+                found[name] = values
+        return found
+
+    @classmethod
+    def from_arrays(cls, arrays: Mapping[str, np.ndarray]) -> "Records":
+        """The records that `arrays` gave."""
+        made: dict[str, Any] = {name: {} for name in ("probabilities", "scores", "features")}
+        for name, values in arrays.items():
+            kind, _, key = name.partition("/")
+            if key:
+                made[kind][key] = values
+            else:
+                made[kind] = values
+        return cls(**made)
+
+    def lines(self) -> Iterator[dict[str, Any]]:
+        """One JSON object per image, without the features."""
+        for i, found in enumerate(self.found.tolist()):
+            yield {
+                "prompt": int(self.prompt[i]),
+                "image": int(self.image[i]),
+                **({} if self.seed is None else {"seed": int(self.seed[i])}),
+                **({} if self.file is None else {"file": str(self.file[i])}),
+                "found": found,
+                "box": self.boxes[i].tolist() if found else None,
+                "probabilities": {k: v[i].tolist() for k, v in self.probabilities.items()}
+                if found
+                else None,
+                "scores": {k: number(v[i]) for k, v in self.scores.items()},
+            }
+
+    @classmethod
+    def from_lines(
+        cls, lines: Sequence[dict], attributes: Sequence[Attribute], features: Mapping
+    ) -> "Records":
+        """The records that `lines` wrote."""
+        blank = {a.name: [0.0] * len(a.classes) for a in attributes}
+        shown = [line["probabilities"] or blank for line in lines]
+
+        def column(name: str) -> np.ndarray | None:
+            return np.array([line[name] for line in lines]) if name in lines[0] else None
+
+        return cls(
+            prompt=np.array([line["prompt"] for line in lines]),
+            image=np.array([line["image"] for line in lines]),
+            seed=column("seed"),
+            file=column("file"),
+            found=np.array([line["found"] for line in lines], bool),
+            boxes=np.array([line["box"] or [0.0] * 4 for line in lines]),
+            probabilities={a.name: np.array([p[a.name] for p in shown]) for a in attributes},
+            scores={
+                name: np.array([line["scores"][name] for line in lines], float)  # null -> NaN
+                for name in lines[0]["scores"]
+            },
+            features=features,
+        )
+
+
+def number(value: Any) -> float | None:
+    """For JSON: six decimals, None for NaN."""
+    return round(float(value), 6) if isfinite(value) else None
