@@ -13,7 +13,6 @@ hour to an hour on 2 cores.
 import json
 import platform
 import shutil
-import subprocess
 from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
@@ -28,6 +27,7 @@ from diffusers_fair.backends import load_base, load_judges
 from diffusers_fair.evaluation import Report, evaluate
 from diffusers_fair.loading import load_fair_adapter
 from diffusers_fair.prompts import prompt_set
+from diffusers_fair.provenance import commit
 from diffusers_fair.testbed import world
 
 OCCUPATIONS = "testbed-occupations"
@@ -216,13 +216,6 @@ def row(name: str, report: Report) -> list[str]:
         f"{summary['face_rate']['mean']:.3f}",
         *("-" if score is None else f"{score['mean']:.3f}" for score in scores),
     ]
-
-
-def commit() -> str:
-    found = subprocess.run(
-        ["git", "rev-parse", "HEAD"], capture_output=True, text=True, check=False
-    )
-    return found.stdout.strip()
 
 
 if __name__ == "__main__":

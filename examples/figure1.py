@@ -18,7 +18,6 @@ import json
 import multiprocessing
 import os
 import platform
-import subprocess
 import sys
 import time
 from collections.abc import Iterator
@@ -37,6 +36,7 @@ from torch.utils.checkpoint import checkpoint
 from diffusers_fair import BiasedGradientScheduler, FairnessFinetuner, testbed
 from diffusers_fair.adapters.lora import add_lora
 from diffusers_fair.conditioning import encode_prompts
+from diffusers_fair.provenance import commit
 from diffusers_fair.replay import replay
 from diffusers_fair.sampling import denoise, guided_unet, initial_noise, sample
 from diffusers_fair.testbed import world
@@ -225,12 +225,9 @@ def write(file: Path, results: dict[str, Any]) -> None:
 
 
 def origin(iterations: int, seeds: int) -> dict[str, Any]:
-    commit = subprocess.run(
-        ["git", "rev-parse", "HEAD"], capture_output=True, text=True, check=False
-    )
     return {
         "command": f"python examples/figure1.py --iterations {iterations} --seeds {seeds}",
-        "commit": commit.stdout.strip(),
+        "commit": commit(),
         "seeds": list(range(seeds)),
         "machine": f"{platform.machine()}, {cores()} processes of 1 thread",
         "versions": {

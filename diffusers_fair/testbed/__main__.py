@@ -6,7 +6,6 @@ whether it obeys words, whether pictures show what their prompts ask for, and wh
 
 import json
 import platform
-import subprocess
 import sys
 import time
 from collections.abc import Callable, Sequence
@@ -26,6 +25,7 @@ from diffusers_fair.evaluation import Judges, evaluate
 from diffusers_fair.evaluation.generate import generate
 from diffusers_fair.faces import face_chips
 from diffusers_fair.prompts import prompt_set
+from diffusers_fair.provenance import commit
 from diffusers_fair.testbed import judges as shipped
 from diffusers_fair.testbed import world
 
@@ -175,9 +175,7 @@ def keep(table: Sequence[Row], images: int, out: Path) -> None:
     """Write testbed.md and testbed.json, with what they were measured with."""
     with_what = {
         "command": f"python -m diffusers_fair.testbed --images {images} --out {out}",
-        "commit": subprocess.run(
-            ["git", "rev-parse", "HEAD"], capture_output=True, text=True, check=False
-        ).stdout.strip(),
+        "commit": commit(),
         "seed": SEED,
         "guidance_scale": testbed.GUIDANCE,
         "steps": STEPS,
