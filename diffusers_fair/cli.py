@@ -3,6 +3,7 @@
 import json
 import re
 import sys
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Annotated, Any
 
@@ -130,7 +131,7 @@ def evaluate(
         str | None,
         typer.Option(
             help="Recipe whose evaluation.models look at the images, for a base other than the "
-            "testbed."
+            "testbed; its evaluation section and prompts are what is left out below."
         ),
     ] = None,
     out: Out = Path("reports/evaluation"),
@@ -139,15 +140,33 @@ def evaluate(
         typer.Option(help="What to count; may be repeated. Left out: what the adapter balances."),
     ] = None,
     prompts: Annotated[
-        str, typer.Option(help="A packaged prompt set, or a text file with a prompt a line.")
-    ] = "testbed-occupations",
-    split: Annotated[str, typer.Option(help="Of the prompt set.")] = "test",
-    images: Annotated[int, typer.Option(help="Of each prompt.")] = 60,
-    steps: Annotated[int, typer.Option(help="Of the scheduler.")] = 20,
-    guidance_scale: Annotated[
-        float | None, typer.Option(help="Left out: the base's usual.")
+        str | None,
+        typer.Option(
+            help="A packaged prompt set, or a text file with a prompt a line. Left out: the "
+            "recipe's, or testbed-occupations."
+        ),
     ] = None,
-    seed: Annotated[int, typer.Option(help="Of the noise.")] = 0,
+    split: Annotated[
+        str | None, typer.Option(help="Of the prompt set. Left out: the recipe's, or test.")
+    ] = None,
+    images: Annotated[
+        str | None,
+        typer.Option(
+            metavar="NUMBER_OR_DIR",
+            help="How many of each prompt. Left out: the recipe's, or 60. Or a folder of pictures "
+            "made by anything, to look at these: in it a folder for each prompt, named as the "
+            "prompt or with a prompt.txt.",
+        ),
+    ] = None,
+    steps: Annotated[
+        int | None, typer.Option(help="Of the scheduler. Left out: the recipe's, or 20.")
+    ] = None,
+    guidance_scale: Annotated[
+        float | None, typer.Option(help="Left out: the recipe's, or the base's usual.")
+    ] = None,
+    seed: Annotated[
+        int | None, typer.Option(help="Of the noise. Left out: the recipe's, or 0.")
+    ] = None,
     reference: Annotated[
         Path | None,
         typer.Option(
@@ -156,17 +175,35 @@ def evaluate(
         ),
     ] = None,
 ) -> None:
-    """Measure a base model, and an adapter against it, on unseen prompts."""
+    """Measure a base model, and an adapter against it, on unseen prompts.
+
+    Stopped, it goes on where it was when the same command is given again. Several processes share
+    the work: accelerate launch -m diffusers_fair evaluate ...
+    """
     from diffusers_fair.prompts import prompt_set
 
+    if images is not None and not images.lstrip("-").isdigit():
+        if adapter is not None or reference is not None or prompts is not None:
+            raise ValueError(
+                f"the pictures in '{images}' are looked at as they are: leave out --adapter, "
+                "--reference and --prompts, or give a number of --images"
+            )
+        _audit(images, recipe, out, attribute)
+        return
+    asked = _asked(base, recipe)
+    texts = [
+        text
+        for name in ([prompts] if prompts else asked.prompts)
+        for text in prompt_set(name).prompts(split or asked.section.split)
+    ]
     _evaluate(
         base,
         adapter,
         out,
-        prompt_set(prompts).prompts(split),
+        texts,
         recipe=recipe,
         attributes=attribute,
-        images=images,
+        images=None if images is None else int(images),
         steps=steps,
         guidance_scale=guidance_scale,
         seed=seed,
@@ -288,14 +325,14 @@ def _evaluate(
     *,
     recipe: str | None = None,
     attributes: list[str] | None = None,
-    images: int = 60,
-    steps: int = 20,
+    images: int | None = None,
+    steps: int | None = None,
     guidance_scale: float | None = None,
-    seed: int = 0,
+    seed: int | None = None,
     reference: Path | None = None,
 ) -> None:
     """Evaluate the base, then the adapter on the same noise; write reports, print the table."""
-    from diffusers_fair.backends import load_base, load_judges, usual_guidance
+    from diffusers_fair.backends import load_base, load_judges
     from diffusers_fair.evaluation import Report, table
     from diffusers_fair.evaluation import evaluate as measure
     from diffusers_fair.evaluation.report import require_free
@@ -304,47 +341,101 @@ def _evaluate(
     require_free(out)
     if reference is not None and adapter is None:
         raise ValueError("a reference is what an adapter is compared with: name an --adapter")
-    models, known, usual = _evaluation(base, recipe)
-    chosen = _attributes(attributes, adapter, known, usual)
+    asked = _asked(base, recipe)
+    section = asked.section
+    chosen = _attributes(attributes, adapter, asked.known, asked.usual)
     pipe = load_base(base)
+    model = {"base": base, "recipe": recipe}
     options: dict[str, Any] = {
-        "judges": load_judges(models, chosen, pipe.device),
-        "images_per_prompt": images,
-        "steps": steps,
-        "guidance_scale": guidance_scale or usual_guidance(base),
-        "seed": seed,
+        "judges": load_judges(section.models, chosen, pipe.device),
+        "images_per_prompt": section.images_per_prompt if images is None else images,
+        "steps": section.steps if steps is None else steps,
+        "guidance_scale": guidance_scale or section.guidance_scale,
+        "seed": section.seed if seed is None else seed,
     }
     if reference is None:
-        before = measure(pipe, texts, chosen, **options)
-        before.save(out / "base" if adapter else out)
+        folder = out / "base" if adapter else out
+        before = measure(pipe, texts, chosen, out=folder, model=model, **options)
     else:
-        before = Report.load(reference).of(chosen, images)
+        before = Report.load(reference).of(chosen, options["images_per_prompt"])
     if adapter is None:
-        console.print(table(before))
-    else:
-        load_fair_adapter(pipe, adapter)
-        after = measure(pipe, texts, chosen, reference=before, **options)
-        after.save(out)
-        console.print(table(before, after))
-    console.print(f"report in {out}")
+        _show(table(before), out)
+        return
+    load_fair_adapter(pipe, adapter)
+    model |= {"adapter": adapter, "adapter weights": _digest(adapter)}
+    after = measure(pipe, texts, chosen, reference=before, out=out, model=model, **options)
+    _show(table(before, after), out)
 
 
-def _evaluation(base: str, recipe: str | None) -> tuple[Any, dict[str, Any], list[str]]:
-    """Of the recipe, or of the testbed: what looks at the images, attributes, those to count."""
+def _audit(images: str, recipe: str | None, out: Path, attributes: list[str] | None) -> None:
+    """Look at the pictures of a folder; write the report, print the table."""
+    from diffusers_fair.backends import load_judges
+    from diffusers_fair.evaluation import audit, table
+    from diffusers_fair.evaluation.report import require_free
+
+    require_free(out)
+    if recipe is None:
+        raise ValueError(
+            f"the pictures in '{images}' need models that look at them: name a recipe that has "
+            "them with --recipe (for pictures by the testbed, testbed-gender)"
+        )
+    asked = _asked("", recipe)
+    chosen = _attributes(attributes, None, asked.known, asked.usual)
+    judges = load_judges(asked.section.models, chosen)
+    report = audit(images, chosen, judges=judges, out=out, model={"recipe": recipe})
+    _show(table(report), out)
+
+
+def _show(grid: Any, out: Path) -> None:
+    """Print a report's table, once however many processes there are."""
+    from diffusers_fair.evaluation import processes
+
+    if processes.index() == 0:
+        console.print(grid)
+        console.print(f"report in {out}")
+
+
+def _digest(adapter: str) -> str:
+    """Of an adapter's weights, which may change while its name stays."""
+    from hashlib import sha256
+
+    from diffusers_fair.loading import local_folder
+
+    files = sorted(Path(local_folder(adapter)).glob("*.safetensors"))
+    return sha256(b"".join(file.read_bytes() for file in files)).hexdigest()[:16]
+
+
+@dataclass(frozen=True)
+class _Asked:
+    """What an evaluation measures and how, unless the command says otherwise."""
+
+    section: Any
+    """A recipe's `evaluation`."""
+    known: dict[str, Any]
+    """Name -> attribute, of those that may be counted."""
+    usual: list[str]
+    """Of them, those that are."""
+    prompts: list[str]
+    """Names of prompt sets."""
+
+
+def _asked(base: str, recipe: str | None) -> _Asked:
+    """The recipe's, or the testbed's."""
     from diffusers_fair import testbed
-    from diffusers_fair.config import EvaluationModelsSection, RunConfig
+    from diffusers_fair.config import EvaluationSection, RunConfig
     from diffusers_fair.testbed import world
 
     if recipe is not None:
         config = RunConfig.load(recipe)
         known = {section.name: section.attribute() for section in config.attributes}
-        return config.evaluation.models, known, list(known)
+        return _Asked(config.evaluation, known, list(known), list(config.prompts.sets))
     if base != testbed.NAME:
         raise ValueError(
             f"'{base}' needs models that look at its images: name a recipe that has them with "
             "--recipe"
         )
-    return EvaluationModelsSection(), world.ATTRIBUTES, list(world.ATTRIBUTES)[:1]
+    section = EvaluationSection(steps=20, guidance_scale=testbed.GUIDANCE)
+    return _Asked(section, world.ATTRIBUTES, list(world.ATTRIBUTES)[:1], ["testbed-occupations"])
 
 
 def _attributes(
