@@ -1,0 +1,455 @@
+"""What the method costs here, as ratios of one run: time, memory, bias against time.
+
+    python examples/benchmark.py --out model_cards
+    python examples/benchmark.py --out model_cards --only iteration --only targets
+
+Parts, each job in a process of its own, one after the other, with all cores:
+
+    iteration   one iteration on a U-Net of Stable Diffusion 1.5's own configuration with random
+                weights, 32 x 32 latents, 20 steps: the published way against replay
+    steps       its peak memory against the number of steps
+    bias        bias on the testbed against wall-clock, by the same ways, three seeds each
+    targets     the targets of N images
+    evaluation  images drawn and judged in a second
+    adapter     loading one, and what it costs in use
+
+Writes benchmark.md and benchmark.json. A job that is there already is not done again, so a stopped
+run goes on; remove benchmark.json to begin anew. Let nothing else run meanwhile. About two hours and
+8 GB on 2 cores; `iteration` half of it.
+"""
+
+import json
+import multiprocessing
+import statistics
+import time
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from pathlib import Path
+from tempfile import TemporaryDirectory
+from typing import Annotated, Any
+
+import torch
+import typer
+from torch import Tensor
+
+from diffusers_fair.provenance import provenance
+
+Job = tuple[str, Callable[..., dict[str, Any]], dict[str, Any]]  # name, function, its arguments
+
+STEPS, DRAWN = 20, 4
+LATENTS = (1, 4, 32, 32)
+TOKENS = (1, 77, 768)
+GUIDANCE = 7.5
+SEEDS = 3
+TRAINING = {  # of each training on the testbed
+    **{"iterations": 32, "prompts_per_iteration": 2, "distinct_iterations": 8},
+    **{"validate_every": 8, "validation_images": 24, "checkpoint_every": 32},
+}
+WAYS: dict[str, dict[str, Any]] = {  # an iteration's: what is done of it
+    "published": {"unrolled": True, "original": True},
+    "replay, cold bank": {"original": True},
+    "replay, warm bank": {},
+    f"replay of {DRAWN} steps, warm bank": {"drawn": DRAWN},
+}
+TRAININGS: dict[str, dict[str, Any]] = {  # the same on the testbed, as sections of the recipe
+    "published": {"gradient": {"method": "autograd", "replay_steps": None}, "bank": False},
+    "replay, no bank": {"gradient": {"replay_steps": None}, "bank": False},
+    "replay, bank": {"gradient": {"replay_steps": None}, "bank": True},
+    "replay of 2 steps, bank": {"gradient": {"replay_steps": 2}, "bank": True},
+}
+PARTS = ("iteration", "steps", "bias", "targets", "evaluation", "adapter")
+
+
+def main(
+    out: Annotated[Path, typer.Option(help="Folder for benchmark.md and benchmark.json.")],
+    only: Annotated[list[str] | None, typer.Option(help="A part; may be repeated.")] = None,
+) -> None:
+    """Do what is not done yet; write the tables of what is."""
+    unknown = {*(only or ())} - {*PARTS}
+    if unknown:
+        raise typer.BadParameter(f"expected parts of {', '.join(PARTS)}, got {unknown.pop()}")
+    out.mkdir(parents=True, exist_ok=True)
+    file = out / "benchmark.json"
+    found = json.loads(file.read_text("utf-8")) if file.exists() else {}
+    for name, function, arguments in jobs(only or PARTS):
+        if name not in found:
+            found[name] = apart(function, **arguments) | {"with": provenance()}
+            file.write_text(json.dumps(found, indent=1), "utf-8")
+            print(name, found[name], flush=True)
+    (out / "benchmark.md").write_text("\n".join(document(found)), "utf-8")
+
+
+def jobs(parts: tuple[str, ...] | list[str]) -> Iterator[Job]:
+    """Every job of the parts, in order."""
+    if "iteration" in parts:
+        for way, does in WAYS.items():
+            for blocks in (False, True):
+                yield (
+                    f"iteration/{way}{', blocks checkpointed' if blocks else ''}",
+                    iteration,
+                    {**does, "steps": STEPS, "checkpointing": blocks},
+                )
+    if "steps" in parts:
+        for steps in (5, 10, 20):
+            for way in ("published", f"replay of {DRAWN} steps, warm bank"):
+                arguments = WAYS[way] | {"steps": steps, "checkpointing": False}
+                yield f"steps/{way}/{steps}", iteration, arguments
+    if "bias" in parts:
+        for seed in range(SEEDS):
+            for way, settings in TRAININGS.items():
+                yield f"bias/{way}/{seed}", training, {**settings, "seed": seed}
+    if "targets" in parts:
+        for images in (24, 64, 128, 256):
+            for classes in (2, 4, 8, 16):
+                yield f"targets/{images}/{classes}", targets, {"n": images, "classes": classes}
+    if "evaluation" in parts:
+        yield "evaluation", evaluation, {}
+    if "adapter" in parts:
+        yield "adapter", adapter, {}
+
+
+def apart(function: Callable[..., dict[str, Any]], **arguments: Any) -> dict[str, Any]:
+    """Call a function in a fresh process, so that no job profits from an earlier one."""
+    with multiprocessing.get_context("spawn").Pool(1) as pool:
+        return pool.apply(function, kwds=arguments)
+
+
+# ---- an iteration at Stable Diffusion 1.5's size -------------------------------------------------
+
+
+def iteration(
+    *,
+    steps: int,
+    checkpointing: bool,
+    unrolled: bool = False,
+    original: bool = False,
+    drawn: int | None = None,
+) -> dict[str, Any]:
+    """Seconds and peak memory of the U-Net's share of an iteration with one image.
+
+    Args:
+        steps: K.
+        checkpointing: whether the U-Net's blocks are evaluated again in the backward pass.
+        unrolled: Algorithm 1 by plain autograd, a checkpoint at each step; else replay.
+        original: whether the original image has to be drawn, too.
+        drawn: of replay, steps in the gradient pass; None is all.
+    """
+    unet, scheduler = stable_diffusion()
+    if checkpointing:
+        unet.enable_gradient_checkpointing()
+        unet.train()  # which is when diffusers checkpoints; there is no dropout in it
+    g = torch.Generator().manual_seed(0)
+    noise, v = (torch.randn(LATENTS, generator=g) for _ in range(2))  # v = d loss / d z_K
+    cond, uncond = (torch.randn(TOKENS, generator=g).requires_grad_() for _ in range(2))
+    with measured() as figures:
+        if original:
+            draw(unet, scheduler, cond, uncond, noise, steps, keep=False)
+        if unrolled:
+            publish(unet, scheduler, cond, uncond, noise, steps, v)
+        else:
+            trajectory = draw(unet, scheduler, cond, uncond, noise, steps, keep=True)
+            replayed(unet, scheduler, trajectory, cond, uncond, v, drawn)
+    return figures
+
+
+def stable_diffusion() -> tuple[Any, Any]:
+    """U-Net of Stable Diffusion 1.5 with random weights, frozen, and its scheduler."""
+    from diffusers import DPMSolverMultistepScheduler, UNet2DConditionModel
+
+    from diffusers_fair import BiasedGradientScheduler
+
+    torch.manual_seed(0)
+    unet = UNet2DConditionModel(sample_size=64, cross_attention_dim=768).requires_grad_(False)
+    scheduler = DPMSolverMultistepScheduler(
+        beta_start=0.00085, beta_end=0.012, beta_schedule="scaled_linear"
+    )
+    return unet, BiasedGradientScheduler(scheduler, standardize="exact")
+
+
+def draw(
+    unet: Any, scheduler: Any, cond: Tensor, uncond: Tensor, noise: Tensor, steps: int, keep: bool
+) -> Any:
+    """An image without gradients."""
+    from diffusers_fair.sampling import sample
+
+    return sample(unet, scheduler, cond, uncond, noise, steps, GUIDANCE, keep=keep)
+
+
+def publish(
+    unet: Any,
+    scheduler: Any,
+    cond: Tensor,
+    uncond: Tensor,
+    noise: Tensor,
+    steps: int,
+    v: Tensor,
+) -> None:
+    """As published: the image for the targets, then once more with the graph, and back."""
+    from diffusers_fair.unrolled import unroll
+
+    draw(unet, scheduler, cond, uncond, noise, steps, keep=False)
+    unroll(unet, scheduler, cond, uncond, noise, steps, GUIDANCE).backward(v)
+
+
+def replayed(
+    unet: Any,
+    scheduler: Any,
+    trajectory: Any,
+    cond: Tensor,
+    uncond: Tensor,
+    v: Tensor,
+    drawn: int | None,
+) -> None:
+    """The gradient pass of replay."""
+    from diffusers_fair.replay import draw_steps, replay
+
+    weights = scheduler.gradient_weights()
+    g = torch.Generator().manual_seed(0)
+    steps, chances = draw_steps(len(weights), drawn, g) if drawn else (None, None)
+    replay(unet, trajectory, cond, uncond, v, weights, steps=steps, weights=chances)
+
+
+@contextmanager
+def measured() -> Iterator[dict[str, Any]]:
+    """Seconds, and the peak of resident memory above what there was before, in MB (Linux)."""
+    Path("/proc/self/clear_refs").write_text("5")  # forgets the peak so far
+    before, start, figures = memory("VmRSS"), time.perf_counter(), {}
+    yield figures
+    figures["seconds"] = time.perf_counter() - start
+    figures["megabytes"] = memory("VmHWM") - before
+
+
+def memory(key: str) -> float:
+    """A line of the kernel's record of this process, in MB."""
+    lines = Path("/proc/self/status").read_text().splitlines()
+    (line,) = (line for line in lines if line.startswith(key))
+    return int(line.split()[1]) / 1024
+
+
+# ---- bias against time ---------------------------------------------------------------------------
+
+
+class NoBank:
+    """What keeps nothing: every original image is drawn whenever it is needed."""
+
+    def get(self, batch: Any, make: Callable[[], Any], device: torch.device) -> Any:
+        """Make it."""
+        return make()
+
+
+def training(*, gradient: dict[str, Any], bank: bool, seed: int) -> dict[str, Any]:
+    """Validation bias on the testbed against seconds of training, without those of validating.
+
+    Args:
+        gradient: keys of the recipe's section.
+        bank: whether what is seen in the originals is kept; it is empty at first.
+        seed: of the run.
+    """
+    from diffusers_fair import FairnessFinetuner
+
+    with TemporaryDirectory() as folder:
+        finetuner = FairnessFinetuner.from_recipe(
+            "testbed-gender",
+            gradient=gradient,
+            prompts={"images_per_prompt": 6},
+            train=TRAINING | {"seed": seed},
+            tracker="none",
+            output=f"{folder}/run",
+        )
+        if not bank:
+            finetuner.bank = NoBank()
+        events = (finetuner.train(progress=False) / "events.jsonl").read_text("utf-8")
+    seconds, curve = 0.0, []
+    for event in map(json.loads, events.splitlines()):
+        seconds += event.get("seconds", 0.0)
+        if "validation/gender" in event:
+            curve.append({"seconds": seconds, "bias": event["validation/gender"]})
+    return {"curve": curve}
+
+
+# ---- small parts ---------------------------------------------------------------------------------
+
+
+def targets(*, n: int, classes: int) -> dict[str, Any]:
+    """Seconds to find the targets of n images, the median of five."""
+    from diffusers_fair.targets import expected_targets
+
+    p = torch.rand(n, classes, generator=torch.Generator().manual_seed(0)).softmax(1)
+    share = torch.full((classes,), 1 / classes)
+    return {"seconds": median(lambda: expected_targets(p, share), 5)}
+
+
+def evaluation() -> dict[str, Any]:
+    """Images of the testbed drawn and judged in a second."""
+    from diffusers_fair import evaluate, testbed
+    from diffusers_fair.backends import load_judges
+    from diffusers_fair.config import EvaluationModelsSection
+    from diffusers_fair.prompts import prompt_set
+    from diffusers_fair.testbed import world
+
+    pipe, attributes = testbed.pipeline(), list(world.ATTRIBUTES.values())
+    judges = load_judges(EvaluationModelsSection(), attributes, pipe.device)
+    prompts = prompt_set("testbed-occupations").prompts("test")[:5]
+    start = time.perf_counter()
+    evaluate(pipe, prompts, attributes, judges=judges, steps=20, progress=False)
+    return {"images_per_second": 300 / (time.perf_counter() - start)}
+
+
+def adapter() -> dict[str, Any]:
+    """Seconds to load an adapter of rank 50, and the time of an image with it over that without."""
+    from diffusers_fair import FairnessFinetuner, testbed
+    from diffusers_fair.testbed import world
+
+    prompt = [world.NEUTRAL.format("chef")] * 24
+    pipe = testbed.pipeline()
+
+    def draw_images() -> None:
+        g = [torch.Generator().manual_seed(i) for i in range(24)]
+        pipe(prompt, num_inference_steps=10, generator=g, output_type="latent")
+
+    pipe.set_progress_bar_config(disable=True)
+    with TemporaryDirectory() as folder:
+        finetuner = FairnessFinetuner.from_recipe("testbed-gender", adapter={"rank": 50})
+        finetuner.save_adapter(folder)
+        start = time.perf_counter()
+        pipe.load_fair_adapter(folder)
+        loading = time.perf_counter() - start
+    ratios = {"loaded": [], "fused": []}
+    for _ in range(5):  # in turns: the machine's speed drifts
+        pipe.set_fair_adapter_scale(0.0)
+        pipe.disable_lora()
+        plain = median(draw_images, 1)
+        pipe.enable_lora()
+        pipe.set_fair_adapter_scale(1.0)
+        ratios["loaded"].append(median(draw_images, 1) / plain)
+        pipe.fuse_lora(components=["text_encoder", "unet"])
+        ratios["fused"].append(median(draw_images, 1) / plain)
+        pipe.unfuse_lora(components=["text_encoder", "unet"])
+    return {"loading_seconds": loading} | {k: statistics.median(v) for k, v in ratios.items()}
+
+
+def median(function: Callable[[], Any], times: int) -> float:
+    """Seconds of a call, the median of some."""
+    seconds = []
+    for _ in range(times):
+        start = time.perf_counter()
+        function()
+        seconds.append(time.perf_counter() - start)
+    return statistics.median(seconds)
+
+
+# ---- what is written -----------------------------------------------------------------------------
+
+
+def document(found: dict[str, Any]) -> list[str]:
+    """Lines of benchmark.md."""
+    lines = ["# Benchmark", "", "Ratios of one run; absolute seconds tell little elsewhere.", ""]
+    tables = {
+        "iteration": (
+            f"One iteration, Stable Diffusion 1.5's U-Net with random weights, {STEPS} steps",
+            iteration_rows,
+        ),
+        "steps": ("Its peak memory against the number of steps", steps_rows),
+        "bias": ("Bias on the testbed against time", bias_rows),
+        "targets": ("Targets of a batch, milliseconds", targets_rows),
+        "evaluation": ("Evaluation", evaluation_rows),
+        "adapter": ("An adapter of rank 50 in use", adapter_rows),
+    }
+    for part, (title, rows) in tables.items():
+        done = {
+            name.removeprefix(f"{part}/"): result
+            for name, result in found.items()
+            if name.split("/")[0] == part
+        }
+        if done:
+            lines += [f"## {title}", "", *table(rows(done)), "", *origins(done), ""]
+    return lines
+
+
+def table(rows: list[list[str]]) -> list[str]:
+    head, *body = rows
+    return [f"| {' | '.join(cells)} |" for cells in (head, ["---"] * len(head), *body)]
+
+
+def origins(done: dict[str, Any]) -> list[str]:
+    """With what, said once for all that had the same."""
+    told = set()
+    for result in done.values():
+        origin = result["with"]
+        words = [f"`{origin['command']}`", f"commit {origin['commit']}"]
+        words += [f"{name} {value}" for name, value in origin["versions"].items()]
+        words += [f"{name} {value}" for name, value in origin["machine"].items()]
+        told.add(", ".join(words))
+    return [f"- {line}" for line in sorted(told)]
+
+
+def iteration_rows(done: dict[str, Any]) -> list[list[str]]:
+    head = ["", "seconds", "faster than published", "peak above the weights, MB", "of published"]
+    first = done["published"]
+    return [head] + [
+        [
+            way,
+            f"{result['seconds']:.0f}",
+            f"{first['seconds'] / result['seconds']:.2f} x",
+            f"{result['megabytes']:.0f}",
+            f"{result['megabytes'] / first['megabytes']:.2f}",
+        ]
+        for way, result in done.items()
+    ]
+
+
+def steps_rows(done: dict[str, Any]) -> list[list[str]]:
+    """Peak memory in MB: a way in a row, a number of steps in a column."""
+    ways: dict[str, dict[str, str]] = {}
+    for name, result in done.items():
+        way, steps = name.split("/")
+        ways.setdefault(way, {})[f"K = {steps}"] = f"{result['megabytes']:.0f}"
+    return [["", *next(iter(ways.values()))]] + [[way, *row.values()] for way, row in ways.items()]
+
+
+def bias_rows(done: dict[str, Any]) -> list[list[str]]:
+    """Of each way: the time, the bias, and the time until the bias that the first way ends with."""
+    runs: dict[str, list[list[dict[str, float]]]] = {}
+    for name, result in done.items():
+        runs.setdefault(name.split("/")[0], []).append(result["curve"])
+    goal = statistics.mean(curve[-1]["bias"] for curve in next(iter(runs.values())))
+    rows = [["", "seeds", "seconds", "final bias, mean", f"seconds until a bias of {goal:.3f}"]]
+    for way, curves in runs.items():
+        points = [
+            {key: statistics.mean(curve[i][key] for curve in curves) for key in curves[0][0]}
+            for i in range(len(curves[0]))
+        ]
+        there = next((p["seconds"] for p in points if p["bias"] <= goal), None)
+        last = points[-1]
+        cells = [f"{len(curves)}", f"{last['seconds']:.0f}", f"{last['bias']:.3f}"]
+        rows.append([way, *cells, "not reached" if there is None else f"{there:.0f}"])
+    return rows
+
+
+def targets_rows(done: dict[str, Any]) -> list[list[str]]:
+    """Images in a row, classes in a column."""
+    sizes: dict[str, dict[str, str]] = {}
+    for name, result in done.items():
+        images, classes = name.split("/")
+        sizes.setdefault(images, {})[f"{classes} classes"] = f"{1000 * result['seconds']:.1f}"
+    head = ["images", *next(iter(sizes.values()))]
+    return [head] + [[images, *row.values()] for images, row in sizes.items()]
+
+
+def evaluation_rows(done: dict[str, Any]) -> list[list[str]]:
+    rate = done["evaluation"]["images_per_second"]
+    return [
+        ["images in a second", "50 prompts x 60 images"],
+        [f"{rate:.1f}", f"{50 / rate:.1f} min"],
+    ]
+
+
+def adapter_rows(done: dict[str, Any]) -> list[list[str]]:
+    result = done["adapter"]
+    head = ["loading, seconds", "drawing with it, over without", "the same, fused"]
+    cells = [f"{result[key]:.3f}" for key in ("loading_seconds", "loaded", "fused")]
+    return [head, cells]
+
+
+if __name__ == "__main__":
+    typer.run(main)

@@ -1,0 +1,95 @@
+"""The benchmark's small parts run, and its tables say what was measured."""
+
+import sys
+from pathlib import Path
+
+import pytest
+
+sys.path.insert(0, str(Path(__file__).parents[1] / "examples"))
+
+import benchmark
+
+ORIGIN = {"command": "benchmark.py", "commit": "abc", "versions": {"torch": "2"}, "machine": {}}
+
+
+def result(**figures):
+    return figures | {"with": ORIGIN}
+
+
+def test_jobs_have_names_of_their_own_and_arguments_that_fit():
+    jobs = list(benchmark.jobs(benchmark.PARTS))
+    assert len({name for name, _, _ in jobs}) == len(jobs) == 8 + 6 + 12 + 16 + 1 + 1
+    for _, function, arguments in jobs:
+        required = {
+            name
+            for name in function.__annotations__
+            if name != "return" and name not in (function.__kwdefaults__ or {})
+        }
+        assert required <= {*arguments} <= {*function.__annotations__}
+
+
+def test_an_unknown_part_is_refused(tmp_path):
+    with pytest.raises(benchmark.typer.BadParameter, match="expected parts of iteration, steps"):
+        benchmark.main(tmp_path, ["speed"])
+
+
+def test_targets_are_timed_once_and_kept(tmp_path, monkeypatch):
+    monkeypatch.setattr(benchmark, "apart", lambda function, **arguments: function(**arguments))
+    monkeypatch.setattr(
+        benchmark,
+        "jobs",
+        lambda parts: [("targets/24/2", benchmark.targets, {"n": 24, "classes": 2})],
+    )
+    benchmark.main(tmp_path)
+    file = tmp_path / "benchmark.json"
+    first = file.read_text()
+    benchmark.main(tmp_path)
+    assert file.read_text() == first
+    assert "| 24 |" in (tmp_path / "benchmark.md").read_text()
+
+
+def test_peak_memory_counts_what_was_taken_meanwhile():
+    with benchmark.measured() as figures:
+        taken = benchmark.torch.ones(64 * 2**20)  # float32: 256 MB
+        del taken
+    assert 250 < figures["megabytes"] < 320
+    assert figures["seconds"] > 0
+
+
+def test_iterations_are_told_against_the_published_way():
+    done = {
+        "published": result(seconds=400.0, megabytes=1000.0),
+        "replay": result(seconds=100.0, megabytes=250.0),
+    }
+    assert benchmark.iteration_rows(done)[2] == ["replay", "100", "4.00 x", "250", "0.25"]
+
+
+def test_bias_against_time_is_read_off_the_mean_curve():
+    def curve(*points):
+        return result(curve=[{"seconds": s, "bias": b} for s, b in points])
+
+    done = {
+        "published/0": curve((10, 0.6), (20, 0.3)),
+        "published/1": curve((10, 0.6), (20, 0.1)),
+        "fast/0": curve((4, 0.4), (8, 0.15)),
+        "none/0": curve((4, 0.6), (8, 0.5)),
+    }
+    rows = benchmark.bias_rows(done)
+    assert rows[0][-1] == "seconds until a bias of 0.200"
+    assert [row[-1] for row in rows[1:]] == ["20", "8", "not reached"]
+
+
+def test_the_document_holds_a_table_for_each_part_that_is_done():
+    found = {
+        "targets/24/2": result(seconds=0.001),
+        "targets/24/4": result(seconds=0.002),
+        "steps/published/5": result(megabytes=10.0),
+        "evaluation": result(images_per_second=5.0),
+        "adapter": result(loading_seconds=0.1, loaded=1.05, fused=1.0),
+    }
+    text = "\n".join(benchmark.document(found))
+    assert "| 24 | 1.0 | 2.0 |" in text
+    assert "| published | 10 |" in text
+    assert "| 5.0 | 10.0 min |" in text
+    assert "- `benchmark.py`, commit abc, torch 2" in text
+    assert "One iteration" not in text
