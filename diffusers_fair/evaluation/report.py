@@ -117,6 +117,7 @@ class Report:
             "settings": asdict(self.settings),
             "confusion": self.confusion,
             "summary": self.summary,
+            "reference": self.reference and {"summary": self.reference.summary},
             "prompts": self.prompts,
             "samples": {str(i): len(images) for i, images in self.samples.items()},
             "provenance": self.provenance,
