@@ -10,6 +10,7 @@ import math
 import re
 from collections.abc import Iterator
 from contextlib import contextmanager, suppress
+from json import JSONDecodeError
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -162,8 +163,8 @@ def local_folder(
         reason = f"its repository on the Hub has no revision '{revision}'"
     except errors.LocalEntryNotFoundError:
         reason = "it is not in the local cache, and the Hub cannot be reached"
-    except OSError as error:
-        reason = f"the Hub answered with an error ({type(error).__name__})"
+    except (OSError, errors.HTTPError, JSONDecodeError) as error:
+        reason = f"the Hub answered with an error, or broke off ({type(error).__name__})"
     raise ValueError(f"there is no adapter folder at '{repository}', and {reason}")
 
 

@@ -1,0 +1,434 @@
+"""Publishing, with the Hub's own client against a Hub on this machine."""
+
+from copy import deepcopy
+from pathlib import Path
+from types import SimpleNamespace
+
+import pytest
+import torch
+from hub_server import ATTRIBUTES, KINDS, File, HubServer, Repository
+from huggingface_hub import HfApi, constants
+from huggingface_hub.utils import close_session, disable_progress_bars, enable_progress_bars
+from test_io import adapter_info, embeds, weights
+
+from diffusers_fair.adapters.io import SoftTokens, read_adapter, write_adapter
+from diffusers_fair.hub import push_adapter
+from diffusers_fair.loading import local_folder
+
+CARD = "---\nlibrary_name: diffusers\n---\n# Adapter\n"
+PICTURE = b"\x89PNG\r\n\x1a\n"
+BOTH = {**adapter_info().components, "soft_tokens": SoftTokens(count=2)}
+LOCAL = "127.0.0.1,localhost"
+
+
+def adapter_folder(folder: Path, tensors=None, **info) -> Path:
+    """An adapter with its card, a sample and a report."""
+    write_adapter(folder, tensors or weights(), adapter_info(**info))
+    (folder / "README.md").write_text(CARD)
+    (folder / "samples").mkdir()
+    (folder / "samples" / "pairs.png").write_bytes(PICTURE + b"pairs")
+    (folder / "report.json").write_text("{}")
+    return folder
+
+
+@pytest.fixture
+def folder(tmp_path):
+    return adapter_folder(tmp_path / "adapter")
+
+
+def aim_at(patch: pytest.MonkeyPatch, url: str, cache: Path, token: str | None) -> None:
+    """What HF_ENDPOINT, HF_HOME, HF_TOKEN and HF_HUB_DISABLE_XET do where they are set early."""
+    template = url + "/{repo_id}/resolve/{revision}/{filename}"
+    patch.setattr(constants, "ENDPOINT", url)
+    patch.setattr(constants, "HUGGINGFACE_CO_URL_TEMPLATE", template)
+    patch.setattr(constants, "HF_HUB_CACHE", str(cache))
+    patch.setattr(constants, "HF_TOKEN_PATH", str(cache / "token"))
+    patch.setattr(constants, "HF_HUB_OFFLINE", False)
+    patch.setattr(constants, "HF_HUB_DISABLE_XET", True)
+    for name in ("HF_TOKEN", "HUGGING_FACE_HUB_TOKEN"):
+        patch.delenv(name, raising=False)
+    if token is not None:
+        patch.setenv("HF_TOKEN", token)
+
+
+@pytest.fixture
+def waits(monkeypatch):
+    """The client's waits between its tries: written down, not waited."""
+    waits: list[float] = []
+    for module in ("utils._http", "file_download"):
+        sleeper = SimpleNamespace(sleep=waits.append)
+        monkeypatch.setattr(f"huggingface_hub.{module}.time", sleeper)
+    return waits
+
+
+@pytest.fixture
+def hub(monkeypatch, tmp_path, waits):
+    disable_progress_bars()
+    with HubServer() as server:
+        aim_at(monkeypatch, server.url, tmp_path / "cache", server.TOKEN)
+        yield server
+        close_session()
+    enable_progress_bars()
+
+
+def contents(folder: Path) -> dict[str, bytes]:
+    files = [path for path in folder.rglob("*") if path.is_file()]
+    return {path.relative_to(folder).as_posix(): path.read_bytes() for path in files}
+
+
+# ---- what a push does ----------------------------------------------------------------------------
+
+
+def test_everything_goes_up_in_one_commit(hub, folder):
+    done = push_adapter(folder, "org/fair", message="First")
+    repo = hub.repos["org/fair"]
+    assert hub.files("org/fair") == contents(folder)
+    assert list(repo.messages.values()) == ["initial commit", "First"]
+    assert done.url == f"{hub.url}/org/fair/commit/{repo.refs['main']}"
+    assert done.files == {name: len(data) for name, data in contents(folder).items()}
+    assert not repo.private
+    assert set(hub.large.values()) == {
+        data for name, data in contents(folder).items() if name.endswith((".safetensors", ".png"))
+    }
+    assert not hub.strangers  # the token stays with the Hub
+    assert hub.routes().count("commit") == 1
+
+
+def test_the_same_again_makes_no_commit(hub, folder):
+    push_adapter(folder, "org/fair")
+    before = hub.state()
+    hub.asked.clear()
+    again = push_adapter(folder, "org/fair")
+    assert again.url is None
+    assert hub.state() == before
+    assert hub.routes() == ["model_info"]
+
+
+def test_only_what_changed_goes_up_and_what_is_gone_goes_away(hub, folder, tmp_path):
+    tensors = weights(torch.float16) | embeds()
+    whole = adapter_folder(tmp_path / "whole", tensors, components=BOTH)
+    push_adapter(whole, "org/fair")
+    hub.repos["org/fair"].commits[hub.repos["org/fair"].refs["main"]]["NOTES.md"] = File(b"mine")
+    (folder / "samples" / "pairs.png").rename(folder / "samples" / "others.png")
+    hub.asked.clear()
+    done = push_adapter(folder, "org/fair")
+    assert done.removed == ("learned_embeds.safetensors", "samples/pairs.png")
+    assert hub.files("org/fair") == contents(folder) | {"NOTES.md": b"mine"}
+    assert hub.routes().count("upload") == 1  # the weights; the picture was there by another name
+    assert read_adapter(local_folder("org/fair"))[0].components == adapter_info().components
+
+
+def test_private(hub, folder):
+    push_adapter(folder, "org/fair", private=True)
+    assert hub.repos["org/fair"].private
+    push_adapter(folder, "org/fair", private=True)
+
+
+def test_a_branch_is_made_from_main(hub, folder):
+    push_adapter(folder, "org/fair")
+    (folder / "report.json").write_text('{"images": 3}')
+    push_adapter(folder, "org/fair", revision="v1/big")
+    assert hub.files("org/fair", "v1/big") == contents(folder)
+    assert hub.files("org/fair")["report.json"] == b"{}"
+    push_adapter(folder, "org/new", revision="v1")
+    assert hub.files("org/new", "v1") == contents(folder)
+    assert hub.files("org/new") == {}
+
+
+def test_a_pull_request_and_more_of_it(hub, folder):
+    push_adapter(folder, "org/fair")
+    (folder / "report.json").write_text('{"images": 3}')
+    hub.TOKEN, writer = hub.READER, hub.TOKEN  # to ask is allowed to who may only read
+    done = push_adapter(folder, "org/fair", create_pr=True, token=hub.READER)
+    hub.TOKEN = writer
+    assert done.url == f"{hub.url}/org/fair/discussions/1"
+    assert hub.files("org/fair", "refs/pr/1") == contents(folder)
+    assert hub.files("org/fair")["report.json"] == b"{}"
+    (folder / "report.json").write_text('{"images": 4}')
+    push_adapter(folder, "org/fair", revision="refs/pr/1")
+    assert hub.files("org/fair", "refs/pr/1") == contents(folder)
+
+
+def test_a_dry_run_asks_nothing_of_the_hub(hub, folder):
+    done = push_adapter(folder, "org/fair", dry_run=True)
+    assert done.files == {name: len(data) for name, data in contents(folder).items()}
+    assert done.url is None
+    assert not hub.asked
+
+
+def test_only_what_belongs_to_an_adapter_goes_up(hub, folder):
+    for name in (".env", "checkpoint.bin", "samples/notes.txt"):
+        (folder / name).write_text("not for the world")
+    push_adapter(folder, "org/fair")
+    assert set(hub.files("org/fair")) == {
+        *("README.md", "fair_adapter.json", "pytorch_lora_weights.safetensors"),
+        *("report.json", "samples/pairs.png"),
+    }
+
+
+# ---- what it refuses -----------------------------------------------------------------------------
+
+
+def refused(hub, message, folder, repo_id="org/fair", **options) -> str:
+    before = hub.state()
+    with pytest.raises(ValueError, match=message) as caught:
+        push_adapter(folder, repo_id, **options)
+    assert hub.state() == before
+    assert "\n" not in str(caught.value)
+    assert hub.TOKEN not in str(caught.value)
+    return str(caught.value)
+
+
+def foreign(hub, private=False, **files):
+    repo = Repository(private=private)
+    tree = {".gitattributes": ATTRIBUTES} | {n.replace("_", "."): d for n, d in files.items()}
+    repo.commit("main", {name: File(data) for name, data in tree.items()}, "theirs")
+    hub.repos["org/fair"] = repo
+
+
+@pytest.mark.parametrize("name", ["fair", "a/b/c", "org/", "../x", "org/a--b"])
+def test_a_name_that_cannot_be(hub, folder, name):
+    refused(hub, "user-or-organisation/name|Repo id must|Cannot have", folder, name)
+    assert not hub.asked
+
+
+def test_a_folder_without_card(hub, folder):
+    (folder / "README.md").unlink()
+    refused(hub, "has no README.md: write the card first, with `diffusers-fair card", folder)
+
+
+def test_a_folder_that_is_no_adapter(hub, folder, tmp_path):
+    refused(hub, "there is no adapter folder at", tmp_path / "nowhere")
+    path = folder / "pytorch_lora_weights.safetensors"
+    path.write_bytes(path.read_bytes()[:-1])
+    refused(hub, "truncated or damaged", folder)
+    assert not hub.asked
+
+
+@pytest.mark.parametrize("name", ["samples/secret.png", "report.html", "samples"])
+def test_links_are_not_followed(hub, folder, tmp_path, name):
+    (tmp_path / "outside").mkdir()
+    (tmp_path / "outside" / "secret.png").write_text("secret")
+    if name == "samples":
+        (folder / "samples" / "pairs.png").unlink()
+        (folder / "samples").rmdir()
+    (folder / name).symlink_to(tmp_path / "outside" / ("" if name == "samples" else "secret.png"))
+    refused(hub, "link", folder)
+    assert not hub.asked
+
+
+def test_no_token(hub, folder, monkeypatch):
+    monkeypatch.delenv("HF_TOKEN")
+    refused(hub, "needs a token of the Hub that may write: run `hf auth login`", folder)
+
+
+def test_a_token_that_nobody_knows(hub, folder):
+    refused(hub, "does not accept the token.*; nothing on the Hub was changed", folder, token="x")
+
+
+def test_a_token_that_may_not_write(hub, folder):
+    refused(hub, "may not write there.*; nothing on the Hub", folder, token=hub.READER)
+    refused(hub, "may not write there.*; nothing on the Hub", folder, "others/fair")
+    foreign(hub)
+    refused(hub, "may not write there.*; nothing on the Hub", folder, token=hub.READER)
+
+
+def test_a_repository_that_cannot_be_read(hub, folder):
+    foreign(hub, private=True)
+    refused(hub, "a repository of that name is there", folder, token=hub.READER)
+
+
+def test_a_repository_with_something_else(hub, folder):
+    foreign(hub, model_bin=b"weights", README_md=b"# A model")
+    refused(hub, "'org/fair' holds something else than an adapter .'model.bin'", folder)
+    foreign(hub, README_md=b"# Begun on the website", LICENSE=b"")
+    push_adapter(folder, "org/fair")
+
+
+def test_private_into_a_public_repository(hub, folder):
+    foreign(hub)
+    refused(hub, "is there and public", folder, private=True)
+
+
+def test_pull_requests_that_cannot_be(hub, folder):
+    refused(hub, "no repository 'org/fair' to open a pull request in", folder, create_pr=True)
+    message = "a pull request goes to main: leave out the revision 'v1'"
+    refused(hub, message, folder, create_pr=True, revision="v1")
+    foreign(hub)
+    refused(hub, "'org/fair' has no 'refs/pr/7'", folder, revision="refs/pr/7")
+
+
+def test_a_card_whose_metadata_the_hub_refuses(hub, folder):
+    (folder / "README.md").write_text("---\n- a list\n---\n")
+    refused(hub, "Invalid metadata in README.md. - it is no mapping; nothing on the Hub", folder)
+
+
+def test_somebody_else_commits_meanwhile(hub, folder):
+    push_adapter(folder, "org/fair")
+    (folder / "report.json").write_text('{"images": 3}')
+    repo = hub.repos["org/fair"]
+    hub.fail("preupload", lambda: repo.commit("main", {"theirs": File(b"")}, "Theirs"))
+    with pytest.raises(ValueError, match="somebody else changed it meanwhile"):
+        push_adapter(folder, "org/fair")
+    assert hub.files("org/fair") == {"theirs": b""}
+
+
+def test_somebody_else_makes_the_repository_meanwhile(hub, folder):
+    """It is not taken for one's own and deleted."""
+    hub.fail("create", lambda: foreign(hub))
+    with pytest.raises(ValueError, match="a repository of that name is there"):
+        push_adapter(folder, "org/fair")
+    assert hub.repos["org/fair"].messages.popitem()[1] == "theirs"
+
+
+def test_too_many_requests(hub, folder, waits):
+    hub.fail("preupload", 429, times=99)
+    refused(hub, "too many requests: push again in some minutes; nothing on the Hub", folder)
+    assert waits == [1, 2, 4, 8, 8]
+
+
+def test_offline(hub, folder, monkeypatch):
+    monkeypatch.setattr(constants, "HF_HUB_OFFLINE", True)
+    refused(hub, "switched off by HF_HUB_OFFLINE; nothing on the Hub was changed", folder)
+
+
+def test_no_network(hub, folder, monkeypatch):
+    monkeypatch.setattr(constants, "ENDPOINT", "http://127.0.0.1:9")
+    refused(hub, "cannot be reached .*ConnectError.*; nothing on the Hub was changed", folder)
+
+
+# ---- faults at every call ------------------------------------------------------------------------
+
+SCENES = {  # what is there before, how it is pushed, the branch that then holds it
+    "new repository": (False, {}, "main"),
+    "an adapter's repository": (True, {}, "main"),
+    "new branch": (True, {"revision": "v1"}, "v1"),
+    "pull request": (True, {"create_pr": True}, "refs/pr/1"),
+}
+FAULTS = [
+    *((status, 1) for status in (401, 403, 404, 409, 429, 500)),
+    *((kind, 1) for kind in KINDS),
+    *((kind, 99) for kind in (429, 503, "reset", "lost", "garbage")),
+]
+
+
+@pytest.fixture
+def begin(hub, folder, scene):
+    """Put there what was there before, and nothing else; how to push, and where it goes."""
+    there, options, branch = SCENES[scene]
+    if there:
+        (folder / "report.json").write_text('{"images": "before"}')
+        push_adapter(folder, "org/fair")
+        (folder / "report.json").write_text("{}")
+    repos, large = hub.repos, hub.large
+
+    def begin() -> tuple[dict, str]:
+        hub.repos, hub.large = deepcopy(repos), dict(large)
+        hub.faults.clear()
+        hub.asked.clear()
+        return options, branch
+
+    return begin
+
+
+def outcome(hub, folder, options, branch) -> str:
+    """Push; `done` if all of it is there, `unchanged` or `unknown` if that is what it says."""
+    before, problem = hub.state(), ""
+    try:
+        push_adapter(folder, "org/fair", **options)
+    except ValueError as error:
+        problem = str(error)
+    assert "\n" not in problem
+    if problem.endswith("; nothing on the Hub was changed"):
+        assert hub.state() == before
+        return "unchanged"
+    if problem:
+        assert problem.endswith("that was asked for may be there: look at it, or push again")
+        return "unknown"
+    assert hub.files("org/fair", branch) == contents(folder)
+    return "done"
+
+
+def calls(hub, folder, begin) -> list[tuple[str, int]]:
+    """Every call of a push that nothing disturbs: its route, and how many of it came before."""
+    assert outcome(hub, folder, *begin()) == "done"
+    asked = hub.routes()
+    return [(route, asked[:i].count(route)) for i, route in enumerate(asked)]
+
+
+@pytest.mark.parametrize("scene", SCENES)
+@pytest.mark.parametrize(("kind", "times"), FAULTS)
+def test_a_fault_at_every_call(hub, folder, begin, kind, times):
+    """The push is complete, or the Hub is as it was; and the push says which."""
+    for route, skip in calls(hub, folder, begin):
+        options, branch = begin()
+        hub.fail(route, kind, times=times, skip=skip)
+        found = outcome(hub, folder, options, branch)
+        if times == 1:  # one fault is not enough to lose sight
+            assert found in ("done", "unchanged"), route
+        if kind == "slow" or (kind == "lost" and route == "commit"):
+            assert found == "done"
+        if route in RETRIED and times == 1 and kind in (429, 500, "reset", "lost"):
+            assert found == "done"
+        if route in RETRIED and times == 99 and kind in (429, 503, "reset"):
+            assert found == "unchanged"
+
+
+RETRIED = {"preupload", "batch", "upload", "verify"}  # by the client
+
+
+@pytest.mark.parametrize("scene", SCENES)
+def test_the_network_goes_away_at_every_call(hub, folder, begin):
+    found = []
+    for i in range(len(calls(hub, folder, begin))):
+        options, branch = begin()
+        hub.fail("any", "reset", times=999, skip=i)
+        found.append(outcome(hub, folder, options, branch))
+    assert found[0] == "unchanged"
+    assert found[-1] == "unknown"
+
+
+def test_ctrl_c_takes_back_the_new_repository(hub, folder, monkeypatch):
+    def interrupt(*_, **__):
+        raise KeyboardInterrupt
+
+    monkeypatch.setattr(HfApi, "create_commit", interrupt)
+    with pytest.raises(KeyboardInterrupt):
+        push_adapter(folder, "org/fair")
+    assert not hub.repos
+    assert "create" in hub.routes()
+
+
+# ---- and back ------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize(("kind", "times"), [*FAULTS, ("cut", 99)])
+def test_a_fault_at_every_call_of_a_download(hub, folder, tmp_path, monkeypatch, kind, times):
+    """The adapter is read as it was pushed, or one sentence says why not."""
+    push_adapter(folder, "org/fair")
+    hub.asked.clear()
+    local_folder("org/fair")
+    plain = hub.routes()
+    for i, route in enumerate(plain):
+        monkeypatch.setattr(constants, "HF_HUB_CACHE", str(tmp_path / f"cache{i}"))
+        hub.fail(route, kind, times=times, skip=plain[:i].count(route))
+        problem = ""
+        try:
+            got = local_folder("org/fair")
+        except ValueError as error:
+            problem = str(error)
+        assert not problem or "no adapter folder at 'org/fair', and" in problem
+        if kind == "slow" or not problem:
+            assert read_adapter(got)[0] == read_adapter(folder)[0]
+            name = "pytorch_lora_weights.safetensors"
+            assert (got / name).read_bytes() == (folder / name).read_bytes()
+        hub.faults.clear()
+    assert not hub.strangers
+
+
+def test_a_download_cut_short_goes_on_where_it_was(hub, folder):
+    push_adapter(folder, "org/fair")
+    hub.fail("download", "cut")
+    name = "pytorch_lora_weights.safetensors"
+    assert (local_folder("org/fair") / name).read_bytes() == (folder / name).read_bytes()
+    assert hub.routes().count("download") == 2
