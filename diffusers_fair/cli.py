@@ -10,6 +10,8 @@ from typing import Annotated, Any
 import typer
 from rich.console import Console
 
+from diffusers_fair.guards import TrainingStoppedError
+
 app = typer.Typer(
     add_completion=False,
     no_args_is_help=True,
@@ -212,6 +214,29 @@ def evaluate(
 
 
 @app.command()
+def compare(
+    reports: Annotated[
+        list[str],
+        typer.Argument(
+            metavar="[[GROUP/]LABEL=]REPORT...",
+            help="Report folders of the same prompts and as many images; the best of each group "
+            "is marked.",
+        ),
+    ],
+    out: Out = Path("reports/comparison"),
+    against: Annotated[
+        str | None,
+        typer.Option(help="Label of the one that all others are tested against; else the first."),
+    ] = None,
+) -> None:
+    """Put reports side by side: a page, a table in markdown, and all figures in JSON."""
+    from diffusers_fair.evaluation.comparison import compare as side_by_side
+
+    side_by_side([_entry(word) for word in reports], against).save(out)
+    console.print(f"comparison in {out}")
+
+
+@app.command()
 def generate(
     prompt: Annotated[list[str], typer.Argument(help="What to draw.")],
     base: Base = "testbed",
@@ -266,6 +291,20 @@ def inspect(
 
 
 @app.command()
+def card(
+    adapter: Annotated[Path, typer.Argument(metavar="DIR", help="Adapter folder.")],
+    report: Annotated[
+        Path | None,
+        typer.Option(help="Folder of its report. Left out: what was noted of the last one."),
+    ] = None,
+) -> None:
+    """Write the card of an adapter, its README.md, from what was measured."""
+    from diffusers_fair.card import write_card
+
+    console.print(f"card in {write_card(adapter, report)}", highlight=False)
+
+
+@app.command()
 def recipes() -> None:
     """List the shipped recipes."""
     from diffusers_fair.config import RECIPES
@@ -277,11 +316,17 @@ def recipes() -> None:
 
 
 def main() -> None:
-    """Run the command: exit code 0 done, 2 bad input (one sentence), 1 anything else."""
+    """Run the command: exit code 0 done, 2 bad input (one sentence), 1 anything else.
+
+    143 is a training that a SIGTERM stopped where it can be gone on from.
+    """
     try:
         app(standalone_mode=False)
     except typer.Abort:
         sys.exit(1)
+    except TrainingStoppedError as stop:
+        sys.stderr.write(f"diffusers-fair: {stop}\n")
+        sys.exit(stop.code)
     except Exception as error:
         if not isinstance(error, ValueError | ModuleNotFoundError) and not _is_usage(error):
             raise
@@ -451,6 +496,19 @@ def _attributes(
     if unknown:
         raise ValueError(f"unknown attribute '{unknown[0]}': expected one of {', '.join(known)}")
     return [known[name] for name in names or usual]
+
+
+def _entry(word: str) -> Any:
+    """A report to compare, named as in `gender/ours=reports/ours`, or by its own label."""
+    from diffusers_fair.evaluation import Report
+    from diffusers_fair.evaluation.comparison import Entry
+
+    name, found, folder = word.partition("=")
+    if not found or Path(word).exists():  # a folder may have = in its name
+        name, folder = "", word
+    report = Report.load(folder)
+    group, _, label = name.rpartition("/")
+    return Entry(label=label or report.label, report=report, group=group)
 
 
 def _slug(text: str) -> str:

@@ -595,6 +595,7 @@ def test_what_is_written_is_by_the_schema(whole):
         put(["attributes", 0, "target"], ["a", "b", "c"]),
         put(["attributes", 0, "target", 0], True),
         put(["attributes"], {}),
+        put(["attributes"], []),
         put(["recipe"], []),
         put(["evaluation"], 3),
         put(["training"], "long"),

@@ -4,7 +4,7 @@
 - `learned_embeds.safetensors`: soft tokens; plain `pipe.load_textual_inversion(folder, weight_name=
   "learned_embeds.safetensors")` works, with the placeholder typed before the prompt
 - `fair_adapter.json`: what they are, `AdapterInfo`; its schema is `fair_adapter.schema.json`
-- `README.md`, `samples/*.png`, `report.json`, `report.html`: for people; never read from here
+- `README.md`, `samples/*.png`, a report's files: for people; never read from here
 """
 
 import hashlib
@@ -34,7 +34,7 @@ WEIGHTS_FILE = "pytorch_lora_weights.safetensors"
 EMBEDS_FILE = "learned_embeds.safetensors"
 README_FILE = "README.md"
 SAMPLES_FOLDER = "samples"
-REPORT_FILES = ("report.json", "report.html")
+REPORT_FILES = ("report.json", "report.html", "records.jsonl")
 SCHEMA = Path(__file__).with_name("fair_adapter.schema.json")
 
 # Parts of a pipeline that may carry low-rank layers, and what stands before a module's name in the
@@ -123,7 +123,7 @@ class AdapterInfo:
     evaluation: dict[str, Any] | None = None
     """Summary of its report, if it was evaluated; `card.write_card` puts it there."""
     training: dict[str, Any] | None = None
-    """What the training took: `iterations`, `seconds`, `machine`."""
+    """What the training took: `iterations`, `seconds` and what else is to be told of it."""
 
     @property
     def lora(self) -> dict[str, Lora]:
@@ -207,9 +207,14 @@ def write_info(folder: str | Path, info: AdapterInfo) -> None:
         )
     text, path = _to_text(info), Path(folder) / INFO_FILE
     _from_json(_parse_json(text, str(path)), str(path))
-    temporary = path.with_name(f".{INFO_FILE}-{secrets.token_hex(4)}")
+    replace_file(path, text)
+
+
+def replace_file(path: Path, content: bytes) -> None:
+    """Write a file whole or not at all; what a link of that name leads to stays as it is."""
+    temporary = path.with_name(f".{path.name}-{secrets.token_hex(4)}")
     try:
-        temporary.write_bytes(text)
+        temporary.write_bytes(content)
         os.replace(temporary, path)
     finally:
         temporary.unlink(missing_ok=True)
@@ -381,7 +386,7 @@ def _from_json(data: Any, where: str) -> AdapterInfo:
             base_revision=base["revision"] and _label(base["revision"]),
             fingerprint=base["fingerprint"],
             components=_components(root["components"]),
-            attributes=tuple(map(_attribute, root["attributes"])),
+            attributes=_attributes(root["attributes"]),
             recipe=root["recipe"],
             versions={name: str(number) for name, number in root["library_versions"].items()},
             evaluation=root["evaluation"],
@@ -423,6 +428,12 @@ def _lora(part: str, value: Any) -> Lora:
     if not (0 < size["alpha"] <= 1e6 and math.isfinite(size["alpha"])):
         raise ValueError(f"the alpha of {part} must be positive, got {size['alpha']}")
     return Lora(rank=size["rank"], alpha=size["alpha"])
+
+
+def _attributes(value: list[Any]) -> tuple[Attribute, ...]:
+    if not value:
+        raise ValueError("it must name one or more attributes")
+    return tuple(map(_attribute, value))
 
 
 def _attribute(value: Any) -> Attribute:
