@@ -4,6 +4,7 @@ from itertools import product
 
 import numpy as np
 import pytest
+import scipy.optimize
 import scipy.stats
 from fairlearn.metrics import MetricFrame, selection_rate
 
@@ -206,3 +207,99 @@ def test_joint():
     np.testing.assert_allclose(joint.target, [0.25] * 3 + [0.25 / 3] * 3)
     labels = metrics.joint_labels([np.array([0, 1, 1]), np.array([2, 0, 1])], [2, 3])
     assert [joint.classes[k] for k in labels] == ["with, c", "without, a", "without, b"]
+
+
+@pytest.mark.parametrize("share", [0.7, 0.85])
+def test_image_interval_is_the_binomials(share, rng):
+    first = rng.binomial(60, share, size=50)
+    counts = np.stack([first, 60 - first], -1)
+    low, high = metrics.image_interval(counts)
+    mean = metrics.bias(counts / 60).mean()
+    assert (low + high) / 2 == pytest.approx(mean, abs=0.004)
+    f = first / 60  # the std of |2 f - 1| is that of 2 f, away from 1/2
+    error = np.sqrt((4 * f * (1 - f) / 60).sum()) / 50
+    assert (high - low) / 2 == pytest.approx(1.96 * error, rel=0.05)
+    assert metrics.image_interval(counts) == (low, high)
+
+
+def test_image_interval_leaves_out_the_choice_of_prompts():
+    counts = np.array([[60, 0], [0, 60], [60, 0], [0, 60]])
+    assert metrics.image_interval(counts) == (1, 1)
+    low, high = metrics.image_interval(np.array([[60, 0], [30, 30]]))
+    wide = metrics.bootstrap_interval(metrics.bias(np.array([[1, 0], [0.5, 0.5]])))
+    assert wide[0] < low < high < wide[1]
+    assert metrics.image_interval(np.array([[3, 1]]), [0.75, 0.25])[0] < 0.01
+
+
+def test_joint_confusion_by_counting_all_pairs():
+    glasses, hat = np.array([[9, 1], [2, 8]]), np.array([[5, 3, 2], [0, 7, 3], [1, 1, 8]])
+    rates = metrics.joint_confusion([glasses, hat])
+    for (i, j), (k, m) in product(product(range(2), range(3)), repeat=2):
+        expected = glasses[i, k] / 10 * hat[j, m] / 10
+        assert rates[i * 3 + j, k * 3 + m] == pytest.approx(expected)
+
+
+def test_corrected_takes_the_classifiers_errors_out(rng):
+    rates = rng.dirichlet(np.ones(4), size=4) * 0.3 + 0.7 * np.eye(4)
+    shares = rng.dirichlet(np.ones(4), size=6)
+    np.testing.assert_allclose(metrics.corrected(shares @ rates, rates), shares, atol=1e-5)
+    np.testing.assert_allclose(metrics.corrected(shares, 50 * np.eye(4)), shares, atol=1e-5)
+    assert metrics.corrected(shares[0], rates).shape == (4,)
+
+
+def test_corrected_of_two_classes_is_the_adjusted_count():
+    confusion = np.array([[80, 20], [10, 90]])
+    for seen, true in ((0.45, 0.5), (0.8, 1.0), (0.95, 1.0), (0.05, 0.0)):
+        found = metrics.corrected(np.array([seen, 1 - seen]), confusion)
+        assert found[0] == pytest.approx(true, abs=1e-5)
+
+
+def test_corrected_is_the_nearest_in_the_simplex(rng):
+    rates = rng.dirichlet(np.ones(3), size=3) * 0.5 + 0.5 * np.eye(3)
+    for observed in ([0.98, 0.01, 0.01], [0, 0.1, 0.9], [0.4, 0.6, 0]):
+        best = scipy.optimize.minimize(
+            lambda f, seen=observed: 1e4 * ((rates.T @ f - seen) ** 2).sum(),
+            np.full(3, 1 / 3),
+            bounds=[(0, 1)] * 3,
+            constraints={"type": "eq", "fun": lambda f: f.sum() - 1},
+        )
+        found = metrics.corrected(np.array(observed), rates)
+        assert found.min() >= 0
+        assert found.sum() == pytest.approx(1)
+        np.testing.assert_allclose(found, best.x, atol=2e-3)
+
+
+def test_a_confusion_matrix_needs_every_true_class():
+    with pytest.raises(ValueError, match="pictures of every true class, got a row of zeros"):
+        metrics.corrected(np.array([0.5, 0.5]), np.array([[1, 0], [0, 0]]))
+
+
+def test_paired_test_is_scipys_on_the_differences(rng):
+    first = rng.uniform(size=30)
+    second = first - rng.normal(0.05, 0.1, size=30)
+    found = metrics.paired_test(first, second)
+    assert found.p_value == pytest.approx(scipy.stats.wilcoxon(first, second).pvalue)
+    assert found.difference == pytest.approx((second - first).mean())
+    assert found.interval == metrics.bootstrap_interval(second - first)
+    other = metrics.paired_test(second, first)
+    assert other.p_value == found.p_value
+    assert other.difference == -found.difference
+
+
+def test_paired_test_sees_what_the_spread_of_prompts_hides(rng):
+    first = rng.uniform(size=50)
+    second = first - 0.02 + rng.normal(0, 0.01, size=50)
+    assert metrics.paired_test(first, second).p_value < 1e-6
+    assert scipy.stats.mannwhitneyu(first, second).pvalue > 0.3
+
+
+def test_paired_test_of_gaps_of_equals_and_of_too_few():
+    found = metrics.paired_test([0.1, None, 0.3, 0.2], [0.2, 0.1, float("nan"), 0.3])
+    assert (found.prompts, found.difference) == (2, pytest.approx(0.1))
+    same = metrics.paired_test([0.1, 0.2], [0.1, 0.2])
+    assert (same.difference, same.p_value, same.interval) == (0, 1, (0, 0))
+    assert metrics.paired_test([0.1], [0.2]).p_value is None
+    nothing = metrics.paired_test([None], [0.2])
+    assert (nothing.prompts, nothing.difference, nothing.interval) == (0, None, None)
+    with pytest.raises(ValueError, match="need the same prompts, got 2 and 1 of them: evaluate"):
+        metrics.paired_test([0.1, 0.2], [0.1])
