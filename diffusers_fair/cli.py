@@ -275,6 +275,55 @@ def generate(
 
 
 @app.command()
+def push(
+    folder: Annotated[Path, typer.Argument(metavar="DIR", help="Adapter folder.")],
+    repo_id: Annotated[str, typer.Argument(help="`user-or-organisation/name`.")],
+    private: Annotated[
+        bool, typer.Option("--private", help="Make a new repository private.")
+    ] = False,
+    revision: Annotated[
+        str | None, typer.Option(help="Branch, or refs/pr/N to add to a pull request.")
+    ] = None,
+    pull_request: Annotated[
+        bool, typer.Option("--pull-request", help="Open one instead of committing.")
+    ] = False,
+    message: Annotated[str | None, typer.Option(help="Of the commit.")] = None,
+    dry_run: Annotated[
+        bool, typer.Option("--dry-run", help="Say what would go up, and ask nothing of the Hub.")
+    ] = False,
+    token: Annotated[
+        str | None, typer.Option(help="Left out: HF_TOKEN, or that of `hf auth login`.")
+    ] = None,
+) -> None:
+    """Publish an adapter folder on the Hub, with its card, samples and report, in one commit."""
+    from diffusers_fair.hub import push_adapter
+
+    done = push_adapter(
+        folder,
+        repo_id,
+        private=private,
+        revision=revision,
+        create_pr=pull_request,
+        message=message,
+        token=token,
+        dry_run=dry_run,
+    )
+    for name, size in done.files.items():
+        _say(f"{size:>12,} bytes  {name}")
+    for name in done.removed:
+        _say(f"     removed        {name}")
+    if dry_run:
+        _say(f"nothing has been pushed; without --dry-run this goes to {repo_id}")
+    else:
+        _say(done.url or f"{repo_id} has all of it already: nothing to push")
+
+
+def _say(text: str) -> None:
+    """Print a line as it is."""
+    console.print(text, markup=False, highlight=False, soft_wrap=True)
+
+
+@app.command()
 def inspect(
     adapter: Annotated[str, typer.Argument(metavar="DIR_OR_REPO", help="Folder or Hub id.")],
 ) -> None:

@@ -28,14 +28,15 @@ from diffusers_fair.adapters.io import (
     EMBEDS_FILE,
     INFO_FILE,
     README_FILE,
+    REPORT_FILES,
     SAMPLES_FOLDER,
     WEIGHTS_FILE,
     read_adapter,
 )
+from diffusers_fair.card import write_card
 
 MAIN = "main"
-NAMES = (INFO_FILE, WEIGHTS_FILE, EMBEDS_FILE, README_FILE)
-REPORT_NAMES = ("report.json", "report.html", "records.jsonl")
+NAMES = (INFO_FILE, WEIGHTS_FILE, EMBEDS_FILE, README_FILE, *REPORT_FILES)
 HUB_NAMES = {".gitattributes", "LICENSE", README_FILE}  # what the Hub puts in a new repository
 
 
@@ -69,7 +70,8 @@ def push_adapter(
     repository, a new branch) is taken back.
 
     Args:
-        folder: an adapter folder with its card; a report's files in it go along, others stay.
+        folder: an adapter folder; its card is written if there is none yet. A report's files in
+            it go along, what does not belong to an adapter stays.
         repo_id: `user-or-organisation/name`; made if it is not there.
         private: whether a new repository is private.
         revision: branch, made from `main` if it is not there; or `refs/pr/N`, to add to a pull
@@ -80,11 +82,13 @@ def push_adapter(
         dry_run: only check the folder and say what would go up; asks nothing of the Hub.
 
     Raises:
-        ValueError: one sentence: a folder that is no adapter or has no card, no token, a repository
-            that holds something else, what the Hub refuses; and what has become of the repository.
+        ValueError: one sentence: a folder that is no adapter, no token, a repository that holds
+            something else, what the Hub refuses; and what has become of the repository.
     """
     folder = Path(folder)
     info, _ = read_adapter(folder)
+    if not (folder / README_FILE).exists():
+        write_card(folder)
     files = folder_files(folder)
     _check_repo_id(repo_id)
     if create_pr and revision not in (None, MAIN):
@@ -102,7 +106,7 @@ def folder_files(folder: str | Path) -> dict[str, Path]:
     """Name in the repository -> file, of all in an adapter folder that is published.
 
     Raises:
-        ValueError: there is no card, or a file is a link, which could lead anywhere.
+        ValueError: a file is a link, which could lead anywhere.
     """
     folder = Path(folder)
     found = {path.relative_to(folder).as_posix(): path for path in sorted(folder.glob("*"))}
@@ -114,18 +118,13 @@ def folder_files(folder: str | Path) -> dict[str, Path]:
                 f"'{folder / name}' is a link, and links are not published: put the file itself "
                 "there"
             )
-    if README_FILE not in files:
-        raise ValueError(
-            f"'{folder}' has no {README_FILE}: write the card first, with `diffusers-fair card "
-            f"{folder}`"
-        )
     return files
 
 
 def _is_published(name: str) -> bool:
     """Whether a file of this name belongs to a published adapter."""
     pictures = rf"({SAMPLES_FOLDER}/)?[^/]+\.png"
-    return name in (*NAMES, *REPORT_NAMES) or re.fullmatch(pictures, name) is not None
+    return name in NAMES or re.fullmatch(pictures, name) is not None
 
 
 def _check_repo_id(repo_id: str) -> None:
@@ -226,7 +225,7 @@ class _Attempt:
                 commit_message=message,
                 revision=self.branch,
                 create_pr=create_pr,
-                parent_commit=there and there.sha,
+                parent_commit=there.sha if there else None,
             )
 
     def _changes(self, there: ModelInfo | None) -> list[CommitOperationAdd | CommitOperationDelete]:

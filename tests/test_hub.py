@@ -1,9 +1,13 @@
 """Publishing, with the Hub's own client against a Hub on this machine."""
 
+import os
+import subprocess
+import sys
 from copy import deepcopy
 from pathlib import Path
 from types import SimpleNamespace
 
+import numpy as np
 import pytest
 import torch
 from hub_server import ATTRIBUTES, KINDS, File, HubServer, Repository
@@ -11,6 +15,7 @@ from huggingface_hub import HfApi, constants
 from huggingface_hub.utils import close_session, disable_progress_bars, enable_progress_bars
 from test_io import adapter_info, embeds, weights
 
+from diffusers_fair import FairnessFinetuner, RunConfig, cli, testbed
 from diffusers_fair.adapters.io import SoftTokens, read_adapter, write_adapter
 from diffusers_fair.hub import push_adapter
 from diffusers_fair.loading import local_folder
@@ -18,7 +23,7 @@ from diffusers_fair.loading import local_folder
 CARD = "---\nlibrary_name: diffusers\n---\n# Adapter\n"
 PICTURE = b"\x89PNG\r\n\x1a\n"
 BOTH = {**adapter_info().components, "soft_tokens": SoftTokens(count=2)}
-LOCAL = "127.0.0.1,localhost"
+OWN = "diffusers_fair"
 
 
 def adapter_folder(folder: Path, tensors=None, **info) -> Path:
@@ -166,6 +171,15 @@ def test_only_what_belongs_to_an_adapter_goes_up(hub, folder):
     }
 
 
+def test_a_card_is_written_if_there_is_none(hub, tmp_path):
+    folder = adapter_folder(tmp_path / "bare", evaluation=None)
+    (folder / "README.md").unlink()
+    push_adapter(folder, "org/fair", dry_run=True)
+    assert "library_name: diffusers" in (folder / "README.md").read_text("utf-8")
+    push_adapter(folder, "org/fair")
+    assert hub.files("org/fair") == contents(folder)
+
+
 # ---- what it refuses -----------------------------------------------------------------------------
 
 
@@ -190,11 +204,6 @@ def foreign(hub, private=False, **files):
 def test_a_name_that_cannot_be(hub, folder, name):
     refused(hub, "user-or-organisation/name|Repo id must|Cannot have", folder, name)
     assert not hub.asked
-
-
-def test_a_folder_without_card(hub, folder):
-    (folder / "README.md").unlink()
-    refused(hub, "has no README.md: write the card first, with `diffusers-fair card", folder)
 
 
 def test_a_folder_that_is_no_adapter(hub, folder, tmp_path):
@@ -432,3 +441,119 @@ def test_a_download_cut_short_goes_on_where_it_was(hub, folder):
     name = "pytorch_lora_weights.safetensors"
     assert (local_folder("org/fair") / name).read_bytes() == (folder / name).read_bytes()
     assert hub.routes().count("download") == 2
+
+
+# ---- the command ---------------------------------------------------------------------------------
+
+
+def command(monkeypatch, *words) -> int:
+    """Type the words; the exit code."""
+    monkeypatch.setattr("sys.argv", ["diffusers-fair", *map(str, words)])
+    try:
+        cli.main()
+    except SystemExit as stop:
+        return int(stop.code or 0)
+    return 0
+
+
+def test_the_command(hub, folder, monkeypatch, capsys):
+    assert command(monkeypatch, "push", folder, "org/fair", "--dry-run") == 0
+    said = capsys.readouterr().out
+    size = (folder / "pytorch_lora_weights.safetensors").stat().st_size
+    assert f"{size:,} bytes  pytorch_lora_weights.safetensors" in said
+    assert "nothing has been pushed" in said
+    assert not hub.asked
+
+    words = ["push", folder, "org/fair", "--private", "--message", "Mine", "--token", hub.TOKEN]
+    monkeypatch.delenv("HF_TOKEN")
+    assert command(monkeypatch, *words) == 0
+    repo = hub.repos["org/fair"]
+    said = capsys.readouterr()
+    assert f"{hub.url}/org/fair/commit/{repo.refs['main']}" in said.out
+    assert repo.private
+    assert "Mine" in repo.messages.values()
+    assert command(monkeypatch, *words) == 0
+    assert "org/fair has all of it already: nothing to push" in capsys.readouterr().out
+
+    (folder / "samples" / "pairs.png").rename(folder / "samples" / "others.png")
+    assert command(monkeypatch, *words, "--pull-request") == 0
+    shown = capsys.readouterr().out
+    assert "removed        samples/pairs.png" in shown
+    assert f"{hub.url}/org/fair/discussions/1" in shown
+    assert command(monkeypatch, *words, "--revision", "v2") == 0
+    assert hub.files("org/fair", "v2") == contents(folder)
+    assert hub.TOKEN not in said.out + said.err + shown
+
+
+def test_the_command_says_why_not(hub, folder, monkeypatch, capsys):
+    hub.fail("commit", 503)
+    assert command(monkeypatch, "push", folder, "org/fair") == 2
+    said = capsys.readouterr().err
+    assert said.startswith("diffusers-fair: 'org/fair' was not pushed: the Hub has trouble")
+    assert said.endswith("; nothing on the Hub was changed\n")
+    assert not hub.repos
+
+
+# ---- from training to another machine ------------------------------------------------------------
+
+TINY = {
+    "adapter.rank": 2,
+    "prompts.images_per_prompt": 4,
+    "sampling.steps": 2,
+    "gradient.replay_steps": 1,
+    "train.iterations": 1,
+    "train.prompts_per_iteration": 1,
+    "train.validation_images": 1,
+    "tracker": "none",
+}
+PROMPT = "a photo of the face of a senator, a person"
+THERE = f"""
+import sys, numpy, torch, diffusers_fair
+from diffusers import DiffusionPipeline
+
+pipe = DiffusionPipeline.from_pretrained("org/testbed")
+pipe.load_fair_adapter("org/fair")
+noise = torch.Generator().manual_seed(0)
+images = pipe("{PROMPT}", num_inference_steps=2, generator=noise, output_type="np").images
+numpy.save(sys.argv[1], images)
+"""
+
+
+def python(hub, home: Path, *words: object) -> str:
+    """Another machine: its own process, its own empty cache; the Hub's client as it comes."""
+    given = {"HF_ENDPOINT": hub.url, "HF_HOME": str(home), "HF_TOKEN": hub.TOKEN}
+    given |= {"HF_HUB_DISABLE_XET": "1", "HF_HUB_DISABLE_TELEMETRY": "1", "HF_HUB_OFFLINE": "0"}
+    words = (sys.executable, *map(str, words))
+    done = subprocess.run(words, capture_output=True, text=True, env=os.environ | given)
+    assert done.returncode == 0, done.stderr
+    return done.stdout + done.stderr
+
+
+@pytest.mark.filterwarnings("ignore")
+def test_from_training_to_the_readmes_three_lines_on_another_machine(hub, tmp_path):
+    recipe = RunConfig.load("testbed-gender", TINY | {"output": str(tmp_path / "run")})
+    finetuner = FairnessFinetuner(recipe)
+    folder = finetuner.train(progress=False) / "adapter"
+
+    assert hub.TOKEN not in python(hub, tmp_path / "a", "-m", OWN, "push", folder, "org/fair")
+    assert hub.files("org/fair") == contents(folder)
+
+    testbed.pipeline().save_pretrained(tmp_path / "base")
+    api = HfApi(token=hub.TOKEN)
+    api.create_repo("org/testbed")
+    api.upload_folder(repo_id="org/testbed", folder_path=tmp_path / "base")
+    python(hub, tmp_path / "b", "-c", THERE, tmp_path / "there.npy")
+
+    here = testbed.pipeline()
+    here.load_fair_adapter(folder)
+    noise = torch.Generator().manual_seed(0)
+    images = here(PROMPT, num_inference_steps=2, generator=noise, output_type="np").images
+    assert (images == np.load(tmp_path / "there.npy")).all()
+    files = [path for path in tmp_path.rglob("*") if path.is_file()]
+    assert not any(hub.TOKEN.encode() in path.read_bytes() for path in files)
+
+    done = finetuner.push_to_hub("org/again", private=True, token=hub.TOKEN)
+    assert done.url is not None
+    assert hub.repos["org/again"].private
+    assert "library_name: diffusers" in hub.files("org/again")["README.md"].decode()
+    read_adapter(local_folder("org/again"))
