@@ -69,18 +69,23 @@ class Journal:
         return self._file(batch).exists()
 
     def __setitem__(self, batch: int, seen: Seen) -> None:
-        pictures = {f"sample/{i}/{j}": image for (i, j), image in seen.samples.items()}
+        arrays = {f"records/{name}": values for name, values in seen.records.arrays().items()}
+        arrays |= {f"samples/{i}/{j}": image for (i, j), image in seen.samples.items()}
         buffer = BytesIO()
-        np.savez(buffer, **seen.records.arrays(), **pictures)  # type: ignore[arg-type]
+        np.savez(buffer, **arrays)  # type: ignore[arg-type]
         _replace(self._file(batch), buffer.getvalue())
 
     def __getitem__(self, batch: int) -> Seen:
+        records, samples = {}, {}
         with np.load(self._file(batch), allow_pickle=False) as stored:
-            arrays = dict(stored)
-        pictures = {name: arrays.pop(name) for name in list(arrays) if name.startswith("sample/")}
-        places = [tuple(map(int, name.split("/")[1:])) for name in pictures]
-        samples = dict(zip(places, pictures.values(), strict=True))
-        return Seen(Records.from_arrays(arrays), samples)  # type: ignore[arg-type]
+            for name, values in stored.items():
+                kind, _, key = name.partition("/")
+                if kind == "records":
+                    records[key] = values
+                else:
+                    i, j = key.split("/")
+                    samples[int(i), int(j)] = values
+        return Seen(Records.from_arrays(records), samples)
 
     def _file(self, batch: int) -> Path:
         return self.folder / f"batch-{batch:06d}.npz"
