@@ -22,6 +22,7 @@ from diffusers_fair.evaluation.summary import prompt_figures, summary_figures
 
 FORMAT = 1
 FILE, RECORDS, FEATURES = "report.json", "records.jsonl", "features.npz"
+PAGE = "report.html"
 SCORE_NAMES = {"clip_t": "CLIP-T", "clip_i": "CLIP-I", "dino": "DINO"}
 GAP = "-"  # in a table, where there is no figure
 
@@ -82,7 +83,7 @@ class Report:
         )
 
     def save(self, folder: str | Path) -> None:
-        """Write report.json, records.jsonl, features.npz and pictures; all of it or nothing.
+        """Write report.json and .html, records.jsonl, features.npz, pictures; all or nothing.
 
         Args:
             folder: made if need be; may hold other things, but no report.
@@ -101,6 +102,9 @@ class Report:
     def _write(self, folder: Path) -> None:
         from PIL import Image
 
+        from diffusers_fair.evaluation.page import report_page
+
+        (folder / PAGE).write_text(report_page(self), "utf-8")
         (folder / FILE).write_text(json.dumps(self._json(), indent=1, ensure_ascii=False), "utf-8")
         lines = (json.dumps(line) + "\n" for line in self.records.lines())
         (folder / RECORDS).write_text("".join(lines), "utf-8")

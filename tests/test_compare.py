@@ -1,0 +1,231 @@
+"""Reports side by side: what is best, what differs, what cannot be compared."""
+
+import json
+
+import numpy as np
+import pytest
+from reports import HUE, PROMPTS, TONE, certain, report
+from scipy.stats import wilcoxon
+
+from diffusers_fair import cli
+from diffusers_fair.attributes import Attribute
+from diffusers_fair.evaluation.comparison import Comparison, Entry, compare
+
+
+def entry(label: str, group: str = "", **what) -> Entry:
+    return Entry(label=label, group=group, report=report(label, **what))
+
+
+def even(shares: list[float], images: int = 10) -> dict:
+    """Of tone, the same in each prompt."""
+    labels = [0] * round(shares[0] * images) + [1] * round(shares[1] * images)
+    return {
+        "attributes": (TONE,),
+        "images": images,
+        "records": {"probabilities": certain(TONE, labels * len(PROMPTS))},
+    }
+
+
+@pytest.fixture(scope="module")
+def three() -> Comparison:
+    return compare(
+        [
+            entry("base", seed=0),
+            entry("ours", "hue x tone", seed=1),
+            entry("theirs", "hue x tone", seed=2),
+        ]
+    )
+
+
+def column(comparison: Comparison, head: str):
+    return next(c for c in comparison.columns if c.head == head)
+
+
+def test_columns_in_the_order_of_the_papers_table(three):
+    assert [c.head for c in three.columns] == [
+        *("bias, hue", "bias, tone", "bias, hue x tone"),
+        *("off target, tone", "off target, hue x tone"),
+        *("faces", "CLIP-T"),
+    ]
+
+
+def test_scores_of_ones_own_stand_before_the_usual():
+    scores = {name: np.linspace(0, 1, 24) for name in ("clip_t", "dino", "context")}
+    made = compare([entry("a", records={"scores": scores}), entry("b")])
+    assert [c.head for c in made.columns][-3:] == ["context", "CLIP-T", "DINO"]
+
+
+def test_less_bias_is_best_and_only_within_the_group():
+    rows = [entry("base", **even([0.5, 0.5]))]
+    rows += [entry("a", "tone", **even([0.9, 0.1])), entry("b", "tone", **even([0.7, 0.3]))]
+    made = compare(rows)
+    bias = column(made, "bias, tone")
+    assert [made.is_best(row, bias) for row in made.entries] == [False, False, True]
+
+
+def test_equal_to_the_digits_shown_is_best_together():
+    rows = [entry(name, **even([0.8, 0.2])) for name in ("a", "b")]
+    rows.append(entry("c", **even([1.0, 0.0])))
+    made = compare(rows)
+    bias = column(made, "bias, tone")
+    assert [made.is_best(row, bias) for row in made.entries] == [True, True, False]
+
+
+def test_more_of_a_score_is_best_and_faces_are_never():
+    low, high = ({"clip_t": np.full(24, value)} for value in (0.2, 0.4))
+    made = compare([entry("a", records={"scores": low}), entry("b", records={"scores": high})])
+    assert [made.is_best(row, column(made, "CLIP-T")) for row in made.entries] == [False, True]
+    assert not any(made.is_best(row, column(made, "faces")) for row in made.entries)
+
+
+def test_differences_are_wilcoxons_of_the_prompts():
+    prompts = [f"prompt {i}" for i in range(12)]
+    made = compare([entry(name, prompts=prompts, seed=i) for i, name in enumerate("ab")])
+    a, b = ([p["attributes"]["hue"]["bias"] for p in e.report.prompts] for e in made.entries)
+    test = made.differences["b"]["bias, hue"]
+    assert test.difference == pytest.approx(np.mean(b) - np.mean(a))
+    expected = wilcoxon(np.subtract(b, a), zero_method="pratt").pvalue
+    assert test.p_value == pytest.approx(expected)
+
+
+def test_against_another_row(three):
+    swapped = compare(three.entries, against="ours")
+    assert set(swapped.differences) == {"base", "theirs"}
+    there = three.differences["ours"]["bias, hue"].difference
+    assert swapped.differences["base"]["bias, hue"].difference == pytest.approx(-there)
+
+
+def test_counted_by_what_all_looked_at_towards_the_first_target():
+    other = Attribute("tone", TONE.classes, (0.5, 0.5))
+    made = compare([entry("a"), entry("b", attributes=(other,))])
+    assert [e.report.settings.attributes for e in made.entries] == [(TONE,)] * 2
+    assert "off target, tone" in [c.head for c in made.columns]
+
+
+def test_a_prompt_without_faces_is_left_out_of_the_pairs():
+    found = np.ones(24, bool)
+    found[:8] = False
+    made = compare([entry("a"), entry("b", seed=1, records={"found": found})])
+    test = made.differences["b"]["bias, hue"]
+    assert test.prompts == 2
+    assert made.differences["b"]["faces"].difference == pytest.approx(-1 / 3)
+
+
+def test_no_face_at_all_is_a_gap_everywhere():
+    made = compare([entry("a"), entry("b", records={"found": np.zeros(24, bool)})])
+    assert "| b | - | - | - |" in made.markdown()
+    assert "NaN" not in json.dumps(made.json())
+    assert made.json()["rows"][1]["figures"]["bias, hue"] is None
+
+
+def test_markdown_marks_the_best_and_names_groups(three):
+    lines = three.markdown().splitlines()
+    tables = [line.count("|") for line in lines if line.startswith("|")]
+    assert set(tables) == {len(three.columns) + 2}
+    assert any(line.startswith("| *hue x tone* |") for line in lines)
+    assert sum("**" in line for line in lines if line.startswith("| ")) >= 1
+
+
+def test_labels_cannot_break_the_markdown():
+    made = compare([entry("a|b\n<i>"), entry("c")])
+    assert "| a\\|b &lt;i&gt; |" in made.markdown()
+
+
+def test_saved_as_page_json_and_markdown(three, tmp_path):
+    three.save(tmp_path / "out")
+    names = sorted(file.name for file in (tmp_path / "out").iterdir())
+    assert names == ["compare.html", "compare.json", "compare.md"]
+    root = json.loads((tmp_path / "out" / "compare.json").read_text("utf-8"))
+    assert root["against"] == "base"
+    assert root["rows"][1]["group"] == "hue x tone"
+    ours = three.entries[1].report
+    assert root["rows"][1]["figures"]["bias, hue"] == ours.summary["bias"]["hue"]
+    assert root["rows"][1]["difference"]["CLIP-T"]["prompts"] == 3
+    assert root["rows"][0]["difference"] == {}
+
+
+# ---- what cannot be compared ---------------------------------------------------------------------
+
+COLD = Attribute("hue", ("red", "green"))
+BAD = {
+    "one report": ([entry("a")], "expected two reports or more to compare, got 1"),
+    "the same label": (
+        [entry("a"), entry("a")],
+        "two reports are called 'a': name them, as in LABEL=REPORT",
+    ),
+    "other prompts": (
+        [entry("a"), entry("b", prompts=PROMPTS[::-1])],
+        r"'b' was measured on other prompts than 'a' \(3 and 3\): only reports on the same",
+    ),
+    "other image counts": (
+        [entry("a"), entry("b", images=5)],
+        r"'b' has 5 images of each prompt \(15 in all\), 'a' has 8 \(24\): the fewer",
+    ),
+    "no attribute in common": (
+        [entry("a", attributes=(HUE,)), entry("b", attributes=(COLD,))],
+        "no attribute with the same classes in common: evaluate again with hue",
+    ),
+}
+
+
+@pytest.mark.parametrize("case", BAD)
+def test_what_cannot_be_compared_is_said(case):
+    entries, message = BAD[case]
+    with pytest.raises(ValueError, match=message):
+        compare(entries)
+
+
+def test_unknown_row_to_test_against():
+    with pytest.raises(ValueError, match=r"no report called 'z': expected one of \['a', 'b'\]"):
+        compare([entry("a"), entry("b")], against="z")
+
+
+def test_not_over_a_file(three, tmp_path):
+    (tmp_path / "file").touch()
+    with pytest.raises(ValueError, match="is a file: expected a folder to write the comparison"):
+        three.save(tmp_path / "file")
+
+
+# ---- the command ---------------------------------------------------------------------------------
+
+
+def run(monkeypatch, *words) -> int:
+    monkeypatch.setattr("sys.argv", ["diffusers-fair", "compare", *map(str, words)])
+    try:
+        cli.main()
+    except SystemExit as stop:
+        return stop.code or 0
+    return 0
+
+
+@pytest.fixture
+def folders(tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    report("base").save("base")
+    report("adapter", seed=1).save("run=1")
+
+
+def test_the_command_names_rows_and_groups(folders, monkeypatch):
+    words = ["plain=base", "hue x tone/ours=run=1", "run=1", "--against", "ours", "--out", "out"]
+    assert run(monkeypatch, *words) == 0
+    with open("out/compare.json", encoding="utf-8") as file:
+        root = json.load(file)
+    assert [(row["group"], row["label"]) for row in root["rows"]] == [
+        *[("", "plain"), ("hue x tone", "ours"), ("", "adapter")]
+    ]
+    assert root["against"] == "ours"
+
+
+@pytest.mark.parametrize(
+    ("words", "message"),
+    [
+        (["base"], "expected two reports or more"),
+        (["base", "nowhere"], "there is no report in 'nowhere'"),
+        (["base", "base"], "two reports are called 'base'"),
+        (["base", "run=1", "--against", "x"], "there is no report called 'x'"),
+    ],
+)
+def test_bad_input_of_the_command(words, message, folders, monkeypatch, capsys, tmp_path):
+    assert run(monkeypatch, *words, "--out", "out") == 2
+    assert message in capsys.readouterr().err
+    assert not (tmp_path / "out").exists()
