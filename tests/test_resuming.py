@@ -53,6 +53,15 @@ def without_origin(folder) -> dict:
     return root
 
 
+@pytest.fixture(scope="module", autouse=True)
+def one_thread():
+    """Sums in one order; and processes that fork cannot use their parent's threads."""
+    before = torch.get_num_threads()
+    torch.set_num_threads(1)
+    yield
+    torch.set_num_threads(before)
+
+
 @pytest.fixture(scope="module")
 def whole(tmp_path_factory):
     """A report's folder that was made at one go."""
@@ -133,7 +142,6 @@ def start(out, rank, count, port, detector):
     """One of several processes, as `accelerate launch` starts them."""
 
     def work():
-        torch.set_num_threads(1)  # the parent's threads are not there
         os.environ |= {"RANK": str(rank), "WORLD_SIZE": str(count)}
         os.environ |= {"MASTER_ADDR": "127.0.0.1", "MASTER_PORT": str(port)}
         judged(out, detector)
