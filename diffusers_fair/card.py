@@ -257,10 +257,11 @@ def _biases(info: AdapterInfo) -> Iterator[tuple[bool, list[str]]]:
                 floor = f"{figures[1]['floor']:.3f}"
                 yield wanted, [f"{head}, {_plain(name)}", *map(_cell, figures), floor]
                 without = [figure and figure["without_scatter"] for figure in figures]
-                yield wanted, ["— scatter removed", *map(_cell, without), "0"]
+                if wanted:
+                    yield True, ["— scatter removed", *map(_cell, without), "0"]
         corrected = [side.get("corrected", {}).get(name) for side in _sides(info)]
-        if corrected[1] is not None:
-            yield wanted, ["— classifier's errors corrected", *map(_cell, corrected), GAP]
+        if wanted and corrected[1] is not None:
+            yield True, ["— classifier's errors corrected", *map(_cell, corrected), GAP]
 
 
 def _scores(info: AdapterInfo) -> Iterator[list[str]]:

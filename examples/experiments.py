@@ -24,6 +24,7 @@ import typer
 from diffusers_fair import FairnessFinetuner, RunConfig, testbed
 from diffusers_fair.attributes import Attribute
 from diffusers_fair.backends import load_base, load_judges
+from diffusers_fair.card import write_card
 from diffusers_fair.evaluation import Report, evaluate
 from diffusers_fair.loading import load_fair_adapter
 from diffusers_fair.prompts import prompt_set
@@ -173,6 +174,7 @@ def keep(runs: Path, out: Path) -> None:
         for name in KEPT:
             shutil.copy(folder / name, kept / name)
         shutil.copytree(runs / experiment.recipe / "adapter", kept / "adapter", dirs_exist_ok=True)
+        write_card(kept / "adapter", kept)
     origin = {
         "command": "python examples/experiments.py --out model_cards",
         "commit": commit(),
