@@ -2,6 +2,7 @@ import pytest
 import torch
 from pictures import held_out
 
+from diffusers_fair.backends.labels import merge_counts
 from diffusers_fair.classifiers import NetworkClassifier
 from diffusers_fair.faces import face_chips
 from diffusers_fair.testbed import judges
@@ -87,6 +88,18 @@ def test_confusion_counts_every_held_out_face():
         table = torch.tensor(tables[name])
         assert table.shape == (len(attribute.classes),) * 2
         assert 1490 <= table.sum() <= 1536
+
+
+def test_classifiers_tell_their_confusion():
+    for evaluation, file in ((False, "classifiers"), (True, "evaluation_classifiers")):
+        found = judges.classifier("race", evaluation=evaluation).confusion
+        assert [list(row) for row in found] == judges.figures(file)["confusion"]["race"]
+
+
+def test_labels_that_make_one_class_share_their_counts():
+    counts = [[5, 1, 2], [0, 7, 1], [3, 0, 4]]
+    assert merge_counts(counts, {"a": [0, 2], "b": [1]}) == ((14, 1), (1, 7))
+    assert merge_counts(counts, {"b": [1], "a": [2, 0]}) == ((7, 1), (1, 14))
 
 
 def test_family_classifier():

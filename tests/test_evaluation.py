@@ -227,6 +227,37 @@ def test_a_model_against_itself_and_against_another(pipe, base, other):
     assert (base.label, other.label) == ("base", "adapter")
 
 
+def test_what_the_classifiers_errors_do_is_shown_beside(pipe, base, tmp_path):
+    counts = [[80, 15, 5], [10, 85, 5], [0, 10, 90]]
+    order = [2, 0, 1]
+    told = classifier(HUE.classes, order)
+    told = dataclasses.replace(told, confusion=[[counts[i][j] for j in order] for i in order])
+    half = judges(classifiers={"hue": told, "tone": classifier(TONE.classes)})
+    report = evaluate(pipe, PROMPTS, [HUE, TONE], judges=half, **QUICK)
+    assert report.confusion == {"hue": counts}
+    assert list(report.summary["corrected"]) == ["hue"]
+    assert report.summary["bias"] == base.summary["bias"]
+    for mine, plain in zip(report.prompts, base.prompts, strict=True):
+        shares = np.array(list(plain["attributes"]["hue"]["frequencies"].values()))
+        expected = metrics.bias(metrics.corrected(shares, np.array(counts)))
+        assert mine["attributes"]["hue"]["corrected"] == pytest.approx(expected, abs=1e-5)
+    assert "errors corrected" in shown(report)
+    assert "errors corrected" not in "".join(shown(base).splitlines()[:-3])
+    report.save(tmp_path / "report")
+    assert Report.load(tmp_path / "report").summary == report.summary
+    both = dataclasses.replace(report, confusion={"hue": counts, "tone": [[9, 1], [1, 9]]})
+    assert list(both.summary["corrected"]) == ["hue", "tone", "hue x tone"]
+
+
+def test_reports_from_before_there_were_corrections(base, tmp_path):
+    base.save(tmp_path)
+    file = tmp_path / "report.json"
+    root = json.loads(file.read_text())
+    del root["confusion"]
+    file.write_text(json.dumps(root))
+    assert Report.load(tmp_path).summary == base.summary
+
+
 def test_only_faces_are_classified(pipe):
     report = evaluate(pipe, PROMPTS, [HUE], judges=judges(face_detector=find_faces), **QUICK)
     found = report.records.found

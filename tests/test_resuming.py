@@ -1,5 +1,6 @@
 """Evaluations that are stopped, killed and shared: nothing is repeated, the report is the same."""
 
+import dataclasses
 import json
 import multiprocessing
 import os
@@ -119,6 +120,17 @@ def test_other_settings_do_not_go_on(changes, named, tmp_path):
         judged(tmp_path / "r", Counting(stop_after=1, how=interrupt), **first)
     with pytest.raises(ValueError, match=rf"was stopped, with other {named}: start it with the sa"):
         judged(tmp_path / "r", **first | changes)
+
+
+def test_another_reference_does_not_go_on(whole, tmp_path):
+    base = Report.load(whole)
+    with pytest.raises(KeyboardInterrupt):
+        judged(tmp_path / "r", Counting(stop_after=1, how=interrupt), reference=base)
+    other = dataclasses.replace(base, provenance={"date": "yesterday"})
+    with pytest.raises(ValueError, match="was stopped, with other reference: start it with the"):
+        judged(tmp_path / "r", reference=other)
+    report = judged(tmp_path / "r", reference=Report.load(whole))
+    assert report.summary["scores"]["dino"]["mean"] == 1
 
 
 def test_the_journal_keeps_everything_and_no_half_batch(tmp_path):

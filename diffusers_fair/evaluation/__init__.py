@@ -190,6 +190,7 @@ def _measure(
     seen: MutableMapping[int, Seen] | Journal = {}
     if out is not None:
         asked = {"settings": asdict(settings), "batch_size": batch_size, "label": label, **about}
+        asked["reference"] = None if reference is None else reference.provenance
         seen = _journal(Path(out) / PARTIAL, asked, facts)
         facts = seen.provenance
     texts = prompt_features(settings.prompts, judges.clip)  # (P, d)
