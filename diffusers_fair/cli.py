@@ -370,7 +370,8 @@ def main() -> None:
     143 is a training that a SIGTERM stopped where it can be gone on from.
     """
     try:
-        app(standalone_mode=False)
+        if app(standalone_mode=False):  # the code of an interruption
+            sys.exit(1)
     except typer.Abort:
         sys.exit(1)
     except TrainingStoppedError as stop:
