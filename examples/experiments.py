@@ -26,6 +26,7 @@ from diffusers_fair.attributes import Attribute
 from diffusers_fair.backends import load_base, load_judges
 from diffusers_fair.card import write_card
 from diffusers_fair.evaluation import Report, evaluate
+from diffusers_fair.evaluation.report import FILE
 from diffusers_fair.loading import load_fair_adapter
 from diffusers_fair.prompts import prompt_set
 from diffusers_fair.provenance import commit
@@ -93,17 +94,15 @@ def trained(recipe: str, runs: Path) -> Path:
 def measured(experiment: Experiment, runs: Path, images: int | None) -> Report:
     """The report of an adapter."""
     folder = runs / "reports" / experiment.name
-    if folder.exists():
+    if (folder / FILE).exists():
         return Report.load(folder)
     config = RunConfig.load(experiment.recipe)
     attributes = counted(config)
     images = images or config.evaluation.images_per_prompt
-    reference = base(experiment.prompts, images, config, runs).of(attributes, images)
     pipe = load_base(testbed.NAME)
     load_fair_adapter(pipe, trained(experiment.recipe, runs))
-    report = look(pipe, experiment.prompts, attributes, config, images, reference)
-    report.save(folder)
-    return report
+    reference = base(experiment.prompts, images, config, runs).of(attributes, images)
+    return look(pipe, experiment.prompts, attributes, config, images, folder, reference)
 
 
 def counted(config: RunConfig) -> list[Attribute]:
@@ -115,16 +114,13 @@ def counted(config: RunConfig) -> list[Attribute]:
 def base(prompts: str, images: int, config: RunConfig, runs: Path) -> Report:
     """The base model's report with that many images or more."""
     folder = runs / "reports" / "base" / prompts
-    if folder.exists():
+    if (folder / FILE).exists():
         report = Report.load(folder)
         if report.settings.images_per_prompt >= images:
             return report
         shutil.rmtree(folder)
-    report = look(
-        load_base(testbed.NAME), prompts, list(world.ATTRIBUTES.values()), config, images, None
-    )
-    report.save(folder)
-    return report
+    pipe, attributes = load_base(testbed.NAME), list(world.ATTRIBUTES.values())
+    return look(pipe, prompts, attributes, config, images, folder)
 
 
 def look(
@@ -133,9 +129,10 @@ def look(
     attributes: list[Attribute],
     config: RunConfig,
     images: int,
-    reference: Report | None,
+    folder: Path,
+    reference: Report | None = None,
 ) -> Report:
-    """Draw and measure."""
+    """Draw and measure; what was stopped goes on."""
     section = config.evaluation
     return evaluate(
         pipe,
@@ -147,6 +144,7 @@ def look(
         guidance_scale=section.guidance_scale,
         seed=section.seed,
         reference=reference,
+        out=folder,
     )
 
 
@@ -158,7 +156,7 @@ def keep(runs: Path, out: Path) -> None:
     rows, records = [], {}
     for experiment in EXPERIMENTS:
         folder = runs / "reports" / experiment.name
-        if not folder.exists():
+        if not (folder / FILE).exists():
             continue
         after, config = (
             Report.load(folder),

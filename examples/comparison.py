@@ -1,0 +1,170 @@
+"""All rival methods and our adapters on the testbed, in one table.
+
+    python examples/comparison.py --out model_cards/comparison
+
+For each of three goals (one attribute, another, both jointly) every method of
+`diffusers_fair.baselines` and the adapter of the shipped recipe draw the same unseen prompts from
+the same noise, and the evaluation classifiers count. Adapters are those that experiments.py has put
+below `--adapters`. Writes compare.html, compare.md and compare.json, and cost.md and cost.json:
+what a method takes beforehand and while it draws. Stopped, it goes on where it was.
+
+The table of 20 images a prompt takes one to two hours on 2 cores.
+"""
+
+import json
+import statistics
+import time
+from pathlib import Path
+from typing import Annotated, Any
+
+import torch
+import typer
+
+from diffusers_fair import RunConfig, evaluate, load_fair_adapter, testbed
+from diffusers_fair.adapters.io import read_adapter
+from diffusers_fair.backends import load_base, load_judges
+from diffusers_fair.baselines import BASELINES, Task, Wording, baseline
+from diffusers_fair.evaluation import Report
+from diffusers_fair.evaluation.comparison import Entry, compare
+from diffusers_fair.evaluation.generate import generate
+from diffusers_fair.prompts import prompt_set
+from diffusers_fair.provenance import provenance
+from diffusers_fair.testbed import world
+
+OURS = "this package"
+RECIPES = ("testbed-gender", "testbed-race", "testbed-gender-race")
+COUNTED = [world.GENDER, world.RACE]
+PROMPTS = "testbed-occupations"
+TURNS = 3  # of the drawing that is timed
+
+
+def main(
+    out: Annotated[Path, typer.Option(help="Folder for the tables and the page.")],
+    runs: Annotated[Path, typer.Option(help="Folder for whole reports.")] = Path("runs/comparison"),
+    adapters: Annotated[Path, typer.Option(help="Where RECIPE/adapter is.")] = Path("model_cards"),
+    images: Annotated[int, typer.Option(help="Of each prompt.")] = 60,
+    only: Annotated[list[str] | None, typer.Option(help="Recipe; may be repeated.")] = None,
+) -> None:
+    """Measure what is not measured yet; write the tables."""
+    first = RunConfig.load(RECIPES[0])
+    base = measured(load_base(testbed.NAME), "base", first, runs / "base", images)
+    entries, costs = [Entry(label="base", report=base, group="nothing")], {}
+    for recipe in only or RECIPES:
+        config = RunConfig.load(recipe)
+        goal = " x ".join(section.name for section in config.attributes)
+        for method in (OURS, *BASELINES):
+            folder, adapter = runs / recipe / method, adapters / recipe / "adapter"
+            report = done(method, config, adapter, folder, images, base)
+            entries.append(Entry(label=f"{method}, {goal}", report=report, group=goal))
+            costs[f"{method}, {goal}"] = json.loads((folder / "cost.json").read_text("utf-8"))
+    compare(entries, against="base").save(out)
+    write_costs(costs, out)
+
+
+def done(
+    method: str, config: RunConfig, adapter: Path, folder: Path, images: int, base: Report
+) -> Report:
+    """The report of a method; what the method costs is put beside it."""
+    if (folder / "cost.json").exists():
+        return Report.load(folder)
+    pipe, seconds = applied(method, config, adapter)
+    report = measured(pipe, method, config, folder, images, base)
+    cost = {"seconds before": seconds, "drawing, over the base": slowdown(pipe, config)}
+    (folder / "cost.json").write_text(json.dumps(cost | {"with": provenance()}), "utf-8")
+    return report
+
+
+def applied(method: str, config: RunConfig, adapter: Path) -> tuple[Any, float | None]:
+    """A pipeline that draws by a method, and the seconds of what goes before, as far as known."""
+    pipe = load_base(testbed.NAME)
+    if method == OURS:
+        load_fair_adapter(pipe, adapter)
+        return pipe, (read_adapter(adapter)[0].training or {}).get("seconds")
+    start = time.perf_counter()
+    return baseline(method).apply(pipe, task(config, pipe)), time.perf_counter() - start
+
+
+def task(config: RunConfig, pipe: Any) -> Task:
+    """What a rival is told: prompts of training, models of training."""
+    attributes = [section.attribute() for section in config.attributes]
+    section = config.evaluation
+    return Task(
+        wordings=[Wording(a, s.words) for a, s in zip(attributes, config.attributes, strict=True)],
+        prompts=prompt_set(PROMPTS).prompts(config.prompts.train),
+        judges=lambda: load_judges(config.models, attributes, pipe.device),
+        steps=section.steps,
+        guidance_scale=section.guidance_scale,
+        seed=section.seed,
+    )
+
+
+def measured(
+    pipe: Any,
+    name: str,
+    config: RunConfig,
+    folder: Path,
+    images: int,
+    reference: Report | None = None,
+) -> Report:
+    """The report of a method, over unseen prompts."""
+    section = config.evaluation
+    return evaluate(
+        pipe,
+        prompt_set(PROMPTS).prompts(section.split),
+        COUNTED,
+        judges=load_judges(section.models, COUNTED, torch.device("cpu")),
+        images_per_prompt=images,
+        steps=section.steps,
+        guidance_scale=section.guidance_scale,
+        seed=section.seed,
+        reference=reference,
+        label=name,
+        out=folder,
+        model={"base": testbed.NAME, "method": name},
+    )
+
+
+def slowdown(pipe: Any, config: RunConfig) -> float:
+    """Time to draw by a method over that of the base model, the median of some turns."""
+    plain, ratios = load_base(testbed.NAME), []
+    for _ in range(TURNS):
+        start = time.perf_counter()
+        draw(plain, config)
+        between = time.perf_counter()
+        draw(pipe, config)
+        ratios.append((time.perf_counter() - between) / (between - start))
+    return statistics.median(ratios)
+
+
+def draw(pipe: Any, config: RunConfig) -> None:
+    """24 images of one prompt."""
+    section = config.evaluation
+    prompts = prompt_set(PROMPTS).prompts(section.split)[:1]
+    options: dict[str, Any] = {"steps": section.steps, "guidance_scale": section.guidance_scale}
+    for _ in generate(
+        pipe, prompts, images_per_prompt=24, seed=0, batch_size=24, progress=False, **options
+    ):
+        pass
+
+
+def write_costs(costs: dict[str, Any], out: Path) -> None:
+    """cost.md and cost.json."""
+    lines = [
+        "# What the methods cost",
+        "",
+        "Seconds of what goes before the first image (training; or what a rival works out), and the",
+        "time to draw 24 images over that of the base model, the median of three turns.",
+        "",
+        "| | seconds before | drawing, over the base |",
+        "| --- | --- | --- |",
+    ]
+    for label, cost in costs.items():
+        before = cost["seconds before"]
+        known = "not recorded" if before is None else f"{before:.1f}"
+        lines.append(f"| {label} | {known} | {cost['drawing, over the base']:.2f} |")
+    (out / "cost.md").write_text("\n".join([*lines, ""]), "utf-8")
+    (out / "cost.json").write_text(json.dumps(costs, indent=1), "utf-8")
+
+
+if __name__ == "__main__":
+    typer.run(main)
