@@ -129,6 +129,14 @@ def classifier_train(
 def evaluate(
     base: Base = "testbed",
     adapter: Adapter = None,
+    baseline: Annotated[
+        str | None,
+        typer.Option(
+            help="In place of an adapter a published method: attribute-words, "
+            "ethical-intervention, debias-vl, uce, concept-algebra or fair-diffusion. What it "
+            "works out beforehand it does with the training prompts and the training models."
+        ),
+    ] = None,
     recipe: Annotated[
         str | None,
         typer.Option(
@@ -177,7 +185,7 @@ def evaluate(
         ),
     ] = None,
 ) -> None:
-    """Measure a base model, and an adapter against it, on unseen prompts.
+    """Measure a base model, and an adapter or a rival method against it, on unseen prompts.
 
     Stopped, it goes on where it was when the same command is given again. Several processes share
     the work: accelerate launch -m diffusers_fair evaluate ...
@@ -185,10 +193,10 @@ def evaluate(
     from diffusers_fair.prompts import prompt_set
 
     if images is not None and not images.lstrip("-").isdigit():
-        if adapter is not None or reference is not None or prompts is not None:
+        if {adapter, baseline, reference, prompts} != {None}:
             raise ValueError(
                 f"the pictures in '{images}' are looked at as they are: leave out --adapter, "
-                "--reference and --prompts, or give a number of --images"
+                "--baseline, --reference and --prompts, or give a number of --images"
             )
         _audit(images, recipe, out, attribute)
         return
@@ -203,6 +211,7 @@ def evaluate(
         adapter,
         out,
         texts,
+        baseline=baseline,
         recipe=recipe,
         attributes=attribute,
         images=None if images is None else int(images),
@@ -420,27 +429,37 @@ def _evaluate(
     *,
     recipe: str | None = None,
     attributes: list[str] | None = None,
+    baseline: str | None = None,
     images: int | None = None,
     steps: int | None = None,
     guidance_scale: float | None = None,
     seed: int | None = None,
     reference: Path | None = None,
 ) -> None:
-    """Evaluate the base, then the adapter on the same noise; write reports, print the table."""
+    """Evaluate the base, then what changes it on the same noise; write reports, print the table."""
+    from dataclasses import asdict
+
     from diffusers_fair.backends import load_base, load_judges
     from diffusers_fair.evaluation import Report, table
     from diffusers_fair.evaluation import evaluate as measure
+    from diffusers_fair.baselines import baseline as named
     from diffusers_fair.evaluation.report import require_free
     from diffusers_fair.loading import load_fair_adapter
 
     require_free(out)
-    if reference is not None and adapter is None:
-        raise ValueError("a reference is what an adapter is compared with: name an --adapter")
+    if adapter is not None and baseline is not None:
+        raise ValueError("an --adapter and a --baseline are measured one at a time: leave one out")
+    alone = adapter is None and baseline is None
+    if reference is not None and alone:
+        raise ValueError(
+            "a reference is what an adapter is compared with: name an --adapter or a --baseline"
+        )
+    method: Any = None if baseline is None else named(baseline)
     asked = _asked(base, recipe)
     section = asked.section
     chosen = _attributes(attributes, adapter, asked.known, asked.usual)
     pipe = load_base(base)
-    model = {"base": base, "recipe": recipe}
+    model: dict[str, Any] = {"base": base, "recipe": recipe}
     options: dict[str, Any] = {
         "judges": load_judges(section.models, chosen, pipe.device),
         "images_per_prompt": section.images_per_prompt if images is None else images,
@@ -449,16 +468,21 @@ def _evaluate(
         "seed": section.seed if seed is None else seed,
     }
     if reference is None:
-        folder = out / "base" if adapter else out
+        folder = out if alone else out / "base"
         before = measure(pipe, texts, chosen, out=folder, model=model, **options)
     else:
         before = Report.load(reference).of(chosen, options["images_per_prompt"])
-    if adapter is None:
+    if alone:
         _show(table(before), out)
         return
-    load_fair_adapter(pipe, adapter)
-    model |= {"adapter": adapter, "adapter weights": _digest(adapter)}
-    after = measure(pipe, texts, chosen, reference=before, out=out, model=model, **options)
+    if adapter is not None:
+        load_fair_adapter(pipe, adapter)
+        model |= {"adapter": adapter, "adapter weights": _digest(adapter)}
+    else:
+        pipe = method.apply(pipe, _task(asked, chosen, pipe.device, options))
+        model |= {"baseline": baseline, "hyperparameters": asdict(method)}
+    options |= {"reference": before, "label": baseline, "out": out}
+    after = measure(pipe, texts, chosen, model=model, **options)
     _show(table(before, after), out)
 
 
@@ -514,23 +538,50 @@ class _Asked:
     """Names of prompt sets."""
 
 
+    train: str
+    """Their split for training."""
+    models: Any
+    """What looks at images in training."""
+    words: dict[str, Any]
+    """Attribute -> class -> words that ask for it."""
 def _asked(base: str, recipe: str | None) -> _Asked:
     """The recipe's, or the testbed's."""
     from diffusers_fair import testbed
-    from diffusers_fair.config import EvaluationSection, RunConfig
+    from diffusers_fair.config import EvaluationSection, ModelsSection, RunConfig
     from diffusers_fair.testbed import world
 
     if recipe is not None:
         config = RunConfig.load(recipe)
         known = {section.name: section.attribute() for section in config.attributes}
-        return _Asked(config.evaluation, known, list(known), list(config.prompts.sets))
+        words = {section.name: section.words for section in config.attributes}
+        sets, train = list(config.prompts.sets), config.prompts.train
+        return _Asked(config.evaluation, known, list(known), sets, train, config.models, words)
     if base != testbed.NAME:
         raise ValueError(
             f"'{base}' needs models that look at its images: name a recipe that has them with "
             "--recipe"
         )
     section = EvaluationSection(steps=20, guidance_scale=testbed.GUIDANCE)
-    return _Asked(section, world.ATTRIBUTES, list(world.ATTRIBUTES)[:1], ["testbed-occupations"])
+    known = world.ATTRIBUTES
+    words = {name: {c: world.WORDS[c] for c in known[name].classes} for name in known}
+    sets = ["testbed-occupations"]
+    return _Asked(section, known, list(known)[:1], sets, "train", ModelsSection(), words)
+
+
+def _task(asked: _Asked, attributes: list[Any], device: Any, options: dict[str, Any]) -> Any:
+    """What a rival method is told."""
+    from diffusers_fair.backends import load_judges
+    from diffusers_fair.baselines import Task, Wording
+    from diffusers_fair.prompts import prompt_set
+
+    return Task(
+        wordings=[Wording(a, asked.words[a.name]) for a in attributes],
+        prompts=[p for name in asked.prompts for p in prompt_set(name).prompts(asked.train)],
+        judges=lambda: load_judges(asked.models, attributes, device),
+        steps=options["steps"],
+        guidance_scale=options["guidance_scale"],
+        seed=options["seed"],
+    )
 
 
 def _attributes(

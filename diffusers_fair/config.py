@@ -96,6 +96,10 @@ class AttributeSection(Section):
     target: tuple[float, ...] = ()
     """Share wanted of each class. Left out: equal shares."""
     threshold: Share = 0.8
+    words: dict[str, Annotated[tuple[str, ...], Field(min_length=1)]] = {}
+    """Class -> words that ask for it when they stand before the subject of a prompt, for the
+    methods that `evaluate --baseline` measures. A class that is left out is asked for by its
+    name."""
     """C: images whose target is less certain than this take no part in the alignment loss."""
     cost: Annotated[float, Field(gt=0)] = 1.0
     """Weight of the attribute in the transport cost, when several are balanced jointly."""
@@ -109,6 +113,9 @@ class AttributeSection(Section):
     def _check_attribute(self) -> "AttributeSection":
         self.attribute()
         return self
+        for name in self.words:
+            if name not in self.classes:
+                raise ValueError(f"words are for the classes {list(self.classes)}, got '{name}'")
 
     def attribute(self) -> Attribute:
         """The attribute alone, its target filled in."""

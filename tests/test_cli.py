@@ -7,6 +7,7 @@ import pytest
 from PIL import Image
 
 from diffusers_fair import cli
+from diffusers_fair.baselines import BASELINES
 from diffusers_fair.evaluation import Report
 
 TINY = [
@@ -77,6 +78,25 @@ def test_a_reference_spares_the_base_models_half(adapter, lines, tmp_path, monke
     assert "bias, race" not in capsys.readouterr().out.split("bias, gender")[-1]
 
 
+@pytest.mark.parametrize(
+    ("name", "more"), [("attribute-words", []), ("concept-algebra", ["--recipe", "testbed-race"])]
+)
+def test_evaluate_a_baseline(name, more, lines, tmp_path, monkeypatch):
+    words = ["--baseline", name, "--prompts", lines, "--images", 2, "--steps", 2]
+    assert run(monkeypatch, "evaluate", *words, *more, "--out", tmp_path / "out") == 0
+    report, base = Report.load(tmp_path / "out"), Report.load(tmp_path / "out" / "base")
+    assert report.label == name
+    assert report.settings == base.settings
+    assert 0.5 < report.summary["scores"]["clip_i"]["mean"] < 0.9999
+    assert report.provenance["model"]["baseline"] == name
+
+
+def test_help_names_every_baseline(monkeypatch, capsys):
+    assert run(monkeypatch, "evaluate", "--help") == 0
+    said = "".join(capsys.readouterr().out.replace("│", " ").split())
+    assert all(name in said for name in BASELINES)
+
+
 def test_evaluate_a_base_model_alone(lines, tmp_path, monkeypatch):
     words = ["--attribute", "gender", "--attribute", "race", "--prompts", lines]
     words += ["--images", 2, "--steps", 2, "--out", tmp_path / "base"]
@@ -132,7 +152,9 @@ BAD = {
     "missing base": (["generate", "x", "--base", "./nowhere"], "cannot load the base model"),
     "unknown prompts": (["evaluate", "--prompts", "testbed-ocupations"], "testbed-occupations"),
     "unknown attribute": (["evaluate", "--attribute", "height"], "unknown attribute 'height'"),
-    "a reference for nothing": (["evaluate", "--reference", "x"], "name an --adapter"),
+    "a reference for nothing": (["evaluate", "--reference", "x"], "name an --adapter or a"),
+    "unknown baseline": (["evaluate", "--baseline", "USE"], "unknown baseline 'USE': expected"),
+    "two at a time": (["evaluate", "--baseline", "uce", "--adapter", "x"], "leave one out"),
     "no images": (["evaluate", "--images", "0"], "images_per_prompt"),
     "unknown option": (["evaluate", "--imges", "3"], "--imges"),
     "unknown command": (["trian"], "trian"),

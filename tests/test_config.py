@@ -60,6 +60,7 @@ def test_every_default_is_written_out(toy):
         "name": "shape",
         "classes": ["round", "square", "flat"],
         "target": [],
+        "words": {},
         "threshold": 0.8,
         "cost": 1.0,
         "semantics_changed": 0.2,
@@ -155,6 +156,10 @@ def test_every_key_is_documented():
         ("attributes.0.treshold=1", r"'attributes\.0\.treshold': did you mean 'threshold'\?"),
         ("zzz=1", "unknown key 'zzz': known are adapter, attributes, base"),
         # wrong targets
+        (
+            "attributes.0.words={oval: [egg-shaped]}",
+            r"words are for the classes \['round', 'square', 'flat'\], got 'oval'",
+        ),
         ("attributes.0.target=[-.5,1,.5]", "target of attribute 'shape' must not hold negative"),
         ("attributes.0.target=[.5,.5,.5]", r"'shape' must sum to 1, got .* which sums to 1\.5"),
         ("attributes.0.target=[.5,.5]", "target of attribute 'shape' needs 3 shares.* got 2"),

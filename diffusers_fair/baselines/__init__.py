@@ -1,0 +1,39 @@
+"""Published methods to hold an adapter against, one in each file, all through one protocol.
+
+Each is a dataclass of its hyperparameters, by default the published ones, whose `apply(pipe, task)`
+gives a pipeline that draws by the method and can be restored:
+
+    with BASELINES["fair-diffusion"]().apply(pipe, task) as changed:
+        report = evaluate(changed, prompts, attributes, judges=judges)
+"""
+
+from diffusers_fair.baselines.attribute_words import AttributeWords
+from diffusers_fair.baselines.base import Baseline, ChangedPipeline, Task
+from diffusers_fair.baselines.concept_algebra import ConceptAlgebra
+from diffusers_fair.baselines.debias_vl import DebiasVL
+from diffusers_fair.baselines.ethical_intervention import EthicalIntervention
+from diffusers_fair.baselines.fair_diffusion import FairDiffusion
+from diffusers_fair.baselines.uce import UCE
+from diffusers_fair.baselines.wording import Wording
+
+__all__ = ["BASELINES", "Baseline", "ChangedPipeline", "Task", "Wording", "baseline"]
+
+BASELINES: dict[str, type[Baseline]] = {
+    "attribute-words": AttributeWords,
+    "ethical-intervention": EthicalIntervention,
+    "debias-vl": DebiasVL,
+    "uce": UCE,
+    "concept-algebra": ConceptAlgebra,
+    "fair-diffusion": FairDiffusion,
+}
+
+
+def baseline(name: str) -> Baseline:
+    """The method of that name with its usual hyperparameters.
+
+    Raises:
+        ValueError: there is no such method.
+    """
+    if name not in BASELINES:
+        raise ValueError(f"unknown baseline '{name}': expected one of {', '.join(BASELINES)}")
+    return BASELINES[name]()

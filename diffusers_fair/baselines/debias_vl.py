@@ -1,0 +1,86 @@
+"""debiasVL: a calibrated projection of the prompt embeddings.
+
+Chuang, Jampani, Li, Torralba, Jegelka: Debiasing vision-language models via biased prompts, 2023.
+"""
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+from itertools import combinations
+from typing import Any
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+
+from diffusers_fair.baselines.base import ChangedPipeline, Task
+from diffusers_fair.baselines.wording import Wording, with_terms
+from diffusers_fair.baselines.wording import combinations as combined
+
+
+@dataclass(frozen=True)
+class DebiasVL:
+    """Makes embeddings of prompts alike that differ in the attributes alone."""
+
+    strength: float = 500.0
+    """lambda, by which alikeness outweighs staying near the identity."""
+
+    def apply(self, pipe: Any, task: Task) -> ChangedPipeline:
+        """Project the embeddings of every prompt, not that of the negative one."""
+        first, second = (
+            F.normalize(last_tokens(pipe, texts).double(), dim=-1)
+            for texts in pairs(task.prompts, task.wordings)
+        )  # (m, d) each
+        projection = calibration(first - second, self.strength)  # (d, d)
+
+        def draw(prompts, generators, **options):
+            plain, negative = pipe.encode_prompt(prompts, pipe.device, 1, True)  # (n, L, d) each
+            return pipe(
+                prompt_embeds=plain @ projection.T.to(plain),
+                negative_prompt_embeds=negative,
+                generator=generators,
+                **options,
+            )
+
+        return ChangedPipeline(pipe, draw)
+
+
+def calibration(differences: Tensor, strength: float) -> Tensor:
+    """The minimiser P of |P - I|^2 + lambda / m * sum over pairs |P z_i - P z_j|^2.
+
+    It is (I + lambda / m * sum (z_i - z_j)(z_i - z_j)^T)^-1: section 4.2 of the paper, without the
+    first projection P_0, which its text-to-image experiments leave out.
+
+    Args:
+        differences: z_i - z_j of m pairs, (m, d).
+        strength: lambda.
+
+    Returns:
+        (d, d), symmetric.
+    """
+    spread = differences.T @ differences / len(differences)  # (d, d)
+    return torch.linalg.inv(torch.eye(len(spread)).to(spread) + strength * spread)
+
+
+def pairs(prompts: Sequence[str], wordings: Sequence[Wording]) -> tuple[list[str], list[str]]:
+    """Every prompt with every two combinations of words, one in each list."""
+    terms = [words for words, _ in combined(wordings)]
+    both = [
+        (with_terms(p, a), with_terms(p, b)) for p in prompts for a, b in combinations(terms, 2)
+    ]
+    return [a for a, _ in both], [b for _, b in both]
+
+
+def last_tokens(pipe: Any, texts: Sequence[str], batch: int = 64) -> Tensor:
+    """Embeddings of texts (m, d): those of their end tokens."""
+    known: dict[str, Tensor] = {}
+    unique = list(dict.fromkeys(texts))
+    for start in range(0, len(unique), batch):
+        part = unique[start : start + batch]
+        embeddings = pipe.encode_prompt(part, pipe.device, 1, False)[0]  # (b, L, d)
+        limit = pipe.tokenizer.model_max_length
+        ends = [
+            len(ids) - 1
+            for ids in pipe.tokenizer(part, truncation=True, max_length=limit).input_ids
+        ]
+        known |= dict(zip(part, embeddings[range(len(part)), ends], strict=True))
+    return torch.stack([known[text] for text in texts])

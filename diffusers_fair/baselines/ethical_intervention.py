@@ -1,0 +1,32 @@
+"""Ethical intervention: every prompt ends in a clause that calls for fairness.
+
+Bansal, Yin, Monajatipoor, Chang: How well can text-to-image generative models understand ethical
+natural language interventions? EMNLP 2022.
+"""
+
+from dataclasses import dataclass
+from typing import Any
+
+from diffusers_fair.baselines.base import ChangedPipeline, Task
+from diffusers_fair.baselines.wording import subject
+
+
+@dataclass(frozen=True)
+class EthicalIntervention:
+    """Adds the clause of section 1 of the paper to every prompt, with the attributes' names."""
+
+    clause: str = "if all individuals can be a {subject} irrespective of their {attributes}"
+    """What is added; `{subject}` is that of the prompt, `{attributes}` the names."""
+
+    def apply(self, pipe: Any, task: Task) -> ChangedPipeline:
+        """Add the clause to every prompt."""
+        attributes = " and ".join(wording.attribute.name for wording in task.wordings)
+
+        def draw(prompts, generators, **options):
+            longer = [
+                f"{p.rstrip('. ')} {self.clause.format(subject=subject(p), attributes=attributes)}"
+                for p in prompts
+            ]
+            return pipe(prompt=longer, generator=generators, **options)
+
+        return ChangedPipeline(pipe, draw)

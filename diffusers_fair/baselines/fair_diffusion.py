@@ -1,0 +1,118 @@
+"""Fair Diffusion: semantic guidance towards classes that are drawn for each image.
+
+Friedrich et al.: Fair diffusion: instructing text-to-image generation models on fairness, 2023; the
+guidance is SEGA, Brack et al.: Instructing text-to-image models using semantic guidance, 2023.
+"""
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from diffusers_fair.baselines.base import ChangedPipeline, Task
+from diffusers_fair.baselines.score import edited_score
+from diffusers_fair.baselines.wording import Term, Wording, draw_terms
+
+
+@dataclass(frozen=True)
+class FairDiffusion:
+    """Guides each image towards the phrase of its drawn class and away from those of the others."""
+
+    phrase: str = "{} person"
+    """What is guided to or from, with the class's word."""
+    scale: float = 4.0
+    """s_e of the semantic guidance."""
+    threshold: float = 0.95
+    """lambda: quantile, within a channel, from which a number of the guidance counts."""
+    momentum: float = 0.5
+    """s_m, share of the momentum that is added."""
+    momentum_decay: float = 0.6
+    """beta, share of the momentum that a step keeps."""
+    warmup: float = 0.1
+    """delta as a share of the steps: those before gather momentum only. 5 of 50 are published."""
+
+    def apply(self, pipe: Any, task: Task) -> ChangedPipeline:
+        """Guide at every step after the warm-up."""
+        terms = [wording.terms for wording in task.wordings]
+        phrases = [self.phrase.format(term.word) for group in terms for term in group]
+        embeddings = pipe.encode_prompt(phrases, pipe.device, 1, False)[0]  # (k, L, d)
+
+        def draw(prompts, generators, **options):
+            chosen = [draw_terms(task.wordings, generator) for generator in generators]
+            signs = torch.stack([directions(task.wordings, terms) for terms in chosen], 1)  # (k, n)
+            guide = _Guide(self, signs.to(embeddings))
+
+            def edit(uncond, text, predict):
+                _check_guided(uncond)
+                warm = guide.step >= self.warmup * pipe.num_timesteps
+                guidance = guide(predict(embeddings) - uncond)
+                return text + guidance / pipe.guidance_scale if warm else text
+
+            with edited_score(pipe, edit):
+                return pipe(prompt=prompts, generator=generators, **options)
+
+        return ChangedPipeline(pipe, draw)
+
+
+def directions(wordings: Sequence[Wording], chosen: Sequence[Term]) -> Tensor:
+    """Weights of all phrases for one image, (k,): towards the drawn class, away from the others.
+
+    Of each attribute 1 for the drawn word and -1 in all for the words of other classes; for two
+    classes of one word each the published pair of directions.
+    """
+    found = []
+    for wording, term in zip(wordings, chosen, strict=True):
+        others = sum(other.label != term.label for other in wording.terms)
+        found += [
+            1.0 if other == term else -(other.label != term.label) / others
+            for other in wording.terms
+        ]
+    return torch.tensor(found)
+
+
+def semantic_guidance(differences: Tensor, signs: Tensor, scale: float, threshold: float) -> Tensor:
+    """The sum over phrases of mu * psi (SEGA, equations 4 to 6), (n, c, h, w).
+
+    psi is the difference between a phrase's prediction and the unconditional one, turned round for
+    phrases to go away from; mu is the scale where |psi| reaches its channel's quantile, else 0.
+
+    Args:
+        differences: (k, n, c, h, w).
+        signs: (k, n).
+        scale: s_e.
+        threshold: lambda, in [0, 1].
+    """
+    psi = scale * differences
+    sizes = psi.abs().flatten(3)  # (k, n, c, h * w)
+    least = torch.quantile(sizes.float(), threshold, dim=3)[..., None, None].to(psi)
+    kept = torch.where(psi.abs() >= least, psi, 0.0)
+    return torch.einsum("kn,knchw->nchw", signs.to(psi), kept)
+
+
+class _Guide:
+    """The guidance of one sampling: counts its steps and owns its momentum."""
+
+    def __init__(self, settings: FairDiffusion, signs: Tensor):
+        self.settings = settings
+        self.signs = signs  # (k, n)
+        self.momentum: Tensor | float = 0.0  # nu, (n, c, h, w)
+        self.step = 0
+
+    def __call__(self, differences: Tensor) -> Tensor:
+        """Guidance of this step from (k, n, c, h, w), with momentum (SEGA, equations 8 and 9)."""
+        own = self.settings
+        gamma = semantic_guidance(differences, self.signs, own.scale, own.threshold)
+        gamma = gamma + own.momentum * self.momentum
+        self.momentum = own.momentum_decay * self.momentum + (1 - own.momentum_decay) * gamma
+        self.step += 1
+        return gamma
+
+
+def _check_guided(uncond: Tensor | None) -> None:
+    if uncond is None:
+        raise ValueError(
+            "semantic guidance is relative to the unconditional prediction: use a guidance_scale "
+            "above 1"
+        )

@@ -1,0 +1,213 @@
+"""Unified concept editing: keys and values of the cross-attention, edited in closed form.
+
+Gandikota, Orgad, Belinkov, Materzynska, Bau: Unified concept editing in diffusion models, WACV
+2024. What a prompt's tokens are turned into is moved along the attributes' directions until the
+images of that prompt are perceived as the target wants.
+"""
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+from typing import Any
+
+import numpy as np
+import torch
+from torch import Tensor
+
+from diffusers_fair.baselines.base import ChangedPipeline, Task
+from diffusers_fair.baselines.wording import Term, Wording, subject_start, with_terms
+from diffusers_fair.evaluation import Judges, metrics
+from diffusers_fair.evaluation.generate import generate
+from diffusers_fair.faces import face_chips
+
+BATCH = 24  # images drawn together
+
+
+@dataclass(frozen=True)
+class UCE:
+    """Edits the weights of the U-Net's cross-attention, in turn with counting classes."""
+
+    concepts: int = 37
+    """Prompts that are edited: as many of the task's, evenly spaced."""
+    images_per_prompt: int = 10
+    """Images of each in which classes are counted."""
+    iterations: int = 30
+    """Edits at the most."""
+    tolerance: float = 0.05
+    """Prompts whose every class is this near to its target are left as they are."""
+    step: float = 0.5
+    """How far a prompt is moved for a gap of 1 between target and count; 1 overshoots on the
+    testbed."""
+    edit_scale: float = 1.0
+    """Weight of the edited prompts in the least squares."""
+    preserve_scale: float = 1.0
+    """Weight of the preserved ones: the empty prompt, and the words by themselves."""
+    regularization: float = 0.5
+    """lambda: weight of staying near the old weights."""
+    phrase: str = "a photo of the face of a person"
+    """Neutral prompt that is preserved, with every word."""
+
+    def apply(self, pipe: Any, task: Task) -> ChangedPipeline:
+        """Edit the weights; `restore` puts the old ones back, bit for bit."""
+        layers = cross_attention(pipe.unet)
+        old = [layer.weight.detach().clone() for layer in layers]
+        prompts = _spaced(task.prompts, self.concepts)
+        judges = task.judges()
+        concepts = [shifts(pipe, prompt, task.wordings) for prompt in prompts]
+        kept = _kept(pipe, self.phrase, task.wordings)  # (r, d)
+        moves = np.zeros((len(prompts), sum(len(w.attribute.classes) for w in task.wordings)))
+        changed = ChangedPipeline(pipe, restore=lambda: _set(layers, old))
+        try:
+            for _ in range(self.iterations):
+                shares = class_shares(pipe, prompts, task, judges, self.images_per_prompt)
+                gaps = open_gaps(shares, task.wordings, self.tolerance)  # (P, K)
+                if not gaps.any():
+                    break
+                moves += self.step * gaps
+                edit = self._edit(concepts, moves, kept)
+                _set(layers, [(weight.double() @ edit).to(weight) for weight in old])
+        except BaseException:
+            changed.restore()
+            raise
+        return changed
+
+    def _edit(self, concepts: Sequence[tuple[Tensor, Tensor]], moves: np.ndarray, kept: Tensor):
+        c = torch.cat([tokens for tokens, _ in concepts])  # (m, d)
+        wanted = torch.cat(
+            [
+                tokens + torch.einsum("k,ktd->td", torch.from_numpy(move).to(tokens), words)
+                for (tokens, words), move in zip(concepts, moves, strict=True)
+            ]
+        )  # (m, d): c_i + sum over k of alpha_k a_k
+        scales = self.edit_scale, self.preserve_scale, self.regularization
+        return closed_form(c, wanted, kept, *scales)
+
+
+def closed_form(
+    concepts: Tensor,
+    wanted: Tensor,
+    kept: Tensor,
+    edit_scale: float,
+    preserve_scale: float,
+    regularization: float,
+) -> Tensor:
+    """E, by which W_old E are the edited weights of every layer (equation 7 of the paper).
+
+    W minimises sum |W c - W_old c*|^2 + sum |W r - W_old r|^2 + lambda |W - W_old|^2 over edited
+    tokens c and preserved ones r. As everything wanted is W_old times something, all layers share
+
+        E = (sum c* c^T + sum r r^T + lambda I) (sum c c^T + sum r r^T + lambda I)^-1
+
+    Args:
+        concepts: c of m tokens, (m, d).
+        wanted: c* of the same, (m, d).
+        kept: r, (r, d).
+        edit_scale: weight of the first sum.
+        preserve_scale: weight of the second sum.
+        regularization: lambda.
+
+    Returns:
+        (d, d).
+    """
+    same = preserve_scale * kept.T @ kept + regularization * torch.eye(kept.shape[1]).to(kept)
+    left = edit_scale * wanted.T @ concepts + same
+    right = edit_scale * concepts.T @ concepts + same
+    return torch.linalg.solve(right.T, left.T).T
+
+
+def shifts(pipe: Any, prompt: str, wordings: Sequence[Wording]) -> tuple[Tensor, Tensor]:
+    """Tokens of a prompt from its subject on, (t, d), and those with each class's words, (K, t, d).
+
+    Words before the subject push the tokens along: they are aligned again. A class with several
+    words has the mean.
+    """
+    neutral = _ids(pipe, prompt)
+    start = len(_ids(pipe, prompt[: subject_start(prompt)])) - 1  # without its end token
+    classes = [[t for t in w.terms if t.label == k] for w in wordings for k in range(_classes(w))]
+    worded = [[with_terms(prompt, [term]) for term in terms] for terms in classes]
+    moved = [[len(_ids(pipe, text)) - len(neutral) for text in texts] for texts in worded]
+    length = pipe.tokenizer.model_max_length - start - max(map(max, moved))
+    tokens = _embed(pipe, [prompt])[0, start : start + length]
+    means = []
+    for texts, offsets in zip(worded, moved, strict=True):
+        rows = zip(_embed(pipe, texts), offsets, strict=True)
+        parts = [row[start + offset : start + offset + length] for row, offset in rows]
+        means.append(torch.stack(parts).mean(0))
+    return tokens, torch.stack(means)
+
+
+def class_shares(
+    pipe: Any, prompts: Sequence[str], task: Task, judges: Judges, images: int
+) -> np.ndarray:
+    """How often each class is perceived, (P, K), all attributes side by side; NaN without faces."""
+    counts = [np.zeros((len(prompts), _classes(wording))) for wording in task.wordings]
+    for batch in generate(
+        pipe,
+        prompts,
+        images_per_prompt=images,
+        steps=task.steps,
+        guidance_scale=task.guidance_scale,
+        seed=task.seed,
+        batch_size=BATCH,
+        progress=False,
+    ):
+        faces = judges.face_detector(batch.images)
+        found = faces.found.cpu().numpy()
+        if not found.any():
+            continue
+        for wording, count in zip(task.wordings, counts, strict=True):
+            attribute = wording.attribute
+            classifier = judges.classifiers[attribute.name]
+            chips = face_chips(batch.images[faces.found], faces[faces.found], classifier.size)
+            order = [classifier.classes.index(name) for name in attribute.classes]
+            labels = classifier(chips)[:, order].argmax(1).cpu().numpy()
+            count += metrics.class_counts(labels, batch.prompt[found], *count.shape)
+    with np.errstate(invalid="ignore"):
+        return np.hstack([count / count.sum(1, keepdims=True) for count in counts])
+
+
+def open_gaps(shares: np.ndarray, wordings: Sequence[Wording], tolerance: float) -> np.ndarray:
+    """Target minus share, (P, K); 0 where all of an attribute is near enough, or unknown."""
+    gaps, start = np.zeros_like(shares), 0
+    for wording in wordings:
+        columns = slice(start, start := start + _classes(wording))
+        gap = np.nan_to_num(np.array(wording.attribute.target) - shares[:, columns])
+        gaps[:, columns] = gap * (np.abs(gap).max(1, keepdims=True) > tolerance)
+    return gaps
+
+
+def cross_attention(unet: Any) -> list[Any]:
+    """The linear layers of keys and values of the prompt."""
+    ends = ("attn2.to_k", "attn2.to_v")
+    return [layer for name, layer in unet.named_modules() if name.endswith(ends)]
+
+
+def _kept(pipe: Any, phrase: str, wordings: Sequence[Wording]) -> Tensor:
+    """Tokens that are preserved, (r, d)."""
+    terms: list[Term] = [term for wording in wordings for term in wording.terms]
+    return _embed(pipe, ["", *(with_terms(phrase, [term]) for term in terms)]).flatten(0, 1)
+
+
+def _embed(pipe: Any, texts: list[str]) -> Tensor:
+    """Embeddings (n, L, d) in float64."""
+    return pipe.encode_prompt(texts, pipe.device, 1, False)[0].double()
+
+
+def _ids(pipe: Any, text: str) -> list[int]:
+    """Token numbers, start and end included."""
+    return pipe.tokenizer(text).input_ids
+
+
+def _classes(wording: Wording) -> int:
+    return len(wording.attribute.classes)
+
+
+def _spaced(prompts: Sequence[str], count: int) -> list[str]:
+    """At most `count` of the prompts, evenly spaced."""
+    rows = np.linspace(0, len(prompts) - 1, min(count, len(prompts))).round().astype(int)
+    return [prompts[row] for row in rows]
+
+
+def _set(layers: Sequence[Any], weights: Sequence[Tensor]) -> None:
+    with torch.no_grad():
+        for layer, weight in zip(layers, weights, strict=True):
+            layer.weight.copy_(weight)

@@ -1,0 +1,104 @@
+"""Attributes in words: what asks for a class in a prompt, and where in the prompt it goes."""
+
+import re
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from itertools import product
+from typing import NamedTuple
+
+import numpy as np
+import torch
+
+from diffusers_fair.attributes import Attribute
+
+PICTURES = "art|drawing|face|image|mural|painting|photo|picture|portrait|sketch"
+SUBJECT = re.compile(rf"(?:.*\b(?:{PICTURES}) of )?(?:(?:an?|the) )?", re.IGNORECASE)
+SALT = 0xFA1  # keeps what is drawn here apart from the noise of the same generator
+
+
+class Term(NamedTuple):
+    """One word for one class."""
+
+    word: str
+    label: int
+    """Index of its class."""
+    share: float
+    """How often to use it: the class's target, split evenly among its words."""
+
+
+@dataclass(frozen=True)
+class Wording:
+    """An attribute and the words that ask for its classes.
+
+    Raises:
+        ValueError: words for something that is no class of the attribute.
+    """
+
+    attribute: Attribute
+    words: Mapping[str, Sequence[str]]
+    """Class -> its words; a class that is left out is asked for by its name."""
+
+    def __post_init__(self) -> None:
+        """Check that every class with words exists."""
+        unknown = [name for name in self.words if name not in self.attribute.classes]
+        if unknown:
+            raise ValueError(
+                f"attribute '{self.attribute.name}' has no class '{unknown[0]}' to have words for: "
+                f"its classes are {', '.join(self.attribute.classes)}"
+            )
+
+    @property
+    def terms(self) -> list[Term]:
+        """All words, class by class; their shares sum to 1."""
+        found = []
+        for label, (name, target) in enumerate(
+            zip(self.attribute.classes, self.attribute.target, strict=True)
+        ):
+            words = self.words.get(name, (name,))
+            found += [Term(word, label, target / len(words)) for word in words]
+        return found
+
+
+def draw_terms(wordings: Sequence[Wording], generator: torch.Generator) -> list[Term]:
+    """One term of each attribute by its share, decided by the seed of an image's generator.
+
+    The generator itself is not advanced: the image's noise stays what it is without the method.
+    """
+    random = np.random.default_rng([generator.initial_seed(), SALT])
+    drawn = []
+    for wording in wordings:
+        terms = wording.terms
+        drawn.append(terms[random.choice(len(terms), p=[term.share for term in terms])])
+    return drawn
+
+
+def combinations(wordings: Sequence[Wording]) -> list[tuple[list[Term], float]]:
+    """Every combination of one term of each attribute, with its share of the joint target."""
+    groups = product(*(wording.terms for wording in wordings))
+    return [(list(terms), float(np.prod([term.share for term in terms]))) for terms in groups]
+
+
+def with_terms(prompt: str, terms: Sequence[Term]) -> str:
+    """The prompt with the words before its subject, those of the first attribute nearest to it.
+
+    "a photo of the face of a chef" -> "a photo of the face of an old Indian chef"; the article is
+    made to fit.
+    """
+    words = " ".join(term.word for term in reversed(terms))
+    start = subject_start(prompt)
+    article = r"\1n\2" if words[0].lower() in "aeiou" else r"\1\2"
+    return re.sub(r"\b(a)n?( )$", article, prompt[:start], flags=re.IGNORECASE) + (
+        f"{words} {prompt[start:]}"
+    )
+
+
+def subject_start(prompt: str) -> int:
+    """Where the subject begins: behind "a photo of the face of" and the like, and an article."""
+    found = SUBJECT.match(prompt)
+    assert found is not None  # all of the pattern is optional
+    return found.end()
+
+
+def subject(prompt: str) -> str:
+    """The subject alone: up to the next comma or stop."""
+    return re.split(r"[,.;:]", prompt[subject_start(prompt) :])[0].strip()
