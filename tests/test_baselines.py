@@ -352,7 +352,7 @@ def test_semantic_guidance_needs_guidance(pipe):
 
 
 def test_closed_form_is_the_least_squares_solution():
-    """Equation 7, for the weights of one layer, by the gradient of the objective it minimises."""
+    """For the weights of one layer, by the gradient of the objective it minimises."""
     g = generators(3)[0]
     c, v, r = (torch.randn(n, 5, generator=g, dtype=torch.float64) for n in (4, 4, 3))
     old = torch.randn(6, 5, generator=g, dtype=torch.float64)

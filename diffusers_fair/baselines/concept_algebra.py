@@ -42,8 +42,9 @@ class ConceptAlgebra:
 def transferred(score: Tensor, concept: Tensor, shares: Tensor) -> Tensor:
     """(I - proj) s + proj m: the score with its part in the concept's subspace replaced.
 
-    proj projects on the span of the differences between the phrases' scores (section 4 of the
-    paper), m is their mean by the target, the score of the balanced mixture (section 5).
+    The paper's edit of a concept (its Algorithm 2 for two phrases): proj projects on the span of
+    the differences between the phrases' scores, m is their mean by the target, in place of the
+    score of a prompt that is neutral by itself.
 
     Args:
         score: s, of the prompt, (n, c, h, w).

@@ -47,7 +47,7 @@ class DebiasVL:
 def calibration(differences: Tensor, strength: float) -> Tensor:
     """The minimiser P of |P - I|^2 + lambda / m * sum over pairs |P z_i - P z_j|^2.
 
-    It is (I + lambda / m * sum (z_i - z_j)(z_i - z_j)^T)^-1: section 4.2 of the paper, without the
+    It is (I + lambda / m * sum (z_i - z_j)(z_i - z_j)^T)^-1: the paper's calibration, without its
     first projection P_0, which its text-to-image experiments leave out.
 
     Args:

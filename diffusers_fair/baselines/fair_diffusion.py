@@ -73,7 +73,7 @@ def directions(wordings: Sequence[Wording], chosen: Sequence[Term]) -> Tensor:
 
 
 def semantic_guidance(differences: Tensor, signs: Tensor, scale: float, threshold: float) -> Tensor:
-    """The sum over phrases of mu * psi (SEGA, equations 4 to 6), (n, c, h, w).
+    """The sum over phrases of SEGA's gamma = mu * psi, (n, c, h, w).
 
     psi is the difference between a phrase's prediction and the unconditional one, turned round for
     phrases to go away from; mu is the scale where |psi| reaches its channel's quantile, else 0.
@@ -101,7 +101,7 @@ class _Guide:
         self.step = 0
 
     def __call__(self, differences: Tensor) -> Tensor:
-        """Guidance of this step from (k, n, c, h, w), with momentum (SEGA, equations 8 and 9)."""
+        """Guidance of this step from (k, n, c, h, w): gamma + s_m nu, which nu then follows."""
         own = self.settings
         gamma = semantic_guidance(differences, self.signs, own.scale, own.threshold)
         gamma = gamma + own.momentum * self.momentum

@@ -90,7 +90,7 @@ def closed_form(
     preserve_scale: float,
     regularization: float,
 ) -> Tensor:
-    """E, by which W_old E are the edited weights of every layer (equation 7 of the paper).
+    """E, by which W_old E are the edited weights of every layer: the paper's closed form.
 
     W minimises sum |W c - W_old c*|^2 + sum |W r - W_old r|^2 + lambda |W - W_old|^2 over edited
     tokens c and preserved ones r. As everything wanted is W_old times something, all layers share
