@@ -496,7 +496,7 @@ def _audit(images: str, recipe: str | None, out: Path, attributes: list[str] | N
     if recipe is None:
         raise ValueError(
             f"the pictures in '{images}' need models that look at them: name a recipe that has "
-            "them with --recipe (for pictures by the testbed, testbed-gender)"
+            "them with --recipe (for pictures by the testbed, one of its own)"
         )
     asked = _asked("", recipe)
     chosen = _attributes(attributes, None, asked.known, asked.usual)
@@ -600,7 +600,7 @@ def _attributes(
 
 
 def _entry(word: str) -> Any:
-    """A report to compare, named as in `gender/ours=reports/ours`, or by its own label."""
+    """A report to compare, named as in `group/ours=reports/ours`, or by its own label."""
     from diffusers_fair.evaluation import Report
     from diffusers_fair.evaluation.comparison import Entry
 
