@@ -1,20 +1,22 @@
 """What training looked up in the original images, kept on disk: they never change.
 
-One file for each batch, named by everything the originals depend on. Files are written whole or not
-at all, mapped into memory when read, and may be deleted at any time: they are then made again.
+One file for each batch, or for each process's share of it, named by everything the originals
+depend on. Files are written whole or not at all, mapped into memory when read, and may be deleted
+or damaged at any time: they are then made again.
 """
 
 import hashlib
 import json
-import os
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
 import torch
-from safetensors.torch import load_file, save_file
+from safetensors import SafetensorError
+from safetensors.torch import load_file, save
 from torch import Tensor
 
+from diffusers_fair import durable
 from diffusers_fair.faces import Faces
 from diffusers_fair.objective import Originals
 
@@ -38,16 +40,18 @@ class OriginalsBank:
             batch: what tells it from others: prompts, noise, steps. JSON data.
             make: draws the original images and looks at them.
             device: where the tensors go.
+
+        Raises:
+            OSError: the file cannot be written.
         """
         told = json.dumps([self.about, batch], sort_keys=True)
         file = self.folder / f"{hashlib.sha256(told.encode()).hexdigest()[:32]}.safetensors"
-        if file.exists():
+        try:
             return _unpacked(load_file(file, device=str(device)))
-        originals = make()
+        except (FileNotFoundError, SafetensorError):
+            originals = make()
         self.folder.mkdir(parents=True, exist_ok=True)
-        partial = file.with_suffix(f".{os.getpid()}.partial")
-        save_file(_packed(originals), partial)
-        partial.rename(file)
+        durable.write(file, save(_packed(originals)))
         return originals
 
 

@@ -1,6 +1,7 @@
 """What an iteration trains on: prompts, noise and steps, all by the seed and its number alone."""
 
-from dataclasses import dataclass
+from dataclasses import asdict, dataclass
+from typing import Any
 
 import torch
 
@@ -23,6 +24,37 @@ class Batch:
     def images_per_prompt(self) -> int:
         """Images of each prompt: n."""
         return len(self.seeds) // len(self.prompts)
+
+
+@dataclass(frozen=True)
+class Share:
+    """Those images of a batch that one process makes."""
+
+    batch: Batch
+    images: slice
+    """Which ones, one or more."""
+
+    @property
+    def seeds(self) -> tuple[int, ...]:
+        """Of each image's noise."""
+        return self.batch.seeds[self.images]
+
+    @property
+    def prompts(self) -> tuple[str, ...]:
+        """Of these images, each once; of the first and the last it may not have all images."""
+        n = self.batch.images_per_prompt
+        return self.batch.prompts[self.images.start // n : -(-self.images.stop // n)]
+
+    @property
+    def skipped(self) -> int:
+        """Images of the first prompt that come before the share."""
+        return self.images.start % self.batch.images_per_prompt
+
+    def told(self) -> dict[str, Any]:
+        """What tells its images from others, as JSON data."""
+        whole = self.images == slice(0, len(self.batch.seeds))
+        part = {} if whole else {"images": [self.images.start, self.images.stop]}
+        return asdict(self.batch) | part
 
 
 def draw_batch(config: RunConfig, prompts: PromptMixture, number: int) -> Batch:

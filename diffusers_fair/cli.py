@@ -401,13 +401,15 @@ def _is_usage(error: Exception) -> bool:
 
 
 def _train(recipe: str, overrides: list[str]) -> Path:
+    from diffusers_fair import processes
     from diffusers_fair.config import RunConfig
     from diffusers_fair.trainer import FairnessFinetuner
 
     config = RunConfig.load(recipe, overrides)
     config.claim_output()  # before any model is loaded
     folder = FairnessFinetuner(config).train()
-    console.print(f"adapter in {folder / 'adapter'}")
+    if processes.main():
+        console.print(f"adapter in {folder / 'adapter'}")
     return folder
 
 
@@ -427,9 +429,9 @@ def _evaluate(
     out: Path,
     texts: list[str],
     *,
+    baseline: str | None = None,
     recipe: str | None = None,
     attributes: list[str] | None = None,
-    baseline: str | None = None,
     images: int | None = None,
     steps: int | None = None,
     guidance_scale: float | None = None,
@@ -440,9 +442,9 @@ def _evaluate(
     from dataclasses import asdict
 
     from diffusers_fair.backends import load_base, load_judges
+    from diffusers_fair.baselines import baseline as named
     from diffusers_fair.evaluation import Report, table
     from diffusers_fair.evaluation import evaluate as measure
-    from diffusers_fair.baselines import baseline as named
     from diffusers_fair.evaluation.report import require_free
     from diffusers_fair.loading import load_fair_adapter
 
@@ -536,14 +538,14 @@ class _Asked:
     """Of them, those that are."""
     prompts: list[str]
     """Names of prompt sets."""
-
-
     train: str
     """Their split for training."""
     models: Any
     """What looks at images in training."""
     words: dict[str, Any]
     """Attribute -> class -> words that ask for it."""
+
+
 def _asked(base: str, recipe: str | None) -> _Asked:
     """The recipe's, or the testbed's."""
     from diffusers_fair import testbed

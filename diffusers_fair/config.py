@@ -10,6 +10,7 @@ from collections.abc import Iterable, Mapping, Sequence
 from pathlib import Path
 from typing import Annotated, Any, Literal, get_args
 
+from diffusers_fair import durable
 from diffusers_fair.attributes import Attribute
 
 try:
@@ -95,11 +96,11 @@ class AttributeSection(Section):
     """Names of the classes, in the order of the classifier's probabilities."""
     target: tuple[float, ...] = ()
     """Share wanted of each class. Left out: equal shares."""
-    threshold: Share = 0.8
     words: dict[str, Annotated[tuple[str, ...], Field(min_length=1)]] = {}
     """Class -> words that ask for it when they stand before the subject of a prompt, for the
     methods that `evaluate --baseline` measures. A class that is left out is asked for by its
     name."""
+    threshold: Share = 0.8
     """C: images whose target is less certain than this take no part in the alignment loss."""
     cost: Annotated[float, Field(gt=0)] = 1.0
     """Weight of the attribute in the transport cost, when several are balanced jointly."""
@@ -112,10 +113,10 @@ class AttributeSection(Section):
     @model_validator(mode="after")
     def _check_attribute(self) -> "AttributeSection":
         self.attribute()
-        return self
         for name in self.words:
             if name not in self.classes:
                 raise ValueError(f"words are for the classes {list(self.classes)}, got '{name}'")
+        return self
 
     def attribute(self) -> Attribute:
         """The attribute alone, its target filled in."""
@@ -261,6 +262,8 @@ class AdapterSection(Section):
     """Rank of the layers."""
     soft_tokens: Annotated[int, Field(ge=1, le=75, strict=True)] = 5
     """Number of soft tokens."""
+    init_from: str | None = None
+    """An adapter of the same base and components to start from: its folder or its Hub id."""
 
 
 class SamplingSection(Section):
@@ -314,6 +317,8 @@ class LossesSection(Section):
 class OptimizerSection(Section):
     """AdamW and what goes with it."""
 
+    name: Literal["adamw", "adamw8bit"] = "adamw"
+    """`adamw8bit` keeps its state in 8 bits, by bitsandbytes, which has to be installed."""
     lr: Annotated[float, Field(gt=0)] = 5e-5
     """Learning rate after the warm-up."""
     weight_decay: Annotated[float, Field(ge=0)] = 0.0
@@ -339,8 +344,13 @@ class TrainSection(Section):
     """Iterations with prompts, noise and steps of their own; then they come again, and what was
     seen in the original images comes from the disk. Null: never again."""
     micro_batch: Positive | None = None
-    """Images that the U-Net and the decoder see at a time; null is all. Costs time and saves
-    memory, and changes nothing else."""
+    """Images that the U-Net, the decoder and the judges see at a time, in each process; null is
+    all. Costs time and saves memory, and changes nothing else."""
+    memory_budget: Weight | None = None
+    """GB for each process, from which `micro_batch` is chosen when training starts: of the GPU's
+    memory, or of all that the process takes on the CPU."""
+    device: Literal["auto", "cpu"] = "auto"
+    """`auto` is what accelerate finds, a GPU if there is one; the testbed stays on the CPU."""
     seed: Count = 0
     """Of the prompts, the noise and the adapter's first weights."""
     checkpoint_every: Positive = 200
@@ -354,6 +364,18 @@ class TrainSection(Section):
     base model's than this."""
     keep: Positive = 2
     """Newest checkpoints that stay on the disk."""
+    max_skipped: Positive = 10
+    """Updates that may be skipped in a row, for images or gradients that are not finite, before
+    training stops; each halves the learning rate of the next ones for a while."""
+
+    @model_validator(mode="after")
+    def _check_memory(self) -> "TrainSection":
+        if self.micro_batch is not None and self.memory_budget is not None:
+            raise ValueError(
+                f"memory_budget chooses micro_batch, got both ({self.memory_budget:g} and "
+                f"{self.micro_batch}): set one of them to null, or leave it out"
+            )
+        return self
 
 
 class EvaluationSection(Section):
@@ -448,11 +470,10 @@ class RunConfig(Section):
         """
         folder, recipe = Path(self.output), Path(self.output) / RUN_FILE
         if not recipe.exists():
-            if folder.exists() and (not folder.is_dir() or any(folder.iterdir())):
+            if folder.exists() and (not folder.is_dir() or _foreign(folder)):
                 raise ValueError(f"output '{folder}' holds something else: choose another folder")
             folder.mkdir(parents=True, exist_ok=True)
-            recipe.with_suffix(".partial").write_text(self.to_yaml(), encoding="utf-8")
-            recipe.with_suffix(".partial").rename(recipe)
+            durable.write(recipe, self.to_yaml().encode())
         other = RunConfig.load(recipe)
         mine, theirs = _flat(self.model_dump()), _flat(other.model_dump())
         different = sorted(
@@ -465,6 +486,14 @@ class RunConfig(Section):
                 f"{mine.get(key)} here): choose another folder, or the same recipe to go on"
             )
         return folder
+
+
+def _foreign(folder: Path) -> bool:
+    """Whether a folder holds more than processes leave there that are just claiming it."""
+    return any(
+        path.name != RUN_FILE and not path.name.startswith(durable.PARTIAL)
+        for path in folder.iterdir()
+    )
 
 
 def recipes() -> list[str]:

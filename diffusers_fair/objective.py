@@ -1,15 +1,18 @@
 """Images with the adapter, and the original ones -> the loss to minimise (section 4.1).
 
-Targets are found among the images of one prompt; everything else is done for all prompts at once.
+Targets are found among the images of one prompt, those of all processes; everything else is done
+for all prompts at once, in each process for its own images.
 """
 
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 import numpy as np
 import torch
 from torch import Tensor
+from torch.utils.checkpoint import checkpoint
 
+from diffusers_fair import processes
 from diffusers_fair.attributes import Attribute
 from diffusers_fair.evaluation import Judges
 from diffusers_fair.evaluation.metrics import bias, frequencies
@@ -64,6 +67,36 @@ class Originals:
     embeddings: Tensor | None = None
     """Of the faces, (n, d), of unit length; as meaningless as the classes. None: not asked for."""
 
+    def __getitem__(self, rows: Tensor) -> "Originals":
+        """The same for some of the images."""
+        return Originals(
+            self.faces[rows],
+            {name: numbers[rows] for name, numbers in self.classes.items()},
+            (self.features[0][rows], self.features[1][rows]),
+            self.sure[rows],
+            None if self.embeddings is None else self.embeddings[rows],
+        )
+
+
+@dataclass(frozen=True)
+class Sought:
+    """What the images of this process should become, and what was seen in those of all."""
+
+    faces: Faces
+    """Of this process's n images."""
+    targets: list[Targets]
+    """Of each attribute, for the m faces found here; empty if no process found one."""
+    figures: dict[str, float]
+    """To log."""
+
+    def __getitem__(self, rows: Tensor) -> "Sought":
+        """The same for some of the images."""
+        before = self.faces.found.cumsum(0) - 1  # (n,), place among the faces
+        there = before[rows][self.faces.found[rows]]
+        return replace(
+            self, faces=self.faces[rows], targets=[_some(t, there) for t in self.targets]
+        )
+
 
 class Objective:
     """The loss of images, as training's judges see them (section 4.1).
@@ -96,8 +129,11 @@ class Objective:
         self.real_faces = real_faces
 
     @torch.no_grad()
-    def originals(self, images: Tensor) -> Originals:
-        """Look at the original model's images (n, 3, h, w) in [-1, 1]."""
+    def originals(self, images: Tensor, micro_batch: int | None = None) -> Originals:
+        """Look at the original model's images (n, 3, h, w) in [-1, 1], so many at a time."""
+        return _joined([self._original(part) for part in images.split(micro_batch or len(images))])
+
+    def _original(self, images: Tensor) -> Originals:
         faces = self.judges.face_detector(images)
         p = self.probabilities(images, faces)  # of every row: faceless ones are left out later
         sure = [p[aim.attribute.name].amax(1) >= aim.threshold for aim in self.aims]
@@ -118,26 +154,69 @@ class Objective:
         return found
 
     def __call__(
-        self, images: Tensor, originals: Originals, prompts: int = 1
+        self,
+        images: Tensor,
+        originals: Originals,
+        prompts: int = 1,
+        micro_batch: int | None = None,
     ) -> tuple[Tensor, dict[str, float]]:
         """The loss of images (n, 3, h, w) in [-1, 1], and figures to log.
 
         The loss is the sum of `alignment`, `semantics` and, if it is asked for, `face`, each with
-        its weight. Images without a face take part in the semantics loss alone.
+        its weight. Images without a face take part in the semantics loss alone. With several
+        processes, the figures are of the images of all, and the loss is the part of this process
+        in their mean: the sum of all parts is what one process would have found.
 
         Args:
-            images: equally many of each prompt, prompt by prompt.
+            images: of this process; of all together equally many of each prompt, prompt by prompt.
             originals: of the same prompts and noise.
             prompts: how many prompts there are.
+            micro_batch: images that the judges see at a time; left out, all. With a gradient they
+                see them twice, and keep nothing of the first time.
         """
-        faces = self.judges.face_detector(images.detach())
-        found = faces.found
-        p = self.probabilities(images[found], faces[found])
+        sought = self._seek(images.detach(), prompts, micro_batch)
+        parts = torch.arange(len(images), device=images.device).split(micro_batch or len(images))
+        if len(parts) == 1:
+            terms = self._terms(images, originals, sought)
+        else:
+            pieces = [
+                checkpoint(self._terms, images[x], originals[x], sought[x], use_reentrant=False)
+                for x in parts
+            ]
+            terms = {name: torch.cat([piece[name] for piece in pieces]) for name in pieces[0]}
+        total = torch.stack([*terms.values()]).sum(0)  # (n,)
+        every = {name: torch.cat(processes.gather(x)) for name, x in terms.items()}
+        whole = torch.cat(processes.gather(total))
+        logged = {name: x.mean().item() for name, x in ({"loss": whole} | every).items()}
+        return total.mean() * (len(total) / len(whole)), logged | sought.figures
+
+    @torch.no_grad()
+    def _seek(self, images: Tensor, prompts: int, micro_batch: int | None) -> Sought:
+        """Find the targets among the faces of all processes; each computes them all (eq. 4-5)."""
+        size = micro_batch or len(images)
+        faces = _joined_faces([self.judges.face_detector(part) for part in images.split(size)])
+        shown, there = images[faces.found], faces[faces.found]
+        rows = torch.arange(len(shown), device=images.device).split(size)
+        own = [self.probabilities(shown[x], there[x]) for x in rows]
+        parts = {name: processes.gather(torch.cat([p[name] for p in own])) for name in own[0]}
+        p = {name: torch.cat(x) for name, x in parts.items()}  # of the faces of all
+        found = torch.cat(processes.gather(faces.found))
         sizes = [int(part.sum()) for part in found.chunk(prompts)]  # faces of each prompt
+        before = [len(x) for x in next(iter(parts.values()))[: processes.number()]]
+        mine = torch.arange(len(shown), device=images.device) + sum(before)
+        targets = [_some(target, mine) for target in self._targets(p, sizes)]
+        return Sought(
+            faces, targets, {"faces": found.float().mean().item()} | _class_figures(p, sizes)
+        )
+
+    def _terms(self, images: Tensor, originals: Originals, sought: Sought) -> dict[str, Tensor]:
+        """Name -> each image's term of the loss (n,), with its weight."""
+        faces, found = sought.faces, sought.faces.found
         alignment = images.new_zeros(len(images))
         differs = found.new_ones(len(images), len(self.aims))
         if found.any():
-            alignment[found], differs[found] = self._align(p, originals, found, sizes)
+            p = self.probabilities(images[found], faces[found])
+            alignment[found], differs[found] = self._align(p, originals, found, sought.targets)
         terms = {
             "alignment": alignment,
             "semantics": self._semantics(images, faces, originals, differs),
@@ -145,19 +224,21 @@ class Objective:
         if self.real_faces is not None:
             kept = originals.sure & ~differs.any(1)
             terms["face"] = self._realism(self.real_faces, images, faces, originals, kept)
-        loss = torch.stack([*terms.values()]).sum(0).mean()
-        logged = {"loss": loss.item()} | {name: x.mean().item() for name, x in terms.items()}
-        return loss, logged | {"faces": found.float().mean().item()} | _biases(p, sizes)
+        return terms
 
     def _align(
-        self, p: Mapping[str, Tensor], originals: Originals, found: Tensor, sizes: Sequence[int]
+        self,
+        p: Mapping[str, Tensor],
+        originals: Originals,
+        found: Tensor,
+        targets: Sequence[Targets],
     ) -> tuple[Tensor, Tensor]:
         """Of the m faces found: the alignment loss (m,), and which classes are to change.
 
         The latter is (m, attributes) bool.
         """
         losses, differs = [], []
-        for aim, target in zip(self.aims, self._targets(p, sizes), strict=True):
+        for aim, target in zip(self.aims, targets, strict=True):
             name = aim.attribute.name
             losses.append(alignment_loss(p[name], target, aim.threshold))  # equation 6
             differs.append(target.labels != originals.classes[name][found])
@@ -223,12 +304,49 @@ def _shared_face(a: Faces, b: Faces, images: Tensor) -> Tensor:
     return rows[:, :, None] & columns[:, None, :] & (a.found & b.found)[:, None, None]
 
 
-def _biases(p: Mapping[str, Tensor], sizes: Sequence[int]) -> dict[str, float]:
-    """'bias/NAME' -> mean over the prompts with a face; left out where none has one."""
+def _class_figures(p: Mapping[str, Tensor], sizes: Sequence[int]) -> dict[str, float]:
+    """Of each attribute, for faces (m, classes), prompt by prompt; left out where there are none.
+
+    'bias/NAME' is the mean over the prompts with a face, 'largest/NAME' the share of the class that
+    most faces of all prompts are of.
+    """
     figures = {}
     for name, x in p.items():
         parts = [part.argmax(1) for part in x.split(sizes) if len(part)]
         counts = [torch.bincount(part, minlength=x.shape[1]).numpy(force=True) for part in parts]
         if counts:
             figures[f"bias/{name}"] = float(np.mean([bias(frequencies(n)) for n in counts]))
+            figures[f"largest/{name}"] = float(frequencies(np.sum(counts, axis=0)).max())
     return figures
+
+
+def _some(target: Targets, rows: Tensor) -> Targets:
+    """The targets of some of the faces."""
+    return replace(
+        target,
+        labels=target.labels[rows],
+        confidence=target.confidence[rows],
+        plan=target.plan[rows],
+    )
+
+
+def _joined_faces(parts: Sequence[Faces]) -> Faces:
+    marks = [part.landmarks for part in parts if part.landmarks is not None]
+    return Faces(
+        torch.cat([part.boxes for part in parts]),
+        torch.cat([part.found for part in parts]),
+        torch.cat(marks) if marks else None,
+    )
+
+
+def _joined(parts: Sequence[Originals]) -> Originals:
+    """One after the other."""
+    faces = [part.embeddings for part in parts if part.embeddings is not None]
+    clip, dino = (torch.cat(list(x)) for x in zip(*(part.features for part in parts), strict=True))
+    return Originals(
+        _joined_faces([part.faces for part in parts]),
+        {name: torch.cat([part.classes[name] for part in parts]) for name in parts[0].classes},
+        (clip, dino),
+        torch.cat([part.sure for part in parts]),
+        torch.cat(faces) if faces else None,
+    )

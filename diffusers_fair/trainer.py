@@ -5,37 +5,59 @@ One iteration (Algorithm 1 and sections 4.1 to 4.3 of the paper):
     prompts, noise -> the original model's images, without the adapter; kept in the bank
                    -> images with the adapter -> faces -> class probabilities -> targets -> loss
                    -> d loss / d z_K -> replay -> gradients of the adapter's parameters
+
+Several processes share the images of an iteration; what is random depends on the seed and the
+number of the iteration alone, never on them nor on what was before.
 """
 
-import json
+import math
+import shutil
 import time
+import warnings
 from collections.abc import Iterator
 from contextlib import contextmanager
-from dataclasses import asdict
+from datetime import timedelta
+from functools import cached_property
 from pathlib import Path
+from tempfile import TemporaryDirectory
 from typing import Any
 
 import torch
 from torch import Tensor
 
+from diffusers_fair import durable, memory, processes, testbed
 from diffusers_fair.adapters.io import (
     AdapterInfo,
     Lora,
     SoftTokens,
     base_fingerprint,
+    read_adapter,
     write_adapter,
 )
 from diffusers_fair.adapters.trainable import TrainableAdapter
 from diffusers_fair.backends import load_base, load_judges, load_real_faces
 from diffusers_fair.bank import OriginalsBank
-from diffusers_fair.batches import Batch, draw_batch
-from diffusers_fair.checkpoints import load_checkpoint, save_checkpoint
+from diffusers_fair.batches import Batch, Share, draw_batch
+from diffusers_fair.checkpoints import discard_after, load_checkpoint, save_checkpoint
 from diffusers_fair.conditioning import encode_prompts
 from diffusers_fair.config import RunConfig
 from diffusers_fair.evaluation import Judges, Report, evaluate
+from diffusers_fair.guards import (
+    TERMINATED,
+    Caution,
+    NotFiniteError,
+    Termination,
+    TrainingStoppedError,
+    Watch,
+    room_on_disk,
+)
+from diffusers_fair.hub import Push, push_adapter
+from diffusers_fair.loading import local_folder
 from diffusers_fair.objective import Aim, LossWeights, Objective, Originals
+from diffusers_fair.progress import Events, Figures, bar, tracker
 from diffusers_fair.prompts import prompt_set
 from diffusers_fair.prompts.mixtures import prompt_mixture
+from diffusers_fair.provenance import machine
 from diffusers_fair.replay import draw_steps, replay
 from diffusers_fair.sampling import (
     Trajectory,
@@ -47,7 +69,7 @@ from diffusers_fair.sampling import (
 from diffusers_fair.scheduler import BiasedGradientScheduler
 from diffusers_fair.unrolled import unroll
 
-Figures = dict[str, float]
+PATIENCE = timedelta(days=1)  # for which processes wait for one another: one may validate
 
 
 class FairnessFinetuner:
@@ -61,7 +83,8 @@ class FairnessFinetuner:
         config: the recipe.
 
     Raises:
-        ValueError: a base model, prompts or judges that cannot be had.
+        ModuleNotFoundError: a package that the recipe needs is missing; says how to install it.
+        ValueError: a base model, prompts, judges or an adapter to start from that cannot be had.
     """
 
     def __init__(self, config: RunConfig):
@@ -69,6 +92,7 @@ class FairnessFinetuner:
         from diffusers.training_utils import EMAModel
 
         self.config = config
+        self.accelerator = _accelerator(config)  # joins the processes, if there are several
         self.attributes = [section.attribute() for section in config.attributes]
         names = config.prompts.sets
         self.prompts = prompt_mixture(names, split=config.prompts.train, seed=config.train.seed)
@@ -78,28 +102,30 @@ class FairnessFinetuner:
             for prompt in prompt_set(name).prompts(config.prompts.validation)
         ]
         self.pipe = load_base(config.base.model, config.base.revision, config.base.dtype)
+        self.pipe.to(self.accelerator.device)
         self.fingerprint = base_fingerprint(self.pipe)
         self.scheduler = BiasedGradientScheduler(
             self.pipe.scheduler, standardize=config.gradient.standardize
         )
         self.judges = load_judges(config.models, self.attributes, self.pipe.device)
         self.objective = _objective(config, self.judges, self.pipe.device)
-        self.bank = OriginalsBank(Path(config.output) / "originals", _about_originals(config))
         self.adapter = TrainableAdapter(self.pipe, _components(config), config.train.seed)
+        if config.adapter.init_from is not None:
+            self._start_from(config.adapter.init_from)
         self.parameters = self.adapter.parameters
-        options = config.optimizer
-        self.optimizer = torch.optim.AdamW(
-            self.parameters, options.lr, weight_decay=options.weight_decay
-        )
+        self.optimizer = _optimizer(config, self.parameters)
         self.schedule = get_scheduler(
-            options.schedule,
+            config.optimizer.schedule,
             self.optimizer,
-            num_warmup_steps=options.warmup,
+            num_warmup_steps=config.optimizer.warmup,
             num_training_steps=config.train.iterations,
         )
-        self.ema = EMAModel(self.parameters, decay=options.ema_decay)
+        self.ema = EMAModel(self.parameters, decay=config.optimizer.ema_decay)
+        self.micro_batch = config.train.micro_batch
+        self.caution = Caution(config.train.max_skipped)
+        self.watch = Watch()
         self.done = 0  # iterations
-        self.skipped = 0  # of them, for a gradient that was not finite
+        self.seconds = 0.0  # that they took
         self.best: float | None = None  # validation bias
         self.base_clip_t: float | None = None  # of the original model, when it is asked for
 
@@ -126,26 +152,50 @@ class FairnessFinetuner:
             The run folder, with `adapter/` and `adapter-best/` in it.
 
         Raises:
-            ValueError: the run folder holds another run.
+            TrainingStoppedError: by a SIGTERM, a full disk or too many updates that were not
+                finite; says how to go on.
+            ValueError: the run folder holds another run; a memory budget that is too small; more
+                processes than images.
         """
         folder = self.config.claim_output()
-        self._resume(folder)
-        total = self.config.train.iterations
-        with _tracker(self.config, folder) as log, _bar(self.done, total, progress) as advance:
+        with Termination() as termination, room_on_disk(folder):
+            self._resume(folder)
+            if self.config.train.memory_budget is not None and self.micro_batch is None:
+                self._fit_memory(self.config.train.memory_budget)
+            self._run(folder, progress and processes.main(), termination)
+            self.save_adapter(folder / "adapter")
+        return folder
+
+    def _run(self, folder: Path, progress: bool, termination: Termination) -> None:
+        """Iterate to the end, and write down what comes of it."""
+        total, events = self.config.train.iterations, Events(folder)
+        with tracker(self.accelerator, self.done) as track, bar(self.done, total, progress) as show:
+
+            def log(figures: Figures) -> None:
+                if processes.main():
+                    events.write(figures, self.done)
+                    track(figures, self.done)
+
             while self.done < total:
                 start = time.perf_counter()
                 figures = self.iteration(self.done)
-                self.done += 1
-                log(figures | {"seconds": round(time.perf_counter() - start, 2)}, self.done)
-                advance(figures)
+                seconds = time.perf_counter() - start
+                self.done, self.seconds = self.done + 1, self.seconds + seconds
+                log(figures | {"seconds": round(seconds, 2)})
+                show(figures)
+                if processes.main():
+                    self.watch.look(figures)
                 if self._due(self.config.train.validate_every):
-                    log(self._validate(folder), self.done)
-                if self._due(self.config.train.checkpoint_every):
-                    save_checkpoint(
-                        folder / "checkpoints", self.done, self._state(), self.config.train.keep
+                    log(self._validate(folder))
+                stop = processes.any_of(termination.asked)
+                if stop or self._due(self.config.train.checkpoint_every):
+                    self._save(folder, events)
+                if stop and self.done < total:
+                    raise TrainingStoppedError(
+                        f"asked to stop after iteration {self.done} of {total}, which is saved in "
+                        f"'{folder}': give the same command again to go on",
+                        TERMINATED,
                     )
-        self.save_adapter(folder / "adapter")
-        return folder
 
     def iteration(self, number: int) -> Figures:
         """One update of the adapter's parameters; everything random depends on seed and number.
@@ -155,22 +205,38 @@ class FairnessFinetuner:
             `faces`, the share with one; over the prompts: `bias/NAME`; the length of the gradient.
         """
         self.optimizer.zero_grad()
-        figures = self._backward(draw_batch(self.config, self.prompts, number), number)
-        limit = self.config.optimizer.max_grad_norm or float("inf")
-        norm = torch.nn.utils.clip_grad_norm_(self.parameters, limit)
-        if not norm.isfinite():
-            self.skipped += 1
-            self.optimizer.zero_grad(set_to_none=True)  # nothing to step with
+        try:
+            figures = self._backward(draw_batch(self.config, self.prompts, number), number)
+            norm = self._clip()
+        except NotFiniteError:
+            figures, norm = {}, float("nan")
+        self.caution.record(math.isfinite(norm))
+        if not math.isfinite(norm):
+            self.optimizer.zero_grad()  # nothing to step with
+        for group in self.optimizer.param_groups:
+            group["lr"] *= self.caution.factor
         self.optimizer.step()
-        self.schedule.step()
+        self.schedule.step()  # sets the learning rate anew
         self.ema.step(self.parameters)
-        return figures | {"gradient": norm.item(), "skipped": self.skipped}
+        return figures | {"gradient": norm, "skipped": self.caution.skipped}
 
-    def _backward(self, batch: Batch, number: int) -> Figures:
-        """Add the gradient of the loss of a batch to the adapter's parameters."""
-        noise = self._noise(batch)
-        originals = self._originals(batch, noise)
-        cond, uncond = self._encode(batch)
+    def _clip(self) -> float:
+        """Shorten the gradient of all processes if it is too long; its length before."""
+        if processes.count() > 1:
+            processes.add_up([_gradient(parameter) for parameter in self.parameters])
+        limit = self.config.optimizer.max_grad_norm or float("inf")
+        return torch.nn.utils.clip_grad_norm_(self.parameters, limit).item()
+
+    def _backward(self, batch: Batch, number: int, *, banked: bool = True) -> Figures:
+        """Add the gradient of this process's part of a batch's loss to the parameters.
+
+        Raises:
+            NotFiniteError: an image is NaN or infinite, in any process.
+        """
+        share = Share(batch, processes.share(len(batch.seeds)))
+        noise = self._noise(share)
+        originals = self._originals(share, noise, banked=banked)
+        cond, uncond = self._encode(share)
         if self.config.gradient.method != "replay":
             z = self._unroll(cond, uncond, noise, batch.steps)
             v, figures = self._loss(z.detach(), originals, len(batch.prompts))
@@ -184,20 +250,26 @@ class FairnessFinetuner:
                 embeddings.backward(gradient.to(embeddings.dtype))  # once through the text encoder
         return figures
 
-    def _originals(self, batch: Batch, noise: Tensor) -> Originals:
+    def _originals(self, share: Share, noise: Tensor, *, banked: bool) -> Originals:
         """What the judges see in the original model's images, from the bank if it is there."""
 
         @torch.no_grad()
         def make() -> Originals:
             with self.adapter.off():
-                cond, uncond = self._encode(batch)
-                z = self._sample(cond, uncond, noise, batch.steps, keep=False).latents
-            micro_batch = self.config.train.micro_batch
-            return self.objective.originals(decode(self.pipe.vae, z, micro_batch).float())
+                cond, uncond = self._encode(share)
+                z = self._sample(cond, uncond, noise, share.batch.steps, keep=False).latents
+            images = decode(self.pipe.vae, z, self.micro_batch).float()
+            return self.objective.originals(images, self.micro_batch)
 
-        if self.config.train.distinct_iterations is None:
+        if self.config.train.distinct_iterations is None or not banked:
             return make()
-        return self.bank.get(asdict(batch), make, noise.device)
+        return self.bank.get(share.told(), make, noise.device)
+
+    @cached_property
+    def bank(self) -> OriginalsBank:
+        """Of what was seen in original images; the run folder is claimed for it."""
+        folder = self.config.claim_output()
+        return OriginalsBank(folder / "originals", _about_originals(self.config))
 
     def _sample(
         self, cond: Tensor, uncond: Tensor | None, noise: Tensor, steps: int, *, keep: bool
@@ -211,15 +283,19 @@ class FairnessFinetuner:
             steps,
             self.config.sampling.guidance_scale,
             keep=keep,
-            micro_batch=self.config.train.micro_batch,
+            micro_batch=self.micro_batch,
         )
 
     def _loss(self, z: Tensor, originals: Originals, prompts: int) -> tuple[Tensor, Figures]:
         """The gradient v of the loss on the final latents (n, c, h, w), and figures."""
-        vae, micro_batch = self.pipe.vae, self.config.train.micro_batch
+        vae, micro_batch = self.pipe.vae, self.micro_batch
         with torch.no_grad():
             images = decode(vae, z, micro_batch).float()
-        loss, figures = self.objective(images.requires_grad_(), originals, prompts)
+        if processes.any_of(not images.isfinite().all()):
+            raise NotFiniteError
+        loss, figures = self.objective(
+            images.requires_grad_(), originals, prompts, micro_batch=micro_batch
+        )
         (gradient,) = torch.autograd.grad(loss, images)  # (n, 3, H, W)
         return decode_backward(vae, z, gradient, micro_batch), figures
 
@@ -240,7 +316,7 @@ class FairnessFinetuner:
             weights,
             steps=steps,
             weights=chances,
-            micro_batch=self.config.train.micro_batch,
+            micro_batch=self.micro_batch,
         )
 
     def _unroll(self, cond: Tensor, uncond: Tensor | None, noise: Tensor, steps: int) -> Tensor:
@@ -251,18 +327,43 @@ class FairnessFinetuner:
         last = self.config.gradient.truncated_steps
         return unroll(unet, scheduler, cond, uncond, noise, steps, scale, last=last)
 
-    def _encode(self, batch: Batch) -> tuple[Tensor, Tensor | None]:
+    def _encode(self, share: Share) -> tuple[Tensor, Tensor | None]:
         """Embeddings of each image's prompt (n, L, d) and, with guidance, of the empty one."""
         guided = self.config.sampling.guidance_scale > 1
         uncond = encode_prompts(self.pipe, [""], prefix=False) if guided else None  # (1, L, d)
-        cond = encode_prompts(self.pipe, batch.prompts)  # (P, L, d)
-        return cond.repeat_interleave(batch.images_per_prompt, dim=0), uncond
+        cond = encode_prompts(self.pipe, share.prompts)  # (P, L, d)
+        cond = cond.repeat_interleave(share.batch.images_per_prompt, dim=0)
+        return cond[share.skipped : share.skipped + len(share.seeds)], uncond
 
-    def _noise(self, batch: Batch) -> Tensor:
+    def _noise(self, share: Share) -> Tensor:
         """(n, c, h, w), standard normal."""
         unet = self.pipe.unet
         shape = (unet.config.in_channels, unet.config.sample_size, unet.config.sample_size)
-        return initial_noise(shape, batch.seeds, device=unet.device).to(unet.dtype)
+        return initial_noise(shape, share.seeds, device=unet.device).to(unet.dtype)
+
+    def _fit_memory(self, budget: float) -> None:
+        """Choose the micro-batch by trying the first iteration with a few of its images.
+
+        Raises:
+            ValueError: the budget, in GB, is too small for one.
+        """
+        batch = draw_batch(self.config, self.prompts, 0)
+
+        def measure(images: int) -> int:
+            seeds = batch.seeds[: images * processes.count()]
+            few = Batch(batch.prompts[:1], seeds, batch.steps)
+            self._backward(few, 0, banked=False)
+            self.optimizer.zero_grad()
+            return processes.most(memory.peak(self.pipe.device))
+
+        images = len(batch.seeds) // processes.count()
+        self.micro_batch = memory.fitting(measure, images, budget)
+        if processes.main():
+            warnings.warn(
+                f"{self.micro_batch} images at a time fit train.memory_budget, {budget:g} GB: the "
+                f"same as train.micro_batch={self.micro_batch}",
+                stacklevel=3,
+            )
 
     def _due(self, every: int | None) -> bool:
         if every is None:
@@ -280,18 +381,27 @@ class FairnessFinetuner:
             self.ema.restore(self.parameters)
 
     def _validate(self, folder: Path) -> Figures:
-        """Bias over the validation prompts by the judges of training; the best adapter is kept."""
+        """Bias over the validation prompts by the judges of training; the best adapter is kept.
+
+        One process does it; the others wait for it and learn nothing of it.
+        """
+        figures = self._validated(folder) if processes.main() else {}
+        processes.wait()
+        return figures
+
+    def _validated(self, folder: Path) -> Figures:
         with self.averaged():
             report = self._measure()
         _save_samples(report, folder / "samples" / f"step-{self.done:06d}.png")
         biases = {a.name: _mean_bias(report, a.name) for a in self.attributes}
         found = {f"validation/{name}": b for name, b in biases.items() if b is not None}
-        clip_t = report.summary["scores"]["clip_t"]["mean"]
-        if found and clip_t >= self._least_clip_t():
+        clip_t, least = report.summary["scores"]["clip_t"]["mean"], self._least_clip_t()
+        self.watch.clip_t(clip_t, least)
+        if found and clip_t >= least:
             mean = sum(found.values()) / len(found)
             if self.best is None or mean < self.best:
                 self.best = mean
-                self.save_adapter(folder / "adapter-best")
+                self._write_adapter(folder / "adapter-best")
         return found | {"validation/clip_t": clip_t}
 
     def _least_clip_t(self) -> float:
@@ -317,9 +427,35 @@ class FairnessFinetuner:
     def save_adapter(self, folder: str | Path) -> Path:
         """Write the adapter folder: the moving average of the weights, and what they are.
 
+        Of several processes the main one writes, and all return when it is there.
+
         Raises:
             ValueError: the folder holds something else.
         """
+        if processes.main():
+            self._write_adapter(folder)
+        processes.wait()
+        return Path(folder)
+
+    def push_to_hub(self, repo_id: str, **options: Any) -> Push | None:
+        """Publish the adapter as it is now, with its card; of several processes the main one does.
+
+        Args:
+            repo_id: `user-or-organisation/name`.
+            options: as `push_adapter` takes them: `private`, `revision`, `create_pr`, `message`,
+                `token`, `dry_run`.
+
+        Returns:
+            What was pushed; None on other processes than the main one.
+
+        Raises:
+            ValueError: no token, or what the Hub refuses; and what has become of the repository.
+        """
+        with TemporaryDirectory() as folder:
+            adapter = self.save_adapter(Path(folder) / "adapter")
+            return push_adapter(adapter, repo_id, **options) if processes.main() else None
+
+    def _write_adapter(self, folder: str | Path) -> None:
         with self.averaged():
             weights = self.adapter.weights()
         info = AdapterInfo(
@@ -329,9 +465,42 @@ class FairnessFinetuner:
             components=self.adapter.components,
             attributes=tuple(self.attributes),
             recipe=self.config.model_dump(mode="json", exclude={"output"}),
+            training={
+                "iterations": self.done,
+                "seconds": round(self.seconds, 1),
+                "processes": processes.count(),
+                "machine": machine(),
+            },
         )
         write_adapter(folder, weights, info)
-        return Path(folder)
+
+    def _start_from(self, adapter: str) -> None:
+        """Take over the weights of an adapter.
+
+        Raises:
+            ValueError: it cannot be read, or is of another base or other components.
+        """
+        info, weights = read_adapter(local_folder(adapter))
+        if info.fingerprint != self.fingerprint:
+            raise ValueError(
+                f"adapter.init_from: '{adapter}' was trained on '{info.base_model}', whose layers "
+                f"differ from those of '{self.config.base.model}': name an adapter of this base"
+            )
+        if dict(info.components) != self.adapter.components:
+            raise ValueError(
+                f"adapter.init_from: expected the components {self.adapter.components}, as the "
+                f"recipe has them, got {dict(info.components)} in '{adapter}': set "
+                "adapter.components, adapter.rank and adapter.soft_tokens to those of the adapter"
+            )
+        self.adapter.load(weights)
+
+    def _save(self, folder: Path, events: Events) -> None:
+        """Write a checkpoint, and wait for it."""
+        if processes.main():
+            events.settle()
+            keep = self.config.train.keep
+            save_checkpoint(folder / "checkpoints", self.done, self._state(), keep)
+        processes.wait()
 
     def _state(self) -> dict[str, Any]:
         return {
@@ -339,24 +508,81 @@ class FairnessFinetuner:
             "ema": self.ema.state_dict(),
             "optimizer": self.optimizer.state_dict(),
             "schedule": self.schedule.state_dict(),
-            "skipped": self.skipped,
+            "caution": self.caution.state(),
             "best": self.best,
             "base_clip_t": self.base_clip_t,
+            "seconds": self.seconds,
+            "micro_batch": self.micro_batch,
         }
 
     def _resume(self, folder: Path) -> None:
-        """Go on from the newest checkpoint of the run folder, if there is one."""
+        """Go on from the newest sound checkpoint of the run folder, and remove what came after."""
         state = load_checkpoint(folder / "checkpoints")
-        if state is None:
-            return
+        if state is not None:
+            self._take(state)
+        processes.wait()  # all have read it
+        if processes.main():
+            discard_after(folder / "checkpoints", self.done)
+            Events(folder).cut(self.done)
+            durable.sweep(folder)
+            durable.sweep(folder / "originals")
+            for left in folder.glob(".adapter*"):  # an adapter's folder that was not finished
+                shutil.rmtree(left)
+
+    def _take(self, state: dict[str, Any]) -> None:
+        """Be where a checkpoint was."""
         with torch.no_grad():
             for parameter, saved in zip(self.parameters, state["parameters"], strict=True):
                 parameter.copy_(saved)
         self.ema.load_state_dict(state["ema"])
+        self.ema.to(self.pipe.device)
         self.optimizer.load_state_dict(state["optimizer"])
         self.schedule.load_state_dict(state["schedule"])
-        self.done, self.skipped, self.best = state["iteration"], state["skipped"], state["best"]
+        self.done, self.best = state["iteration"], state["best"]
         self.base_clip_t = state["base_clip_t"]
+        if "caution" in state:  # not in checkpoints of the first version
+            self.caution = Caution(**state["caution"])
+            self.seconds, self.micro_batch = state["seconds"], state["micro_batch"]
+
+
+def _accelerator(config: RunConfig) -> Any:
+    """Finds the device, joins the processes and knows the recipe's tracker."""
+    from accelerate import Accelerator, InitProcessGroupKwargs
+
+    return Accelerator(
+        cpu=config.train.device == "cpu" or config.base.model == testbed.NAME,
+        log_with=None if config.tracker == "none" else config.tracker,
+        project_dir=Path(config.output) / "logs",
+        kwargs_handlers=[InitProcessGroupKwargs(timeout=PATIENCE)],
+    )
+
+
+def _optimizer(config: RunConfig, parameters: list[torch.nn.Parameter]) -> torch.optim.Optimizer:
+    """AdamW, with its state in float32 or in 8 bits.
+
+    Raises:
+        ModuleNotFoundError: bitsandbytes, for the latter, is not installed.
+    """
+    options = config.optimizer
+    kind: Any = torch.optim.AdamW
+    if options.name == "adamw8bit":
+        try:
+            from bitsandbytes.optim import AdamW8bit
+        except ModuleNotFoundError as error:
+            raise ModuleNotFoundError(
+                "optimizer.name 'adamw8bit' needs bitsandbytes: pip install bitsandbytes, or set "
+                "it to 'adamw'",
+                name=error.name,
+            ) from error
+        kind = AdamW8bit
+    return kind(parameters, lr=options.lr, weight_decay=options.weight_decay)
+
+
+def _gradient(parameter: torch.nn.Parameter) -> Tensor:
+    """Its gradient; zeros, if nothing in this process depends on it."""
+    if parameter.grad is None:
+        parameter.grad = torch.zeros_like(parameter)
+    return parameter.grad
 
 
 def _components(config: RunConfig) -> dict[str, Lora | SoftTokens]:
@@ -378,7 +604,11 @@ def _objective(config: RunConfig, judges: Judges, device: torch.device) -> Objec
 
 def _about_originals(config: RunConfig) -> Any:
     """What the original images, and what is seen in them, depend on beside the batch."""
-    told = config.model_dump(mode="json", include={"base", "attributes", "models", "sampling"})
+    told = config.model_dump(
+        mode="json",
+        include={"base", "attributes", "models", "sampling"},
+        exclude={"attributes": {"__all__": {"words"}}},
+    )
     return told | {"face": config.losses.face > 0}
 
 
@@ -408,55 +638,3 @@ def _save_samples(report: Report, file: Path) -> None:
     file.parent.mkdir(parents=True, exist_ok=True)
     rows = [np.concatenate(list(images), axis=1) for images in report.samples.values()]
     Image.fromarray(np.concatenate(rows)).save(file)
-
-
-@contextmanager
-def _tracker(config: RunConfig, folder: Path) -> Iterator[Any]:
-    """Function (figures, iteration) that writes events.jsonl and the recipe's tracker."""
-    from accelerate import Accelerator
-
-    named = None if config.tracker == "none" else config.tracker
-    accelerator = Accelerator(log_with=named, project_dir=folder / "logs", cpu=True)
-    accelerator.init_trackers("run")
-
-    def log(figures: Figures, iteration: int) -> None:
-        with (folder / "events.jsonl").open("a", encoding="utf-8") as file:
-            file.write(json.dumps({"iteration": iteration, **figures}) + "\n")
-        accelerator.log(figures, step=iteration)
-
-    try:
-        yield log
-    finally:
-        accelerator.end_training()
-
-
-@contextmanager
-def _bar(done: int, total: int, shown: bool) -> Iterator[Any]:
-    """Function (figures) that moves a progress bar on; figures shown are running means."""
-    from rich.progress import (
-        BarColumn,
-        MofNCompleteColumn,
-        Progress,
-        TextColumn,
-        TimeRemainingColumn,
-    )
-
-    running: Figures = {}
-
-    def advance(figures: Figures) -> None:
-        for name, value in figures.items():
-            running[name] = 0.9 * running.get(name, value) + 0.1 * value
-        shown_names = [n for n in running if n.startswith("bias/")] + ["alignment", "semantics"]
-        text = "  ".join(f"{n.removeprefix('bias/')} {running[n]:.2f}" for n in shown_names)
-        bar.update(task, advance=1, description=text)
-
-    columns = (
-        TextColumn("training"),
-        BarColumn(20),
-        MofNCompleteColumn(),
-        TimeRemainingColumn(),
-        TextColumn("{task.description}"),
-    )
-    with Progress(*columns, disable=not shown) as bar:
-        task = bar.add_task("", completed=done, total=total)
-        yield advance

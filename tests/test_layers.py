@@ -18,9 +18,11 @@ OWN = ROOT.name
 LAYERS = {  # of a module or of everything in a folder; imports go to the same layer or down
     "attributes": 0,  # vocabulary
     "config": 0,
+    "durable": 0,
     "prompts": 0,
     "provenance": 0,
     "scheduler": 1,  # pure maths
+    "processes": 1,
     "targets": 1,
     "losses": 1,
     "evaluation.metrics": 1,
@@ -46,6 +48,9 @@ LAYERS = {  # of a module or of everything in a folder; imports go to the same l
     "classifier_training": 4,
     "doctor": 4,
     "checkpoints": 4,
+    "guards": 4,
+    "memory": 4,
+    "progress": 4,
     "card": 4,
     "hub": 4,
     "cli": 5,

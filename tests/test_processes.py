@@ -1,0 +1,178 @@
+"""Several processes with one total batch: the same targets, the same update, the same files."""
+
+import json
+
+import pytest
+import torch
+from numpy.linalg import norm
+from test_objective import objective, pictures
+from together import together
+
+from diffusers_fair import FairnessFinetuner, processes
+from diffusers_fair.adapters.io import read_adapter
+from diffusers_fair.batches import Batch, Share
+from diffusers_fair.targets import joint_targets
+
+PROMPTS, EACH = 2, 3  # images: over four processes a share has images of two prompts
+TRAIN = {
+    "adapter": {"rank": 2},
+    "prompts": {"images_per_prompt": EACH},
+    "sampling": {"steps": 2},
+    "gradient": {"replay_steps": None},
+    "optimizer": {"warmup": 0},
+    "tracker": "none",
+}
+
+
+@pytest.mark.parametrize("count", [1, 2, 4])
+def test_every_image_is_made_once(count):
+    shares = together(count, processes.share, 7)
+    images = [i for share in shares for i in range(7)[share]]
+    assert images == list(range(7))
+    sizes = [share.stop - share.start for share in shares]
+    assert max(sizes) - min(sizes) <= 1
+
+
+def test_a_share_knows_the_prompts_of_its_images():
+    batch = Batch(("a", "b", "c"), tuple(range(9)), 4)
+    share = Share(batch, slice(2, 5))
+    assert (share.prompts, share.skipped, share.seeds) == (("a", "b"), 2, (2, 3, 4))
+    assert Share(batch, slice(0, 9)).told() == {
+        "prompts": ("a", "b", "c"),
+        "seeds": tuple(range(9)),
+        "steps": 4,
+    }
+    assert Share(batch, slice(3, 6)).told()["images"] == [3, 6]
+
+
+def refusal(images: int) -> str:
+    with pytest.raises(ValueError, match="cannot be shared") as refused:
+        processes.share(images)
+    return str(refused.value)
+
+
+def test_more_processes_than_images_are_refused():
+    (said, _) = together(2, refusal, 1)
+    assert said.startswith("1 images an iteration cannot be shared by 2 processes: start fewer")
+
+
+def told() -> tuple:
+    """Of process 1 or more: what all know of what it alone knows."""
+    own = processes.number()
+    tensors = [torch.full((2, own + 1), 1.0 + own), torch.ones(())]
+    gathered = [len(rows) for rows in processes.gather(torch.zeros(own, 3))]
+    first = processes.main()
+    sums = tensors if own == 0 and processes.count() == 1 else [torch.full((2,), 1.0 + own)]
+    processes.add_up(sums)
+    return gathered, first, sums[0].tolist(), processes.any_of(own == 1), processes.most(own)
+
+
+def test_all_know_what_one_knows():
+    first, second = together(2, told)
+    assert first == ([0, 1], True, [3.0, 3.0], True, 1)
+    assert second == ([0, 1], False, [3.0, 3.0], True, 1)
+    assert told()[0] == [0]
+
+
+# ---- the loss ------------------------------------------------------------------------------------
+
+
+def looked(x: torch.Tensor, originals: torch.Tensor, prompts: int, micro_batch: int | None):
+    """This process's part of: gradient, targets, and the figures of all."""
+    aim, targets = objective(), []
+    find = aim._targets
+    aim._targets = lambda *args: targets.append(find(*args)) or targets[-1]
+    share = processes.share(len(x))
+    images = x[share].clone().requires_grad_()
+    loss, figures = aim(images, aim.originals(originals[share], micro_batch), prompts, micro_batch)
+    (gradient,) = torch.autograd.grad(loss, images)
+    return gradient.numpy(), [t.labels.tolist() for t in targets[0]], figures
+
+
+def example(faceless: slice) -> tuple[torch.Tensor, torch.Tensor]:
+    """Eight images of two prompts, and originals; some without a face."""
+    x = pictures([-0.8, -0.6, -0.2, 0.1, -0.3, 0.3, 0.5, 0.7])
+    originals = x + 0.02 * torch.randn(x.shape, generator=torch.Generator().manual_seed(1))
+    x[faceless, :, 0, 0] = -2
+    return x, originals
+
+
+@pytest.mark.parametrize("count", [2, 3, 4])
+@pytest.mark.parametrize(
+    "faceless", [slice(0, 0), slice(4, 8), slice(0, 8)], ids=["all", "some", "none"]
+)
+def test_the_loss_of_shares_is_that_of_the_whole(count, faceless):
+    """Also where one process finds no face, or none does."""
+    x, originals = example(faceless)
+    gradient, targets, figures = looked(x, originals, 2, None)
+    parts = together(count, looked, x, originals, 2, None)
+    together_gradient = torch.cat([torch.from_numpy(part[0]) for part in parts])
+    torch.testing.assert_close(together_gradient, torch.from_numpy(gradient), atol=1e-7, rtol=1e-5)
+    for _, others, seen in parts:
+        assert others == targets
+        assert seen == pytest.approx(figures, abs=1e-6)
+
+
+@pytest.mark.parametrize("faceless", [slice(0, 0), slice(1, 4)])
+def test_judges_that_see_few_images_at_a_time_change_nothing(faceless):
+    x, originals = example(faceless)
+    gradient, targets, figures = looked(x, originals, 2, None)
+    parts = looked(x, originals, 2, 3)
+    torch.testing.assert_close(*map(torch.from_numpy, (parts[0], gradient)), atol=1e-7, rtol=1e-5)
+    assert parts[1] == targets
+    assert parts[2] == pytest.approx(figures, abs=1e-6)
+
+
+# ---- the training --------------------------------------------------------------------------------
+
+
+def trained(folder: str) -> tuple:
+    """Two iterations on one batch: their targets, the gradient of the last, the whole update."""
+    train = {
+        **{"iterations": 2, "prompts_per_iteration": PROMPTS, "distinct_iterations": 1},
+        **{"micro_batch": 1, "validate_every": None},  # every image by itself: the same last bit
+    }
+    finetuner = FairnessFinetuner.from_recipe("testbed-gender", **TRAIN, train=train, output=folder)
+    before = torch.cat([p.detach().flatten() for p in finetuner.parameters])
+    targets, find = [], finetuner.objective._targets
+    finetuner.objective._targets = lambda *args: targets.append(find(*args)) or targets[-1]
+    finetuner.train(progress=False)
+    gradient = torch.cat([p.grad.flatten() for p in finetuner.parameters])
+    update = torch.cat([p.detach().flatten() for p in finetuner.parameters]) - before
+    labels = [target.labels.tolist() for found in targets for target in found]
+    return labels, gradient.numpy(), update.numpy()
+
+
+@pytest.fixture(scope="module")
+def alone(tmp_path_factory):
+    """Folder and outcome of a single process."""
+    folder = tmp_path_factory.mktemp("alone") / "run"
+    return folder, trained(str(folder))
+
+
+@pytest.mark.parametrize("count", [2, 4])
+def test_several_processes_train_the_same_adapter(alone, count, tmp_path):
+    folder, (labels, gradient, update) = alone
+    found = together(count, trained, str(tmp_path / "run"))
+    for their_labels, their_gradient, their_update in found:
+        assert their_labels == labels
+        assert (their_update == found[0][2]).all()  # to the last bit
+        assert norm(their_gradient - gradient) <= 1e-5 * norm(gradient)
+        assert norm(their_update - update) <= 1e-4 * norm(update)  # AdamW: rounding over rounding
+    files = [
+        {p.relative_to(f).as_posix() for p in f.rglob("*")} for f in (folder, tmp_path / "run")
+    ]
+    banks = [{name for name in names if name.startswith("originals/")} for names in files]
+    assert [len(bank) for bank in banks] == [1, count]
+    assert files[0] - banks[0] == files[1] - banks[1]
+    lines = (tmp_path / "run" / "events.jsonl").read_text().splitlines()
+    assert [json.loads(line)["iteration"] for line in lines] == [1, 2]
+    info, _ = read_adapter(tmp_path / "run" / "adapter")
+    assert info.training["processes"] == count
+    assert info.training["iterations"] == 2
+
+
+def test_the_targets_of_the_example_are_not_trivial():
+    """Those above would also agree if all of them were the same."""
+    p = torch.tensor([[0.9, 0.1], [0.8, 0.2], [0.7, 0.3], [0.6, 0.4]])
+    assert joint_targets([p], [[0.5, 0.5]])[0].labels.tolist() == [0, 0, 1, 1]
