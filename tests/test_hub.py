@@ -443,6 +443,25 @@ def test_a_download_cut_short_goes_on_where_it_was(hub, folder):
     assert hub.routes().count("download") == 2
 
 
+def test_a_private_repository_is_read_with_a_token(hub, folder, monkeypatch):
+    push_adapter(folder, "org/fair", private=True)
+    (folder / "report.json").write_text('{"images": 3}')
+    push_adapter(folder, "org/fair", revision="v1")
+    monkeypatch.delenv("HF_TOKEN")
+    for token in (None, False, hub.READER):
+        with pytest.raises(ValueError, match=r"no repository on the Hub that you may read .*token"):
+            local_folder("org/fair", token=token)
+    with pytest.raises(ValueError, match="'org/fair', and the Hub answered with an error"):
+        local_folder("org/fair", token="unknown")
+    here = [local_folder("org/fair", revision, hub.TOKEN) for revision in ("v1", None)]
+    assert [path.name for path in here] == [hub.repos["org/fair"].refs[r] for r in ("v1", "main")]
+    monkeypatch.setattr(constants, "HF_HUB_OFFLINE", True)
+    hub.asked.clear()
+    assert local_folder("org/fair") == here[1]
+    assert not hub.asked
+    assert not hub.strangers
+
+
 # ---- the command ---------------------------------------------------------------------------------
 
 

@@ -1,16 +1,24 @@
 """The loop on the testbed, at a size that takes seconds."""
 
+import errno
 import json
+import os
 import shutil
+import signal
+import sys
+from pathlib import Path
 
 import pytest
 import torch
 
-from diffusers_fair import FairnessFinetuner, testbed
+import diffusers_fair.trainer as trainer_module
+from diffusers_fair import FairnessFinetuner, durable, testbed
 from diffusers_fair.adapters.io import read_adapter
 from diffusers_fair.batches import draw_batch
 from diffusers_fair.config import RunConfig, recipes
+from diffusers_fair.guards import TrainingStoppedError
 from diffusers_fair.objective import Objective
+from diffusers_fair.sampling import decode
 
 SMALL = {
     "adapter": {"rank": 2},
@@ -106,6 +114,177 @@ def test_a_stopped_run_goes_on_to_the_same_adapter(run, tmp_path, monkeypatch):
     assert all(torch.equal(first[key], again[key]) for key in first)
 
 
+def test_a_sigterm_saves_and_says_how_to_go_on(run, tmp_path, monkeypatch):
+    folder = tmp_path / "stopped"
+    whole = FairnessFinetuner.iteration
+
+    def asked(self, number):
+        if number == 2:  # between two checkpoints
+            os.kill(os.getpid(), signal.SIGTERM)
+        return whole(self, number)
+
+    with monkeypatch.context() as patch:
+        patch.setattr(FairnessFinetuner, "iteration", asked)
+        with pytest.raises(
+            TrainingStoppedError, match=r"after iteration 3 of 4, .* give the same command again"
+        ) as stop:
+            finetuner(folder).train(progress=False)
+    assert stop.value.code == 143
+    newest = {path.name for path in (folder / "checkpoints").iterdir()}
+    assert newest == {"step-000002", "step-000003"}
+    finetuner(folder).train(progress=False)
+    same_outcome(run[0], folder)
+
+
+def test_a_full_disk_stops_the_run_which_goes_on_when_there_is_room(run, tmp_path, monkeypatch):
+    folder = tmp_path / "full"
+    sync = durable.sync
+
+    def full(path):
+        if "step-000004" in str(path):
+            raise OSError(errno.ENOSPC, "No space left on device")
+        sync(path)
+
+    with monkeypatch.context() as patch:
+        patch.setattr(durable, "sync", full)
+        with pytest.raises(
+            TrainingStoppedError, match=r"no room on the disk for '.*full' \(No space left"
+        ):
+            finetuner(folder).train(progress=False)
+    assert [path.name for path in (folder / "checkpoints").iterdir()] == ["step-000002"]
+    finetuner(folder).train(progress=False)
+    same_outcome(run[0], folder)
+
+
+def test_a_damaged_checkpoint_and_leftovers_are_no_hindrance(run, tmp_path):
+    """Also a checkpoint of the first version, which knew less."""
+    folder = tmp_path / "damaged"
+    shutil.copytree(run[0], folder)
+    old = torch.load(folder / "checkpoints" / "step-000002" / "state.pt", weights_only=True)
+    for key in ("caution", "seconds", "micro_batch"):
+        del old[key]
+    torch.save(old | {"skipped": 0}, folder / "checkpoints" / "step-000002" / "state.pt")
+    (folder / "checkpoints" / "step-000002" / "state.sha256").unlink()
+    (folder / "checkpoints" / "step-000004" / "state.pt").write_bytes(b"PK")
+    (folder / ".partial-1-recipe.yaml").touch()
+    (folder / "checkpoints" / ".partial-1-step-000006").mkdir()
+    (folder / ".adapter-best-0123abcd").mkdir()
+    shutil.rmtree(folder / "adapter")
+    with pytest.warns(UserWarning, match="step-000004' is damaged"):
+        finetuner(folder).train(progress=False)
+    same_outcome(run[0], folder)
+
+
+def same_outcome(expected, folder):
+    """The same files, adapters and events; only the time is another."""
+    names = [
+        {p.relative_to(f).as_posix() for p in f.rglob("*") if "step-000003" not in p.parts}
+        for f in (expected, folder)
+    ]
+    names = [{n for n in group if not n.startswith("checkpoints/")} for group in names]
+    assert names[0] == names[1]
+    for name in ("adapter", "adapter-best"):
+        first, again = (read_adapter(f / name)[1] for f in (expected, folder))
+        assert all(torch.equal(first[key], again[key]) for key in first)
+    events = [
+        [json.loads(line) for line in (f / "events.jsonl").read_text().splitlines()]
+        for f in (expected, folder)
+    ]
+    for event in events[0] + events[1]:
+        event.pop("seconds", None)
+    assert events[0] == events[1]
+
+
+def test_killed_trainings_end_as_if_nothing_had_been(tmp_path, monkeypatch):
+    monkeypatch.syspath_prepend(Path(__file__).parents[1] / "examples")
+    import kill_test
+
+    train = kill_test.SMALL["train"] | {"iterations": 3, "checkpoint_every": 1}
+    monkeypatch.setitem(kill_test.SMALL, "train", train | {"validate_every": None})
+    found = kill_test.kill_test(2, 3, tmp_path)
+    assert [kill["differs"] for kill in found["kills"]] == [[], []]
+    assert not all(kill["finished"] for kill in found["kills"])
+
+
+def test_a_run_may_be_looked_into_before_it_is_trained(tmp_path):
+    train = SMALL["train"] | {"iterations": 1, "distinct_iterations": 1, "validate_every": None}
+    trainer = finetuner(tmp_path / "looked", train=train)
+    figures = trainer.iteration(0)
+    assert len(list((tmp_path / "looked" / "originals").iterdir())) == 1
+    again = finetuner(tmp_path / "looked", train=train)
+    again.train(progress=False)
+    event = json.loads((tmp_path / "looked" / "events.jsonl").read_text())
+    assert event["loss"] == figures["loss"]
+
+
+def test_an_adapter_is_trained_further(run, tmp_path):
+    adapter = {"rank": 2, "init_from": str(run[0] / "adapter")}
+    further = finetuner(tmp_path / "further", adapter=adapter)
+    expected, weights = read_adapter(run[0] / "adapter")[1], further.adapter.weights()
+    assert weights.keys() == expected.keys()
+    assert all(torch.equal(weights[key], expected[key]) for key in expected)
+    further.save_adapter(tmp_path / "saved")  # the moving average starts there, too
+    saved = read_adapter(tmp_path / "saved")[1]
+    assert all(torch.equal(saved[key], expected[key]) for key in expected)
+
+
+def test_an_adapter_of_other_components_or_another_base_is_refused(run, tmp_path, monkeypatch):
+    adapter = {"rank": 3, "init_from": str(run[0] / "adapter")}
+    with pytest.raises(
+        ValueError,
+        match=r"init_from: expected the components .*rank=3.*got .*rank=2.*set adapter.components",
+    ):
+        finetuner(tmp_path / "x", adapter=adapter)
+    with pytest.raises(ValueError, match="no adapter folder at"):
+        finetuner(tmp_path / "x", adapter={"rank": 2, "init_from": str(tmp_path / "nowhere")})
+    monkeypatch.setattr(trainer_module, "base_fingerprint", lambda pipe: "0" * 64)
+    with pytest.raises(ValueError, match=r"was trained on 'testbed', whose layers differ"):
+        finetuner(tmp_path / "x", adapter=adapter | {"rank": 2})
+
+
+def test_the_micro_batch_is_chosen_from_a_memory_budget_and_kept(tmp_path, monkeypatch):
+    monkeypatch.setattr(trainer_module.memory, "peak", lambda device: len(taken) * 10**9)
+    taken = []
+    train = SMALL["train"] | {"iterations": 1, "validate_every": None, "memory_budget": 2.5}
+    trainer = finetuner(tmp_path / "run", train=train)
+    backward = trainer._backward
+
+    def counted(batch, number, **options):
+        if options:
+            taken.append(len(batch.seeds))
+        return backward(batch, number, **options)
+
+    monkeypatch.setattr(trainer, "_backward", counted)
+    with pytest.warns(UserWarning, match=r"2 images at a time fit .* 2\.5 GB: the same as"):
+        trainer.train(progress=False)
+    assert taken == [1, 2]  # 4 would take 2 + 2 * 1
+    assert trainer.micro_batch == 2
+    again = finetuner(tmp_path / "run", train=train)
+    again.train(progress=False)  # measures nothing
+    assert again.micro_batch == 2
+    with pytest.raises(ValueError, match=r"memory_budget chooses micro_batch, got both"):
+        finetuner(tmp_path / "x", train=train | {"micro_batch": 2})
+
+
+def test_adamw_in_8_bits(tmp_path, monkeypatch):
+    pytest.importorskip("bitsandbytes")
+    trainer = finetuner(tmp_path / "small", optimizer={"name": "adamw8bit", "warmup": 0})
+    before = [p.detach().clone() for p in trainer.parameters]
+    trainer.iteration(0)
+    assert any(not torch.equal(a, b) for a, b in zip(before, trainer.parameters, strict=True))
+    kept = {
+        x.dtype
+        for s in trainer.optimizer.state.values()
+        for x in s.values()
+        if x is not None and hasattr(x, "dtype")
+    }
+    assert kept
+    monkeypatch.setitem(sys.modules, "bitsandbytes.optim", None)
+    monkeypatch.setitem(sys.modules, "bitsandbytes", None)
+    with pytest.raises(ModuleNotFoundError, match="needs bitsandbytes: pip install bitsandbytes"):
+        finetuner(tmp_path / "small", optimizer={"name": "adamw8bit", "warmup": 0})
+
+
 def test_a_gradient_that_is_not_finite_is_skipped_and_counted(tmp_path, monkeypatch):
     broken = finetuner(tmp_path / "broken")
     before = [parameter.detach().clone() for parameter in broken.parameters]
@@ -119,6 +298,36 @@ def test_a_gradient_that_is_not_finite_is_skipped_and_counted(tmp_path, monkeypa
     figures = broken.iteration(0)
     assert figures["skipped"] == 1
     assert all(torch.equal(a, b) for a, b in zip(before, broken.parameters, strict=True))
+
+
+def test_images_that_are_not_finite_are_skipped_and_the_next_update_is_smaller(
+    tmp_path, monkeypatch
+):
+    optimizer = {"warmup": 0, "schedule": "constant", "lr": 0.01}
+    train = SMALL["train"] | {"max_skipped": 2}
+    broken, sound = (
+        finetuner(tmp_path / name, optimizer=optimizer, train=train) for name in ("a", "b")
+    )
+    before = [parameter.detach().clone() for parameter in broken.parameters]
+    with monkeypatch.context() as patch:
+        patch.setattr(trainer_module, "decode", lambda vae, z, n: decode(vae, z, n) * float("nan"))
+        figures = broken.iteration(0)
+        assert figures.keys() == {"gradient", "skipped"}
+        assert figures["skipped"] == 1
+        assert all(torch.equal(a, b) for a, b in zip(before, broken.parameters, strict=True))
+    broken.iteration(1)
+    sound.iteration(1)
+    moved, whole = (
+        torch.cat([(p - b).flatten() for p, b in zip(x.parameters, before, strict=True)])
+        for x in (broken, sound)
+    )
+    torch.testing.assert_close(moved, 0.55 * whole)
+    assert broken.optimizer.param_groups[0]["lr"] == 0.01
+    with monkeypatch.context() as patch:
+        patch.setattr(trainer_module, "decode", lambda vae, z, n: decode(vae, z, n) * float("nan"))
+        broken.iteration(2)
+        with pytest.raises(TrainingStoppedError, match="not finite in 2 iterations in a row"):
+            broken.iteration(3)
 
 
 @pytest.mark.parametrize("name", [name for name in recipes() if name.startswith("testbed-")])
@@ -260,7 +469,8 @@ def test_sets_are_mixed_by_their_weights(tmp_path):
 def test_an_adapter_that_costs_clip_t_is_not_the_best(tmp_path):
     trainer = finetuner(tmp_path / "floor")
     trainer.base_clip_t = 2.0  # more than any
-    trainer._validate(tmp_path / "floor")
+    with pytest.warns(UserWarning, match=r"CLIP-T fell to .*, below 1\.990"):
+        trainer._validate(tmp_path / "floor")
     assert trainer.best is None
     assert not (tmp_path / "floor" / "adapter-best").exists()
     trainer.base_clip_t = -1.0

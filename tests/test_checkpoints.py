@@ -1,0 +1,176 @@
+"""Checkpoints and other files of a run: whole or not there, found again, and few."""
+
+import errno
+import json
+import os
+import resource
+from contextlib import contextmanager
+
+import pytest
+import torch
+
+from diffusers_fair import durable
+from diffusers_fair.checkpoints import discard_after, load_checkpoint, save_checkpoint
+from diffusers_fair.progress import Events
+
+
+def state(number: int) -> dict:
+    return {"weights": torch.full((3000,), float(number)), "best": None, "more": {"a": [1, 2.5]}}
+
+
+@pytest.fixture
+def folder(tmp_path):
+    """With the checkpoints of iterations 2, 4 and 6."""
+    for number in (2, 4, 6):
+        save_checkpoint(tmp_path / "checkpoints", number, state(number), keep=3)
+    return tmp_path / "checkpoints"
+
+
+def names(folder) -> list[str]:
+    return sorted(path.name for path in folder.iterdir())
+
+
+@contextmanager
+def small_files(size: int):
+    """Files cannot grow beyond so many bytes, as on a disk that is full."""
+    before = resource.getrlimit(resource.RLIMIT_FSIZE)
+    resource.setrlimit(resource.RLIMIT_FSIZE, (size, before[1]))
+    try:
+        yield
+    finally:
+        resource.setrlimit(resource.RLIMIT_FSIZE, before)
+
+
+def test_the_newest_comes_back_as_it_was(folder):
+    found = load_checkpoint(folder)
+    assert found["iteration"] == 6
+    assert torch.equal(found["weights"], state(6)["weights"])
+    assert (found["best"], found["more"]) == (None, {"a": [1, 2.5]})
+
+
+def test_nothing_is_none(tmp_path):
+    assert load_checkpoint(tmp_path / "nowhere") is None
+
+
+def test_only_the_newest_stay(folder):
+    save_checkpoint(folder, 8, state(8), keep=2)
+    assert names(folder) == ["step-000006", "step-000008"]
+
+
+def truncate(path):
+    path.write_bytes(path.read_bytes()[:-100])
+
+
+def flip(path):
+    data = bytearray(path.read_bytes())
+    data[len(data) // 2] ^= 1
+    path.write_bytes(bytes(data))
+
+
+@pytest.mark.parametrize(
+    ("damage", "why"),
+    [
+        (truncate, "another checksum"),
+        (flip, "another checksum"),
+        (lambda path: path.unlink(), "FileNotFoundError"),
+    ],
+)
+def test_one_that_is_damaged_is_passed_over(folder, damage, why):
+    damage(folder / "step-000006" / "state.pt")
+    with pytest.warns(UserWarning, match=rf"step-000006' is damaged \(.*{why}.*going on from an"):
+        found = load_checkpoint(folder)
+    assert found["iteration"] == 4
+    discard_after(folder, 4)
+    assert names(folder) == ["step-000002", "step-000004"]
+
+
+def test_where_all_are_damaged_there_is_none(folder):
+    for path in folder.iterdir():
+        truncate(path / "state.pt")
+    with pytest.warns(UserWarning, match="is damaged") as warned:
+        assert load_checkpoint(folder) is None
+    assert len(warned) == 3
+
+
+def test_those_of_the_first_version_had_no_checksum(folder):
+    (folder / "step-000006" / "state.sha256").unlink()
+    assert load_checkpoint(folder)["iteration"] == 6
+    truncate(folder / "step-000006" / "state.pt")
+    with pytest.warns(UserWarning, match="is damaged"):
+        assert load_checkpoint(folder)["iteration"] == 4
+
+
+def test_a_disk_that_is_full_costs_no_checkpoint(folder):
+    with small_files(4096), pytest.raises(OSError, match="File too large") as full:
+        save_checkpoint(folder, 8, state(8), keep=1)
+    assert full.value.errno == errno.EFBIG
+    assert names(folder) == ["step-000002", "step-000004", "step-000006"]
+    assert load_checkpoint(folder)["iteration"] == 6
+
+
+def test_what_was_not_finished_is_swept_up(folder):
+    (folder / ".partial-17-step-000008").mkdir()
+    (folder / ".partial-17-step-000008" / "state.pt").write_bytes(b"PK")
+    assert load_checkpoint(folder)["iteration"] == 6
+    discard_after(folder, 6)
+    assert names(folder) == ["step-000002", "step-000004", "step-000006"]
+
+
+def test_one_that_is_in_the_way_gives_way(folder):
+    truncate(folder / "step-000006" / "state.pt")
+    save_checkpoint(folder, 6, state(7), keep=3)
+    assert load_checkpoint(folder)["weights"][0] == 7
+
+
+# ---- files ---------------------------------------------------------------------------------------
+
+
+def test_a_file_is_written_whole_or_stays_what_it_was(tmp_path):
+    durable.write(tmp_path / "file", b"old")
+    with small_files(4096), pytest.raises(OSError, match="File too large"):
+        durable.write(tmp_path / "file", b"x" * 10_000)
+    assert (tmp_path / "file").read_bytes() == b"old"
+    assert names(tmp_path) == ["file"]
+
+
+def test_a_name_is_given_only_to_what_is_on_the_disk(tmp_path, monkeypatch):
+    done = []
+    sync, replace = os.fsync, os.replace
+    monkeypatch.setattr(os, "fsync", lambda number: done.append("sync") or sync(number))
+    monkeypatch.setattr(os, "replace", lambda *paths: done.append("name") or replace(*paths))
+    durable.write(tmp_path / "file", b"new")
+    assert done == ["sync", "name", "sync"]  # the file, its name, the folder with the name
+    save_checkpoint(tmp_path, 2, state(2), keep=1)
+    assert done[3:] == ["sync", "sync", "sync", "name", "sync"]  # two files and their folder
+
+
+# ---- events --------------------------------------------------------------------------------------
+
+
+def test_events_after_a_checkpoint_and_torn_lines_are_taken_out(tmp_path):
+    events = Events(tmp_path)
+    events.cut(0)  # there are none
+    for number in (1, 2, 3, 4):
+        events.write({"loss": 1 / number}, number)
+        events.write({"validation/x": 0.5}, number)
+    with events.file.open("a") as file:
+        file.write('{"iteration": 2, "lo')
+    events.cut(3)
+    lines = [json.loads(line) for line in events.file.read_text().splitlines()]
+    assert [line["iteration"] for line in lines] == [1, 1, 2, 2, 3, 3]
+    before = events.file.stat().st_ino
+    events.cut(3)
+    assert events.file.stat().st_ino == before  # nothing to do
+
+
+def test_a_line_that_is_damaged_is_taken_out(tmp_path):
+    events = Events(tmp_path)
+    events.file.write_bytes(b'{"iteration": 1}\n\0\0\0\n[1]\n{"iteration": 2}\n')
+    events.cut(5)
+    assert events.file.read_bytes() == b'{"iteration": 1}\n{"iteration": 2}\n'
+
+
+def test_a_figure_that_is_not_finite_is_no_json(tmp_path):
+    events = Events(tmp_path)
+    events.write({"loss": float("nan"), "skipped": 1}, 3)
+    assert events.file.read_text() == '{"iteration": 3, "skipped": 1}\n'
