@@ -83,8 +83,9 @@ class BaseSection(Section):
     """`testbed`, a Hub id or a folder."""
     revision: str | None = None
     """Commit, tag or branch on the Hub."""
-    dtype: Literal["float32", "bfloat16", "float16"] = "float32"
-    """What the frozen parts compute in; the adapter's weights are float32."""
+    dtype: Literal["auto", "float32", "bfloat16", "float16"] = "float32"
+    """What the frozen parts compute in; the adapter's weights are float32. `auto` is bfloat16 where
+    the GPU or the processor has units for it, else float32."""
 
 
 class AttributeSection(Section):

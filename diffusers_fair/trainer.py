@@ -469,6 +469,7 @@ class FairnessFinetuner:
                 "iterations": self.done,
                 "seconds": round(self.seconds, 1),
                 "processes": processes.count(),
+                "dtype": str(self.pipe.unet.dtype).removeprefix("torch."),
                 "machine": machine(),
             },
         )

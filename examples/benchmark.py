@@ -252,6 +252,7 @@ def training(*, gradient: dict[str, Any], bank: bool, seed: int) -> dict[str, An
             "testbed-gender",
             gradient=gradient,
             prompts={"images_per_prompt": 6},
+            base={"dtype": "float32"},
             train=TRAINING | {"seed": seed},
             tracker="none",
             output=f"{folder}/run",

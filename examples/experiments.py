@@ -99,7 +99,7 @@ def measured(experiment: Experiment, runs: Path, images: int | None) -> Report:
     config = RunConfig.load(experiment.recipe)
     attributes = counted(config)
     images = images or config.evaluation.images_per_prompt
-    pipe = load_base(testbed.NAME)
+    pipe = load_base(testbed.NAME, dtype=config.base.dtype)
     load_fair_adapter(pipe, trained(experiment.recipe, runs))
     reference = base(experiment.prompts, images, config, runs).of(attributes, images)
     return look(pipe, experiment.prompts, attributes, config, images, folder, reference)
@@ -119,7 +119,8 @@ def base(prompts: str, images: int, config: RunConfig, runs: Path) -> Report:
         if report.settings.images_per_prompt >= images:
             return report
         shutil.rmtree(folder)
-    pipe, attributes = load_base(testbed.NAME), list(world.ATTRIBUTES.values())
+    pipe = load_base(testbed.NAME, dtype=config.base.dtype)
+    attributes = list(world.ATTRIBUTES.values())
     return look(pipe, prompts, attributes, config, images, folder)
 
 
@@ -145,6 +146,7 @@ def look(
         seed=section.seed,
         reference=reference,
         out=folder,
+        model={"base": testbed.NAME, "dtype": str(pipe.dtype).removeprefix("torch.")},
     )
 
 

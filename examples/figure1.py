@@ -132,6 +132,7 @@ def curve(name: str, seed: int, iterations: int) -> list[float]:
         prompts.write_text(PROMPT, encoding="utf-8")
         trainer = FairnessFinetuner.from_recipe(
             RECIPE,
+            base={"dtype": "float32"},  # the exact gradient needs it
             prompts={"sets": [str(prompts)], "images_per_prompt": SETTINGS["images"]},
             sampling={"steps": SETTINGS["steps"]},
             gradient={"replay_steps": None} | GRADIENTS[name],

@@ -28,6 +28,7 @@ from diffusers_fair.provenance import provenance
 
 RECIPE = "testbed-gender"
 SMALL = {  # everything that is written is written often
+    "base": {"dtype": "float32"},
     "adapter": {"rank": 2},
     "prompts": {"images_per_prompt": 2},
     "sampling": {"steps": 2},

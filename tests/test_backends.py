@@ -605,6 +605,29 @@ def test_recipe_has_the_papers_figures(name):
     assert set(config.models.classifiers) == set(config.evaluation.models.classifiers) == judged
 
 
+@pytest.mark.parametrize(
+    ("units", "expected"),
+    [
+        ({"amx_bf16": True}, torch.bfloat16),
+        ({"avx512_bf16": True, "amx_bf16": False}, torch.bfloat16),
+        ({"avx512_bf16": False}, torch.float32),
+        ({}, torch.float32),
+    ],
+)
+def test_the_dtype_that_suits_the_processor(units, expected, monkeypatch):
+    monkeypatch.setattr(torch.cpu, "get_capabilities", lambda: units)
+    pipe = load_base("testbed", dtype="auto")
+    assert {p.dtype for part in (pipe.unet, pipe.vae) for p in part.parameters()} == {expected}
+    assert load_base("testbed", dtype="bfloat16").text_encoder.dtype == torch.bfloat16
+
+
+def test_the_dtype_that_suits_the_gpu(stable_diffusion, monkeypatch):
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
+    for fast, expected in ((True, torch.bfloat16), (False, torch.float32)):
+        monkeypatch.setattr(torch.cuda, "is_bf16_supported", lambda fast=fast, **_: fast)
+        assert load_base(stable_diffusion, dtype="auto").unet.dtype == expected
+
+
 @pytest.mark.parametrize("name", [name for name in recipes() if name.startswith("sd15-")])
 def test_recipe_trains_one_iteration(name, models, stable_diffusion, monkeypatch, tmp_path):
     stand_ins.retinaface(monkeypatch, tmp_path / "torch")

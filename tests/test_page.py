@@ -2,6 +2,7 @@
 
 import base64
 import io
+import os
 import re
 import shutil
 from collections.abc import Iterator
@@ -376,7 +377,8 @@ def browser():
     with api.sync_playwright() as driver:
         found = next(filter(None, map(shutil.which, NAMES)), driver.chromium.executable_path)
         if not Path(found).exists():
-            pytest.skip(f"no browser: install one of {', '.join(NAMES)}, or `playwright install`")
+            leave = pytest.fail if "CI" in os.environ else pytest.skip
+            leave(f"no browser: install one of {', '.join(NAMES)}, or `playwright install`")
         opened = driver.chromium.launch(executable_path=found)
         yield opened
         opened.close()

@@ -15,6 +15,7 @@ from diffusers_fair.targets import joint_targets
 
 PROMPTS, EACH = 2, 3  # images: over four processes a share has images of two prompts
 TRAIN = {
+    "base": {"dtype": "float32"},
     "adapter": {"rank": 2},
     "prompts": {"images_per_prompt": EACH},
     "sampling": {"steps": 2},

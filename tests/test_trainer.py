@@ -21,6 +21,7 @@ from diffusers_fair.objective import Objective
 from diffusers_fair.sampling import decode
 
 SMALL = {
+    "base": {"dtype": "float32"},
     "adapter": {"rank": 2},
     "prompts": {"images_per_prompt": 4},
     "sampling": {"steps": 3},

@@ -1,10 +1,13 @@
 """The text-to-image pipeline that is aligned or measured."""
 
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 from diffusers_fair import testbed
 from diffusers_fair.backends.errors import loading
 from diffusers_fair.backends.needs import Need, pretrained
+
+if TYPE_CHECKING:
+    import torch
 
 PARTS = ("unet", "text_encoder", "vae")
 
@@ -18,7 +21,8 @@ def load_base(model: str, revision: str | None = None, dtype: str = "float32") -
     Args:
         model: `testbed`, a folder or a Hub id.
         revision: commit, tag or branch on the Hub.
-        dtype: what it computes in: float32, bfloat16 or float16.
+        dtype: what it computes in: float32, bfloat16, float16, or auto: bfloat16 where that is
+            fast, else float32.
 
     Raises:
         ValueError: there is no such model, or it cannot be reached.
@@ -27,16 +31,32 @@ def load_base(model: str, revision: str | None = None, dtype: str = "float32") -
 
     if model == testbed.NAME:
         pipe = testbed.pipeline()
-        return pipe if dtype == "float32" else pipe.to(dtype=getattr(torch, dtype))
+        for part in PARTS:  # `pipe.to` would warn of layers to keep in float32: there are none
+            torch.nn.Module.to(getattr(pipe, part), _precision(dtype, gpu=False))
+        return pipe
     from diffusers import DiffusionPipeline, DPMSolverMultistepScheduler, PNDMScheduler
 
     with loading(f"the base model '{model}'", f"'{testbed.NAME}', a folder or a Hub id"):
         pipe = DiffusionPipeline.from_pretrained(
-            model, revision=revision, torch_dtype=getattr(torch, dtype), safety_checker=None
+            model, revision=revision, torch_dtype=_precision(dtype), safety_checker=None
         )
     if isinstance(pipe.scheduler, PNDMScheduler):
         pipe.scheduler = DPMSolverMultistepScheduler.from_config(pipe.scheduler.config)
     return pipe
+
+
+def _precision(dtype: str, *, gpu: bool = True) -> "torch.dtype":
+    """The torch dtype of that name; of `auto`, the one that suits the GPU, or the processor."""
+    import torch
+
+    if dtype != "auto":
+        return getattr(torch, dtype)
+    if gpu and torch.cuda.is_available():
+        fast = torch.cuda.is_bf16_supported(including_emulation=False)
+    else:
+        units = torch.cpu.get_capabilities()
+        fast = units.get("amx_bf16", False) or units.get("avx512_bf16", False)
+    return torch.bfloat16 if fast else torch.float32
 
 
 def usual_guidance(model: str) -> float:
