@@ -4,6 +4,8 @@ import json
 
 import pytest
 import torch
+from accelerate import DistributedType
+from accelerate.commands.config.config_args import load_config_from_file
 from numpy.linalg import norm
 from test_objective import objective, pictures
 from together import together
@@ -11,6 +13,7 @@ from together import together
 from diffusers_fair import FairnessFinetuner, processes
 from diffusers_fair.adapters.io import read_adapter
 from diffusers_fair.batches import Batch, Share
+from diffusers_fair.config import RECIPES
 from diffusers_fair.targets import joint_targets
 
 PROMPTS, EACH = 2, 3  # images: over four processes a share has images of two prompts
@@ -23,6 +26,14 @@ TRAIN = {
     "optimizer": {"warmup": 0},
     "tracker": "none",
 }
+
+
+@pytest.mark.parametrize("file", sorted((RECIPES / "launch").iterdir()), ids=lambda file: file.stem)
+def test_launch_files_are_accelerates(file):
+    launch = load_config_from_file(str(file))
+    assert launch.distributed_type == DistributedType.MULTI_GPU
+    assert launch.num_processes > 1
+    assert launch.num_machines == {"one-machine": 1, "two-machines": 2}[file.stem]
 
 
 @pytest.mark.parametrize("count", [1, 2, 4])
