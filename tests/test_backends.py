@@ -8,6 +8,7 @@ import pytest
 import stand_ins
 import timm
 import torch
+import yaml
 from pictures import held_out
 from PIL import Image
 from safetensors.torch import save_file
@@ -461,6 +462,50 @@ def test_classes_that_are_not_the_attributes(models):
     asked = section(models, kind="transformers", model=str(models["transformers"]))
     with pytest.raises(ValueError, match=r"'shape' has .* classifier knows \['Ball', 'Ring', 'Box"):
         load_judges(asked, [SHAPE])
+
+
+def test_attributes_of_ones_own_are_trained_and_measured(models, tmp_path, monkeypatch):
+    """Two that no file of the package knows, one of three classes, in a recipe like any other."""
+    from diffusers_fair import cli
+
+    recipe = {
+        "extends": "testbed-gender-race",
+        "attributes": [
+            {"name": "glasses", "classes": ["with", "without"], "target": [0.25, 0.75]},
+            {"name": "toy", "classes": LABELS, "cost": 2, "threshold": 0},
+        ],
+        "prompts": {"images_per_prompt": 6},
+        "sampling": {"steps": 2},
+        "gradient": {"replay_steps": 1},
+        "optimizer": {"warmup": 0},
+        "train": {"iterations": 1, "prompts_per_iteration": 1, "validation_images": 2},
+        "output": str(tmp_path / "run"),
+    }
+    phrases = {"with": ["a face with glasses", "spectacles"], "without": ["a face", "no glasses"]}
+    judges = {
+        "glasses": {"kind": "zero_shot", "model": str(models["open_clip"]), "phrases": phrases},
+        "toy": f"checkpoint:{models['checkpoint']}",
+    }
+    recipe |= {"models": {"classifiers": judges}, "evaluation": {"models": {"classifiers": judges}}}
+    (tmp_path / "own.yaml").write_text(yaml.safe_dump(recipe))
+    (tmp_path / "prompts.txt").write_text("a photo of the face of a chef\n")
+    run(monkeypatch, cli, "train", tmp_path / "own.yaml")
+    event = json.loads((tmp_path / "run" / "events.jsonl").read_text().splitlines()[0])
+    assert event.keys() >= {"bias/glasses", "bias/toy", "largest/toy"}
+    assert event["gradient"] > 0
+    words = ["--adapter", tmp_path / "run" / "adapter", "--recipe", tmp_path / "own.yaml"]
+    words += ["--prompts", tmp_path / "prompts.txt", "--images", 4, "--steps", 2]
+    run(monkeypatch, cli, "evaluate", *words, "--base", "testbed", "--out", tmp_path / "report")
+    report = json.loads((tmp_path / "report" / "report.json").read_text())
+    assert report["summary"]["bias"].keys() == {"glasses", "toy", "glasses x toy"}
+    seen = report["prompts"][0]["attributes"]["toy"]["frequencies"]
+    assert seen.keys() == set(LABELS)
+
+
+def run(monkeypatch, cli, *words) -> None:
+    """A command of the shell."""
+    monkeypatch.setattr("sys.argv", ["diffusers-fair", *map(str, words)])
+    cli.main()
 
 
 def test_the_testbed_stays_the_default():
