@@ -6,8 +6,8 @@
 Trains the adapters of the shipped recipes and measures each on prompts that its training never saw,
 by classifiers that its training never saw, beside the base model on the same noise. Writes
 experiments.md and experiments.json, and each report's figures and pictures below `--out`. Whatever
-is there already is not done again: stop it and start it as you like. An experiment takes half an
-hour to an hour on 2 cores.
+is there already is not done again: stop it and start it as you like. An experiment takes a quarter
+of an hour to half an hour on 2 cores.
 """
 
 import json
@@ -71,14 +71,14 @@ def main(
     runs: Annotated[Path, typer.Option(help="Folder for adapters and whole reports.")] = Path(
         "runs/experiments"
     ),
-    only: Annotated[list[str] | None, typer.Option(help="Recipe; may be repeated.")] = None,
+    only: Annotated[list[str] | None, typer.Option(help="Row of the table; may be repeated.")] = None,
     images: Annotated[
         int | None, typer.Option(help="Of each prompt; left out, as many as the paper has.")
     ] = None,
 ) -> None:
     """Train and measure what is not there yet; write the table of what is."""
     for experiment in EXPERIMENTS:
-        if not only or experiment.recipe in only:
+        if not only or experiment.name in only:
             measured(experiment, runs, images)
     keep(runs, out)
 
