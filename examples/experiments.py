@@ -71,7 +71,9 @@ def main(
     runs: Annotated[Path, typer.Option(help="Folder for adapters and whole reports.")] = Path(
         "runs/experiments"
     ),
-    only: Annotated[list[str] | None, typer.Option(help="Row of the table; may be repeated.")] = None,
+    only: Annotated[
+        list[str] | None, typer.Option(help="Row of the table; may be repeated.")
+    ] = None,
     images: Annotated[
         int | None, typer.Option(help="Of each prompt; left out, as many as the paper has.")
     ] = None,

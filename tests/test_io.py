@@ -2,6 +2,7 @@ import json
 import math
 import os
 import random
+import shutil
 import struct
 from importlib.metadata import version
 from pathlib import Path
@@ -446,24 +447,48 @@ def test_a_pickle_is_not_read(folder):
         read_adapter(folder)
 
 
-def test_random_damage_gives_a_clear_error_or_weights(whole):
+def test_random_damage_gives_a_clear_error_or_the_same_weights(whole):
+    """Bytes changed, cut off, put in or twice there: 600 folders."""
     folder, rng = whole, random.Random(0)
     good = {path.name: path.read_bytes() for path in sorted(folder.iterdir())}
+    expected = read_adapter(folder)[1]
     assert len(good) == 3
     errors = 0
-    for _ in range(300):
+    for _ in range(600):
         name = rng.choice(list(good))
-        content = bytearray(good[name])
-        for _ in range(rng.choice((1, 1, 3))):
-            content[rng.randrange(len(content))] = rng.randrange(256)
+        content, place = bytearray(good[name]), rng.randrange(len(good[name]))
+        match rng.choice(("change", "change", "cut", "insert", "repeat")):
+            case "change":
+                for _ in range(rng.choice((1, 1, 3))):
+                    content[rng.randrange(len(content))] = rng.randrange(256)
+            case "cut":
+                del content[place : place + rng.choice((1, 8, len(content)))]
+            case "insert":
+                content[place:place] = rng.randbytes(rng.choice((1, 8, 64)))
+            case "repeat":
+                content[place:place] = content[: rng.randrange(1, 64)]
         (folder / name).write_bytes(content)
         try:
-            read_adapter(folder)
+            found = read_adapter(folder)[1]
         except ValueError:  # and nothing else
             errors += 1
+        else:
+            assert found.keys() == expected.keys()
+            assert all(torch.equal(found[key], expected[key]) for key in expected)
         (folder / name).write_bytes(good[name])
-    assert 100 < errors < 300
+    assert 400 < errors < 600
     assert read_adapter(folder)[0] == adapter_info(components=BOTH)
+
+
+def test_weights_that_are_others_than_were_written_are_refused(whole):
+    """Of the right names, shapes and types; a folder from before there were checksums is read."""
+    other = {key: 2 * value for key, value in weights().items()}
+    write_adapter(whole.with_name("other"), other | embeds(), adapter_info(components=BOTH))
+    shutil.copy(whole.with_name("other") / io.WEIGHTS_FILE, whole)
+    with pytest.raises(ValueError, match=f"{io.WEIGHTS_FILE}' is damaged: it is not what"):
+        read_adapter(whole)
+    edit(whole, lambda data: data.pop("checksums"))
+    assert torch.equal(read_adapter(whole)[1][f"{UNET}A.weight"], other[f"{UNET}A.weight"])
 
 
 # ---- names, links, strings without an end --------------------------------------------------------

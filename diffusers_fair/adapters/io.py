@@ -15,7 +15,7 @@ import re
 import secrets
 import shutil
 from collections.abc import Callable, Iterator, Mapping
-from dataclasses import asdict, dataclass, field
+from dataclasses import asdict, dataclass, field, replace
 from importlib.metadata import version
 from itertools import accumulate
 from pathlib import Path
@@ -124,6 +124,8 @@ class AdapterInfo:
     """Summary of its report, if it was evaluated; `card.write_card` puts it there."""
     training: dict[str, Any] | None = None
     """What the training took: `iterations`, `seconds` and what else is to be told of it."""
+    checksums: Mapping[str, str] | None = field(default=None, compare=False)
+    """SHA-256 of each file of weights; `write_adapter` puts them there."""
 
     @property
     def lora(self) -> dict[str, Lora]:
@@ -181,8 +183,8 @@ def write_adapter(folder: str | Path, weights: Mapping[str, Tensor], info: Adapt
     temporary = folder.with_name(f".{folder.name}-{secrets.token_hex(4)}")
     try:
         temporary.mkdir(parents=True)
-        (temporary / INFO_FILE).write_bytes(_to_text(info))
         _save_tensors(temporary, tensors, info)
+        (temporary / INFO_FILE).write_bytes(_to_text(_with_checksums(info, temporary)))
         read_adapter(temporary)  # what could not be read back never gets its name
         _put_in_place(temporary, folder)
     finally:
@@ -205,7 +207,7 @@ def write_info(folder: str | Path, info: AdapterInfo) -> None:
             f"'{folder}' holds the weights of {old.components}, not of {info.components}: write "
             "them with write_adapter"
         )
-    text, path = _to_text(info), Path(folder) / INFO_FILE
+    text, path = _to_text(_with_checksums(info, Path(folder))), Path(folder) / INFO_FILE
     _from_json(_parse_json(text, str(path)), str(path))
     replace_file(path, text)
 
@@ -245,6 +247,9 @@ def read_adapter(folder: str | Path) -> tuple[AdapterInfo, Weights]:
     if info.soft_tokens:
         path = _checked_file(folder / EMBEDS_FILE)
         weights |= _read_tensors(path, info, _check_soft_tokens)
+    for name, checksum in (info.checksums or {}).items():
+        if checksum != _checksum(_checked_file(folder / name)):
+            raise ValueError(f"'{folder / name}' is damaged: it is not what {INFO_FILE} names")
     return info, weights
 
 
@@ -298,6 +303,21 @@ def check_size(where: str, name: str, size: int) -> None:
         raise ValueError(f"'{where}' has {size} bytes, more than the {MAX_BYTES[name]} allowed")
 
 
+def _with_checksums(info: AdapterInfo, folder: Path) -> AdapterInfo:
+    """The same, of the files of weights that are there."""
+    files = [folder / name for name in (WEIGHTS_FILE, EMBEDS_FILE)]
+    return replace(info, checksums={path.name: _checksum(path) for path in files if path.exists()})
+
+
+def _checksum(path: Path) -> str:
+    """SHA-256 of a file."""
+    digest = hashlib.sha256()
+    with path.open("rb") as file:
+        while part := file.read(2**20):
+            digest.update(part)
+    return digest.hexdigest()
+
+
 def _homes(folder: Path) -> Iterator[Path]:
     """Where the files of a folder may lie: a snapshot in the Hub's cache is links to blobs."""
     yield folder
@@ -349,6 +369,7 @@ def _to_json(info: AdapterInfo) -> dict[str, Any]:
         "library_versions": info.versions,
         "evaluation": info.evaluation,
         "training": info.training,
+        "checksums": info.checksums,
     }
 
 
@@ -361,7 +382,7 @@ def _from_json(data: Any, where: str) -> AdapterInfo:
         )
     try:
         root = _object(
-            {"training": None} | data if isinstance(data, dict) else data,
+            {"training": None, "checksums": None} | data if isinstance(data, dict) else data,
             "the file",
             {
                 "format_version": int,
@@ -372,6 +393,7 @@ def _from_json(data: Any, where: str) -> AdapterInfo:
                 "library_versions": dict,
                 "evaluation": (dict, type(None)),
                 "training": (dict, type(None)),
+                "checksums": (dict, type(None)),
             },
         )
         base = _object(
@@ -391,6 +413,7 @@ def _from_json(data: Any, where: str) -> AdapterInfo:
             versions={name: str(number) for name, number in root["library_versions"].items()},
             evaluation=root["evaluation"],
             training=root["training"],
+            checksums=_checksums(root["checksums"]),
         )
     except (ValueError, OverflowError) as error:
         raise ValueError(f"'{where}' does not describe an adapter: {error}") from error
@@ -428,6 +451,15 @@ def _lora(part: str, value: Any) -> Lora:
     if not (0 < size["alpha"] <= 1e6 and math.isfinite(size["alpha"])):
         raise ValueError(f"the alpha of {part} must be positive, got {size['alpha']}")
     return Lora(rank=size["rank"], alpha=size["alpha"])
+
+
+def _checksums(value: dict[str, Any] | None) -> dict[str, str] | None:
+    for name, digits in (value or {}).items():
+        if name not in (WEIGHTS_FILE, EMBEDS_FILE):
+            raise ValueError(f"checksums are of the files of weights, got {name[:100]!r}")
+        if not (isinstance(digits, str) and re.fullmatch("[0-9a-f]{64}", digits)):
+            raise ValueError(f"the checksum of '{name}' must be 64 hexadecimal digits")
+    return value
 
 
 def _attributes(value: list[Any]) -> tuple[Attribute, ...]:
