@@ -20,6 +20,7 @@ from typing import Annotated, Any
 
 import torch
 import typer
+from preview_card import preview
 
 from diffusers_fair import FairnessFinetuner, RunConfig, testbed
 from diffusers_fair.attributes import Attribute
@@ -177,6 +178,7 @@ def keep(runs: Path, out: Path) -> None:
             shutil.copy(folder / name, kept / name)
         shutil.copytree(runs / experiment.recipe / "adapter", kept / "adapter", dirs_exist_ok=True)
         write_card(kept / "adapter", kept)
+        (kept / "preview.html").write_text(preview(kept / "adapter"), "utf-8")
     origin = {
         "command": "python examples/experiments.py --out model_cards",
         "commit": commit(),

@@ -156,6 +156,13 @@ def test_header_holds_the_metadata_of_diffusers(folder):
 # ---- writing -------------------------------------------------------------------------------------
 
 
+def test_the_same_adapter_is_the_same_bytes(tmp_path):
+    for i in range(8):  # as often as it takes safetensors to write its metadata in another order
+        write_adapter(tmp_path / str(i), weights() | embeds(), adapter_info(components=BOTH))
+    for name in (io.INFO_FILE, io.WEIGHTS_FILE, io.EMBEDS_FILE):
+        assert len({(tmp_path / str(i) / name).read_bytes() for i in range(8)}) == 1
+
+
 def test_an_adapter_folder_is_replaced_as_a_whole(folder):
     (folder / "README.md").write_text("old card")
     (folder / "samples").mkdir()

@@ -502,9 +502,19 @@ def _save_tensors(folder: Path, tensors: Weights, info: AdapterInfo) -> None:
     if lora or info.lora:
         metadata = json.dumps(_lora_metadata(lora, info), indent=2)
         data = save(lora, metadata={"format": "pt", METADATA_KEY: metadata})
-        (folder / WEIGHTS_FILE).write_bytes(data)
+        (folder / WEIGHTS_FILE).write_bytes(_ordered(data))
     if embeds or info.soft_tokens:
         (folder / EMBEDS_FILE).write_bytes(save(embeds, metadata={"format": "pt"}))
+
+
+def _ordered(data: bytes) -> bytes:
+    """The same safetensors, its metadata in order: they come in any, from run to run."""
+    start = 8 + int.from_bytes(data[:8], "little")
+    header = json.loads(data[8:start])
+    header["__metadata__"] = dict(sorted(header["__metadata__"].items()))
+    text = json.dumps(header, separators=(",", ":")).encode()
+    text = text.ljust(-(-len(text) // 8) * 8)  # tensors start at a multiple of 8 bytes
+    return len(text).to_bytes(8, "little") + text + data[start:]
 
 
 def _read_tensors(
