@@ -47,7 +47,7 @@ def main(
 ) -> None:
     """Measure what is not measured yet; write the tables."""
     first = RunConfig.load(RECIPES[0])
-    base = measured(load_base(testbed.NAME), "base", first, runs / "base", images)
+    base = measured(drawer(first), "base", first, runs / "base", images)
     entries, costs = [Entry(label="base", report=base, group="nothing")], {}
     for recipe in only or RECIPES:
         config = RunConfig.load(recipe)
@@ -76,12 +76,17 @@ def done(
 
 def applied(method: str, config: RunConfig, adapter: Path) -> tuple[Any, float | None]:
     """A pipeline that draws by a method, and the seconds of what goes before, as far as known."""
-    pipe = load_base(testbed.NAME)
+    pipe = drawer(config)
     if method == OURS:
         load_fair_adapter(pipe, adapter)
         return pipe, (read_adapter(adapter)[0].training or {}).get("seconds")
     start = time.perf_counter()
     return baseline(method).apply(pipe, task(config, pipe)), time.perf_counter() - start
+
+
+def drawer(config: RunConfig) -> Any:
+    """The base model, in the precision that the recipe has."""
+    return load_base(testbed.NAME, dtype=config.base.dtype)
 
 
 def task(config: RunConfig, pipe: Any) -> Task:
@@ -120,13 +125,17 @@ def measured(
         reference=reference,
         label=name,
         out=folder,
-        model={"base": testbed.NAME, "method": name},
+        model={
+            "base": testbed.NAME,
+            "dtype": str(pipe.dtype).removeprefix("torch."),
+            "method": name,
+        },
     )
 
 
 def slowdown(pipe: Any, config: RunConfig) -> float:
     """Time to draw by a method over that of the base model, the median of some turns."""
-    plain, ratios = load_base(testbed.NAME), []
+    plain, ratios = drawer(config), []
     for _ in range(TURNS):
         start = time.perf_counter()
         draw(plain, config)

@@ -176,9 +176,8 @@ def keep(runs: Path, out: Path) -> None:
         kept.mkdir(parents=True, exist_ok=True)
         for name in KEPT:
             shutil.copy(folder / name, kept / name)
-        shutil.copytree(runs / experiment.recipe / "adapter", kept / "adapter", dirs_exist_ok=True)
-        write_card(kept / "adapter", kept)
-        (kept / "preview.html").write_text(preview(kept / "adapter"), "utf-8")
+        if experiment.prompts == OCCUPATIONS:
+            keep_adapter(runs / experiment.recipe / "adapter", kept)
     origin = {
         "command": "python examples/experiments.py --out model_cards",
         "commit": commit(),
@@ -188,6 +187,13 @@ def keep(runs: Path, out: Path) -> None:
     (out / "experiments.md").write_text("\n".join(document(rows, origin)), "utf-8")
     record = json.dumps(origin | {"experiments": records}, indent=1)
     (out / "experiments.json").write_text(record, "utf-8")
+
+
+def keep_adapter(adapter: Path, out: Path) -> None:
+    """Copy an adapter beside its report, with its card and what the card looks like."""
+    shutil.copytree(adapter, out / "adapter", dirs_exist_ok=True)
+    write_card(out / "adapter", out)
+    (out / "preview.html").write_text(preview(out / "adapter"), "utf-8")
 
 
 def document(rows: list[list[str]], origin: Mapping[str, str]) -> list[str]:
