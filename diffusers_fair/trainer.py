@@ -1,10 +1,7 @@
 """Fine-tuning for fairness: the loop around the method. The only file that knows accelerate.
 
-One iteration (Algorithm 1 and sections 4.1 to 4.3 of the paper):
-
-    prompts, noise -> the original model's images, without the adapter; kept in the bank
-                   -> images with the adapter -> faces -> class probabilities -> targets -> loss
-                   -> d loss / d z_K -> replay -> gradients of the adapter's parameters
+    batch -> its gradient (gradient.py) -> AdamW -> moving average of the weights
+          -> now and then: checkpoint, validation, best adapter
 
 Several processes share the images of an iteration; what is random depends on the seed and the
 number of the iteration alone, never on them nor on what was before.
@@ -17,7 +14,6 @@ import warnings
 from collections.abc import Iterator
 from contextlib import contextmanager
 from datetime import timedelta
-from functools import cached_property
 from pathlib import Path
 from tempfile import TemporaryDirectory
 from typing import Any
@@ -35,13 +31,12 @@ from diffusers_fair.adapters.io import (
     write_adapter,
 )
 from diffusers_fair.adapters.trainable import TrainableAdapter
-from diffusers_fair.backends import load_base, load_judges, load_real_faces
-from diffusers_fair.bank import OriginalsBank
-from diffusers_fair.batches import Batch, Share, draw_batch
+from diffusers_fair.backends import load_base, load_judges
+from diffusers_fair.batches import Batch, draw_batch
 from diffusers_fair.checkpoints import discard_after, load_checkpoint, save_checkpoint
-from diffusers_fair.conditioning import encode_prompts
 from diffusers_fair.config import RunConfig
-from diffusers_fair.evaluation import Judges, Report, evaluate
+from diffusers_fair.evaluation import Report, evaluate
+from diffusers_fair.gradient import BatchGradient
 from diffusers_fair.guards import (
     TERMINATED,
     Caution,
@@ -53,21 +48,10 @@ from diffusers_fair.guards import (
 )
 from diffusers_fair.hub import Push, push_adapter
 from diffusers_fair.loading import local_folder
-from diffusers_fair.objective import Aim, LossWeights, Objective, Originals
 from diffusers_fair.progress import Events, Figures, bar, tracker
 from diffusers_fair.prompts import prompt_set
 from diffusers_fair.prompts.mixtures import prompt_mixture
 from diffusers_fair.provenance import machine
-from diffusers_fair.replay import draw_steps, replay
-from diffusers_fair.sampling import (
-    Trajectory,
-    decode,
-    decode_backward,
-    initial_noise,
-    sample,
-)
-from diffusers_fair.scheduler import BiasedGradientScheduler
-from diffusers_fair.unrolled import unroll
 
 PATIENCE = timedelta(days=1)  # for which processes wait for one another: one may validate
 
@@ -104,12 +88,9 @@ class FairnessFinetuner:
         self.pipe = load_base(config.base.model, config.base.revision, config.base.dtype)
         self.pipe.to(self.accelerator.device)
         self.fingerprint = base_fingerprint(self.pipe)
-        self.scheduler = BiasedGradientScheduler(
-            self.pipe.scheduler, standardize=config.gradient.standardize
-        )
         self.judges = load_judges(config.models, self.attributes, self.pipe.device)
-        self.objective = _objective(config, self.judges, self.pipe.device)
         self.adapter = TrainableAdapter(self.pipe, _components(config), config.train.seed)
+        self.gradient = BatchGradient(config, self.pipe, self.adapter, self.judges)
         if config.adapter.init_from is not None:
             self._start_from(config.adapter.init_from)
         self.parameters = self.adapter.parameters
@@ -121,7 +102,6 @@ class FairnessFinetuner:
             num_training_steps=config.train.iterations,
         )
         self.ema = EMAModel(self.parameters, decay=config.optimizer.ema_decay)
-        self.micro_batch = config.train.micro_batch
         self.caution = Caution(config.train.max_skipped)
         self.watch = Watch()
         self.done = 0  # iterations
@@ -160,7 +140,7 @@ class FairnessFinetuner:
         folder = self.config.claim_output()
         with Termination() as termination, room_on_disk(folder):
             self._resume(folder)
-            if self.config.train.memory_budget is not None and self.micro_batch is None:
+            if self.config.train.memory_budget is not None and self.gradient.micro_batch is None:
                 self._fit_memory(self.config.train.memory_budget)
             self._run(folder, progress and processes.main(), termination)
             self.save_adapter(folder / "adapter")
@@ -206,7 +186,7 @@ class FairnessFinetuner:
         """
         self.optimizer.zero_grad()
         try:
-            figures = self._backward(draw_batch(self.config, self.prompts, number), number)
+            figures = self.gradient.backward(draw_batch(self.config, self.prompts, number), number)
             norm = self._clip()
         except NotFiniteError:
             figures, norm = {}, float("nan")
@@ -227,120 +207,6 @@ class FairnessFinetuner:
         limit = self.config.optimizer.max_grad_norm or float("inf")
         return torch.nn.utils.clip_grad_norm_(self.parameters, limit).item()
 
-    def _backward(self, batch: Batch, number: int, *, banked: bool = True) -> Figures:
-        """Add the gradient of this process's part of a batch's loss to the parameters.
-
-        Raises:
-            NotFiniteError: an image is NaN or infinite, in any process.
-        """
-        share = Share(batch, processes.share(len(batch.seeds)))
-        noise = self._noise(share)
-        originals = self._originals(share, noise, banked=banked)
-        cond, uncond = self._encode(share)
-        if self.config.gradient.method != "replay":
-            z = self._unroll(cond, uncond, noise, batch.steps)
-            v, figures = self._loss(z.detach(), originals, len(batch.prompts))
-            z.backward(v)
-            return figures
-        trajectory = self._sample(cond, uncond, noise, batch.steps, keep=True)
-        v, figures = self._loss(trajectory.latents, originals, len(batch.prompts))
-        gradients = self._replay(trajectory, cond, uncond, v, number)
-        for embeddings, gradient in zip((cond, uncond), gradients, strict=True):
-            if embeddings is not None and gradient is not None:
-                embeddings.backward(gradient.to(embeddings.dtype))  # once through the text encoder
-        return figures
-
-    def _originals(self, share: Share, noise: Tensor, *, banked: bool) -> Originals:
-        """What the judges see in the original model's images, from the bank if it is there."""
-
-        @torch.no_grad()
-        def make() -> Originals:
-            with self.adapter.off():
-                cond, uncond = self._encode(share)
-                z = self._sample(cond, uncond, noise, share.batch.steps, keep=False).latents
-            images = decode(self.pipe.vae, z, self.micro_batch).float()
-            return self.objective.originals(images, self.micro_batch)
-
-        if self.config.train.distinct_iterations is None or not banked:
-            return make()
-        return self.bank.get(share.told(), make, noise.device)
-
-    @cached_property
-    def bank(self) -> OriginalsBank:
-        """Of what was seen in original images; the run folder is claimed for it."""
-        folder = self.config.claim_output()
-        return OriginalsBank(folder / "originals", _about_originals(self.config))
-
-    def _sample(
-        self, cond: Tensor, uncond: Tensor | None, noise: Tensor, steps: int, *, keep: bool
-    ) -> Trajectory:
-        return sample(
-            self.pipe.unet,
-            self.scheduler,
-            cond,
-            uncond,
-            noise,
-            steps,
-            self.config.sampling.guidance_scale,
-            keep=keep,
-            micro_batch=self.micro_batch,
-        )
-
-    def _loss(self, z: Tensor, originals: Originals, prompts: int) -> tuple[Tensor, Figures]:
-        """The gradient v of the loss on the final latents (n, c, h, w), and figures."""
-        vae, micro_batch = self.pipe.vae, self.micro_batch
-        with torch.no_grad():
-            images = decode(vae, z, micro_batch).float()
-        if processes.any_of(not images.isfinite().all()):
-            raise NotFiniteError
-        loss, figures = self.objective(
-            images.requires_grad_(), originals, prompts, micro_batch=micro_batch
-        )
-        (gradient,) = torch.autograd.grad(loss, images)  # (n, 3, H, W)
-        return decode_backward(vae, z, gradient, micro_batch), figures
-
-    def _replay(
-        self, trajectory: Trajectory, cond: Tensor, uncond: Tensor | None, v: Tensor, number: int
-    ) -> tuple[Tensor | None, Tensor | None]:
-        """Gradients of the embeddings; those of the U-Net's parameters are added to them."""
-        weights = self.scheduler.gradient_weights()  # (K,), C_i a_i
-        g = torch.Generator().manual_seed(1_000_003 * self.config.train.seed + number)
-        count = self.config.gradient.replay_steps
-        steps, chances = draw_steps(len(weights), count, g) if count else (None, None)
-        return replay(
-            self.pipe.unet,
-            trajectory,
-            cond,
-            uncond,
-            v,
-            weights,
-            steps=steps,
-            weights=chances,
-            micro_batch=self.micro_batch,
-        )
-
-    def _unroll(self, cond: Tensor, uncond: Tensor | None, noise: Tensor, steps: int) -> Tensor:
-        """(n, c, h, w), z_K with the graph of the recipe's gradient, to compare replay with."""
-        unet, scale = self.pipe.unet, self.config.sampling.guidance_scale
-        biased = self.config.gradient.method == "autograd"
-        scheduler = self.scheduler if biased else self.scheduler.scheduler
-        last = self.config.gradient.truncated_steps
-        return unroll(unet, scheduler, cond, uncond, noise, steps, scale, last=last)
-
-    def _encode(self, share: Share) -> tuple[Tensor, Tensor | None]:
-        """Embeddings of each image's prompt (n, L, d) and, with guidance, of the empty one."""
-        guided = self.config.sampling.guidance_scale > 1
-        uncond = encode_prompts(self.pipe, [""], prefix=False) if guided else None  # (1, L, d)
-        cond = encode_prompts(self.pipe, share.prompts)  # (P, L, d)
-        cond = cond.repeat_interleave(share.batch.images_per_prompt, dim=0)
-        return cond[share.skipped : share.skipped + len(share.seeds)], uncond
-
-    def _noise(self, share: Share) -> Tensor:
-        """(n, c, h, w), standard normal."""
-        unet = self.pipe.unet
-        shape = (unet.config.in_channels, unet.config.sample_size, unet.config.sample_size)
-        return initial_noise(shape, share.seeds, device=unet.device).to(unet.dtype)
-
     def _fit_memory(self, budget: float) -> None:
         """Choose the micro-batch by trying the first iteration with a few of its images.
 
@@ -352,16 +218,16 @@ class FairnessFinetuner:
         def measure(images: int) -> int:
             seeds = batch.seeds[: images * processes.count()]
             few = Batch(batch.prompts[:1], seeds, batch.steps)
-            self._backward(few, 0, banked=False)
+            self.gradient.backward(few, 0, banked=False)
             self.optimizer.zero_grad()
             return processes.most(memory.peak(self.pipe.device))
 
         images = len(batch.seeds) // processes.count()
-        self.micro_batch = memory.fitting(measure, images, budget)
+        found = self.gradient.micro_batch = memory.fitting(measure, images, budget)
         if processes.main():
             warnings.warn(
-                f"{self.micro_batch} images at a time fit train.memory_budget, {budget:g} GB: the "
-                f"same as train.micro_batch={self.micro_batch}",
+                f"{found} images at a time fit train.memory_budget, {budget:g} GB: the same as "
+                f"train.micro_batch={found}",
                 stacklevel=3,
             )
 
@@ -513,7 +379,7 @@ class FairnessFinetuner:
             "best": self.best,
             "base_clip_t": self.base_clip_t,
             "seconds": self.seconds,
-            "micro_batch": self.micro_batch,
+            "micro_batch": self.gradient.micro_batch,
         }
 
     def _resume(self, folder: Path) -> None:
@@ -543,7 +409,7 @@ class FairnessFinetuner:
         self.base_clip_t = state["base_clip_t"]
         if "caution" in state:  # not in checkpoints of the first version
             self.caution = Caution(**state["caution"])
-            self.seconds, self.micro_batch = state["seconds"], state["micro_batch"]
+            self.seconds, self.gradient.micro_batch = state["seconds"], state["micro_batch"]
 
 
 def _accelerator(config: RunConfig) -> Any:
@@ -592,38 +458,6 @@ def _components(config: RunConfig) -> dict[str, Lora | SoftTokens]:
     layers = Lora(rank=asked.rank, alpha=asked.rank)
     tokens = SoftTokens(count=asked.soft_tokens)
     return {name: tokens if name == "soft_tokens" else layers for name in asked.components}
-
-
-def _objective(config: RunConfig, judges: Judges, device: torch.device) -> Objective:
-    """What is minimised; real faces are loaded only if they have a weight."""
-    real_faces = None
-    if config.losses.face:
-        real_faces = load_real_faces(config.models, judges.face_detector, device)
-    weights = LossWeights(semantics=config.losses.semantics, face=config.losses.face)
-    return Objective(judges, _aims(config), weights, real_faces)
-
-
-def _about_originals(config: RunConfig) -> Any:
-    """What the original images, and what is seen in them, depend on beside the batch."""
-    told = config.model_dump(
-        mode="json",
-        include={"base", "attributes", "models", "sampling"},
-        exclude={"attributes": {"__all__": {"words"}}},
-    )
-    return told | {"face": config.losses.face > 0}
-
-
-def _aims(config: RunConfig) -> list[Aim]:
-    return [
-        Aim(
-            attribute=section.attribute(),
-            threshold=section.threshold,
-            cost=section.cost,
-            semantics_changed=section.semantics_changed,
-            semantics_face=section.semantics_face,
-        )
-        for section in config.attributes
-    ]
 
 
 def _mean_bias(report: Report, attribute: str) -> float | None:

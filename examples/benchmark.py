@@ -258,7 +258,7 @@ def training(*, gradient: dict[str, Any], bank: bool, seed: int) -> dict[str, An
             output=f"{folder}/run",
         )
         if not bank:
-            finetuner.bank = NoBank()
+            finetuner.gradient.bank = NoBank()
         events = (finetuner.train(progress=False) / "events.jsonl").read_text("utf-8")
     seconds, curve = 0.0, []
     for event in map(json.loads, events.splitlines()):

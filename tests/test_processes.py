@@ -149,8 +149,8 @@ def trained(folder: str) -> tuple:
     }
     finetuner = FairnessFinetuner.from_recipe("testbed-gender", **TRAIN, train=train, output=folder)
     before = torch.cat([p.detach().flatten() for p in finetuner.parameters])
-    targets, find = [], finetuner.objective._targets
-    finetuner.objective._targets = lambda *args: targets.append(find(*args)) or targets[-1]
+    targets, find = [], finetuner.gradient.objective._targets
+    finetuner.gradient.objective._targets = lambda *args: targets.append(find(*args)) or targets[-1]
     gradients, clip = [], finetuner._clip
 
     def clipped() -> float:

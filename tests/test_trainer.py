@@ -11,6 +11,7 @@ from pathlib import Path
 import pytest
 import torch
 
+import diffusers_fair.gradient as gradient_module
 import diffusers_fair.trainer as trainer_module
 from diffusers_fair import FairnessFinetuner, durable, testbed
 from diffusers_fair.adapters.io import read_adapter
@@ -248,21 +249,21 @@ def test_the_micro_batch_is_chosen_from_a_memory_budget_and_kept(tmp_path, monke
     taken = []
     train = SMALL["train"] | {"iterations": 1, "validate_every": None, "memory_budget": 2.5}
     trainer = finetuner(tmp_path / "run", train=train)
-    backward = trainer._backward
+    backward = trainer.gradient.backward
 
     def counted(batch, number, **options):
         if options:
             taken.append(len(batch.seeds))
         return backward(batch, number, **options)
 
-    monkeypatch.setattr(trainer, "_backward", counted)
+    monkeypatch.setattr(trainer.gradient, "backward", counted)
     with pytest.warns(UserWarning, match=r"2 images at a time fit .* 2\.5 GB: the same as"):
         trainer.train(progress=False)
     assert taken == [1, 2]  # 4 would take 2 + 2 * 1
-    assert trainer.micro_batch == 2
+    assert trainer.gradient.micro_batch == 2
     again = finetuner(tmp_path / "run", train=train)
     again.train(progress=False)  # measures nothing
-    assert again.micro_batch == 2
+    assert again.gradient.micro_batch == 2
     with pytest.raises(ValueError, match=r"memory_budget chooses micro_batch, got both"):
         finetuner(tmp_path / "x", train=train | {"micro_batch": 2})
 
@@ -295,7 +296,7 @@ def test_a_gradient_that_is_not_finite_is_skipped_and_counted(tmp_path, monkeypa
             parameter.grad = torch.full_like(parameter, float("nan"))
         return {"loss": 1.0}
 
-    monkeypatch.setattr(broken, "_backward", backward)
+    monkeypatch.setattr(broken.gradient, "backward", backward)
     figures = broken.iteration(0)
     assert figures["skipped"] == 1
     assert all(torch.equal(a, b) for a, b in zip(before, broken.parameters, strict=True))
@@ -311,7 +312,7 @@ def test_images_that_are_not_finite_are_skipped_and_the_next_update_is_smaller(
     )
     before = [parameter.detach().clone() for parameter in broken.parameters]
     with monkeypatch.context() as patch:
-        patch.setattr(trainer_module, "decode", lambda vae, z, n: decode(vae, z, n) * float("nan"))
+        patch.setattr(gradient_module, "decode", lambda vae, z, n: decode(vae, z, n) * float("nan"))
         figures = broken.iteration(0)
         assert figures.keys() == {"gradient", "skipped"}
         assert figures["skipped"] == 1
@@ -325,7 +326,7 @@ def test_images_that_are_not_finite_are_skipped_and_the_next_update_is_smaller(
     torch.testing.assert_close(moved, 0.55 * whole)
     assert broken.optimizer.param_groups[0]["lr"] == 0.01
     with monkeypatch.context() as patch:
-        patch.setattr(trainer_module, "decode", lambda vae, z, n: decode(vae, z, n) * float("nan"))
+        patch.setattr(gradient_module, "decode", lambda vae, z, n: decode(vae, z, n) * float("nan"))
         broken.iteration(2)
         with pytest.raises(TrainingStoppedError, match="not finite in 2 iterations in a row"):
             broken.iteration(3)
