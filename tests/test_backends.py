@@ -15,7 +15,7 @@ from safetensors.torch import save_file
 from torch.nn import functional as F
 from transformers import AutoImageProcessor, AutoModelForImageClassification, Dinov2Model
 
-from diffusers_fair import FairnessFinetuner, trainer
+from diffusers_fair import FairnessFinetuner, gradient
 from diffusers_fair.attributes import Attribute
 from diffusers_fair.backends import (
     dinov2,
@@ -434,8 +434,9 @@ def test_real_faces_are_loaded_only_if_they_have_a_weight(monkeypatch, tmp_path)
     def refuse(*args):
         raise AssertionError("real faces were loaded")
 
-    monkeypatch.setattr(trainer, "load_real_faces", refuse)
-    assert FairnessFinetuner.from_recipe("testbed-gender", **small).objective.real_faces is None
+    monkeypatch.setattr(gradient, "load_real_faces", refuse)
+    plain = FairnessFinetuner.from_recipe("testbed-gender", **small)
+    assert plain.gradient.objective.real_faces is None
 
 
 # ---- judges --------------------------------------------------------------------------------------
