@@ -181,8 +181,8 @@ class FairnessFinetuner:
         """One update of the adapter's parameters; everything random depends on seed and number.
 
         Returns:
-            Means over the images: `loss`, `alignment`, `semantics`, `face` if it has a weight, and
-            `faces`, the share with one; over the prompts: `bias/NAME`; the length of the gradient.
+            Those of `BatchGradient.backward`, the length of the `gradient`, and how many updates
+            were `skipped` so far.
         """
         self.optimizer.zero_grad()
         try:
