@@ -18,7 +18,7 @@ def result(**figures):
 
 def test_jobs_have_names_of_their_own_and_arguments_that_fit():
     jobs = list(benchmark.jobs(benchmark.PARTS))
-    assert len({name for name, _, _ in jobs}) == len(jobs) == 8 + 6 + 12 + 16 + 1 + 1
+    assert len({name for name, _, _ in jobs}) == len(jobs) == 8 + 4 + 12 + 16 + 1 + 1
     for _, function, arguments in jobs:
         required = {
             name
@@ -77,6 +77,16 @@ def test_bias_against_time_is_read_off_the_mean_curve():
     rows = benchmark.bias_rows(done)
     assert rows[0][-1] == "seconds until a bias of 0.200"
     assert [row[-1] for row in rows[1:]] == ["20", "8", "not reached"]
+
+
+def test_the_largest_number_of_steps_is_not_measured_twice():
+    found = {
+        "steps/published/5": result(megabytes=10.0),
+        "iteration/published": result(seconds=1.0, megabytes=20.0),
+    }
+    lines = benchmark.document(found)
+    assert "|  | K = 5 | K = 20 |" in lines
+    assert "| published | 10 | 20 |" in lines
 
 
 def test_the_document_holds_a_table_for_each_part_that_is_done():
