@@ -9,6 +9,7 @@ Parts, each job in a process of its own, one after the other, with all cores:
                 weights, 32 x 32 latents, 20 steps: the published way against replay
     steps       its peak memory with fewer steps
     bias        bias on the testbed against wall-clock, by the same ways, three seeds each
+    processes   iterations on the testbed in an hour, by one process of one core and by two
     targets     the targets of N images
     evaluation  images drawn and judged in a second
     adapter     loading one, and what it costs in use
@@ -20,7 +21,10 @@ run goes on; remove benchmark.json to begin anew. Let nothing else run meanwhile
 
 import json
 import multiprocessing
+import os
 import statistics
+import subprocess
+import sys
 import time
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
@@ -32,6 +36,7 @@ import torch
 import typer
 from torch import Tensor
 
+from diffusers_fair.config import RECIPES
 from diffusers_fair.provenance import provenance
 
 Job = tuple[str, Callable[..., dict[str, Any]], dict[str, Any]]  # name, function, its arguments
@@ -41,6 +46,7 @@ LATENTS = (1, 4, 32, 32)
 TOKENS = (1, 77, 768)
 GUIDANCE = 7.5
 SEEDS = 3
+LAUNCH = RECIPES / "launch" / "one-machine.yaml"
 TRAINING = {  # of each training on the testbed
     **{"iterations": 32, "prompts_per_iteration": 2, "distinct_iterations": 8},
     **{"validate_every": 8, "validation_images": 24, "checkpoint_every": 32},
@@ -59,7 +65,7 @@ TRAININGS: dict[str, dict[str, Any]] = {  # the same on the testbed, as sections
     "replay, bank": {"gradient": {"replay_steps": None}, "bank": True},
     "replay of 2 steps, bank": {"gradient": {"replay_steps": 2}, "bank": True},
 }
-PARTS = ("iteration", "steps", "bias", "targets", "evaluation", "adapter")
+PARTS = ("iteration", "steps", "bias", "processes", "targets", "evaluation", "adapter")
 
 
 def main(
@@ -100,6 +106,9 @@ def jobs(parts: tuple[str, ...] | list[str]) -> Iterator[Job]:
         for seed in range(SEEDS):
             for way, settings in TRAININGS.items():
                 yield f"bias/{way}/{seed}", training, {**settings, "seed": seed}
+    if "processes" in parts:
+        for count in (1, 2):
+            yield f"processes/{count}", processes, {"count": count}
     if "targets" in parts:
         for images in (24, 64, 128, 256):
             for classes in (2, 4, 8, 16):
@@ -270,6 +279,24 @@ def training(*, gradient: dict[str, Any], bank: bool, seed: int) -> dict[str, An
     return {"curve": curve}
 
 
+# ---- many processes ------------------------------------------------------------------------------
+
+
+def processes(*, count: int) -> dict[str, Any]:
+    """Iterations of testbed-gender in an hour, by processes of one core each; the batch is one."""
+    launcher = [sys.executable, "-m", "accelerate.commands.launch", "--config_file", str(LAUNCH)]
+    with TemporaryDirectory() as folder:
+        recipe = ["testbed-gender", "train.iterations=8", "tracker=none", f"output={folder}/run"]
+        subprocess.run(
+            [*launcher, f"--num_processes={count}", "-m", "diffusers_fair", "train", *recipe],
+            env=os.environ | {"OMP_NUM_THREADS": "1"},
+            check=True,
+        )
+        lines = Path(folder, "run", "events.jsonl").read_text("utf-8").splitlines()
+    seconds = [event["seconds"] for event in map(json.loads, lines) if "seconds" in event]
+    return {"iterations_per_hour": 3600 / statistics.median(seconds)}
+
+
 # ---- small parts ---------------------------------------------------------------------------------
 
 
@@ -354,6 +381,7 @@ def document(found: dict[str, Any]) -> list[str]:
         ),
         "steps": ("Its peak memory against the number of steps", steps_rows),
         "bias": ("Bias on the testbed against time", bias_rows),
+        "processes": ("One iteration shared by processes of one core each", processes_rows),
         "targets": ("Targets of a batch, milliseconds", targets_rows),
         "evaluation": ("Evaluation", evaluation_rows),
         "adapter": ("An adapter of rank 50 in use", adapter_rows),
@@ -432,6 +460,18 @@ def bias_rows(done: dict[str, Any]) -> list[list[str]]:
         cells = [f"{len(curves)}", f"{last['seconds']:.0f}", f"{last['bias']:.3f}"]
         rows.append([way, *cells, "not reached" if there is None else f"{there:.0f}"])
     return rows
+
+
+def processes_rows(done: dict[str, Any]) -> list[list[str]]:
+    one = done["1"]["iterations_per_hour"]
+    return [["processes", "iterations in an hour", "over one process"]] + [
+        [
+            count,
+            f"{result['iterations_per_hour']:.0f}",
+            f"{result['iterations_per_hour'] / one:.2f}",
+        ]
+        for count, result in done.items()
+    ]
 
 
 def targets_rows(done: dict[str, Any]) -> list[list[str]]:
