@@ -3,12 +3,12 @@
     python examples/benchmark.py --out model_cards
     python examples/benchmark.py --out model_cards --only iteration --only targets
 
-Parts, each job in a process of its own, one after the other, with all cores:
+Parts, each job in a process of its own with all cores, or two at a time with one core each (*):
 
     iteration   one iteration on a U-Net of Stable Diffusion 1.5's own configuration with random
                 weights, 32 x 32 latents, 20 steps: the published way against replay
     steps       its peak memory with fewer steps
-    bias        bias on the testbed against wall-clock, by the same ways, three seeds each
+    bias *      bias on the testbed against wall-clock, by the same ways, three seeds each
     processes   iterations on the testbed in an hour, by one process of one core and by two
     targets     the targets of N images
     evaluation  images drawn and judged in a second
@@ -65,6 +65,7 @@ TRAININGS: dict[str, dict[str, Any]] = {  # the same on the testbed, as sections
     "replay, bank": {"gradient": {"replay_steps": None}, "bank": True},
     "replay of 2 steps, bank": {"gradient": {"replay_steps": 2}, "bank": True},
 }
+AT_A_TIME = {"bias": 2}  # jobs of a part
 PARTS = ("iteration", "steps", "bias", "processes", "targets", "evaluation", "adapter")
 
 
@@ -79,17 +80,17 @@ def main(
     out.mkdir(parents=True, exist_ok=True)
     file = out / "benchmark.json"
     found = json.loads(file.read_text("utf-8")) if file.exists() else {}
-    for name, function, arguments in jobs(only or PARTS):
-        if name not in found:
-            found[name] = apart(function, **arguments) | {"with": provenance()}
+    for part in only or PARTS:
+        for name, result in results([job for job in jobs(part) if job[0] not in found], part):
+            found[name] = result
             file.write_text(json.dumps(found, indent=1), "utf-8")
-            print(name, found[name], flush=True)
+            print(name, result, flush=True)
     (out / "benchmark.md").write_text("\n".join(document(found)), "utf-8")
 
 
-def jobs(parts: tuple[str, ...] | list[str]) -> Iterator[Job]:
-    """Every job of the parts, in order."""
-    if "iteration" in parts:
+def jobs(part: str) -> Iterator[Job]:
+    """Every job of a part, in order."""
+    if part == "iteration":
         for way, does in WAYS.items():
             for blocks in (False, True):
                 yield (
@@ -97,31 +98,41 @@ def jobs(parts: tuple[str, ...] | list[str]) -> Iterator[Job]:
                     iteration,
                     {**does, "steps": STEPS, "checkpointing": blocks},
                 )
-    if "steps" in parts:
+    if part == "steps":
         for steps in (STEPS // 4, STEPS // 2):  # STEPS itself is in `iteration`
             for way in COMPARED:
                 arguments = WAYS[way] | {"steps": steps, "checkpointing": False}
                 yield f"steps/{way}/{steps}", iteration, arguments
-    if "bias" in parts:
+    if part == "bias":
         for seed in range(SEEDS):
             for way, settings in TRAININGS.items():
                 yield f"bias/{way}/{seed}", training, {**settings, "seed": seed}
-    if "processes" in parts:
+    if part == "processes":
         yield "processes", processes, {}
-    if "targets" in parts:
+    if part == "targets":
         for images in (24, 64, 128, 256):
             for classes in (2, 4, 8, 16):
                 yield f"targets/{images}/{classes}", targets, {"n": images, "classes": classes}
-    if "evaluation" in parts:
+    if part == "evaluation":
         yield "evaluation", evaluation, {}
-    if "adapter" in parts:
+    if part == "adapter":
         yield "adapter", adapter, {}
 
 
-def apart(function: Callable[..., dict[str, Any]], **arguments: Any) -> dict[str, Any]:
-    """Call a function in a fresh process, so that no job profits from an earlier one."""
-    with multiprocessing.get_context("spawn").Pool(1) as pool:
-        return pool.apply(function, kwds=arguments)
+def results(todo: list[Job], part: str) -> Iterator[tuple[str, dict[str, Any]]]:
+    """Names and results, in order; each job in a fresh process: none profits from an earlier one."""
+    workers = AT_A_TIME.get(part, 1)
+    threads = max(1, torch.get_num_threads() // workers)
+    spawn = multiprocessing.get_context("spawn")
+    with spawn.Pool(workers, torch.set_num_threads, (threads,), maxtasksperchild=1) as pool:
+        pending = [(name, pool.apply_async(recorded, job)) for name, *job in todo]
+        for name, result in pending:
+            yield name, result.get()
+
+
+def recorded(function: Callable[..., dict[str, Any]], arguments: dict[str, Any]) -> dict[str, Any]:
+    """The result of a job, and with what it was found."""
+    return function(**arguments) | {"with": provenance()}
 
 
 # ---- an iteration at Stable Diffusion 1.5's size -------------------------------------------------

@@ -5,20 +5,18 @@
 
 Trains the adapters of the shipped recipes and measures each on prompts that its training never saw,
 by classifiers that its training never saw, beside the base model on the same noise. Writes
-experiments.md and experiments.json, and each report's figures and pictures below `--out`. Whatever
-is there already is not done again: stop it and start it as you like. An experiment takes a quarter
-of an hour to half an hour on 2 cores.
+experiments.md, and each report's figures and pictures below `--out`. What is in `--runs` already is
+not done again: stop it and start it as you like. An experiment takes a quarter of an hour to half
+an hour on 2 cores.
 """
 
 import json
-import platform
 import shutil
 from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Annotated, Any
 
-import torch
 import typer
 from preview_card import preview
 
@@ -30,7 +28,6 @@ from diffusers_fair.evaluation import Report, evaluate
 from diffusers_fair.evaluation.report import FILE
 from diffusers_fair.loading import load_fair_adapter
 from diffusers_fair.prompts import prompt_set
-from diffusers_fair.provenance import commit
 from diffusers_fair.testbed import world
 
 OCCUPATIONS = "testbed-occupations"
@@ -44,6 +41,7 @@ class Experiment:
 
     recipe: str
     prompts: str = OCCUPATIONS
+    images: int | None = None  # of each prompt; left out, as the recipe has it
 
     @property
     def name(self) -> str:
@@ -59,9 +57,9 @@ EXPERIMENTS = [
     Experiment("testbed-prefix"),
     Experiment("testbed-unet"),
     Experiment("testbed-text-encoder-unet"),
-    Experiment("testbed-gender-race", "non-templated"),
+    Experiment("testbed-gender-race", "non-templated", 60),
     *(
-        Experiment("testbed-multi-concept", prompts)
+        Experiment("testbed-multi-concept", prompts, 60)
         for prompts in (OCCUPATIONS, "sports", "styles", "descriptors")
     ),
 ]
@@ -75,15 +73,12 @@ def main(
     only: Annotated[
         list[str] | None, typer.Option(help="Row of the table; may be repeated.")
     ] = None,
-    images: Annotated[
-        int | None, typer.Option(help="Of each prompt; left out, as many as the paper has.")
-    ] = None,
 ) -> None:
     """Train and measure what is not there yet; write the table of what is."""
     for experiment in EXPERIMENTS:
         if not only or experiment.name in only:
-            measured(experiment, runs, images)
-    keep(runs, out)
+            keep(measured(experiment, runs), experiment, runs, out)
+    write(out)
 
 
 def trained(recipe: str, runs: Path) -> Path:
@@ -94,18 +89,19 @@ def trained(recipe: str, runs: Path) -> Path:
     return folder / "adapter"
 
 
-def measured(experiment: Experiment, runs: Path, images: int | None) -> Report:
-    """The report of an adapter."""
+def measured(experiment: Experiment, runs: Path) -> Path:
+    """The folder of an adapter's report."""
     folder = runs / "reports" / experiment.name
     if (folder / FILE).exists():
-        return Report.load(folder)
+        return folder
     config = RunConfig.load(experiment.recipe)
     attributes = counted(config)
-    images = images or config.evaluation.images_per_prompt
+    images = experiment.images or config.evaluation.images_per_prompt
     pipe = load_base(testbed.NAME, dtype=config.base.dtype)
     load_fair_adapter(pipe, trained(experiment.recipe, runs))
     reference = base(experiment.prompts, images, config, runs).of(attributes, images)
-    return look(pipe, experiment.prompts, attributes, config, images, folder, reference)
+    look(pipe, experiment.prompts, attributes, config, images, folder, reference)
+    return folder
 
 
 def counted(config: RunConfig) -> list[Attribute]:
@@ -156,37 +152,14 @@ def look(
 # ---- what is written -----------------------------------------------------------------------------
 
 
-def keep(runs: Path, out: Path) -> None:
-    """Write the table of all reports that are there, and copy what is small of them."""
-    rows, records = [], {}
-    for experiment in EXPERIMENTS:
-        folder = runs / "reports" / experiment.name
-        if not (folder / FILE).exists():
-            continue
-        after, config = (
-            Report.load(folder),
-            RunConfig.load(runs / experiment.recipe / "recipe.yaml"),
-        )
-        images = after.settings.images_per_prompt
-        before = base(experiment.prompts, images, config, runs)
-        before = before.of(after.settings.attributes, images)
-        rows += [row("base, same noise", before), row(f"**{experiment.name}**", after)]
-        records[experiment.name] = {"base": before.summary, "adapter": after.summary}
-        kept = out / experiment.name
-        kept.mkdir(parents=True, exist_ok=True)
-        for name in KEPT:
-            shutil.copy(folder / name, kept / name)
-        if experiment.prompts == OCCUPATIONS:
-            keep_adapter(runs / experiment.recipe / "adapter", kept)
-    origin = {
-        "command": "python examples/experiments.py --out model_cards",
-        "commit": commit(),
-        "machine": f"{platform.machine()}, {torch.get_num_threads()} threads",
-        "torch": torch.__version__,
-    }
-    (out / "experiments.md").write_text("\n".join(document(rows, origin)), "utf-8")
-    record = json.dumps(origin | {"experiments": records}, indent=1)
-    (out / "experiments.json").write_text(record, "utf-8")
+def keep(report: Path, experiment: Experiment, runs: Path, out: Path) -> None:
+    """Copy what is small of a report, and the adapter with its card."""
+    kept = out / experiment.name
+    kept.mkdir(parents=True, exist_ok=True)
+    for name in KEPT:
+        shutil.copy(report / name, kept / name)
+    if experiment.prompts == OCCUPATIONS:
+        keep_adapter(runs / experiment.recipe / "adapter", kept)
 
 
 def keep_adapter(adapter: Path, out: Path) -> None:
@@ -196,33 +169,46 @@ def keep_adapter(adapter: Path, out: Path) -> None:
     (out / "preview.html").write_text(preview(out / "adapter"), "utf-8")
 
 
-def document(rows: list[list[str]], origin: Mapping[str, str]) -> list[str]:
+def write(out: Path) -> None:
+    """experiments.md, of all reports that are kept."""
+    files = {experiment.name: out / experiment.name / FILE for experiment in EXPERIMENTS}
+    found = {n: json.loads(file.read_text("utf-8")) for n, file in files.items() if file.exists()}
+    (out / "experiments.md").write_text("\n".join(document(found)), "utf-8")
+
+
+def document(found: Mapping[str, dict[str, Any]]) -> list[str]:
     """Lines of experiments.md."""
     head = ["", "prompts x images", *(f"bias, {name}" for name in COLUMNS), "old"]
     head += ["faces", "context", "CLIP-T", "CLIP-I", "DINO"]
+    rows, origins = [], []
+    for name, report in found.items():
+        settings, origin = report["settings"], report["provenance"]
+        size = f"{len(settings['prompts'])} x {settings['images_per_prompt']}"
+        rows.append(["base, same noise", size, *cells(report["reference"]["summary"])])
+        rows.append([f"**{name}**", size, *cells(report["summary"])])
+        origins.append(f"- {name}: `{origin['command']}`, commit {origin['commit']}")
     return [
         "# The experiments, measured on the testbed",
         "",
         "Bias over unseen prompts by the evaluation classifiers: mean ± std over prompts, and (in",
         "brackets) the floor, which a generator exactly on target would score with as many images.",
-        "The command of each row is in its report.json.",
         "",
         *(f"| {' | '.join(cells)} |" for cells in (head, ["---"] * len(head), *rows)),
         "",
-        *(f"- {name}: {value}" for name, value in origin.items()),
+        "`python examples/experiments.py --out model_cards` makes them all; how each was made, on",
+        "which machine and by which versions, is in its report.json:",
+        "",
+        *origins,
         "",
     ]
 
 
-def row(name: str, report: Report) -> list[str]:
-    """One line of the table."""
-    summary, settings = report.summary, report.settings
+def cells(summary: Mapping[str, Any]) -> list[str]:
+    """A report's figures in the table's order."""
     biases = [summary["bias"][column] for column in COLUMNS]
     old = summary["frequencies"]["age"]["old"]
     scores = [summary["scores"].get(key) for key in ("context", "clip_t", "clip_i", "dino")]
     return [
-        name,
-        f"{len(settings.prompts)} x {settings.images_per_prompt}",
         *(f"{b['mean']:.3f} ± {b['std']:.3f} ({b['floor']:.3f})" for b in biases),
         f"{old['mean']:.3f} ± {old['std']:.3f}",
         f"{summary['face_rate']['mean']:.3f}",

@@ -17,7 +17,7 @@ def result(**figures):
 
 
 def test_jobs_have_names_of_their_own_and_arguments_that_fit():
-    jobs = list(benchmark.jobs(benchmark.PARTS))
+    jobs = [job for part in benchmark.PARTS for job in benchmark.jobs(part)]
     assert len({name for name, _, _ in jobs}) == len(jobs) == 8 + 4 + 12 + 1 + 16 + 1 + 1
     for _, function, arguments in jobs:
         required = {
@@ -34,17 +34,14 @@ def test_an_unknown_part_is_refused(tmp_path):
 
 
 def test_targets_are_timed_once_and_kept(tmp_path, monkeypatch):
-    monkeypatch.setattr(benchmark, "apart", lambda function, **arguments: function(**arguments))
-    monkeypatch.setattr(
-        benchmark,
-        "jobs",
-        lambda parts: [("targets/24/2", benchmark.targets, {"n": 24, "classes": 2})],
-    )
-    benchmark.main(tmp_path)
+    job = ("targets/24/2", benchmark.targets, {"n": 24, "classes": 2})
+    monkeypatch.setattr(benchmark, "jobs", lambda part: [job] if part == "targets" else [])
+    benchmark.main(tmp_path, ["targets"])
     file = tmp_path / "benchmark.json"
     first = file.read_text()
-    benchmark.main(tmp_path)
+    benchmark.main(tmp_path, ["targets"])
     assert file.read_text() == first
+    assert '"threads": ' in first
     assert "| 24 |" in (tmp_path / "benchmark.md").read_text()
 
 
