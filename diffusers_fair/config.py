@@ -349,7 +349,16 @@ class TrainSection(Section):
     all. Costs time and saves memory, and changes nothing else."""
     memory_budget: Weight | None = None
     """GB for each process, from which `micro_batch` is chosen when training starts: of the GPU's
-    memory, or of all that the process takes on the CPU."""
+    memory, or of all that the process takes on the CPU. Where it does not hold one image, it turns
+    `gradient_checkpointing` on."""
+    gradient_checkpointing: bool = False
+    """The U-Net keeps less for the backward pass and evaluates its blocks again there, which takes
+    longer. Changes nothing else."""
+    channels_last: bool = False
+    """U-Net and decoder compute with the channels last, which most GPUs are faster at in half
+    precision."""
+    compile: bool = False
+    """The U-Net runs by torch.compile; for long trainings, as the first iterations take minutes."""
     device: Literal["auto", "cpu"] = "auto"
     """`auto` is what accelerate finds, a GPU if there is one; the testbed stays on the CPU."""
     seed: Count = 0

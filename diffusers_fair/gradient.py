@@ -55,6 +55,13 @@ class BatchGradient:
         )
         self.objective = _objective(config, judges, pipe.device)
         self.micro_batch = config.train.micro_batch
+        if config.train.gradient_checkpointing:
+            self.checkpoint_unet()
+
+    def checkpoint_unet(self) -> None:
+        """From now on, keep less of the U-Net for the backward pass and evaluate it again there."""
+        self.pipe.unet.enable_gradient_checkpointing()
+        self.pipe.unet.train()  # which is when diffusers does so; there is no dropout in it
 
     def backward(self, batch: Batch, number: int, *, banked: bool = True) -> Figures:
         """Add the gradient of this process's part of a batch's loss to the parameters.

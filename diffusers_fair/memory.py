@@ -2,10 +2,15 @@
 
 import sys
 from collections.abc import Callable
+from pathlib import Path
 
 import torch
 
 GB = 1e9  # bytes
+
+
+class BudgetError(ValueError):
+    """Not even one image fits."""
 
 
 def peak(device: torch.device) -> int:
@@ -16,6 +21,14 @@ def peak(device: torch.device) -> int:
 
     most = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
     return most if sys.platform == "darwin" else most * 1024
+
+
+def forget_peak(device: torch.device) -> None:
+    """Let `peak` begin anew; on the CPU Linux alone can."""
+    if device.type == "cuda":
+        torch.cuda.reset_peak_memory_stats(device)
+    elif sys.platform == "linux":
+        Path("/proc/self/clear_refs").write_text("5")
 
 
 def fitting(measure: Callable[[int], int], most: int, budget: float) -> int:
@@ -29,7 +42,7 @@ def fitting(measure: Callable[[int], int], most: int, budget: float) -> int:
         budget: GB.
 
     Raises:
-        ValueError: not even one fits.
+        BudgetError: not even one fits.
     """
     size, found, taken, growth, now = 1, 0, 0, 0, 0
     while taken + 2 * growth <= budget * GB:
@@ -42,7 +55,7 @@ def fitting(measure: Callable[[int], int], most: int, budget: float) -> int:
             break
         size = min(2 * size, most)
     if not found:
-        raise ValueError(
+        raise BudgetError(
             f"train.memory_budget is {budget:g} GB, and one image at a time takes {now / GB:.2f}: "
             "raise it, or choose a smaller model or base.dtype bfloat16"
         )

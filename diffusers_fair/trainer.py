@@ -90,6 +90,7 @@ class FairnessFinetuner:
         self.fingerprint = base_fingerprint(self.pipe)
         self.judges = load_judges(config.models, self.attributes, self.pipe.device)
         self.adapter = TrainableAdapter(self.pipe, _components(config), config.train.seed)
+        _tune(self.pipe, config)
         self.gradient = BatchGradient(config, self.pipe, self.adapter, self.judges)
         if config.adapter.init_from is not None:
             self._start_from(config.adapter.init_from)
@@ -210,8 +211,10 @@ class FairnessFinetuner:
     def _fit_memory(self, budget: float) -> None:
         """Choose the micro-batch by trying the first iteration with a few of its images.
 
+        Where not even one fits, the U-Net keeps less of itself for the backward pass.
+
         Raises:
-            ValueError: the budget, in GB, is too small for one.
+            ValueError: the budget, in GB, is too small for one even so.
         """
         batch = draw_batch(self.config, self.prompts, 0)
 
@@ -223,11 +226,21 @@ class FairnessFinetuner:
             return processes.most(memory.peak(self.pipe.device))
 
         images = len(batch.seeds) // processes.count()
-        found = self.gradient.micro_batch = memory.fitting(measure, images, budget)
+        same = ""
+        try:
+            found = memory.fitting(measure, images, budget)
+        except memory.BudgetError:
+            if self.pipe.unet.is_gradient_checkpointing:
+                raise
+            self.gradient.checkpoint_unet()
+            memory.forget_peak(self.pipe.device)
+            found = memory.fitting(measure, images, budget)
+            same = " train.gradient_checkpointing=true"
+        self.gradient.micro_batch = found
         if processes.main():
             warnings.warn(
                 f"{found} images at a time fit train.memory_budget, {budget:g} GB: the same as "
-                f"train.micro_batch={found}",
+                f"train.micro_batch={found}{same}",
                 stacklevel=3,
             )
 
@@ -380,6 +393,7 @@ class FairnessFinetuner:
             "base_clip_t": self.base_clip_t,
             "seconds": self.seconds,
             "micro_batch": self.gradient.micro_batch,
+            "gradient_checkpointing": self.pipe.unet.is_gradient_checkpointing,
         }
 
     def _resume(self, folder: Path) -> None:
@@ -410,6 +424,8 @@ class FairnessFinetuner:
         if "caution" in state:  # not in checkpoints of the first version
             self.caution = Caution(**state["caution"])
             self.seconds, self.gradient.micro_batch = state["seconds"], state["micro_batch"]
+        if state.get("gradient_checkpointing"):
+            self.gradient.checkpoint_unet()
 
 
 def _accelerator(config: RunConfig) -> Any:
@@ -422,6 +438,15 @@ def _accelerator(config: RunConfig) -> Any:
         project_dir=Path(config.output) / "logs",
         kwargs_handlers=[InitProcessGroupKwargs(timeout=PATIENCE)],
     )
+
+
+def _tune(pipe: Any, config: RunConfig) -> None:
+    """How the frozen parts are evaluated; what they give is the same but for rounding."""
+    if config.train.channels_last:
+        for part in (pipe.unet, pipe.vae):
+            part.to(memory_format=torch.channels_last)
+    if config.train.compile:
+        pipe.unet.compile()
 
 
 def _optimizer(config: RunConfig, parameters: list[torch.nn.Parameter]) -> torch.optim.Optimizer:

@@ -3,6 +3,7 @@
 import errno
 import os
 import signal
+import sys
 import threading
 import warnings
 
@@ -156,3 +157,12 @@ def test_the_peak_is_what_was_taken_at_most():
     before = memory.peak(torch.device("cpu"))
     torch.ones(before // 4 + 2**26).sum()  # float32: more than there was in all
     assert memory.peak(torch.device("cpu")) >= before + 2**27
+
+
+@pytest.mark.skipif(sys.platform != "linux", reason="only Linux forgets")
+def test_the_peak_is_forgotten_when_asked():
+    cpu = torch.device("cpu")
+    torch.ones(memory.peak(cpu) // 4 + 2**26).sum()
+    before = memory.peak(cpu)
+    memory.forget_peak(cpu)
+    assert memory.peak(cpu) <= before - 2**27

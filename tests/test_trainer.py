@@ -268,6 +268,54 @@ def test_the_micro_batch_is_chosen_from_a_memory_budget_and_kept(tmp_path, monke
         finetuner(tmp_path / "x", train=train | {"micro_batch": 2})
 
 
+def test_a_budget_without_room_for_one_image_has_the_unet_keep_less(tmp_path, monkeypatch):
+    train = SMALL["train"] | {"iterations": 1, "validate_every": None, "memory_budget": 2.5}
+    trainer = finetuner(tmp_path / "run", train=train)
+    unet = trainer.pipe.unet
+    peak = lambda device: 10**9 * (2 if unet.is_gradient_checkpointing else 3)  # noqa: E731
+    monkeypatch.setattr(trainer_module.memory, "peak", peak)
+    with pytest.warns(UserWarning, match=r"micro_batch=4 train.gradient_checkpointing=true"):
+        trainer.train(progress=False)
+    assert unet.is_gradient_checkpointing
+    assert unet.training
+    again = finetuner(tmp_path / "run", train=train)
+    again.train(progress=False)  # measures nothing
+    assert again.pipe.unet.is_gradient_checkpointing
+    monkeypatch.setattr(trainer_module.memory, "peak", lambda device: 3 * 10**9)
+    with pytest.raises(
+        ValueError, match=r"memory_budget is 2\.5 GB, and one image at a time takes"
+    ):
+        finetuner(tmp_path / "other", train=train).train(progress=False)
+
+
+@pytest.mark.parametrize("option", ["gradient_checkpointing", "channels_last", "compile"])
+def test_how_the_unet_is_evaluated_changes_no_gradient(tmp_path, monkeypatch, option):
+    compiled = []
+
+    def compile_without_a_compiler(module):
+        compiled.append(module)
+        module._compiled_call_impl = torch.compile(module._call_impl, backend="eager")
+
+    monkeypatch.setattr(torch.nn.Module, "compile", compile_without_a_compiler)
+    adapter = {"components": ["text_encoder", "unet"], "rank": 2}
+    plain = finetuner(tmp_path / "plain", adapter=adapter)
+    tuned = finetuner(
+        tmp_path / "tuned", adapter=adapter, train=SMALL["train"] | {option: True, "seed": 0}
+    )
+    unet = tuned.pipe.unet
+    assert unet.is_gradient_checkpointing == (option == "gradient_checkpointing")
+    last = unet.conv_in.weight.is_contiguous(memory_format=torch.channels_last)
+    assert last == (option == "channels_last")
+    assert compiled == ([unet] if option == "compile" else [])
+    for trainer in (plain, tuned):
+        trainer.gradient.backward(draw_batch(trainer.config, trainer.prompts, 0), 0)
+    for one, other in zip(plain.parameters, tuned.parameters, strict=True):
+        if one.grad is not None:
+            torch.testing.assert_close(
+                other.grad, one.grad, rtol=1e-3, atol=1e-3 * one.grad.abs().max().item()
+            )
+
+
 def test_adamw_in_8_bits(tmp_path, monkeypatch):
     pytest.importorskip("bitsandbytes")
     trainer = finetuner(tmp_path / "small", optimizer={"name": "adamw8bit", "warmup": 0})
