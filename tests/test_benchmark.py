@@ -43,6 +43,14 @@ def test_targets_are_timed_once_and_kept(tmp_path, monkeypatch):
     assert file.read_text() == first
     assert '"threads": ' in first
     assert "| 24 |" in (tmp_path / "benchmark.md").read_text()
+    benchmark.main(tmp_path, ["targets/24/2"], turns=2)
+    assert benchmark.json.loads(file.read_text())["targets/24/2"]["turns"] == 2
+
+
+def test_of_several_turns_the_least_counts():
+    first = benchmark._quicker(None, {"seconds": 3.0})
+    second = benchmark._quicker(first, {"seconds": 2.0})
+    assert benchmark._quicker(second, {"seconds": 4.0}) == {"seconds": 2.0, "turns": 3}
 
 
 def test_peak_memory_counts_what_was_taken_meanwhile():
@@ -55,10 +63,10 @@ def test_peak_memory_counts_what_was_taken_meanwhile():
 
 def test_iterations_are_told_against_the_published_way():
     done = {
-        "published": result(seconds=400.0, megabytes=1000.0),
-        "replay": result(seconds=100.0, megabytes=250.0),
+        "published": result(seconds=400.0, megabytes=1000.0, turns=2),
+        "replay": result(seconds=100.0, megabytes=250.0, turns=1),
     }
-    assert benchmark.iteration_rows(done)[2] == ["replay", "100", "4.00 x", "250", "0.25"]
+    assert benchmark.iteration_rows(done)[2] == ["replay", "1", "100", "4.00 x", "250", "0.25"]
 
 
 def test_bias_against_time_is_read_off_the_mean_curve():
