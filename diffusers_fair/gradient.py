@@ -79,8 +79,8 @@ class BatchGradient:
             NotFiniteError: an image is NaN or infinite, in any process.
         """
         share = Share(batch, processes.share(len(batch.seeds)))
+        originals = self.originals(share, banked=banked)
         noise = self._noise(share)
-        originals = self._originals(share, noise, banked=banked)
         cond, uncond = self._encode(share)
         if self.config.gradient.method != "replay":
             z = self._unroll(cond, uncond, noise, batch.steps)
@@ -95,11 +95,17 @@ class BatchGradient:
                 embeddings.backward(gradient.to(embeddings.dtype))  # once through the text encoder
         return figures
 
-    def _originals(self, share: Share, noise: Tensor, *, banked: bool) -> Originals:
-        """What the judges see in the original model's images, from the bank if it is there."""
+    def originals(self, share: Share, *, banked: bool = True) -> Originals:
+        """What the judges see in the original model's images.
+
+        Args:
+            share: which images.
+            banked: whether it may come from the bank, and goes there.
+        """
 
         @torch.no_grad()
         def make() -> Originals:
+            noise = self._noise(share)
             with self.adapter.off():
                 cond, uncond = self._encode(share)
                 z = self._sample(cond, uncond, noise, share.batch.steps, keep=False).latents
@@ -108,7 +114,7 @@ class BatchGradient:
 
         if self.config.train.distinct_iterations is None or not banked:
             return make()
-        return self.bank.get(share.told(), make, noise.device)
+        return self.bank.get(share.told(), make, self.pipe.device)
 
     @cached_property
     def bank(self) -> OriginalsBank:

@@ -47,9 +47,9 @@ TOKENS = (1, 77, 768)
 GUIDANCE = 7.5
 SEEDS = 3
 LAUNCH = RECIPES / "launch" / "one-machine.yaml"
-TRAINING = {  # of each training on the testbed
-    **{"iterations": 16, "prompts_per_iteration": 2, "distinct_iterations": 8},
-    **{"validate_every": 8, "validation_images": 12, "checkpoint_every": 40},
+TRAINING = {  # of each training on the testbed, at a constant learning rate
+    **{"iterations": 40, "prompts_per_iteration": 2, "distinct_iterations": 20},
+    **{"validate_every": 10, "validation_images": 12, "checkpoint_every": 40},
 }
 FAST = f"replay of {DRAWN} steps, warm bank"
 WAYS: dict[str, dict[str, Any]] = {  # an iteration's: what is done of it
@@ -59,14 +59,11 @@ WAYS: dict[str, dict[str, Any]] = {  # an iteration's: what is done of it
     FAST: {"drawn": DRAWN},
 }
 COMPARED = ("published", FAST)  # in `steps`
-TRAININGS: dict[str, dict[str, Any]] = {  # the same on the testbed, as sections of the recipe
-    "published": {"gradient": {"method": "autograd", "replay_steps": None}, "bank": False},
-    "replay, no bank": {"gradient": {"replay_steps": None}, "bank": False},
-    "replay, bank": {"gradient": {"replay_steps": None}, "bank": True},
-    "replay of 2 steps, bank": {
-        **{"gradient": {"replay_steps": 2}, "bank": True},
-        "iterations": 24,  # of which each takes less than a third
-    },
+TRAININGS: dict[str, dict[str, Any]] = {  # the same on the testbed
+    "published": {"gradient": {"method": "autograd", "replay_steps": None}, "bank": "none"},
+    "replay, cold bank": {"gradient": {"replay_steps": None}, "bank": "cold"},
+    "replay, warm bank": {"gradient": {"replay_steps": None}, "bank": "warm"},
+    "replay of 2 steps, warm bank": {"gradient": {"replay_steps": 2}, "bank": "warm"},
 }
 AT_A_TIME = {"bias": 2}  # jobs of a part
 PARTS = ("iteration", "steps", "bias", "processes", "targets", "evaluation", "adapter")
@@ -283,16 +280,13 @@ class NoBank:
         return make()
 
 
-def training(
-    *, gradient: dict[str, Any], bank: bool, seed: int, iterations: int = TRAINING["iterations"]
-) -> dict[str, Any]:
+def training(*, gradient: dict[str, Any], bank: str, seed: int) -> dict[str, Any]:
     """Validation bias on the testbed against seconds of training, without those of validating.
 
     Args:
-        gradient: keys of the recipe's section.
-        bank: whether what is seen in the originals is kept; it is empty at first.
+        gradient: the recipe's section.
+        bank: of what is seen in the originals: `none`, `cold`, which is empty at first, or `warm`.
         seed: of the run.
-        iterations: with a constant learning rate, so that curves of any length compare.
     """
     from diffusers_fair import FairnessFinetuner
 
@@ -300,15 +294,15 @@ def training(
         finetuner = FairnessFinetuner.from_recipe(
             "testbed-gender",
             gradient=gradient,
-            prompts={"images_per_prompt": 6},
-            base={"dtype": "float32"},
             optimizer={"schedule": "constant"},
-            train=TRAINING | {"seed": seed, "iterations": iterations},
+            train=TRAINING | {"seed": seed},
             tracker="none",
             output=f"{folder}/run",
         )
-        if not bank:
+        if bank == "none":
             finetuner.gradient.bank = NoBank()
+        if bank == "warm":
+            fill(finetuner)
         events = (finetuner.train(progress=False) / "events.jsonl").read_text("utf-8")
     seconds, curve = 0.0, []
     for event in map(json.loads, events.splitlines()):
@@ -316,6 +310,15 @@ def training(
         if "validation/gender" in event:
             curve.append({"seconds": seconds, "bias": event["validation/gender"]})
     return {"curve": curve}
+
+
+def fill(finetuner: Any) -> None:
+    """Put the originals of all iterations into the bank."""
+    from diffusers_fair.batches import Share, draw_batch
+
+    for number in range(finetuner.config.train.distinct_iterations):
+        batch = draw_batch(finetuner.config, finetuner.prompts, number)
+        finetuner.gradient.originals(Share(batch, slice(0, len(batch.seeds))))
 
 
 # ---- many processes ------------------------------------------------------------------------------

@@ -9,6 +9,8 @@ sys.path.insert(0, str(Path(__file__).parents[1] / "examples"))
 
 import benchmark
 
+from diffusers_fair import FairnessFinetuner
+
 ORIGIN = {"command": "benchmark.py", "commit": "abc", "versions": {"torch": "2"}, "machine": {}}
 
 
@@ -110,3 +112,21 @@ def test_the_document_holds_a_table_for_each_part_that_is_done():
     assert "| 5.0 | 10.0 min |" in text
     assert "- `benchmark.py`, commit abc, torch 2" in text
     assert "One iteration" not in text
+
+
+def test_a_warm_bank_holds_the_originals_of_every_iteration(tmp_path, monkeypatch):
+    finetuner = FairnessFinetuner.from_recipe(
+        "testbed-gender",
+        base={"dtype": "float32"},
+        prompts={"images_per_prompt": 2},
+        sampling={"steps": 2},
+        gradient={"replay_steps": 1},
+        train={"prompts_per_iteration": 1, "distinct_iterations": 3},
+        tracker="none",
+        output=str(tmp_path / "run"),
+    )
+    benchmark.fill(finetuner)
+    assert len([*(tmp_path / "run" / "originals").iterdir()]) == 3
+    monkeypatch.setattr(finetuner.adapter, "off", None)  # how an original would be drawn
+    for number in range(4):
+        assert finetuner.iteration(number)["faces"] > 0
