@@ -1,4 +1,4 @@
-"""What the method costs here, as ratios of one run: time, memory, bias against time.
+"""What the method costs here: time, memory, bias against time.
 
     python examples/benchmark.py --out model_cards
     python examples/benchmark.py --out model_cards --only iteration --only targets
@@ -425,7 +425,7 @@ def median(function: Callable[[], Any], times: int) -> float:
 
 def document(found: dict[str, Any]) -> list[str]:
     """Lines of benchmark.md."""
-    lines = ["# Benchmark", "", "Ratios of one run; absolute seconds tell little elsewhere.", ""]
+    lines = ["# Benchmark", "", "Compare within a table; seconds tell little elsewhere.", ""]
     tables = {
         "iteration": (
             f"One iteration, Stable Diffusion 1.5's U-Net with random weights, {STEPS} steps",
