@@ -89,7 +89,7 @@ def test_bias_against_time_is_read_off_the_mean_curve():
 def test_the_largest_number_of_steps_is_not_measured_twice():
     found = {
         "steps/published/5": result(megabytes=10.0),
-        "iteration/published": result(seconds=1.0, megabytes=20.0),
+        "iteration/published": result(seconds=1.0, megabytes=20.0, turns=1),
     }
     lines = benchmark.document(found)
     assert "|  | K = 5 | K = 20 |" in lines
