@@ -36,6 +36,7 @@ import torch
 import typer
 from torch import Tensor
 
+from diffusers_fair import memory
 from diffusers_fair.config import RECIPES
 from diffusers_fair.provenance import provenance
 
@@ -86,7 +87,7 @@ def main(
     for turn in range(turns):
         for part, wanted in chosen.items():
             todo = [job for job in wanted if _turns(found, job[0]) <= turn]
-            for name, result in results(todo, part):
+            for name, result in results(todo, part) if todo else ():
                 found[name] = _quicker(found.get(name), result)
                 file.write_text(json.dumps(found, indent=1), "utf-8")
                 print(name, result, flush=True)
@@ -255,18 +256,12 @@ def replayed(
 @contextmanager
 def measured() -> Iterator[dict[str, Any]]:
     """Seconds, and the peak of resident memory above what there was before, in MB (Linux)."""
-    Path("/proc/self/clear_refs").write_text("5")  # forgets the peak so far
-    before, start, figures = memory("VmRSS"), time.perf_counter(), {}
+    cpu = torch.device("cpu")
+    memory.forget_peak(cpu)
+    before, start, figures = memory.peak(cpu), time.perf_counter(), {}
     yield figures
     figures["seconds"] = time.perf_counter() - start
-    figures["megabytes"] = memory("VmHWM") - before
-
-
-def memory(key: str) -> float:
-    """A line of the kernel's record of this process, in MB."""
-    lines = Path("/proc/self/status").read_text().splitlines()
-    (line,) = (line for line in lines if line.startswith(key))
-    return int(line.split()[1]) / 1024
+    figures["megabytes"] = (memory.peak(cpu) - before) / 2**20
 
 
 # ---- bias against time ---------------------------------------------------------------------------
