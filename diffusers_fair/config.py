@@ -287,7 +287,7 @@ class GradientSection(Section):
     """Weights of the steps in the biased gradient: the paper's coefficients, all equal, or the
     scheduler's own."""
     replay_steps: Positive | None = None
-    """Of `replay`: steps drawn for the gradient pass, inversely weighted; null is all of them."""
+    """Of `replay`: steps drawn for each image's gradient, inversely weighted; null is all."""
     truncated_steps: Positive | None = None
     """Of `truncated`: how many of the last steps the gradient goes through."""
 

@@ -89,7 +89,7 @@ class BatchGradient:
             return figures
         trajectory = self._sample(cond, uncond, noise, batch.steps, keep=True)
         v, figures = self._loss(trajectory.latents, originals, len(batch.prompts))
-        gradients = self._replay(trajectory, cond, uncond, v, number)
+        gradients = self._replay(trajectory, cond, uncond, v, number, share)
         for embeddings, gradient in zip((cond, uncond), gradients, strict=True):
             if embeddings is not None and gradient is not None:
                 embeddings.backward(gradient.to(embeddings.dtype))  # once through the text encoder
@@ -151,13 +151,21 @@ class BatchGradient:
         return decode_backward(vae, z, gradient, micro_batch), figures
 
     def _replay(
-        self, trajectory: Trajectory, cond: Tensor, uncond: Tensor | None, v: Tensor, number: int
+        self,
+        trajectory: Trajectory,
+        cond: Tensor,
+        uncond: Tensor | None,
+        v: Tensor,
+        number: int,
+        share: Share,
     ) -> tuple[Tensor | None, Tensor | None]:
         """Gradients of the embeddings; those of the U-Net's parameters are added to them."""
         weights = self.scheduler.gradient_weights()  # (K,), C_i a_i
-        g = torch.Generator().manual_seed(1_000_003 * self.config.train.seed + number)
-        count = self.config.gradient.replay_steps
-        steps, chances = draw_steps(len(weights), count, g) if count else (None, None)
+        steps, factors = None, None
+        if count := self.config.gradient.replay_steps:
+            g = torch.Generator().manual_seed(1_000_003 * self.config.train.seed + number)
+            steps, factors = draw_steps(len(weights), count, len(share.batch.seeds), g)
+            steps = steps[share.images]
         return replay(
             self.pipe.unet,
             trajectory,
@@ -166,7 +174,7 @@ class BatchGradient:
             v,
             weights,
             steps=steps,
-            weights=chances,
+            weights=factors,
             micro_batch=self.micro_batch,
         )
 

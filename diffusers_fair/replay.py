@@ -9,7 +9,6 @@ and the biased gradient is a sum over steps that do not need one another: the me
 evaluation serves any number of steps, in micro-batches or a random subset of the steps if wanted.
 """
 
-from collections.abc import Sequence
 from contextlib import AbstractContextManager, nullcontext
 from typing import Any
 
@@ -20,18 +19,23 @@ from torch.nn.attention import SDPBackend, sdpa_kernel
 from diffusers_fair.sampling import Trajectory, guidance, predict, rows
 
 
-def draw_steps(total: int, count: int, generator: torch.Generator) -> tuple[list[int], list[float]]:
-    """Draw steps for an unbiased estimate of the sum over all of them, spread over time.
+def draw_steps(
+    total: int, count: int, images: int, generator: torch.Generator
+) -> tuple[Tensor, Tensor]:
+    """Draw steps for an unbiased estimate of the sum over all of them, spread over time and images.
 
-    The steps are cut into `count` parts, as equal as can be, and one is drawn of each.
+    The steps are cut into `count` parts, as equal as can be. Each image has one step of each part;
+    over the images, the steps of a part come equally often, but for one: with images enough, the
+    estimate of a batch has a share of every step.
 
     Args:
         total: K, number of steps there are.
-        count: how many to draw.
+        count: how many to draw for each image.
+        images: n.
         generator: on the CPU.
 
     Returns:
-        The steps in order, and for each the inverse of its probability to be drawn.
+        The steps (n, count), and the inverse of the probability of each to be drawn (count,).
 
     Raises:
         ValueError: `count` is not between 1 and `total`.
@@ -39,8 +43,14 @@ def draw_steps(total: int, count: int, generator: torch.Generator) -> tuple[list
     if not 1 <= count <= total:
         raise ValueError(f"can draw 1 to {total} of {total} steps, not {count}")
     parts = torch.arange(total).tensor_split(count)
-    steps = [int(part[torch.randint(len(part), (), generator=generator)]) for part in parts]
-    return steps, [float(len(part)) for part in parts]
+    steps = torch.stack([_spread(part, images, generator) for part in parts], 1)
+    return steps, torch.tensor([float(len(part)) for part in parts])
+
+
+def _spread(steps: Tensor, images: int, generator: torch.Generator) -> Tensor:
+    """(images,): one of the steps each, all equally likely, and equally often but for one."""
+    first = torch.randint(len(steps), (), generator=generator)
+    return steps[(first + torch.randperm(images, generator=generator)) % len(steps)]
 
 
 @torch.enable_grad()
@@ -52,8 +62,8 @@ def replay(
     grad_z: Tensor,
     gradient_weights: Tensor,
     *,
-    steps: Sequence[int] | None = None,
-    weights: Sequence[float] | None = None,
+    steps: Tensor | None = None,
+    weights: Tensor | None = None,
     micro_batch: int | None = None,
 ) -> tuple[Tensor | None, Tensor | None]:
     """Back-propagate a gradient on the final latents through every step of a trajectory.
@@ -70,8 +80,8 @@ def replay(
         uncond: the same of the empty prompt; not needed without guidance.
         grad_z: (n, c, h, w), v = d loss / d z_K.
         gradient_weights: (K,), C_i a_i, from `BiasedGradientScheduler.gradient_weights()`.
-        steps: which steps to replay; left out, all.
-        weights: a factor for each of `steps`, as `draw_steps` gives it; left out, 1.
+        steps: (n, k), which ones to replay of each image; left out, all.
+        weights: (k,), a factor for each column of `steps`, as `draw_steps` gives it; left out, 1.
         micro_batch: images at a time; left out, all. Makes no difference to the result.
 
     Returns:
@@ -81,15 +91,16 @@ def replay(
     Raises:
         ValueError: the arguments do not fit one another, or nothing is trainable.
     """
-    steps = range(len(trajectory.timesteps)) if steps is None else steps
-    weights = [1.0] * len(steps) if weights is None else weights
+    if steps is None:
+        steps = torch.arange(len(trajectory.timesteps)).expand(len(grad_z), -1)
+    weights = torch.ones(steps.shape[-1]) if weights is None else weights
     _require_fit(trajectory, grad_z, gradient_weights, steps, weights)
     unet_trains = any(p.requires_grad for p in unet.parameters())
     cond = _leaf(cond)
     uncond = None if uncond is None else _leaf(uncond)
     branches = [
-        (embeddings, share)
-        for embeddings, share in guidance(trajectory.guidance_scale, cond, uncond)
+        (embeddings, scale)
+        for embeddings, scale in guidance(trajectory.guidance_scale, cond, uncond)
         if embeddings.requires_grad or unet_trains
     ]
     if not branches:
@@ -97,30 +108,39 @@ def replay(
             "nothing to train: neither cond, uncond nor a parameter of the U-Net requires a "
             "gradient; add an adapter and encode the prompts with gradients"
         )
-    for step, weight in zip(steps, weights, strict=True):
+    shares = weights * gradient_weights.cpu()[steps]  # (n, k), C_i a_i
+    for column, share in zip(steps.unbind(1), shares.unbind(1), strict=True):
         for part in torch.arange(len(grad_z)).split(micro_batch or len(grad_z)):
             _backward(
                 unet,
-                trajectory.inputs[step][part],
-                trajectory.timesteps[step],
-                [(rows(embeddings, len(grad_z))[part], share) for embeddings, share in branches],
-                grad_z[part] * (weight * gradient_weights[step].item()),  # C_i a_i v
+                *_evaluations(trajectory, column, part),
+                [(rows(embeddings, len(grad_z))[part], scale) for embeddings, scale in branches],
+                grad_z[part] * share[part].to(grad_z)[:, None, None, None],  # C_i a_i v
             )
     return cond.grad, None if uncond is None else uncond.grad
+
+
+def _evaluations(trajectory: Trajectory, steps: Tensor, images: Tensor) -> tuple[Tensor, Tensor]:
+    """The U-Net inputs (m, c, h, w) and timesteps (m,) of some images, each at its own step."""
+    there = steps[images]  # (m,)
+    pairs = zip(there.tolist(), images.tolist(), strict=True)
+    inputs = torch.stack([trajectory.inputs[step][image] for step, image in pairs])
+    return inputs, trajectory.timesteps[there]
 
 
 def _backward(
     unet: Any,
     inputs: Tensor,
-    timestep: Tensor,
+    timesteps: Tensor,
     branches: list[tuple[Tensor, float]],
     grad_guided: Tensor,
 ) -> None:
     """Evaluate the U-Net once for all branches and back-propagate d loss / d guided output."""
     embeddings = torch.cat([embeddings for embeddings, _ in branches]).to(inputs.dtype)
-    gradient = torch.cat([share * grad_guided for _, share in branches])
+    gradient = torch.cat([scale * grad_guided for _, scale in branches])
+    inputs, timesteps = (torch.cat([x] * len(branches)) for x in (inputs, timesteps))
     with _attention(inputs):
-        outputs = predict(unet, torch.cat([inputs] * len(branches)), timestep, embeddings)
+        outputs = predict(unet, inputs, timesteps, embeddings)
         outputs.backward(gradient.to(outputs.dtype))
 
 
@@ -140,8 +160,8 @@ def _require_fit(
     trajectory: Trajectory,
     grad_z: Tensor,
     gradient_weights: Tensor,
-    steps: Sequence[int],
-    weights: Sequence[float],
+    steps: Tensor,
+    weights: Tensor,
 ) -> None:
     """Refuse arguments of `replay` that do not belong together."""
     total = len(trajectory.timesteps)
@@ -157,7 +177,15 @@ def _require_fit(
             f"expected {total} gradient weights, one for each step, got {len(gradient_weights)}: "
             "take them from the scheduler after sampling with the same number of steps"
         )
-    if not all(0 <= step < total for step in steps):
-        raise ValueError(f"steps must lie in 0 to {total - 1}, got {list(steps)}")
-    if len(weights) != len(steps):
-        raise ValueError(f"expected {len(steps)} weights, one for each step, got {len(weights)}")
+    if steps.ndim != 2 or len(steps) != len(grad_z):
+        raise ValueError(
+            f"steps must be (images, steps of each) for {len(grad_z)} images, got "
+            f"{tuple(steps.shape)}"
+        )
+    if not ((steps >= 0) & (steps < total)).all():
+        raise ValueError(f"steps must lie in 0 to {total - 1}, got {steps.tolist()}")
+    if weights.shape != steps.shape[1:]:
+        raise ValueError(
+            f"expected {steps.shape[1]} weights, one for each column of steps, got "
+            f"{tuple(weights.shape)}"
+        )

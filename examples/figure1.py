@@ -175,8 +175,9 @@ def shares() -> dict[str, Any]:
 
     def lengths(step: int, gradient: Tensor) -> Tensor:
         """(n,): of the parameters' gradients, for one on the guided prediction of a step."""
+        alone = torch.full((len(gradient), 1), step)
         embeddings = replay(
-            *(pipe.unet, trajectory, cond, uncond, gradient, torch.ones(steps)), steps=[step]
+            *(pipe.unet, trajectory, cond, uncond, gradient, torch.ones(steps)), steps=alone
         )
         found = []
         for one in zip(*(e.split(1) for e in embeddings if e is not None), strict=True):

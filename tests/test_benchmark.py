@@ -82,8 +82,14 @@ def test_bias_against_time_is_read_off_the_mean_curve():
         "none/0": curve((4, 0.6), (8, 0.5)),
     }
     rows = benchmark.bias_rows(done)
-    assert rows[0][-1] == "seconds until a bias of 0.200"
-    assert [row[-1] for row in rows[1:]] == ["20", "8", "not reached"]
+    assert rows[0][-2:] == ["seconds until 0.200", "of published"]
+    ends = [["20", "1.00"], ["7", "0.36"], ["not reached", "-"]]  # 7.2: between 4 and 8
+    assert [row[-2:] for row in rows[1:]] == ends
+
+
+def test_a_bias_that_the_first_point_has_is_reached_there():
+    curve = [{"seconds": 5.0, "bias": 0.1}, {"seconds": 9.0, "bias": 0.05}]
+    assert benchmark.seconds_until(0.2, curve) == 5.0
 
 
 def test_the_largest_number_of_steps_is_not_measured_twice():

@@ -133,7 +133,8 @@ def test_last_of_all_steps_is_the_whole_gradient(world):
 def test_last_one_is_the_last_steps_share(world):
     found = gradient_of(world, world[0].scheduler, last=1)
     scheduler = biased(world[0], standardize="none")
-    _, _, expected = by_replay(*world, scheduler, STEPS, 5, steps=[STEPS - 1])
+    last = torch.full((COUNT, 1), STEPS - 1)
+    _, _, expected = by_replay(*world, scheduler, STEPS, 5, steps=last)
     assert relative(found, expected) <= TOLERANCE
 
 
