@@ -35,6 +35,8 @@ from diffusers_fair.sampling import (
 from diffusers_fair.scheduler import BiasedGradientScheduler
 from diffusers_fair.unrolled import unroll
 
+MEMORY_OPTIONS = ("split_guidance", "gradient_checkpointing")  # the cheaper one first
+
 
 class BatchGradient:
     """Adds the gradient of a batch's loss to the parameters of an adapter.
@@ -55,13 +57,17 @@ class BatchGradient:
         )
         self.objective = _objective(config, judges, pipe.device)
         self.micro_batch = config.train.micro_batch
-        if config.train.gradient_checkpointing:
-            self.checkpoint_unet()
+        self.memory_options: list[str] = []
+        for option in MEMORY_OPTIONS:
+            if getattr(config.train, option):
+                self.save_memory(option)
 
-    def checkpoint_unet(self) -> None:
-        """From now on, keep less of the U-Net for the backward pass and evaluate it again there."""
-        self.pipe.unet.enable_gradient_checkpointing()
-        self.pipe.unet.train()  # which is when diffusers does so; there is no dropout in it
+    def save_memory(self, option: str) -> None:
+        """From now on, take less memory and more time, by one of `MEMORY_OPTIONS`."""
+        if option == "gradient_checkpointing":
+            self.pipe.unet.enable_gradient_checkpointing()
+            self.pipe.unet.train()  # which is when diffusers does so; there is no dropout in it
+        self.memory_options.append(option)
 
     def backward(self, batch: Batch, number: int, *, banked: bool = True) -> Figures:
         """Add the gradient of this process's part of a batch's loss to the parameters.
@@ -176,6 +182,7 @@ class BatchGradient:
             steps=steps,
             weights=factors,
             micro_batch=self.micro_batch,
+            split_guidance="split_guidance" in self.memory_options,
         )
 
     def _unroll(self, cond: Tensor, uncond: Tensor | None, noise: Tensor, steps: int) -> Tensor:

@@ -65,6 +65,7 @@ def replay(
     steps: Tensor | None = None,
     weights: Tensor | None = None,
     micro_batch: int | None = None,
+    split_guidance: bool = False,
 ) -> tuple[Tensor | None, Tensor | None]:
     """Back-propagate a gradient on the final latents through every step of a trajectory.
 
@@ -83,6 +84,8 @@ def replay(
         steps: (n, k), which ones to replay of each image; left out, all.
         weights: (k,), a factor for each column of `steps`, as `draw_steps` gives it; left out, 1.
         micro_batch: images at a time; left out, all. Makes no difference to the result.
+        split_guidance: whether the guidance branches are evaluated one after the other, in half the
+            memory. Makes none, either.
 
     Returns:
         Gradients of `cond` and `uncond` in their shapes, in float32 or better; None for the one
@@ -108,15 +111,15 @@ def replay(
             "nothing to train: neither cond, uncond nor a parameter of the U-Net requires a "
             "gradient; add an adapter and encode the prompts with gradients"
         )
+    groups = [[branch] for branch in branches] if split_guidance else [branches]
     shares = weights * gradient_weights.cpu()[steps]  # (n, k), C_i a_i
     for column, share in zip(steps.unbind(1), shares.unbind(1), strict=True):
         for part in torch.arange(len(grad_z)).split(micro_batch or len(grad_z)):
-            _backward(
-                unet,
-                *_evaluations(trajectory, column, part),
-                [(rows(embeddings, len(grad_z))[part], scale) for embeddings, scale in branches],
-                grad_z[part] * share[part].to(grad_z)[:, None, None, None],  # C_i a_i v
-            )
+            inputs, timesteps = _evaluations(trajectory, column, part)
+            gradient = grad_z[part] * share[part].to(grad_z)[:, None, None, None]  # C_i a_i v
+            for group in groups:
+                own = [(rows(embeddings, len(grad_z))[part], scale) for embeddings, scale in group]
+                _backward(unet, inputs, timesteps, own, gradient)
     return cond.grad, None if uncond is None else uncond.grad
 
 
@@ -135,7 +138,7 @@ def _backward(
     branches: list[tuple[Tensor, float]],
     grad_guided: Tensor,
 ) -> None:
-    """Evaluate the U-Net once for all branches and back-propagate d loss / d guided output."""
+    """Evaluate the U-Net once for these branches and back-propagate d loss / d guided output."""
     embeddings = torch.cat([embeddings for embeddings, _ in branches]).to(inputs.dtype)
     gradient = torch.cat([scale * grad_guided for _, scale in branches])
     inputs, timesteps = (torch.cat([x] * len(branches)) for x in (inputs, timesteps))

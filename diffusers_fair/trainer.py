@@ -36,7 +36,7 @@ from diffusers_fair.batches import Batch, draw_batch
 from diffusers_fair.checkpoints import discard_after, load_checkpoint, save_checkpoint
 from diffusers_fair.config import RunConfig
 from diffusers_fair.evaluation import Report, evaluate
-from diffusers_fair.gradient import BatchGradient
+from diffusers_fair.gradient import MEMORY_OPTIONS, BatchGradient
 from diffusers_fair.guards import (
     TERMINATED,
     Caution,
@@ -211,7 +211,7 @@ class FairnessFinetuner:
     def _fit_memory(self, budget: float) -> None:
         """Choose the micro-batch by trying the first iteration with a few of its images.
 
-        Where not even one fits, the U-Net keeps less of itself for the backward pass.
+        Where not even one fits, one memory option after the other is turned on.
 
         Raises:
             ValueError: the budget, in GB, is too small for one even so.
@@ -226,18 +226,19 @@ class FairnessFinetuner:
             return processes.most(memory.peak(self.pipe.device))
 
         images = len(batch.seeds) // processes.count()
+        left = [x for x in MEMORY_OPTIONS if x not in self.gradient.memory_options]
         same = ""
-        try:
-            found = memory.fitting(measure, images, budget)
-        except memory.BudgetError:
-            if self.pipe.unet.is_gradient_checkpointing:
-                raise
-            self.gradient.checkpoint_unet()
-            memory.forget_peak(self.pipe.device)
-            found = memory.fitting(measure, images, budget)
-            same = " train.gradient_checkpointing=true"
-        self.gradient.micro_batch = found
+        while self.gradient.micro_batch is None:
+            try:
+                self.gradient.micro_batch = memory.fitting(measure, images, budget)
+            except memory.BudgetError:
+                if not left:
+                    raise
+                same += f" train.{left[0]}=true"
+                self.gradient.save_memory(left.pop(0))
+                memory.forget_peak(self.pipe.device)
         if processes.main():
+            found = self.gradient.micro_batch
             warnings.warn(
                 f"{found} images at a time fit train.memory_budget, {budget:g} GB: the same as "
                 f"train.micro_batch={found}{same}",
@@ -393,7 +394,7 @@ class FairnessFinetuner:
             "base_clip_t": self.base_clip_t,
             "seconds": self.seconds,
             "micro_batch": self.gradient.micro_batch,
-            "gradient_checkpointing": self.pipe.unet.is_gradient_checkpointing,
+            "memory_options": self.gradient.memory_options,
         }
 
     def _resume(self, folder: Path) -> None:
@@ -424,8 +425,9 @@ class FairnessFinetuner:
         if "caution" in state:  # not in checkpoints of the first version
             self.caution = Caution(**state["caution"])
             self.seconds, self.gradient.micro_batch = state["seconds"], state["micro_batch"]
-        if state.get("gradient_checkpointing"):
-            self.gradient.checkpoint_unet()
+        for option in state.get("memory_options", ()):
+            if option not in self.gradient.memory_options:
+                self.gradient.save_memory(option)
 
 
 def _accelerator(config: RunConfig) -> Any:

@@ -59,6 +59,11 @@ WAYS: dict[str, dict[str, Any]] = {  # an iteration's: what is done of it
     "replay, warm bank": {},
     FAST: {"drawn": DRAWN},
 }
+SAVINGS: dict[str, dict[str, bool]] = {  # of memory, in the backward pass
+    "": {},
+    ", guidance split": {"split": True},
+    ", blocks checkpointed": {"checkpointing": True},
+}
 COMPARED = ("published", FAST)  # in `steps`
 TRAININGS: dict[str, dict[str, Any]] = {  # the same on the testbed, of 10 steps
     "published": {
@@ -124,17 +129,13 @@ def jobs(part: str) -> Iterator[Job]:
     """Every job of a part, in order."""
     if part == "iteration":
         for way, does in WAYS.items():
-            for blocks in (False, True):
-                yield (
-                    f"iteration/{way}{', blocks checkpointed' if blocks else ''}",
-                    iteration,
-                    {**does, "steps": STEPS, "checkpointing": blocks},
-                )
+            for saving, how in SAVINGS.items():
+                if not ("unrolled" in does and "split" in how):
+                    yield f"iteration/{way}{saving}", iteration, {**does, **how, "steps": STEPS}
     if part == "steps":
         for steps in (STEPS // 4, STEPS // 2):  # STEPS itself is in `iteration`
             for way in COMPARED:
-                arguments = WAYS[way] | {"steps": steps, "checkpointing": False}
-                yield f"steps/{way}/{steps}", iteration, arguments
+                yield f"steps/{way}/{steps}", iteration, WAYS[way] | {"steps": steps}
     if part == "bias":
         for seed in range(SEEDS):
             for way, settings in TRAININGS.items():
@@ -173,7 +174,8 @@ def recorded(function: Callable[..., dict[str, Any]], arguments: dict[str, Any])
 def iteration(
     *,
     steps: int,
-    checkpointing: bool,
+    checkpointing: bool = False,
+    split: bool = False,
     unrolled: bool = False,
     original: bool = False,
     drawn: int | None = None,
@@ -183,6 +185,7 @@ def iteration(
     Args:
         steps: K.
         checkpointing: whether the U-Net's blocks are evaluated again in the backward pass.
+        split: whether replay evaluates the guidance branches one after the other.
         unrolled: Algorithm 1 by plain autograd, a checkpoint at each step; else replay.
         original: whether the original image has to be drawn, too.
         drawn: of replay, steps in the gradient pass; None is all.
@@ -201,7 +204,7 @@ def iteration(
             publish(unet, scheduler, cond, uncond, noise, steps, v)
         else:
             trajectory = draw(unet, scheduler, cond, uncond, noise, steps, keep=True)
-            replayed(unet, scheduler, trajectory, cond, uncond, v, drawn)
+            replayed(unet, scheduler, trajectory, cond, uncond, v, drawn, split)
     return figures
 
 
@@ -252,6 +255,7 @@ def replayed(
     uncond: Tensor,
     v: Tensor,
     drawn: int | None,
+    split: bool,
 ) -> None:
     """The gradient pass of replay."""
     from diffusers_fair.replay import draw_steps, replay
@@ -259,7 +263,10 @@ def replayed(
     weights = scheduler.gradient_weights()
     g = torch.Generator().manual_seed(0)
     steps, factors = draw_steps(len(weights), drawn, len(v), g) if drawn else (None, None)
-    replay(unet, trajectory, cond, uncond, v, weights, steps=steps, weights=factors)
+    replay(
+        *(unet, trajectory, cond, uncond, v, weights),
+        **{"steps": steps, "weights": factors, "split_guidance": split},
+    )
 
 
 @contextmanager

@@ -286,6 +286,20 @@ def test_micro_batches_make_no_difference(world, micro_batch, adapter):
         p.grad = None
 
 
+@pytest.mark.parametrize("adapter", ADAPTERS)
+def test_guidance_branches_one_after_the_other_make_no_difference(world, adapter):
+    pipe, parameters = world[adapter]
+    scheduler = biased(pipe)
+    _, _, expected = by_replay(pipe, parameters, scheduler, 3, 7.5)
+    sizes = []
+    handle = pipe.unet.register_forward_pre_hook(lambda _, args: sizes.append(len(args[0])))
+    _, _, found = by_replay(pipe, parameters, scheduler, 3, 7.5, split_guidance=True)
+    handle.remove()
+    branches = 1 if adapter == "soft tokens" else 2  # the empty prompt has none
+    assert sizes == [2 * COUNT] * 3 + [COUNT] * 3 * branches  # sampled together, replayed apart
+    assert relative(found, expected) <= 1e-9
+
+
 def test_shared_embeddings_gather_the_gradients_of_all_images(world):
     pipe, _ = world["text_encoder"]
     cond, uncond = embed(pipe)

@@ -268,19 +268,22 @@ def test_the_micro_batch_is_chosen_from_a_memory_budget_and_kept(tmp_path, monke
         finetuner(tmp_path / "x", train=train | {"micro_batch": 2})
 
 
-def test_a_budget_without_room_for_one_image_has_the_unet_keep_less(tmp_path, monkeypatch):
+@pytest.mark.parametrize("needed", [1, 2])
+def test_a_budget_without_room_for_one_image_turns_memory_options_on(tmp_path, monkeypatch, needed):
     train = SMALL["train"] | {"iterations": 1, "validate_every": None, "memory_budget": 2.5}
     trainer = finetuner(tmp_path / "run", train=train)
-    unet = trainer.pipe.unet
-    peak = lambda device: 10**9 * (2 if unet.is_gradient_checkpointing else 3)  # noqa: E731
+    options = trainer.gradient.memory_options
+    peak = lambda device: 10**9 * (2 if len(options) >= needed else 3)  # noqa: E731
     monkeypatch.setattr(trainer_module.memory, "peak", peak)
-    with pytest.warns(UserWarning, match=r"micro_batch=4 train.gradient_checkpointing=true"):
+    told = ["train.split_guidance=true", "train.gradient_checkpointing=true"][:needed]
+    with pytest.warns(UserWarning, match=f"micro_batch=4 {' '.join(told)}$"):
         trainer.train(progress=False)
-    assert unet.is_gradient_checkpointing
-    assert unet.training
     again = finetuner(tmp_path / "run", train=train)
     again.train(progress=False)  # measures nothing
-    assert again.pipe.unet.is_gradient_checkpointing
+    for one in (trainer, again):
+        assert one.gradient.memory_options == ["split_guidance", "gradient_checkpointing"][:needed]
+        assert one.pipe.unet.is_gradient_checkpointing == (needed == 2)
+        assert one.pipe.unet.training == (needed == 2)
     monkeypatch.setattr(trainer_module.memory, "peak", lambda device: 3 * 10**9)
     with pytest.raises(
         ValueError, match=r"memory_budget is 2\.5 GB, and one image at a time takes"
@@ -288,7 +291,9 @@ def test_a_budget_without_room_for_one_image_has_the_unet_keep_less(tmp_path, mo
         finetuner(tmp_path / "other", train=train).train(progress=False)
 
 
-@pytest.mark.parametrize("option", ["gradient_checkpointing", "channels_last", "compile"])
+@pytest.mark.parametrize(
+    "option", ["split_guidance", "gradient_checkpointing", "channels_last", "compile"]
+)
 def test_how_the_unet_is_evaluated_changes_no_gradient(tmp_path, monkeypatch, option):
     compiled = []
 
