@@ -20,7 +20,7 @@ def result(**figures):
 
 def test_jobs_have_names_of_their_own_and_arguments_that_fit():
     jobs = [job for part in benchmark.PARTS for job in benchmark.jobs(part)]
-    assert len({name for name, _, _ in jobs}) == len(jobs) == 8 + 4 + 12 + 1 + 16 + 1 + 1
+    assert len({name for name, _, _ in jobs}) == len(jobs) == 11 + 4 + 12 + 1 + 16 + 1 + 1
     for _, function, arguments in jobs:
         required = {
             name
