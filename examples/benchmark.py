@@ -49,8 +49,8 @@ GUIDANCE = 7.5
 SEEDS = 3
 LAUNCH = RECIPES / "launch" / "one-machine.yaml"
 TRAINING = {  # of each training on the testbed, at a constant learning rate
-    **{"prompts_per_iteration": 1, "distinct_iterations": 30},
-    **{"validate_every": 10, "validation_images": 12},
+    **{"prompts_per_iteration": 1, "distinct_iterations": 24},
+    **{"validate_every": 12, "validation_images": 12},
 }
 FAST = f"replay of {DRAWN} steps, warm bank"
 WAYS: dict[str, dict[str, Any]] = {  # an iteration's: what is done of it
@@ -69,14 +69,14 @@ TRAININGS: dict[str, dict[str, Any]] = {  # the same on the testbed, of 10 steps
     "published": {
         "gradient": {"method": "autograd", "replay_steps": None},
         "bank": "none",
-        "iterations": 30,
+        "iterations": 24,
     },
-    "replay, cold bank": {"gradient": {"replay_steps": None}, "bank": "cold", "iterations": 30},
-    "replay, warm bank": {"gradient": {"replay_steps": None}, "bank": "warm", "iterations": 30},
+    "replay, cold bank": {"gradient": {"replay_steps": None}, "bank": "cold", "iterations": 24},
+    "replay, warm bank": {"gradient": {"replay_steps": None}, "bank": "warm", "iterations": 24},
     "replay of 1 step, warm bank": {
         "gradient": {"replay_steps": 1},
         "bank": "warm",
-        "iterations": 40,  # more, as the noise of the draw may cost some
+        "iterations": 36,  # more, as the noise of the draw may cost some
     },
 }
 AT_A_TIME = {"bias": 2}  # jobs of a part
@@ -201,7 +201,7 @@ def iteration(
         if original:
             draw(unet, scheduler, cond, uncond, noise, steps, keep=False)
         if unrolled:
-            publish(unet, scheduler, cond, uncond, noise, steps, v)
+            published(unet, scheduler, cond, uncond, noise, steps, GUIDANCE).backward(v)
         else:
             trajectory = draw(unet, scheduler, cond, uncond, noise, steps, keep=True)
             replayed(unet, scheduler, trajectory, cond, uncond, v, drawn, split)
@@ -231,20 +231,22 @@ def draw(
     return sample(unet, scheduler, cond, uncond, noise, steps, GUIDANCE, keep=keep)
 
 
-def publish(
+def published(
     unet: Any,
     scheduler: Any,
     cond: Tensor,
     uncond: Tensor,
     noise: Tensor,
     steps: int,
-    v: Tensor,
-) -> None:
-    """As published: the image for the targets, then once more with the graph, and back."""
+    scale: float,
+    **options: Any,
+) -> Tensor:
+    """As published: the images for the targets, then once more with the graph of Algorithm 1."""
+    from diffusers_fair.sampling import sample
     from diffusers_fair.unrolled import unroll
 
-    draw(unet, scheduler, cond, uncond, noise, steps, keep=False)
-    unroll(unet, scheduler, cond, uncond, noise, steps, GUIDANCE).backward(v)
+    sample(unet, scheduler, cond, uncond, noise, steps, scale, keep=False)
+    return unroll(unet, scheduler, cond, uncond, noise, steps, scale, **options)
 
 
 def replayed(
@@ -301,6 +303,7 @@ def training(*, gradient: dict[str, Any], bank: str, iterations: int, seed: int)
         seed: of the run.
     """
     from diffusers_fair import FairnessFinetuner
+    from diffusers_fair import gradient as batch_gradient
 
     lasts = {"iterations": iterations, "checkpoint_every": iterations, "seed": seed}
     with TemporaryDirectory() as folder:
@@ -315,6 +318,7 @@ def training(*, gradient: dict[str, Any], bank: str, iterations: int, seed: int)
         finetuner.base_clip_t = 0.0  # every adapter will do: the original is not validated
         if bank == "none":
             finetuner.gradient.bank = NoBank()
+            batch_gradient.unroll = published  # of this job's process
         if bank == "warm":
             fill(finetuner)
         events = (finetuner.train(progress=False) / "events.jsonl").read_text("utf-8")
