@@ -8,7 +8,9 @@ Parts, each job in a process of its own with all cores, or two at a time with on
     iteration   one iteration on a U-Net of Stable Diffusion 1.5's own configuration with random
                 weights, 32 x 32 latents, 20 steps: the published way against replay
     steps       its peak memory with fewer steps
-    bias *      bias on the testbed against wall-clock, by the same ways, three seeds each
+    bias *      bias on the testbed against wall-clock, by the same ways and by other weights of the
+                steps, three seeds each
+    drawing     how near the gradient of a few of the steps comes to the whole
     processes   iterations on the testbed in an hour, by one process of one core and by two
     targets     the targets of N images
     evaluation  images drawn and judged in a second
@@ -78,9 +80,19 @@ TRAININGS: dict[str, dict[str, Any]] = {  # the same on the testbed, of 10 steps
         "bank": "warm",
         "iterations": 36,  # more, as the noise of the draw may cost some
     },
+    "the same, weights as the paper's": {
+        "gradient": {"replay_steps": 1, "standardize": "paper"},
+        "bank": "warm",
+        "iterations": 36,
+    },
+    "the same, weights as the sampler's": {
+        "gradient": {"replay_steps": 1, "standardize": "none"},
+        "bank": "warm",
+        "iterations": 36,
+    },
 }
 AT_A_TIME = {"bias": 2}  # jobs of a part
-PARTS = ("iteration", "steps", "bias", "processes", "targets", "evaluation", "adapter")
+PARTS = ("iteration", "steps", "bias", "drawing", "processes", "targets", "evaluation", "adapter")
 
 
 def main(
@@ -140,6 +152,8 @@ def jobs(part: str) -> Iterator[Job]:
         for seed in range(SEEDS):
             for way, settings in TRAININGS.items():
                 yield f"bias/{way}/{seed}", training, {**settings, "seed": seed}
+    if part == "drawing":
+        yield "drawing", drawing, {}
     if part == "processes":
         yield "processes", processes, {}
     if part == "targets":
@@ -339,6 +353,44 @@ def fill(finetuner: Any) -> None:
         finetuner.gradient.originals(Share(batch, slice(0, len(batch.seeds))))
 
 
+# ---- steps drawn ---------------------------------------------------------------------------------
+
+
+def drawing() -> dict[str, Any]:
+    """Of the gradient by k of 10 steps, and of another batch's: what parts it from the whole.
+
+    The mean length of the difference over that of the whole, and the mean cosine with it.
+    """
+    (whole,), others = gradients(None, 0), {"another batch": gradients(None, 1)}
+    others |= {f"{count} of 10": gradients(count, 0, turns=6) for count in (1, 2, 4)}
+    return {
+        name: {
+            "error": statistics.mean(((x - whole).norm() / whole.norm()).item() for x in found),
+            "cosine": statistics.mean(
+                torch.cosine_similarity(x, whole, dim=0).item() for x in found
+            ),
+        }
+        for name, found in others.items()
+    }
+
+
+def gradients(drawn: int | None, number: int, turns: int = 1) -> list[Tensor]:
+    """Of a batch of 12 images of the testbed, in the first adapter's parameters, draw by draw."""
+    from diffusers_fair import FairnessFinetuner
+    from diffusers_fair.batches import draw_batch
+
+    finetuner = FairnessFinetuner.from_recipe(
+        "testbed-gender", gradient={"replay_steps": drawn}, train=TRAINING, tracker="none"
+    )
+    batch, found = draw_batch(finetuner.config, finetuner.prompts, number), []
+    for turn in range(turns):
+        finetuner.optimizer.zero_grad()
+        finetuner.gradient.backward(batch, turn, banked=False)
+        parts = [p.grad.flatten() for p in finetuner.parameters if p.grad is not None]
+        found.append(torch.cat(parts))
+    return found
+
+
 # ---- many processes ------------------------------------------------------------------------------
 
 
@@ -451,6 +503,7 @@ def document(found: dict[str, Any]) -> list[str]:
         ),
         "steps": ("Its peak memory against the number of steps", steps_rows),
         "bias": ("Bias on the testbed against time", bias_rows),
+        "drawing": ("The gradient of a batch of 12 images by a few of its steps", drawing_rows),
         "processes": ("Iterations of testbed-gender in an hour", processes_rows),
         "targets": ("Targets of a batch, milliseconds", targets_rows),
         "evaluation": ("Evaluation", evaluation_rows),
@@ -551,6 +604,15 @@ def seconds_until(bias: float, curve: list[dict[str, float]]) -> float | None:
             return before["seconds"] + share * (point["seconds"] - before["seconds"])
         before = point
     return None
+
+
+def drawing_rows(done: dict[str, Any]) -> list[list[str]]:
+    """How far each gradient is from that of all steps."""
+    rows = [["steps of each image", "length of the difference", "cosine with the whole"]]
+    for name, result in done["drawing"].items():
+        if name != "with":
+            rows.append([name, f"{result['error']:.2f}", f"{result['cosine']:.3f}"])
+    return rows
 
 
 def processes_rows(done: dict[str, Any]) -> list[list[str]]:

@@ -20,7 +20,7 @@ def result(**figures):
 
 def test_jobs_have_names_of_their_own_and_arguments_that_fit():
     jobs = [job for part in benchmark.PARTS for job in benchmark.jobs(part)]
-    assert len({name for name, _, _ in jobs}) == len(jobs) == 11 + 4 + 12 + 1 + 16 + 1 + 1
+    assert len({name for name, _, _ in jobs}) == len(jobs) == 11 + 4 + 18 + 1 + 1 + 16 + 1 + 1
     for _, function, arguments in jobs:
         required = {
             name
@@ -107,6 +107,7 @@ def test_the_document_holds_a_table_for_each_part_that_is_done():
         "targets/24/2": result(seconds=0.001),
         "targets/24/4": result(seconds=0.002),
         "steps/published/5": result(megabytes=10.0),
+        "drawing": result(**{"1 of 10": {"error": 0.4, "cosine": 0.9}}),
         "processes": result(one=100.0, two=170.0, gain=1.71),
         "evaluation": result(images_per_second=5.0),
         "adapter": result(loading_seconds=0.1, loaded=1.05, fused=1.0),
@@ -114,6 +115,7 @@ def test_the_document_holds_a_table_for_each_part_that_is_done():
     text = "\n".join(benchmark.document(found))
     assert "| 24 | 1.0 | 2.0 |" in text
     assert "| published | 10 |" in text
+    assert "| 1 of 10 | 0.40 | 0.900 |" in text
     assert "| 100 | 170 | 1.71 |" in text
     assert "| 5.0 | 10.0 min |" in text
     assert "- `benchmark.py`, commit abc, torch 2" in text
