@@ -363,7 +363,7 @@ def drawing() -> dict[str, Any]:
     """
     (whole,), others = gradients(None, 0), {"another batch": gradients(None, 1)}
     others |= {f"{count} of 10": gradients(count, 0, turns=6) for count in (1, 2, 4)}
-    return {
+    compared = {
         name: {
             "error": statistics.mean(((x - whole).norm() / whole.norm()).item() for x in found),
             "cosine": statistics.mean(
@@ -372,6 +372,7 @@ def drawing() -> dict[str, Any]:
         }
         for name, found in others.items()
     }
+    return {"compared": compared}
 
 
 def gradients(drawn: int | None, number: int, turns: int = 1) -> list[Tensor]:
@@ -512,7 +513,7 @@ def document(found: dict[str, Any]) -> list[str]:
     found = found | {
         f"steps/{way}/{STEPS}": found[f"iteration/{way}"]
         for way in COMPARED
-        if f"iteration/{way}" in found
+        if f"iteration/{way}" in found and any(name.startswith("steps/") for name in found)
     }
     for part, (title, rows) in tables.items():
         done = {
@@ -608,11 +609,11 @@ def seconds_until(bias: float, curve: list[dict[str, float]]) -> float | None:
 
 def drawing_rows(done: dict[str, Any]) -> list[list[str]]:
     """How far each gradient is from that of all steps."""
-    rows = [["steps of each image", "length of the difference", "cosine with the whole"]]
-    for name, result in done["drawing"].items():
-        if name != "with":
-            rows.append([name, f"{result['error']:.2f}", f"{result['cosine']:.3f}"])
-    return rows
+    head = ["steps of each image", "length of the difference", "cosine with the whole"]
+    return [head] + [
+        [name, f"{result['error']:.2f}", f"{result['cosine']:.3f}"]
+        for name, result in done["drawing"]["compared"].items()
+    ]
 
 
 def processes_rows(done: dict[str, Any]) -> list[list[str]]:

@@ -107,7 +107,7 @@ def test_the_document_holds_a_table_for_each_part_that_is_done():
         "targets/24/2": result(seconds=0.001),
         "targets/24/4": result(seconds=0.002),
         "steps/published/5": result(megabytes=10.0),
-        "drawing": result(**{"1 of 10": {"error": 0.4, "cosine": 0.9}}),
+        "drawing": result(compared={"1 of 10": {"error": 0.4, "cosine": 0.9}}),
         "processes": result(one=100.0, two=170.0, gain=1.71),
         "evaluation": result(images_per_second=5.0),
         "adapter": result(loading_seconds=0.1, loaded=1.05, fused=1.0),
