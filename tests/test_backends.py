@@ -619,6 +619,7 @@ def small(config: RunConfig, models, base) -> dict:
         return found
 
     values = {"base.model": str(base), "prompts.images_per_prompt": 2, "sampling.steps": 2}
+    values["gradient.replay_steps"] = 1
     for key, section in {
         "models": config.models,
         "evaluation.models": config.evaluation.models,
