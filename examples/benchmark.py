@@ -18,7 +18,7 @@ Parts, each job in a process of its own with all cores, or two at a time with on
 
 Writes benchmark.md and benchmark.json. A job that is there already is not done again, so a stopped
 run goes on; remove benchmark.json to begin anew, or measure again with `--turns 2`. Let nothing else
-run meanwhile. About two hours and 8 GB on 2 cores; `iteration` half of it.
+run meanwhile. About three hours and 8 GB on 2 cores; `iteration` and `bias` most of it.
 """
 
 import json
@@ -279,10 +279,8 @@ def replayed(
     weights = scheduler.gradient_weights()
     g = torch.Generator().manual_seed(0)
     steps, factors = draw_steps(len(weights), drawn, len(v), g) if drawn else (None, None)
-    replay(
-        *(unet, trajectory, cond, uncond, v, weights),
-        **{"steps": steps, "weights": factors, "split_guidance": split},
-    )
+    options = {"steps": steps, "weights": factors, "split_guidance": split}
+    replay(unet, trajectory, cond, uncond, v, weights, **options)
 
 
 @contextmanager
