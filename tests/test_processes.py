@@ -25,7 +25,8 @@ TRAIN = {
     "losses": {"semantics": 4},
     "prompts": {"images_per_prompt": EACH},
     "sampling": {"steps": 2},
-    "gradient": {"replay_steps": None},
+    # each process replays its images at the steps that they have in the whole batch
+    "gradient": {"replay_steps": 1},
     "optimizer": {"lr": 2.5e-3, "warmup": 0},
     "tracker": "none",
 }
