@@ -487,18 +487,21 @@ class RunConfig(Section):
                 raise ValueError(f"output '{folder}' holds something else: choose another folder")
             folder.mkdir(parents=True, exist_ok=True)
             durable.write(recipe, self.to_yaml().encode())
-        other = RunConfig.load(recipe)
-        mine, theirs = _flat(self.model_dump()), _flat(other.model_dump())
-        different = sorted(
-            key for key in {*mine, *theirs} - {"output"} if mine.get(key) != theirs.get(key)
-        )
+        different = self.differences(RunConfig.load(recipe))
         if different:
-            key = different[0]
+            key, (mine, theirs) = next(iter(different.items()))
             raise ValueError(
-                f"output '{folder}' holds another run ({key} is {theirs.get(key)} there and "
-                f"{mine.get(key)} here): choose another folder, or the same recipe to go on"
+                f"output '{folder}' holds another run ({key} is {theirs} there and {mine} here): "
+                "choose another folder, or the same recipe to go on"
             )
         return folder
+
+    def differences(self, other: "RunConfig") -> dict[str, tuple[Any, Any]]:
+        """Keys whose values differ, but for the output, sorted: 'a.0.b' -> (ours, theirs)."""
+        ours, theirs = _flat(self.model_dump()), _flat(other.model_dump())
+        keys = sorted({*ours, *theirs} - {"output"})
+        pairs = {key: (ours.get(key), theirs.get(key)) for key in keys}
+        return {key: pair for key, pair in pairs.items() if pair[0] != pair[1]}
 
 
 def _foreign(folder: Path) -> bool:

@@ -17,10 +17,12 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Annotated, Any
 
+import torch
 import typer
 from preview_card import preview
 
 from diffusers_fair import FairnessFinetuner, RunConfig, testbed
+from diffusers_fair.adapters.io import read_adapter
 from diffusers_fair.attributes import Attribute
 from diffusers_fair.backends import load_base, load_judges
 from diffusers_fair.card import write_card
@@ -97,11 +99,18 @@ def measured(experiment: Experiment, runs: Path) -> Path:
     config = RunConfig.load(experiment.recipe)
     attributes = counted(config)
     images = experiment.images or config.evaluation.images_per_prompt
-    pipe = load_base(testbed.NAME, dtype=config.base.dtype)
+    pipe = drawer(config)
     load_fair_adapter(pipe, trained(experiment.recipe, runs))
     reference = base(experiment.prompts, images, config, runs).of(attributes, images)
     look(pipe, experiment.prompts, attributes, config, images, folder, reference)
     return folder
+
+
+def drawer(config: RunConfig) -> Any:
+    """The base model, in the precision that the recipe has."""
+    pipe = load_base(testbed.NAME, dtype=config.base.dtype)
+    pipe.unet.to(memory_format=torch.channels_last)  # a tenth faster on CPUs
+    return pipe
 
 
 def counted(config: RunConfig) -> list[Attribute]:
@@ -118,7 +127,7 @@ def base(prompts: str, images: int, config: RunConfig, runs: Path) -> Report:
         if report.settings.images_per_prompt >= images:
             return report
         shutil.rmtree(folder)
-    pipe = load_base(testbed.NAME, dtype=config.base.dtype)
+    pipe = drawer(config)
     attributes = list(world.ATTRIBUTES.values())
     return look(pipe, prompts, attributes, config, images, folder)
 
@@ -171,13 +180,20 @@ def keep_adapter(adapter: Path, out: Path) -> None:
 
 def write(out: Path) -> None:
     """experiments.md, of all reports that are kept."""
-    files = {experiment.name: out / experiment.name / FILE for experiment in EXPERIMENTS}
-    found = {n: json.loads(file.read_text("utf-8")) for n, file in files.items() if file.exists()}
-    (out / "experiments.md").write_text("\n".join(document(found)), "utf-8")
+    there = [experiment for experiment in EXPERIMENTS if (out / experiment.name / FILE).exists()]
+    found = {e.name: json.loads((out / e.name / FILE).read_text("utf-8")) for e in there}
+    changed = {e.name: since(e.recipe, out / e.recipe / "adapter") for e in there}
+    (out / "experiments.md").write_text("\n".join(document(found, changed)), "utf-8")
 
 
-def document(found: Mapping[str, dict[str, Any]]) -> list[str]:
-    """Lines of experiments.md."""
+def since(recipe: str, adapter: Path) -> list[str]:
+    """What the recipe of an adapter had that the shipped one has no more, as `key=value`."""
+    run = RunConfig(**read_adapter(adapter)[0].recipe, output=str(adapter))
+    return [f"{key}={old}" for key, (old, _) in run.differences(RunConfig.load(recipe)).items()]
+
+
+def document(found: Mapping[str, dict[str, Any]], changed: Mapping[str, list[str]]) -> list[str]:
+    """Lines of experiments.md, from reports and what each recipe had when it was trained."""
     head = ["", "prompts x images", *(f"bias, {name}" for name in COLUMNS), "old"]
     head += ["faces", "context", "CLIP-T", "CLIP-I", "DINO"]
     rows, origins = [], []
@@ -186,7 +202,8 @@ def document(found: Mapping[str, dict[str, Any]]) -> list[str]:
         size = f"{len(settings['prompts'])} x {settings['images_per_prompt']}"
         rows.append(["base, same noise", size, *cells(report["reference"]["summary"])])
         rows.append([f"**{name}**", size, *cells(report["summary"])])
-        origins.append(f"- {name}: `{origin['command']}`, commit {origin['commit']}")
+        then = f", trained with {' '.join(changed[name])}" if changed[name] else ""
+        origins.append(f"- {name}: `{origin['command']}`, commit {origin['commit']}{then}")
     return [
         "# The experiments, measured on the testbed",
         "",
@@ -196,7 +213,8 @@ def document(found: Mapping[str, dict[str, Any]]) -> list[str]:
         *(f"| {' | '.join(cells)} |" for cells in (head, ["---"] * len(head), *rows)),
         "",
         "`python examples/experiments.py --out model_cards` makes them all; how each was made, on",
-        "which machine and by which versions, is in its report.json:",
+        "which machine and by which versions, is in its report.json. What a recipe had when it was",
+        "trained and has no more is named:",
         "",
         *origins,
         "",
