@@ -180,10 +180,15 @@ def keep_adapter(adapter: Path, out: Path) -> None:
 
 def write(out: Path) -> None:
     """experiments.md, of all reports that are kept."""
+    (out / "experiments.md").write_text(table(out), "utf-8")
+
+
+def table(out: Path) -> str:
+    """What experiments.md has to say, by the reports and adapters beside it."""
     there = [experiment for experiment in EXPERIMENTS if (out / experiment.name / FILE).exists()]
     found = {e.name: json.loads((out / e.name / FILE).read_text("utf-8")) for e in there}
     changed = {e.name: since(e.recipe, out / e.recipe / "adapter") for e in there}
-    (out / "experiments.md").write_text("\n".join(document(found, changed)), "utf-8")
+    return "\n".join(document(found, changed))
 
 
 def since(recipe: str, adapter: Path) -> list[str]:

@@ -1,0 +1,76 @@
+"""The tables of the examples follow from what was measured, and their loops measure it once."""
+
+import json
+import sys
+from pathlib import Path
+
+import pytest
+from reports import report
+
+sys.path.insert(0, str(Path(__file__).parents[1] / "examples"))
+
+import comparison
+import experiments
+
+from diffusers_fair.evaluation import Report
+from diffusers_fair.testbed import world
+
+CARDS = Path(__file__).parents[1] / "model_cards"
+GOALS = ["testbed-gender", "testbed-race", "testbed-gender-race"]
+
+
+def test_the_table_of_experiments_is_what_its_reports_and_recipes_say():
+    assert (CARDS / "experiments.md").read_text("utf-8") == experiments.table(CARDS)
+
+
+def test_a_recipe_that_changed_since_is_told():
+    origin = experiments.since("testbed-gender", CARDS / "testbed-prefix" / "adapter")
+    assert "optimizer.lr=0.01" in origin
+    assert not [key for key in origin if key.startswith("output")]
+
+
+@pytest.fixture
+def drawn(monkeypatch):
+    """No model: reports and costs are made up; (method, folder's recipe) of what was measured."""
+    calls = []
+
+    def measured(pipe, name, config, folder, images, reference=None):
+        if (folder / "report.json").exists():
+            return Report.load(folder)  # as `evaluate` does
+        calls.append((name, folder.parent.name))
+        made = report(name, attributes=[world.GENDER, world.RACE], images=images, seed=len(calls))
+        made.save(folder)
+        return made
+
+    monkeypatch.setattr(comparison, "drawer", lambda config: None)
+    monkeypatch.setattr(comparison, "applied", lambda method, config, adapter: (None, 2.5))
+    monkeypatch.setattr(comparison, "measured", measured)
+    monkeypatch.setattr(comparison, "slowdown", lambda pipe, config: 1.25)
+    return calls
+
+
+def test_every_method_for_every_goal_is_compared_and_measured_once(drawn, tmp_path):
+    runs, out = tmp_path / "runs", tmp_path / "out"
+    methods = [comparison.OURS, *comparison.BASELINES]
+    comparison.main(out, runs, images=4)
+    assert drawn[1:] == [(method, goal) for goal in GOALS for method in methods]
+
+    rows = json.loads((out / "compare.json").read_text("utf-8"))["rows"]
+    assert [row["label"] for row in rows[:2]] == ["base", "this package, gender"]
+    assert {row["group"] for row in rows[1:]} == {"gender", "race", "gender x race"}
+    assert len(rows) == 1 + 3 * len(methods)
+    for goal in GOALS:
+        table = json.loads((out / goal / "compare.json").read_text("utf-8"))
+        assert table["against"].startswith("this package, ")
+        assert len(table["rows"]) == len(methods)
+    assert "| uce, race | 2.5 | 1.25 |" in (out / "cost.md").read_text("utf-8")
+
+    count = len(drawn)
+    comparison.main(out, runs, images=4)
+    assert len(drawn) == count
+
+
+def test_some_methods_of_some_goals(drawn, tmp_path):
+    comparison.main(tmp_path / "out", tmp_path / "runs", images=4, only=[GOALS[1]], method=["uce"])
+    assert drawn == [("base", "runs"), ("uce", GOALS[1])]
+    assert not (tmp_path / "out" / GOALS[1]).exists()  # one row is no comparison
