@@ -7,8 +7,9 @@ For each of three goals (one attribute, another, both jointly) every method of
 the same noise, and the evaluation classifiers count. Adapters are those that experiments.py has put
 below `--adapters`. Writes compare.html, compare.md and compare.json, where all are tested against
 the base model; the same for each goal in a folder of its own, where the rivals are tested against
-the adapter; and cost.md and cost.json: what a method takes beforehand and while it draws. Stopped,
-it goes on where it was.
+the adapter; and cost.md and cost.json: what a method takes beforehand and while it draws. Each
+report is kept in `reports`, without pictures and features; what is there is not measured again, so
+delete what has changed. Stopped, it goes on where it was.
 
 With 10 images of each prompt it takes one to two hours on 2 cores: concept algebra evaluates the
 U-Net up to fourteen times a step, and UCE draws up to 11,100 images before the first that counts.
@@ -17,6 +18,9 @@ U-Net up to fourteen times a step, and UCE draws up to 11,100 images before the 
 import json
 import statistics
 import time
+from collections.abc import Callable
+from dataclasses import replace
+from functools import cache
 from pathlib import Path
 from typing import Annotated, Any
 
@@ -31,6 +35,7 @@ from diffusers_fair.baselines import BASELINES, Task, Wording, baseline
 from diffusers_fair.evaluation import Report
 from diffusers_fair.evaluation.comparison import Entry, compare
 from diffusers_fair.evaluation.generate import generate
+from diffusers_fair.evaluation.report import FILE
 from diffusers_fair.prompts import prompt_set
 from diffusers_fair.provenance import provenance
 from diffusers_fair.testbed import world
@@ -38,6 +43,7 @@ from diffusers_fair.testbed import world
 OURS = "this package"
 RECIPES = ("testbed-gender", "testbed-race", "testbed-gender-race")
 COUNTED = [world.GENDER, world.RACE]
+COST = "cost.json"
 TIMED, TURNS = 12, 3  # images of the drawing that is timed, and how often it is
 
 
@@ -50,18 +56,22 @@ def main(
     method: Annotated[list[str] | None, typer.Option(help="Method; may be repeated.")] = None,
 ) -> None:
     """Measure what is not measured yet; write the tables."""
-    first = RunConfig.load(RECIPES[0])
-    base = measured(drawer(first), "base", first, runs / "base", images)
-    entries, costs = [Entry(label="base", report=base, group="nothing")], {}
+    first, kept = RunConfig.load(RECIPES[0]), out / "reports"
+
+    @cache
+    def base() -> Report:
+        return measured(drawer(first), "base", first, runs / "base", images)
+
+    entries, costs = [Entry(label="base", report=light(base, kept / "base"), group="nothing")], {}
     for recipe in only or RECIPES:
         config = RunConfig.load(recipe)
         goal = " x ".join(section.name for section in config.attributes)
         rows = []
         for name in method or (OURS, *BASELINES):
-            folder, adapter = runs / recipe / name, adapters / recipe / "adapter"
-            report = done(name, config, adapter, folder, images, base)
+            places = runs / recipe / name, kept / recipe / name
+            report, cost = done(name, config, adapters / recipe / "adapter", places, images, base)
             rows.append(Entry(label=f"{name}, {goal}", report=report, group=goal))
-            costs[rows[-1].label] = json.loads((folder / "cost.json").read_text("utf-8"))
+            costs[rows[-1].label] = cost
         if len(rows) > 1:
             compare(rows).save(out / recipe)
         entries += rows
@@ -70,16 +80,30 @@ def main(
 
 
 def done(
-    method: str, config: RunConfig, adapter: Path, folder: Path, images: int, base: Report
-) -> Report:
-    """The report of a method; what the method costs is put beside it."""
-    if (folder / "cost.json").exists():
-        return Report.load(folder)
-    pipe, seconds = applied(method, config, adapter)
-    report = measured(pipe, method, config, folder, images, base)
-    cost = {"seconds before": seconds, "drawing, over the base": slowdown(pipe, config)}
-    (folder / "cost.json").write_text(json.dumps(cost | {"with": provenance()}), "utf-8")
-    return report
+    method: str,
+    config: RunConfig,
+    adapter: Path,
+    places: tuple[Path, Path],
+    images: int,
+    base: Callable[[], Report],
+) -> tuple[Report, dict[str, Any]]:
+    """The report of a method and its cost, to be found in the second place, made in the first."""
+    made, kept = places
+    if not (kept / COST).exists():
+        pipe, seconds = applied(method, config, adapter)
+        light(lambda: measured(pipe, method, config, made, images, base()), kept)
+        cost = {"seconds before": seconds, "drawing, over the base": slowdown(pipe, config)}
+        (kept / COST).write_text(json.dumps(cost | {"with": provenance()}, indent=1), "utf-8")
+    return Report.load(kept), json.loads((kept / COST).read_text("utf-8"))
+
+
+def light(make: Callable[[], Report], folder: Path) -> Report:
+    """The report in a folder; if there is none, a new one without what is large."""
+    if not (folder / FILE).exists():
+        report = make()
+        records = replace(report.records, features={})
+        replace(report, records=records, samples={}, reference=None).save(folder)
+    return Report.load(folder)
 
 
 def applied(method: str, config: RunConfig, adapter: Path) -> tuple[Any, float | None]:
@@ -174,7 +198,7 @@ def write_costs(costs: dict[str, Any], out: Path) -> None:
         known = "not recorded" if before is None else f"{before:.1f}"
         lines.append(f"| {label} | {known} | {cost['drawing, over the base']:.2f} |")
     (out / "cost.md").write_text("\n".join([*lines, ""]), "utf-8")
-    (out / "cost.json").write_text(json.dumps(costs, indent=1), "utf-8")
+    (out / COST).write_text(json.dumps(costs, indent=1), "utf-8")
 
 
 if __name__ == "__main__":
