@@ -11,8 +11,10 @@ the adapter; and cost.md and cost.json: what a method takes beforehand and while
 report is kept in `reports`, without pictures and features; what is there is not measured again, so
 delete what has changed. Stopped, it goes on where it was.
 
-With 10 images of each prompt it takes one to two hours on 2 cores: concept algebra evaluates the
+With 10 images of each prompt it takes one to three hours on 2 cores: concept algebra evaluates the
 U-Net up to fourteen times a step, and UCE draws up to 11,100 images before the first that counts.
+What there is no time for can be left to another day: `--method` says which to measure now, and the
+tables hold those that were asked for; cost.md names the others.
 """
 
 import json
@@ -197,6 +199,10 @@ def write_costs(costs: dict[str, Any], out: Path) -> None:
         before = cost["seconds before"]
         known = "not recorded" if before is None else f"{before:.1f}"
         lines.append(f"| {label} | {known} | {cost['drawing, over the base']:.2f} |")
+    measured = {label.split(", ")[0] for label in costs}
+    left = [name for name in (OURS, *BASELINES) if name not in measured]
+    if left:
+        lines += ["", f"Not measured yet: {', '.join(left)}."]
     (out / "cost.md").write_text("\n".join([*lines, ""]), "utf-8")
     (out / COST).write_text(json.dumps(costs, indent=1), "utf-8")
 

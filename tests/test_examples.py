@@ -58,7 +58,9 @@ def test_every_method_for_every_goal_is_compared_and_measured_once(drawn, tmp_pa
         table = json.loads((out / goal / "compare.json").read_text("utf-8"))
         assert table["against"].startswith("this package, ")
         assert len(table["rows"]) == len(methods)
-    assert "| uce, race | 2.5 | 1.25 |" in (out / "cost.md").read_text("utf-8")
+    costs = (out / "cost.md").read_text("utf-8")
+    assert "| uce, race | 2.5 | 1.25 |" in costs
+    assert "Not measured" not in costs
 
     count, table = len(drawn), (out / "compare.md").read_text("utf-8")
     comparison.main(out, tmp_path / "elsewhere", images=4)
@@ -69,3 +71,4 @@ def test_some_methods_of_some_goals(drawn, tmp_path):
     comparison.main(tmp_path / "out", tmp_path / "runs", images=4, only=[GOALS[1]], method=["uce"])
     assert drawn == [("base", "runs"), ("uce", GOALS[1])]
     assert not (tmp_path / "out" / GOALS[1]).exists()  # one row is no comparison
+    assert "yet: this package, attribute-words" in (tmp_path / "out/cost.md").read_text("utf-8")
