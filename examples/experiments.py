@@ -194,7 +194,8 @@ def table(out: Path) -> str:
 def since(recipe: str, adapter: Path) -> list[str]:
     """What the recipe of an adapter had that the shipped one has no more, as `key=value`."""
     run = RunConfig(**read_adapter(adapter)[0].recipe, output=str(adapter))
-    return [f"{key}={old}" for key, (old, _) in run.differences(RunConfig.load(recipe)).items()]
+    found = run.differences(RunConfig.load(recipe))
+    return [f"{key}={old}" for key, (old, _) in found.items() if key != "tracker"]
 
 
 def document(found: Mapping[str, dict[str, Any]], changed: Mapping[str, list[str]]) -> list[str]:
