@@ -8,10 +8,10 @@ the same noise, and the evaluation classifiers count. Adapters are those that ex
 below `--adapters`. Writes compare.html, compare.md and compare.json, where all are tested against
 the base model; the same for each goal in a folder of its own, where the rivals are tested against
 the adapter; and cost.md and cost.json: what a method takes beforehand and while it draws. Each
-report is kept in `reports`, without pictures and features; what is there is not measured again, so
-delete what has changed. Stopped, it goes on where it was.
+report is kept in `reports`, without page, pictures and features; what is there is not measured
+again, so delete what has changed. Stopped, it goes on where it was.
 
-With 10 images of each prompt it takes one to three hours on 2 cores: concept algebra evaluates the
+It takes one to three hours on 2 cores: concept algebra evaluates the
 U-Net up to fourteen times a step, and UCE draws up to 11,100 images before the first that counts.
 What there is no time for can be left to another day: `--method` says which to measure now, and the
 tables hold those that were asked for; cost.md names the others.
@@ -37,7 +37,7 @@ from diffusers_fair.baselines import BASELINES, Task, Wording, baseline
 from diffusers_fair.evaluation import Report
 from diffusers_fair.evaluation.comparison import Entry, compare
 from diffusers_fair.evaluation.generate import generate
-from diffusers_fair.evaluation.report import FILE
+from diffusers_fair.evaluation.report import FILE, PAGE
 from diffusers_fair.prompts import prompt_set
 from diffusers_fair.provenance import provenance
 from diffusers_fair.testbed import world
@@ -53,7 +53,7 @@ def main(
     out: Annotated[Path, typer.Option(help="Folder for the tables and the page.")],
     runs: Annotated[Path, typer.Option(help="Folder for whole reports.")] = Path("runs/comparison"),
     adapters: Annotated[Path, typer.Option(help="Where RECIPE/adapter is.")] = Path("model_cards"),
-    images: Annotated[int, typer.Option(help="Of each prompt.")] = 60,
+    images: Annotated[int, typer.Option(help="Of each prompt.")] = 10,
     only: Annotated[list[str] | None, typer.Option(help="Recipe; may be repeated.")] = None,
     method: Annotated[list[str] | None, typer.Option(help="Method; may be repeated.")] = None,
 ) -> None:
@@ -64,7 +64,8 @@ def main(
     def base() -> Report:
         return measured(drawer(first), "base", first, runs / "base", images)
 
-    entries, costs = [Entry(label="base", report=light(base, kept / "base"), group="nothing")], {}
+    plain = light(base, kept / "base", images)
+    entries, costs = [Entry(label="base", report=plain, group="nothing")], {}
     for recipe in only or RECIPES:
         config = RunConfig.load(recipe)
         goal = " x ".join(section.name for section in config.attributes)
@@ -93,19 +94,32 @@ def done(
     made, kept = places
     if not (kept / COST).exists():
         pipe, seconds = applied(method, config, adapter)
-        light(lambda: measured(pipe, method, config, made, images, base()), kept)
+        light(lambda: measured(pipe, method, config, made, images, base()), kept, images)
         cost = {"seconds before": seconds, "drawing, over the base": slowdown(pipe, config)}
         (kept / COST).write_text(json.dumps(cost | {"with": provenance()}, indent=1), "utf-8")
-    return Report.load(kept), json.loads((kept / COST).read_text("utf-8"))
+    return stored(kept, images), json.loads((kept / COST).read_text("utf-8"))
 
 
-def light(make: Callable[[], Report], folder: Path) -> Report:
+def light(make: Callable[[], Report], folder: Path, images: int) -> Report:
     """The report in a folder; if there is none, a new one without what is large."""
     if not (folder / FILE).exists():
         report = make()
         records = replace(report.records, features={})
         replace(report, records=records, samples={}, reference=None).save(folder)
-    return Report.load(folder)
+        (folder / PAGE).unlink()
+    return stored(folder, images)
+
+
+def stored(folder: Path, images: int) -> Report:
+    """The report in a folder, which must be of that many images."""
+    report = Report.load(folder)
+    there = report.settings.images_per_prompt
+    if there != images:
+        raise typer.BadParameter(
+            f"'{folder}' is of {there} images of each prompt, not {images}: give another --out, or "
+            "delete it"
+        )
+    return report
 
 
 def applied(method: str, config: RunConfig, adapter: Path) -> tuple[Any, float | None]:

@@ -54,6 +54,7 @@ def test_every_method_for_every_goal_is_compared_and_measured_once(drawn, tmp_pa
     assert [row["label"] for row in rows[:2]] == ["base", "this package, gender"]
     assert {row["group"] for row in rows[1:]} == {"gender", "race", "gender x race"}
     assert len(rows) == 1 + 3 * len(methods)
+    assert not [*(out / "reports").rglob("*.html"), *(out / "reports").rglob("*.png")]
     for goal in GOALS:
         table = json.loads((out / goal / "compare.json").read_text("utf-8"))
         assert table["against"].startswith("this package, ")
@@ -65,6 +66,9 @@ def test_every_method_for_every_goal_is_compared_and_measured_once(drawn, tmp_pa
     count, table = len(drawn), (out / "compare.md").read_text("utf-8")
     comparison.main(out, tmp_path / "elsewhere", images=4)
     assert (len(drawn), (out / "compare.md").read_text("utf-8")) == (count, table)
+
+    with pytest.raises(comparison.typer.BadParameter, match="is of 4 images of each prompt, not 5"):
+        comparison.main(out, runs, images=5)
 
 
 def test_some_methods_of_some_goals(drawn, tmp_path):
