@@ -223,6 +223,7 @@ def _aims(config: RunConfig) -> list[Aim]:
             attribute=section.attribute(),
             threshold=section.threshold,
             cost=section.cost,
+            steering=section.steering,
             semantics_changed=section.semantics_changed,
             semantics_face=section.semantics_face,
         )
@@ -235,6 +236,6 @@ def _about_originals(config: RunConfig) -> Any:
     told = config.model_dump(
         mode="json",
         include={"base", "attributes", "models", "sampling"},
-        exclude={"attributes": {"__all__": {"words"}}},
+        exclude={"attributes": {"__all__": {"words", "steering"}}},
     )
     return told | {"face": config.losses.face > 0}
