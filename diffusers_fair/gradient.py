@@ -79,8 +79,7 @@ class BatchGradient:
 
         Returns:
             Means over the images: `loss`, `alignment`, `semantics`, `face` if it has a weight, and
-            `faces`, the share with one; over the prompts: `bias/NAME`; over the faces:
-            `share/NAME/CLASS`, the mean probability of a class.
+            `faces`, the share with one; over the prompts: `bias/NAME`.
 
         Raises:
             NotFiniteError: an image is NaN or infinite, in any process.
@@ -224,7 +223,6 @@ def _aims(config: RunConfig) -> list[Aim]:
             attribute=section.attribute(),
             threshold=section.threshold,
             cost=section.cost,
-            steering=section.steering,
             semantics_changed=section.semantics_changed,
             semantics_face=section.semantics_face,
         )
@@ -237,6 +235,6 @@ def _about_originals(config: RunConfig) -> Any:
     told = config.model_dump(
         mode="json",
         include={"base", "attributes", "models", "sampling"},
-        exclude={"attributes": {"__all__": {"words", "steering"}}},
+        exclude={"attributes": {"__all__": {"words"}}},
     )
     return told | {"face": config.losses.face > 0}
