@@ -1,6 +1,8 @@
-"""One thread for each worker where several share the machine: set before torch is imported."""
+"""One thread: workers share the machine, and processes that fork have none of their parent's.
+
+Set before torch is imported.
+"""
 
 import os
 
-if "PYTEST_XDIST_WORKER" in os.environ:
-    os.environ.setdefault("OMP_NUM_THREADS", "1")
+os.environ.setdefault("OMP_NUM_THREADS", "1")
