@@ -182,7 +182,7 @@ def test_several_processes_train_the_same_adapter(alone, count, tmp_path):
         assert (their_update == found[0][2]).all()  # to the last bit
         assert norm(theirs[0] - gradients[0]) <= 1e-5 * norm(gradients[0])
         for x, y in ((theirs[1], gradients[1]), (their_update, update)):
-            assert norm(x - y) <= 5e-4 * norm(y)  # after AdamW: rounding over rounding
+            assert norm(x - y) <= 2e-4 * norm(y)  # after AdamW: rounding over rounding
     files = [
         {p.relative_to(f).as_posix() for p in f.rglob("*")} for f in (folder, tmp_path / "run")
     ]
