@@ -79,7 +79,8 @@ class BatchGradient:
 
         Returns:
             Means over the images: `loss`, `alignment`, `semantics`, `face` if it has a weight, and
-            `faces`, the share with one; over the prompts: `bias/NAME`.
+            `faces`, the share with one; over the prompts: `bias/NAME`; over the faces:
+            `share/NAME/CLASS`, the mean probability of a class.
 
         Raises:
             NotFiniteError: an image is NaN or infinite, in any process.
@@ -223,6 +224,7 @@ def _aims(config: RunConfig) -> list[Aim]:
             attribute=section.attribute(),
             threshold=section.threshold,
             cost=section.cost,
+            steering=section.steering,
             semantics_changed=section.semantics_changed,
             semantics_face=section.semantics_face,
         )
@@ -235,6 +237,6 @@ def _about_originals(config: RunConfig) -> Any:
     told = config.model_dump(
         mode="json",
         include={"base", "attributes", "models", "sampling"},
-        exclude={"attributes": {"__all__": {"words"}}},
+        exclude={"attributes": {"__all__": {"words", "steering"}}},
     )
     return told | {"face": config.losses.face > 0}

@@ -6,6 +6,7 @@ for all prompts at once, in each process for its own images.
 
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, replace
+from typing import Any
 
 import numpy as np
 import torch
@@ -24,6 +25,7 @@ from diffusers_fair.losses import (
     semantics_loss,
 )
 from diffusers_fair.real_faces import RealFaces
+from diffusers_fair.steering import Steering
 from diffusers_fair.targets import Targets, joined, joint_targets
 
 
@@ -37,6 +39,8 @@ class Aim:
     its original's class is as likely."""
     cost: float = 1.0
     """Weight in the transport cost."""
+    steering: float = 0.0
+    """Gain by which the target moves against a gap that lasts; 0: it stays."""
     semantics_changed: float = 0.2
     """lambda_2 / lambda_1, in [0, 1]: likeness that is asked where the class is to change."""
     semantics_face: float = 0.2
@@ -127,6 +131,9 @@ class Objective:
         self.aims = aims
         self.weights = weights
         self.real_faces = real_faces
+        self.steering = {
+            aim.attribute.name: Steering(aim.attribute.target, aim.steering) for aim in aims
+        }
 
     @torch.no_grad()
     def originals(self, images: Tensor, micro_batch: int | None = None) -> Originals:
@@ -190,6 +197,23 @@ class Objective:
         logged = {name: x.mean().item() for name, x in ({"loss": whole} | every).items()}
         return total.mean() * (len(total) / len(whole)), logged | sought.figures
 
+    def steer(self, figures: Mapping[str, float]) -> None:
+        """Move the targets by what was logged of an iteration; without a face they stay."""
+        for aim in self.aims:
+            name = aim.attribute.name
+            shares = [figures.get(f"share/{name}/{c}") for c in aim.attribute.classes]
+            if None not in shares:
+                self.steering[name].record(shares)
+
+    def steering_state(self) -> dict[str, Any]:
+        """Attribute name -> state, for a checkpoint."""
+        return {name: steering.state() for name, steering in self.steering.items()}
+
+    def take_steering(self, state: Mapping[str, Any]) -> None:
+        """Be where a checkpoint was; one of an older version has nothing of it."""
+        for name, each in state.items():
+            self.steering[name].take(each)
+
     @torch.no_grad()
     def _seek(self, images: Tensor, prompts: int, micro_batch: int | None) -> Sought:
         """Find the targets among the faces of all processes; each computes them all (eq. 4-5)."""
@@ -206,7 +230,7 @@ class Objective:
         mine = torch.arange(len(shown), device=images.device) + sum(before)
         targets = [_some(target, mine) for target in self._targets(p, sizes)]
         return Sought(
-            faces, targets, {"faces": found.float().mean().item()} | _class_figures(p, sizes)
+            faces, targets, {"faces": found.float().mean().item()} | self._figures(p, sizes)
         )
 
     def _terms(self, images: Tensor, originals: Originals, sought: Sought) -> dict[str, Tensor]:
@@ -225,6 +249,24 @@ class Objective:
             kept = originals.sure & ~differs.any(1)
             terms["face"] = self._realism(self.real_faces, images, faces, originals, kept)
         return terms
+
+    def _figures(self, p: Mapping[str, Tensor], sizes: Sequence[int]) -> dict[str, float]:
+        """Of each attribute, for faces (m, classes), prompt by prompt; none where there are none.
+
+        'bias/NAME' is the mean over the prompts with a face, 'largest/NAME' the share of the class
+        that most faces of all prompts are of, 'share/NAME/CLASS' the mean probability of a class.
+        """
+        figures = {}
+        for aim in self.aims:
+            name, x = aim.attribute.name, p[aim.attribute.name]
+            parts = [part.argmax(1) for part in x.split(sizes) if len(part)]
+            counts = [torch.bincount(y, minlength=x.shape[1]).numpy(force=True) for y in parts]
+            if counts:
+                figures[f"bias/{name}"] = float(np.mean([bias(frequencies(n)) for n in counts]))
+                figures[f"largest/{name}"] = float(frequencies(np.sum(counts, axis=0)).max())
+                for c, share in zip(aim.attribute.classes, x.mean(0).tolist(), strict=True):
+                    figures[f"share/{name}/{c}"] = share
+        return figures
 
     def _align(
         self,
@@ -247,7 +289,7 @@ class Objective:
 
     def _targets(self, p: Mapping[str, Tensor], sizes: Sequence[int]) -> list[Targets]:
         """Of each attribute, the targets of the m faces: those of each prompt among themselves."""
-        target = [aim.attribute.target for aim in self.aims]
+        target = [self.steering[aim.attribute.name].target for aim in self.aims]
         cost = [aim.cost for aim in self.aims]
         of_prompts = [
             joint_targets(parts, target, cost_weights=cost)
@@ -302,22 +344,6 @@ def _shared_face(a: Faces, b: Faces, images: Tensor) -> Tensor:
     columns = (x >= low[:, :1]) & (x <= high[:, :1])  # (n, w)
     rows = (y >= low[:, 1:]) & (y <= high[:, 1:])  # (n, h)
     return rows[:, :, None] & columns[:, None, :] & (a.found & b.found)[:, None, None]
-
-
-def _class_figures(p: Mapping[str, Tensor], sizes: Sequence[int]) -> dict[str, float]:
-    """Of each attribute, for faces (m, classes), prompt by prompt; left out where there are none.
-
-    'bias/NAME' is the mean over the prompts with a face, 'largest/NAME' the share of the class that
-    most faces of all prompts are of.
-    """
-    figures = {}
-    for name, x in p.items():
-        parts = [part.argmax(1) for part in x.split(sizes) if len(part)]
-        counts = [torch.bincount(part, minlength=x.shape[1]).numpy(force=True) for part in parts]
-        if counts:
-            figures[f"bias/{name}"] = float(np.mean([bias(frequencies(n)) for n in counts]))
-            figures[f"largest/{name}"] = float(frequencies(np.sum(counts, axis=0)).max())
-    return figures
 
 
 def _some(target: Targets, rows: Tensor) -> Targets:

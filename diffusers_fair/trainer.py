@@ -191,6 +191,7 @@ class FairnessFinetuner:
             norm = self._clip()
         except NotFiniteError:
             figures, norm = {}, float("nan")
+        self.gradient.objective.steer(figures)
         self.caution.record(math.isfinite(norm))
         if not math.isfinite(norm):
             self.optimizer.zero_grad()  # nothing to step with
@@ -390,6 +391,7 @@ class FairnessFinetuner:
             "optimizer": self.optimizer.state_dict(),
             "schedule": self.schedule.state_dict(),
             "caution": self.caution.state(),
+            "steering": self.gradient.objective.steering_state(),
             "best": self.best,
             "base_clip_t": self.base_clip_t,
             "seconds": self.seconds,
@@ -425,6 +427,7 @@ class FairnessFinetuner:
         if "caution" in state:  # not in checkpoints of the first version
             self.caution = Caution(**state["caution"])
             self.seconds, self.gradient.micro_batch = state["seconds"], state["micro_batch"]
+        self.gradient.objective.take_steering(state.get("steering", {}))
         for option in state.get("memory_options", ()):
             if option not in self.gradient.memory_options:
                 self.gradient.save_memory(option)

@@ -43,6 +43,7 @@ def test_defaults_are_the_papers(toy):
     config = RunConfig.load(toy)
     assert config.attributes[0].attribute() == Attribute("shape", ("round", "square", "flat"))
     assert config.attributes[0].threshold == 0.8
+    assert config.attributes[0].steering == 0  # the target stays where it was put
     assert config.attributes[0].semantics_changed == config.attributes[0].semantics_face == 0.2
     assert (config.losses.semantics, config.losses.face) == (8, 0)  # realism is on when asked for
     assert config.prompts.images_per_prompt == 24
@@ -63,6 +64,7 @@ def test_every_default_is_written_out(toy):
         "words": {},
         "threshold": 0.8,
         "cost": 1.0,
+        "steering": 0.0,
         "semantics_changed": 0.2,
         "semantics_face": 0.2,
     }

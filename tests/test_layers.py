@@ -24,6 +24,7 @@ LAYERS = {  # of a module or of everything in a folder; imports go to the same l
     "scheduler": 1,  # pure maths
     "processes": 1,
     "targets": 1,
+    "steering": 1,
     "losses": 1,
     "evaluation.metrics": 1,
     "conditioning": 2,  # model-bearing

@@ -58,6 +58,22 @@ def pictures(levels, size=8):
     return x + 0.05 * torch.randn(x.shape, generator=torch.Generator().manual_seed(0))
 
 
+def test_the_target_moves_by_what_was_seen_of_a_batch():
+    x = pictures([0.3, 0.4, 0.2, 0.3])
+    plain = objective()
+    aim = Objective(plain.judges, [replace(plain.aims[0], steering=1.0)], plain.weights)
+    _, figures = aim(x, aim.originals(x))
+    shares = [figures[f"share/brightness/{c}"] for c in TOY.classes]
+    assert sum(shares) == pytest.approx(1)
+    assert shares[1] > 0.6
+    assert aim.steering["brightness"].target.tolist() == [0.5, 0.5]  # until it is told
+    aim.steer(figures)
+    assert aim.steering["brightness"].target[0].item() > 0.5  # more dark ones are asked for
+    before = aim.steering["brightness"].target
+    aim.steer({"faces": 0.0})
+    assert torch.equal(aim.steering["brightness"].target, before)
+
+
 def test_four_dark_pictures_are_sent_apart():
     x = pictures([-0.8, -0.6, -0.4, -0.2]).requires_grad_()
     aim = objective()

@@ -23,6 +23,9 @@ from diffusers_fair.sampling import decode
 
 SMALL = {
     "base": {"dtype": "float32"},
+    "attributes": [
+        {"name": "gender", "classes": ["female", "male"], "threshold": 0.6, "steering": 0.5}
+    ],
     "adapter": {"rank": 2},
     "prompts": {"images_per_prompt": 4},
     "sampling": {"steps": 3},
@@ -111,9 +114,12 @@ def test_a_stopped_run_goes_on_to_the_same_adapter(run, tmp_path, monkeypatch):
         with pytest.raises(KeyboardInterrupt):
             stopped.train(progress=False)
     assert not (folder / "adapter").exists()
-    finetuner(folder).train(progress=False)
+    resumed = finetuner(folder)
+    resumed.train(progress=False)
     first, again = (read_adapter(f / "adapter")[1] for f in (run[0], folder))
     assert all(torch.equal(first[key], again[key]) for key in first)
+    targets = [each.gradient.objective.steering["gender"].target for each in (run[1], resumed)]
+    assert torch.equal(*targets)
 
 
 def test_a_sigterm_saves_and_says_how_to_go_on(run, tmp_path, monkeypatch):
