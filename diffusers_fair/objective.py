@@ -201,9 +201,9 @@ class Objective:
         """Move the targets by what was logged of an iteration; without a face they stay."""
         for aim in self.aims:
             name = aim.attribute.name
-            shares = [figures.get(f"share/{name}/{c}") for c in aim.attribute.classes]
-            if None not in shares:
-                self.steering[name].record(shares)
+            keys = [f"share/{name}/{c}" for c in aim.attribute.classes]
+            if keys[0] in figures:
+                self.steering[name].record([figures[key] for key in keys])
 
     def steering_state(self) -> dict[str, Any]:
         """Attribute name -> state, for a checkpoint."""
