@@ -8,6 +8,9 @@ the batches so far (an exponential moving average) adds up, and moves the target
     D' = D + e,   e <- clip(e + gain (D - p), -D / 2, D / 2)   where |D - p| <= D / 2 in every class
 
 Farther off nothing adds up: the loss pulls there by itself, and the sum would overshoot.
+
+Images answer a moved target only after some tens of iterations. A gain much above the inverse of
+that lets the classes swing about the target, and chance say which way they lean at the end.
 """
 
 from collections.abc import Sequence
