@@ -102,7 +102,9 @@ class AttributeSection(Section):
     methods that `evaluate --baseline` measures. A class that is left out is asked for by its
     name."""
     threshold: Share = 0.8
-    """C: images whose target is less certain than this take no part in the alignment loss."""
+    """C: images whose target is less certain than this take no part in the alignment loss. The more
+    classes, the fewer are certain where a prompt is near its target, and the weaker it pulls there:
+    lower it then, or draw more images of each prompt."""
     cost: Annotated[float, Field(gt=0)] = 1.0
     """Weight of the attribute in the transport cost, when several are balanced jointly."""
     steering: Annotated[float, Field(ge=0)] = 0.0
