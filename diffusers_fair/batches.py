@@ -16,7 +16,7 @@ class Batch:
     prompts: tuple[str, ...]
     """P of them."""
     seeds: tuple[int, ...]
-    """P * n, of each image's noise."""
+    """P * n, of each image's noise; `~s` of the negative of that of s."""
     steps: int
     """K, of the scheduler."""
 
@@ -73,4 +73,12 @@ def draw_batch(config: RunConfig, prompts: PromptMixture, number: int) -> Batch:
     places = range(number * count, (number + 1) * count)
     images = count * config.prompts.images_per_prompt
     seeds = torch.randint(2**31, (images,), generator=g).tolist()
+    if config.sampling.antithetic:
+        seeds = _in_pairs(seeds, config.prompts.images_per_prompt)
     return Batch(tuple(prompts.prompt(place) for place in places), tuple(seeds), steps)
+
+
+def _in_pairs(seeds: list[int], images_per_prompt: int) -> list[int]:
+    """Give every second image of a prompt the negative of the noise before it."""
+    places = (place % images_per_prompt for place in range(len(seeds)))
+    return [~seeds[i - 1] if place % 2 else seeds[i] for i, place in enumerate(places)]

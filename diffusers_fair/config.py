@@ -279,6 +279,9 @@ class SamplingSection(Section):
     """K: scheduler steps, a number or `[low, high]`, drawn for each iteration."""
     guidance_scale: Annotated[float, Field(ge=1)] = 7.5
     """s of classifier-free guidance; 1 is none."""
+    antithetic: bool = False
+    """Draw each prompt's noise in pairs z, -z, whose images differ in class more often than by
+    chance: the shares of a batch scatter less, and with them what the loss asks for."""
 
 
 class GradientSection(Section):

@@ -35,7 +35,7 @@ def initial_noise(
 
     Args:
         shape: (c, h, w) of one image's latents.
-        seeds: one for each image.
+        seeds: one for each image; `~s`, which is negative, gives the negative of the noise of s.
         device: where the noise goes; it is always drawn on the CPU.
         dtype: in which it is drawn, too.
 
@@ -43,10 +43,14 @@ def initial_noise(
         (n, c, h, w), what a diffusers pipeline draws from one CPU generator for each seed.
     """
     drawn = [
-        torch.randn(1, *shape, generator=torch.Generator().manual_seed(seed), dtype=dtype)
-        for seed in seeds
+        _noise(shape, seed, dtype) if seed >= 0 else -_noise(shape, ~seed, dtype) for seed in seeds
     ]
     return torch.cat(drawn).to(device)  # (n, c, h, w)
+
+
+def _noise(shape: Sequence[int], seed: int, dtype: torch.dtype) -> Tensor:
+    """Draw the noise of one image. (1, c, h, w)."""
+    return torch.randn(1, *shape, generator=torch.Generator().manual_seed(seed), dtype=dtype)
 
 
 @torch.no_grad()

@@ -443,6 +443,7 @@ def test_each_image_has_its_own_noise():
     assert together.shape == (3, *LATENT)
     assert torch.equal(together[1:2], initial_noise(LATENT, [1]))
     assert not torch.equal(together[0], together[1])
+    assert torch.equal(initial_noise(LATENT, [~0, ~3]), -initial_noise(LATENT, [0, 3]))
 
 
 def test_images_are_the_pipelines(world):

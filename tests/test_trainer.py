@@ -15,7 +15,7 @@ import diffusers_fair.gradient as gradient_module
 import diffusers_fair.trainer as trainer_module
 from diffusers_fair import FairnessFinetuner, durable, testbed
 from diffusers_fair.adapters.io import read_adapter
-from diffusers_fair.batches import draw_batch
+from diffusers_fair.batches import Share, draw_batch
 from diffusers_fair.config import RunConfig, recipes
 from diffusers_fair.guards import TrainingStoppedError
 from diffusers_fair.objective import Objective
@@ -484,6 +484,24 @@ def test_batches_come_again_and_the_originals_from_the_disk(tmp_path, monkeypatc
     batches = [draw_batch(trainer.config, trainer.prompts, number) for number in range(4)]
     assert batches[:2] == batches[2:]
     assert batches[0] != batches[1]
+
+
+@pytest.mark.parametrize("images", [4, 3])
+def test_antithetic_noise_comes_in_pairs_of_one_prompt(tmp_path, images):
+    trainer = finetuner(
+        tmp_path / "pairs",
+        prompts={"images_per_prompt": images},
+        sampling={"steps": 3, "antithetic": True},
+        train=SMALL["train"] | {"prompts_per_iteration": 2},
+    )
+    batch = draw_batch(trainer.config, trainer.prompts, 0)
+    noise = trainer.gradient._noise(Share(batch, slice(0, 2 * images)))
+    for of_prompt in noise.split(images):
+        sums = (of_prompt[: images // 2 * 2 : 2] + of_prompt[1::2]).abs().sum()
+        assert sums == 0
+        assert not torch.equal(of_prompt[0], of_prompt[2])
+    assert len(set(batch.seeds)) == 2 * images
+    assert all(seed >= 0 for seed in batch.seeds[::images])
 
 
 def test_every_prompt_comes_once_before_any_comes_again(tmp_path):
