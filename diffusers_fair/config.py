@@ -280,8 +280,9 @@ class SamplingSection(Section):
     guidance_scale: Annotated[float, Field(ge=1)] = 7.5
     """s of classifier-free guidance; 1 is none."""
     antithetic: bool = False
-    """Draw each prompt's noise in pairs z, -z, whose images differ in class more often than by
-    chance: the shares of a batch scatter less, and with them what the loss asks for."""
+    """Draw each prompt's noise in pairs z, -z, each still normal. Where such images differ in class
+    more often than by chance, as on the testbed, the shares of a batch scatter less, and with them
+    what the loss asks for."""
 
 
 class GradientSection(Section):
