@@ -24,7 +24,7 @@ def test_the_table_of_experiments_is_what_its_reports_and_recipes_say():
 
 def test_a_recipe_that_changed_since_is_told():
     origin = experiments.since("testbed-gender", CARDS / "testbed-prefix" / "adapter")
-    assert "optimizer.lr=0.01" in origin
+    assert "adapter.components.0=soft_tokens" in origin
     assert not [key for key in origin if key.startswith("output")]
 
 
