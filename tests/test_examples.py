@@ -12,6 +12,7 @@ sys.path.insert(0, str(Path(__file__).parents[1] / "examples"))
 import comparison
 import experiments
 
+from diffusers_fair.adapters.io import read_adapter
 from diffusers_fair.testbed import world
 
 CARDS = Path(__file__).parents[1] / "model_cards"
@@ -23,8 +24,11 @@ def test_the_table_of_experiments_is_what_its_reports_and_recipes_say():
 
 
 def test_a_recipe_that_changed_since_is_told():
-    origin = experiments.since("testbed-gender", CARDS / "testbed-prefix" / "adapter")
+    adapter = CARDS / "testbed-prefix" / "adapter"
+    origin = experiments.since("testbed-gender", adapter)
+    trained = read_adapter(adapter)[0].recipe
     assert "adapter.components.0=soft_tokens" in origin
+    assert f"optimizer.lr={trained['optimizer']['lr']}" in origin
     assert not [key for key in origin if key.startswith("output")]
 
 
