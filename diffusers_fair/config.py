@@ -331,6 +331,8 @@ class OptimizerSection(Section):
     """`adamw8bit` keeps its state in 8 bits, by bitsandbytes, which has to be installed."""
     lr: Annotated[float, Field(gt=0)] = 5e-5
     """Learning rate after the warm-up."""
+    text_encoder_lr: Annotated[float, Field(gt=0)] | None = None
+    """Another one for the layers of the text encoder and soft tokens; null is `lr`."""
     weight_decay: Annotated[float, Field(ge=0)] = 0.0
     """AdamW's."""
     schedule: Literal["constant", "cosine", "linear"] = "constant"
@@ -447,6 +449,11 @@ class RunConfig(Section):
                 raise ValueError(
                     f"gradient.{key} must be at most sampling.steps ({low}), got {count}"
                 )
+        if self.optimizer.text_encoder_lr and set(self.adapter.components) == {"unet"}:
+            raise ValueError(
+                "optimizer.text_encoder_lr is of text_encoder and soft_tokens, adapter.components "
+                "has neither: add one, or set optimizer.lr alone"
+            )
         names = [attribute.name for attribute in self.attributes]
         if len(set(names)) < len(names):
             raise ValueError(f"attributes must have different names, got {names}")

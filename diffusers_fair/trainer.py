@@ -34,7 +34,7 @@ from diffusers_fair.adapters.trainable import TrainableAdapter
 from diffusers_fair.backends import load_base, load_judges
 from diffusers_fair.batches import Batch, draw_batch
 from diffusers_fair.checkpoints import discard_after, load_checkpoint, save_checkpoint
-from diffusers_fair.config import RunConfig
+from diffusers_fair.config import OptimizerSection, RunConfig
 from diffusers_fair.evaluation import Report, evaluate
 from diffusers_fair.gradient import MEMORY_OPTIONS, BatchGradient
 from diffusers_fair.guards import (
@@ -95,7 +95,7 @@ class FairnessFinetuner:
         if config.adapter.init_from is not None:
             self._start_from(config.adapter.init_from)
         self.parameters = self.adapter.parameters
-        self.optimizer = _optimizer(config, self.parameters)
+        self.optimizer = _optimizer(config.optimizer, self.adapter)
         self.schedule = get_scheduler(
             config.optimizer.schedule,
             self.optimizer,
@@ -454,13 +454,12 @@ def _tune(pipe: Any, config: RunConfig) -> None:
         pipe.unet.compile()
 
 
-def _optimizer(config: RunConfig, parameters: list[torch.nn.Parameter]) -> torch.optim.Optimizer:
-    """AdamW, with its state in float32 or in 8 bits.
+def _optimizer(options: OptimizerSection, adapter: TrainableAdapter) -> torch.optim.Optimizer:
+    """AdamW, with its state in float32 or in 8 bits; one group for each learning rate.
 
     Raises:
         ModuleNotFoundError: bitsandbytes, for the latter, is not installed.
     """
-    options = config.optimizer
     kind: Any = torch.optim.AdamW
     if options.name == "adamw8bit":
         try:
@@ -472,7 +471,14 @@ def _optimizer(config: RunConfig, parameters: list[torch.nn.Parameter]) -> torch
                 name=error.name,
             ) from error
         kind = AdamW8bit
-    return kind(parameters, lr=options.lr, weight_decay=options.weight_decay)
+    groups: dict[float, list[torch.nn.Parameter]] = {}
+    for name, parameters in adapter.parts.items():
+        lr = options.lr if name == "unet" else options.text_encoder_lr or options.lr
+        groups.setdefault(lr, []).extend(parameters)
+    return kind(
+        [{"params": parameters, "lr": lr} for lr, parameters in groups.items()],
+        weight_decay=options.weight_decay,
+    )
 
 
 def _gradient(parameter: torch.nn.Parameter) -> Tensor:

@@ -177,6 +177,7 @@ def test_every_key_is_documented():
         ("train.iterations=true", r"train\.iterations: expected a valid integer, got True"),
         ("train.iterations=0", "expected greater than or equal to 1, got 0"),
         ("optimizer.lr=fast", r"optimizer\.lr: expected a valid number, got 'fast'"),
+        ("optimizer.text_encoder_lr=0", r"text_encoder_lr: expected greater than 0, got 0"),
         ("optimizer.lr=.inf", r"optimizer\.lr: expected a finite number, got inf"),
         ("attributes.0.semantics_face=2", "expected less than or equal to 1, got 2"),
         ("losses.face=-1", r"losses\.face: expected greater than or equal to 0, got -1"),
@@ -303,3 +304,11 @@ except ModuleNotFoundError as error:
     done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True)
     assert f"recipes need '{name}'" in done.stdout
     assert "pip install 'diffusers-fair[train]'" in done.stdout
+
+
+def test_a_rate_of_the_text_encoder_needs_something_to_train_there():
+    overrides = ["adapter.components=[unet]", "optimizer.text_encoder_lr=.1"]
+    with pytest.raises(ValueError, match=r"components has neither: add one, or set optimizer\.lr"):
+        RunConfig.load("testbed-gender", overrides)
+    config = RunConfig.load("testbed-gender", ["optimizer.text_encoder_lr=.1"])
+    assert config.optimizer.text_encoder_lr == 0.1

@@ -389,6 +389,35 @@ def test_images_that_are_not_finite_are_skipped_and_the_next_update_is_smaller(
             broken.iteration(3)
 
 
+@pytest.mark.parametrize(
+    ("components", "rates", "expected"),
+    [
+        (["text_encoder", "unet"], {}, {"text_encoder": 0.01, "unet": 0.01}),
+        (
+            ["unet", "text_encoder", "soft_tokens"],
+            {"text_encoder_lr": 0.04},
+            {"unet": 0.01, "text_encoder": 0.04, "soft_tokens": 0.04},
+        ),
+    ],
+)
+def test_each_part_moves_at_its_own_learning_rate(components, rates, expected, tmp_path):
+    trained = finetuner(
+        tmp_path,
+        adapter={"rank": 2, "components": components},
+        optimizer={"warmup": 0, "schedule": "constant", "lr": 0.01} | rates,
+    )
+    before = {
+        name: [p.detach().clone() for p in part] for name, part in trained.adapter.parts.items()
+    }
+    trained.iteration(0)
+    longest = {
+        name: max((p - b).abs().max().item() for p, b in zip(part, before[name], strict=True))
+        for name, part in trained.adapter.parts.items()
+    }
+    assert longest == pytest.approx(expected, rel=1e-3)  # AdamW's first step has its length
+    assert len(trained.optimizer.param_groups) == len(set(expected.values()))
+
+
 @pytest.mark.parametrize("name", [name for name in recipes() if name.startswith("testbed-")])
 def test_every_recipe_of_the_testbed_trains_one_iteration(name, tmp_path):
     trainer = FairnessFinetuner.from_recipe(

@@ -32,15 +32,20 @@ class TrainableAdapter:
         _check_components(components)
         self.pipe = pipe
         self.components = dict(components)
-        self.parameters: list[nn.Parameter] = []
-        """What an optimizer takes, in float32 or better whatever the pipeline is in."""
+        self.parts: dict[str, list[nn.Parameter]] = {}
+        """Component -> its parameters, in float32 or better whatever the pipeline is in."""
         for module in pipe.components.values():
             if isinstance(module, nn.Module):
                 module.requires_grad_(False)
         for name, component in components.items():
-            self.parameters += _add(pipe, name, component, seed)
+            self.parts[name] = _add(pipe, name, component, seed)
         for parameter in self.parameters:  # a component freezes those that came before it
             parameter.requires_grad_(True)
+
+    @property
+    def parameters(self) -> list[nn.Parameter]:
+        """Of all components, one after the other."""
+        return [parameter for part in self.parts.values() for parameter in part]
 
     def weights(self) -> Weights:
         """Copy the weights out, on the CPU: what `write_adapter` takes."""
