@@ -17,7 +17,6 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Annotated, Any
 
-import torch
 import typer
 from preview_card import preview
 
@@ -108,9 +107,7 @@ def measured(experiment: Experiment, runs: Path) -> Path:
 
 def drawer(config: RunConfig) -> Any:
     """The base model, in the precision that the recipe has."""
-    pipe = load_base(testbed.NAME, dtype=config.base.dtype)
-    pipe.unet.to(memory_format=torch.channels_last)  # a tenth faster on CPUs
-    return pipe
+    return load_base(testbed.NAME, dtype=config.base.dtype)
 
 
 def counted(config: RunConfig) -> list[Attribute]:
