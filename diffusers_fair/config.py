@@ -109,7 +109,7 @@ class AttributeSection(Section):
     """Weight of the attribute in the transport cost, when several are balanced jointly."""
     steering: Annotated[float, Field(ge=0)] = 0.0
     """Share of the gap between the target and the classes of training's images by which the target
-    that training aims for moves in each iteration, and of the gap of now fifty times that. 0: it
+    that training aims for moves in each iteration, and of the gap of now twenty times that. 0: it
     stays, as published."""
     semantics_changed: Share = 0.2
     """lambda_2 / lambda_1: how much of `losses.semantics` is left where the class is to change,

@@ -11,7 +11,7 @@ transport:
 
 Farther off nothing adds up: the loss pulls there by itself, and the sum would overshoot.
 
-Images answer a moved target only after some tens of iterations. A sum alone would let the classes
+Images answer a moved target only after some iterations. A sum alone would let the classes
 swing about the target, and chance say which way they lean at the end: so the gap of now counts as
 if it had lasted LEAD iterations longer, which lets go of it as soon as it closes.
 """
@@ -24,7 +24,7 @@ from torch import Tensor
 
 MEMORY = 0.9  # of the moving average: about ten batches
 REACH = 0.5  # of a class's share, for its gap and for how far its target moves
-LEAD = 50  # iterations: about as long as images take to answer
+LEAD = 20  # iterations; of 50 the noise of batches moved the target by half
 
 
 class Steering:
