@@ -108,9 +108,8 @@ class AttributeSection(Section):
     cost: Annotated[float, Field(gt=0)] = 1.0
     """Weight of the attribute in the transport cost, when several are balanced jointly."""
     steering: Annotated[float, Field(ge=0)] = 0.0
-    """Share of the gap between the target and the classes of training's images by which the target
-    that training aims for moves in each iteration, and of the gap of now twenty times that. 0: it
-    stays, as published."""
+    """Share of a lasting gap between the target and the classes of training's images by which the
+    target that training aims for moves in each iteration. 0: it stays, as published."""
     semantics_changed: Share = 0.2
     """lambda_2 / lambda_1: how much of `losses.semantics` is left where the class is to change,
     outside the face. Of several attributes of an image that are to change, the smallest counts."""

@@ -2,18 +2,15 @@
 
 The alignment loss pulls the less the nearer the target is, the semantics loss all the time: where
 the two balance, a gap is left, the wider for the class that is farthest from the original images.
-The published method leaves it. Here the gap between target D and the shares p of the classes among
-the faces of the batches so far (an exponential moving average) adds up, and moves the target of the
-transport:
+The published method leaves it. Here the gap between target D and mean class probabilities p of
+the batches so far (an exponential moving average) adds up, and moves the target of the transport:
 
-    D' = D + clip(e + LEAD gain (D - p), -D / 2, D / 2)
-    e <- clip(e + gain (D - p), -D / 2, D / 2)   where |D - p| <= D / 2 in every class
+    D' = D + e,   e <- clip(e + gain (D - p), -D / 2, D / 2)   where |D - p| <= D / 2 in every class
 
 Farther off nothing adds up: the loss pulls there by itself, and the sum would overshoot.
 
-Images answer a moved target only after some iterations. A sum alone would let the classes
-swing about the target, and chance say which way they lean at the end: so the gap of now counts as
-if it had lasted LEAD iterations longer, which lets go of it as soon as it closes.
+Images answer a moved target only after some tens of iterations. A gain much above the inverse of
+that lets the classes swing about the target, and chance say which way they lean at the end.
 """
 
 from collections.abc import Sequence
@@ -24,7 +21,6 @@ from torch import Tensor
 
 MEMORY = 0.9  # of the moving average: about ten batches
 REACH = 0.5  # of a class's share, for its gap and for how far its target moves
-LEAD = 20  # iterations; of 50 the noise of batches moved the target by half
 
 
 class Steering:
@@ -44,23 +40,16 @@ class Steering:
     @property
     def target(self) -> Tensor:
         """(classes,), D', float64; sums to 1."""
-        moved = self.wanted + self._within(self.offset + LEAD * self.gain * self._gap())
+        moved = self.wanted + self.offset
         return moved / moved.sum()
 
     def record(self, shares: Sequence[float]) -> None:
-        """Take note of the shares (classes,) of a batch's faces."""
+        """Take note of the mean class probabilities (classes,) of a batch's faces."""
         found = torch.tensor(shares, dtype=torch.float64)
         self.seen = MEMORY * self.seen + (1 - MEMORY) * found
-        self.offset = self._within(self.offset + self.gain * self._gap())
-
-    def _gap(self) -> Tensor:
-        """(classes,), D - p; 0 where one of them is out of reach."""
-        gap = self.wanted - self.seen
-        return gap * (gap.abs() <= REACH * self.wanted).all()
-
-    def _within(self, offset: Tensor) -> Tensor:
-        reach = REACH * self.wanted
-        return offset.clamp(-reach, reach)
+        gap, reach = self.wanted - self.seen, REACH * self.wanted
+        if (gap.abs() <= reach).all():
+            self.offset = (self.offset + self.gain * gap).clamp(-reach, reach)
 
     def state(self) -> dict[str, Any]:
         """For a checkpoint."""
