@@ -25,7 +25,7 @@ from diffusers_fair.adapters.io import read_adapter
 from diffusers_fair.attributes import Attribute
 from diffusers_fair.backends import load_base, load_judges
 from diffusers_fair.card import write_card
-from diffusers_fair.evaluation import Report, evaluate
+from diffusers_fair.evaluation import Report, evaluate, metrics
 from diffusers_fair.evaluation.report import FILE
 from diffusers_fair.loading import load_fair_adapter
 from diffusers_fair.prompts import prompt_set
@@ -213,7 +213,14 @@ def document(found: Mapping[str, dict[str, Any]], changed: Mapping[str, list[str
         "Bias over unseen prompts by the evaluation classifiers: mean ± std over prompts, and (in",
         "brackets) the floor, which a generator exactly on target would score with as many images.",
         "",
-        *(f"| {' | '.join(cells)} |" for cells in (head, ["---"] * len(head), *rows)),
+        *lines(head, rows),
+        "",
+        "What the bias of each balanced attribute consists of. Had every prompt the mean shares over",
+        "all prompts, it would be `prompts alike`: what that has above the floor is a lean which the",
+        "prompts have in common, and what the bias has above it are differences between prompts. The",
+        "interval (95 %) is over prompts.",
+        "",
+        *lines(["", "", "bias", "interval", "prompts alike", "floor"], parts(found)),
         "",
         "`python examples/experiments.py --out model_cards` makes them all; how each was made, on",
         "which machine and by which versions, is in its report.json. What a recipe had when it was",
@@ -221,6 +228,36 @@ def document(found: Mapping[str, dict[str, Any]], changed: Mapping[str, list[str
         "",
         *origins,
         "",
+    ]
+
+
+def lines(head: list[str], rows: list[list[str]]) -> list[str]:
+    """A table in Markdown."""
+    return [f"| {' | '.join(row)} |" for row in (head, ["---"] * len(head), *rows)]
+
+
+def parts(found: Mapping[str, dict[str, Any]]) -> list[list[str]]:
+    """What the bias of every balanced attribute consists of, row by row."""
+    rows = []
+    for experiment in EXPERIMENTS:
+        balanced = {section.name for section in RunConfig.load(experiment.recipe).attributes}
+        for column in COLUMNS if experiment.name in found else ():
+            if balanced.issuperset(column.split(" x ")):
+                row = part(found[experiment.name]["summary"], column)
+                rows.append([experiment.name, column, *row])
+    return rows
+
+
+def part(summary: Mapping[str, Any], column: str) -> list[str]:
+    """Bias, its interval, what it would be were all prompts alike, and floor."""
+    bias = summary["bias"][column]
+    shares = [spread["mean"] for spread in summary["frequencies"][column].values()]
+    alike = metrics.floor(round(bias["faces_per_prompt"]), shares)
+    low, high = bias["interval"]
+    return [
+        f"{bias['mean']:.3f}",
+        f"{low:.3f} to {high:.3f}",
+        *(f"{figure:.3f}" for figure in (alike, bias["floor"])),
     ]
 
 
