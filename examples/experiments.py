@@ -7,7 +7,7 @@ Trains the adapters of the shipped recipes and measures each on prompts that its
 by classifiers that its training never saw, beside the base model on the same noise. Writes
 experiments.md, and each report's figures and pictures below `--out`. What is in `--runs` already is
 not done again: stop it and start it as you like. An experiment takes a quarter of an hour to half
-an hour on 2 cores.
+an hour on 2 cores; processes that `torchrun` starts share the pictures.
 """
 
 import json
@@ -25,7 +25,7 @@ from diffusers_fair.adapters.io import read_adapter
 from diffusers_fair.attributes import Attribute
 from diffusers_fair.backends import load_base, load_judges
 from diffusers_fair.card import write_card
-from diffusers_fair.evaluation import Report, evaluate, metrics
+from diffusers_fair.evaluation import Report, evaluate, metrics, processes
 from diffusers_fair.evaluation.report import FILE
 from diffusers_fair.loading import load_fair_adapter
 from diffusers_fair.prompts import prompt_set
@@ -78,8 +78,11 @@ def main(
     """Train and measure what is not there yet; write the table of what is."""
     for experiment in EXPERIMENTS:
         if not only or experiment.name in only:
-            keep(measured(experiment, runs), experiment, runs, out)
-    write(out)
+            report = measured(experiment, runs)
+            if processes.index() == 0:
+                keep(report, experiment, runs, out)
+    if processes.index() == 0:
+        write(out)
 
 
 def trained(recipe: str, runs: Path) -> Path:
