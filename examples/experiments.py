@@ -12,7 +12,7 @@ an hour on 2 cores; processes that `torchrun` starts share the pictures.
 
 import json
 import shutil
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Annotated, Any
@@ -26,6 +26,7 @@ from diffusers_fair.attributes import Attribute
 from diffusers_fair.backends import load_base, load_judges
 from diffusers_fair.card import write_card
 from diffusers_fair.evaluation import Report, evaluate, metrics, processes
+from diffusers_fair.evaluation.comparison import markdown_table
 from diffusers_fair.evaluation.report import FILE
 from diffusers_fair.loading import load_fair_adapter
 from diffusers_fair.prompts import prompt_set
@@ -216,14 +217,14 @@ def document(found: Mapping[str, dict[str, Any]], changed: Mapping[str, list[str
         "Bias over unseen prompts by the evaluation classifiers: mean ± std over prompts, and (in",
         "brackets) the floor, which a generator exactly on target would score with as many images.",
         "",
-        *lines(head, rows),
+        *markdown_table(head, rows),
         "",
         "What the bias of each balanced attribute consists of. Had every prompt the mean shares over",
         "all prompts, it would be `prompts alike`: what that has above the floor is a lean which the",
         "prompts have in common, and what the bias has above it are differences between prompts. The",
         "interval (95 %) is over prompts.",
         "",
-        *lines(["", "", "bias", "interval", "prompts alike", "floor"], parts(found)),
+        *markdown_table(["", "", "bias", "interval", "prompts alike", "floor"], parts(found)),
         "",
         "`python examples/experiments.py --out model_cards` makes them all; how each was made, on",
         "which machine and by which versions, is in its report.json. What a recipe had when it was",
@@ -234,34 +235,23 @@ def document(found: Mapping[str, dict[str, Any]], changed: Mapping[str, list[str
     ]
 
 
-def lines(head: list[str], rows: list[list[str]]) -> list[str]:
-    """A table in Markdown."""
-    return [f"| {' | '.join(row)} |" for row in (head, ["---"] * len(head), *rows)]
-
-
-def parts(found: Mapping[str, dict[str, Any]]) -> list[list[str]]:
+def parts(found: Mapping[str, dict[str, Any]]) -> Iterator[list[str]]:
     """What the bias of every balanced attribute consists of, row by row."""
-    rows = []
-    for experiment in EXPERIMENTS:
+    for experiment in (e for e in EXPERIMENTS if e.name in found):
         balanced = {section.name for section in RunConfig.load(experiment.recipe).attributes}
-        for column in COLUMNS if experiment.name in found else ():
+        for column in COLUMNS:
             if balanced.issuperset(column.split(" x ")):
-                row = part(found[experiment.name]["summary"], column)
-                rows.append([experiment.name, column, *row])
-    return rows
+                yield [experiment.name, column, *part(found[experiment.name], column)]
 
 
-def part(summary: Mapping[str, Any], column: str) -> list[str]:
+def part(report: Mapping[str, Any], column: str) -> list[str]:
     """Bias, its interval, what it would be were all prompts alike, and floor."""
-    bias = summary["bias"][column]
-    shares = [spread["mean"] for spread in summary["frequencies"][column].values()]
-    alike = metrics.floor(round(bias["faces_per_prompt"]), shares)
-    low, high = bias["interval"]
-    return [
-        f"{bias['mean']:.3f}",
-        f"{low:.3f} to {high:.3f}",
-        *(f"{figure:.3f}" for figure in (alike, bias["floor"])),
-    ]
+    bias = report["summary"]["bias"][column]
+    shares = [spread["mean"] for spread in report["summary"]["frequencies"][column].values()]
+    faces = [p["faces"] for p in report["prompts"] if p["attributes"][column]]
+    alike = sum(metrics.floor(n, shares) * faces.count(n) for n in set(faces)) / len(faces)
+    interval = " to ".join(f"{end:.3f}" for end in bias["interval"])
+    return [f"{bias['mean']:.3f}", interval, f"{alike:.3f}", f"{bias['floor']:.3f}"]
 
 
 def cells(summary: Mapping[str, Any]) -> list[str]:

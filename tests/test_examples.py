@@ -32,6 +32,26 @@ def test_a_recipe_that_changed_since_is_told():
     assert not [key for key in origin if key.startswith("output")]
 
 
+@pytest.mark.parametrize(
+    ("shares", "faces", "bias"),
+    [
+        ((1, 0), [9, 4], "1.000"),  # one class alone
+        ((0.5, 0.5), [1, 1], "1.000"),  # a single face is of one class
+        ((0.5, 0.5), [2, 2], "0.500"),  # two are of the same class every other time
+        ((0.5, 0.5), [1, 2, 2], "0.667"),
+        ((0.75, 0.25), [10_000], "0.500"),
+    ],
+)
+def test_a_bias_were_all_prompts_alike(shares, faces, bias):
+    found = {"mean": 1, "interval": [0.9, 1], "floor": 0.25}
+    spreads = {name: {"mean": share} for name, share in zip("ab", shares, strict=True)}
+    prompts = [{"faces": n, "attributes": {"hue": {"bias": 1}}} for n in faces]
+    prompts.append({"faces": 0, "attributes": {"hue": None}})  # has no frequencies
+    summary = {"bias": {"hue": found}, "frequencies": {"hue": spreads}}
+    told = experiments.part({"summary": summary, "prompts": prompts}, "hue")
+    assert told == ["1.000", "0.900 to 1.000", bias, "0.250"]
+
+
 @pytest.fixture
 def drawn(monkeypatch):
     """No model: reports and costs are made up; (method, folder's recipe) of what was measured."""

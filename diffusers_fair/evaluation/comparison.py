@@ -2,7 +2,7 @@
 
 import html
 import json
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from dataclasses import asdict, dataclass, replace
 from functools import cached_property
 from pathlib import Path
@@ -236,12 +236,12 @@ class Comparison:
             "over prompts [95 % bootstrap interval of the mean], and for a bias (its floor: what a "
             "generator exactly on target would score). **Bold**: best of its group.",
             "",
-            *_table(["", *(c.head for c in self.columns)], self._rows()),
+            *markdown_table(["", *(c.head for c in self.columns)], self._rows()),
             "",
             f"Difference from {_plain(self.against)}, prompt by prompt: mean [95 % paired bootstrap"
             " interval], p of Wilcoxon's signed-rank test (for each cell alone).",
             "",
-            *_table(["", *(c.head for c in self.columns)], self._difference_rows()),
+            *markdown_table(["", *(c.head for c in self.columns)], self._difference_rows()),
             "",
         ]
         return "\n".join(lines)
@@ -265,7 +265,8 @@ class Comparison:
                 yield [_plain(entry.label), *(_difference(found[c.head]) for c in self.columns)]
 
 
-def _table(head: list[str], rows: Iterator[list[str]]) -> list[str]:
+def markdown_table(head: list[str], rows: Iterable[list[str]]) -> list[str]:
+    """Lines of a table in Markdown."""
     return [f"| {' | '.join(cells)} |" for cells in (head, ["---"] * len(head), *rows)]
 
 
