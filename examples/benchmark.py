@@ -494,6 +494,8 @@ def median(function: Callable[[], Any], times: int) -> float:
 
 def document(found: dict[str, Any]) -> list[str]:
     """Lines of benchmark.md."""
+    from diffusers_fair.evaluation.comparison import markdown_table
+
     lines = ["# Benchmark", "", "Compare within a table; seconds tell little elsewhere.", ""]
     tables = {
         "iteration": (
@@ -520,13 +522,9 @@ def document(found: dict[str, Any]) -> list[str]:
             if name.split("/")[0] == part
         }
         if done:
-            lines += [f"## {title}", "", *table(rows(done)), "", *origins(done), ""]
+            head, *body = rows(done)
+            lines += [f"## {title}", "", *markdown_table(head, body), "", *origins(done), ""]
     return lines
-
-
-def table(rows: list[list[str]]) -> list[str]:
-    head, *body = rows
-    return [f"| {' | '.join(cells)} |" for cells in (head, ["---"] * len(head), *body)]
 
 
 def origins(done: dict[str, Any]) -> list[str]:
