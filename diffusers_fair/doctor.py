@@ -18,7 +18,7 @@ from diffusers_fair.backends import (
 from diffusers_fair.backends import open_clip as clips
 from diffusers_fair.backends import timm as embedders
 from diffusers_fair.backends.labels import group
-from diffusers_fair.backends.needs import Need, package
+from diffusers_fair.backends.needs import Need, package, pretrained
 from diffusers_fair.config import ClassifierSection, JudgesSection, ModelsSection, RunConfig
 from diffusers_fair.prompts import prompt_set
 
@@ -40,6 +40,7 @@ def examine(config: RunConfig) -> dict[Need, list[str]]:
     parts: Parts = {
         "training": [package(name) for name in packages],
         "base": base.needs(config.base.model, config.base.revision),
+        "adapter.init_from": [pretrained(name)] if (name := config.adapter.init_from) else [],
         "prompts": [_prompts(name, splits) for name in config.prompts.sets],
         **_judges(config.models, attributes, "models"),
         **(_real_faces(config.models) if config.losses.face else {}),

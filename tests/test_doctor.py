@@ -120,6 +120,16 @@ def test_folders_are_found(tmp_path):
     assert gaps(f"models.clip=open_clip:{clip}")[str(clip)].endswith("has no weights")
 
 
+def test_the_adapter_to_start_from_is_looked_up(tmp_path):
+    asked = "adapter.init_from={}".format
+    assert "hf download org/fair" in gaps(asked("org/fair"))["org/fair"]
+    assert "not a folder" in gaps(asked("runs/not/trained"))["runs/not/trained"]
+    cached(tmp_path, "org/fair", "fair_adapter.json", "pytorch_lora_weights.safetensors")
+    assert "org/fair" not in gaps(asked("org/fair"))
+    (tmp_path / "empty").mkdir()
+    assert gaps(asked(tmp_path / "empty"))[str(tmp_path / "empty")].endswith("has no weights")
+
+
 def test_a_checkpoint_with_other_classes_is_noticed(tmp_path):
     right = stand_ins.checkpoint_folder(tmp_path / "right", LABELS)
     wrong = stand_ins.checkpoint_folder(tmp_path / "wrong", ["Man", "Woman"])
