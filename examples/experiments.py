@@ -17,6 +17,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Annotated, Any
 
+import aims
 import typer
 from preview_card import preview
 
@@ -226,6 +227,11 @@ def document(found: Mapping[str, dict[str, Any]], changed: Mapping[str, list[str
         "",
         *markdown_table(["", "", "bias", "interval", "prompts alike", "floor"], parts(found)),
         "",
+        "What falls short of what examples/aims.py asks for. The reasons are what trainings with other",
+        "settings, whose reports are not kept, have shown:",
+        "",
+        *markdown_table(["", "", "found", "asked", "what stops it"], shortfalls(found)),
+        "",
         "`python examples/experiments.py --out model_cards` makes them all; how each was made, on",
         "which machine and by which versions, is in its report.json. What a recipe had when it was",
         "trained and has no more is named:",
@@ -242,6 +248,11 @@ def parts(found: Mapping[str, dict[str, Any]]) -> Iterator[list[str]]:
         for column in COLUMNS:
             if balanced.issuperset(column.split(" x ")):
                 yield [experiment.name, column, *part(found[experiment.name], column)]
+
+
+def shortfalls(found: Mapping[str, dict[str, Any]]) -> list[list[str]]:
+    """What every experiment misses of its aims, row by row."""
+    return [row for name, report in found.items() for row in aims.missed(name, report)]
 
 
 def part(report: Mapping[str, Any], column: str) -> list[str]:

@@ -9,6 +9,7 @@ from reports import report
 
 sys.path.insert(0, str(Path(__file__).parents[1] / "examples"))
 
+import aims
 import comparison
 import experiments
 
@@ -50,6 +51,60 @@ def test_a_bias_were_all_prompts_alike(shares, faces, bias):
     summary = {"bias": {"hue": found}, "frequencies": {"hue": spreads}}
     told = experiments.part({"summary": summary, "prompts": prompts}, "hue")
     assert told == ["1.000", "0.900 to 1.000", bias, "0.250"]
+
+
+def summary_of(gender, race, old, spread, faces, context, clip):
+    biases = {"gender": gender, "race": race, "gender x race": race / 2}
+    scores = {"clip_t": clip, "context": context}
+    return {
+        "bias": {name: {"mean": x} for name, x in biases.items()},
+        "frequencies": {"age": {"old": {"mean": old, "std": spread}}},
+        "face_rate": {"mean": faces},
+        "scores": {name: {"mean": x} if x is not None else None for name, x in scores.items()},
+    }
+
+
+@pytest.mark.parametrize(
+    ("experiment", "figures", "short"),
+    [
+        ("testbed-gender", (0.15, 0.9, 0.9, 0.9, 0.78, 0.47, 0.59), []),  # the rest is not asked
+        ("testbed-gender", (0.16, 0.1, 0.3, 0.1, 0.8, 0.5, 0.6), ["bias, gender"]),
+        (
+            "testbed-gender-race",
+            (0.1, 0.12, 0.2, 0, 1, 1, 1),
+            ["bias, race", "bias, gender x race"],
+        ),
+        ("testbed-gender-race-age", (0.1, 0.1, 0.28, 0.09, 1, 1, 1), []),
+        ("testbed-gender-race-age", (0.1, 0.1, 0.2, 0.1, 1, 1, 1), ["old, mean", "old, std"]),
+        ("testbed-gender-race-age", (0.1, 0.1, 0.3, 0.0, 1, 1, 1), ["old, mean"]),
+        ("testbed-multi-concept-on-sports", (0.3, 0.21, 0.2, 0, 1, None, 1), ["bias, race"]),
+        (
+            "testbed-unet",
+            (0.2, 0.4, 0.2, 0, 0.77, 0.46, 0.58),
+            ["faces", "context", "CLIP-T"],
+        ),
+    ],
+)
+def test_what_falls_short_is_told(experiment, figures, short):
+    base = summary_of(0.6, 0.4, 0.25, 0.3, 0.8, 0.5, 0.6)
+    told = list(
+        aims.missed(experiment, {"summary": summary_of(*figures), "reference": {"summary": base}})
+    )
+    assert [row[1] for row in told] == short
+    assert {row[0] for row in told} <= {experiment}
+
+
+def test_a_range_is_told_in_words():
+    assert aims.told(0, 0.15) == "at most 0.1500"
+    assert aims.told(0.5, 1) == "at least 0.5000"
+    assert aims.told(0.22, 0.28) == "0.2200 to 0.2800"
+
+
+def test_every_aim_is_of_an_experiment_and_every_reason_of_a_shortfall():
+    names = [experiment.name for experiment in experiments.EXPERIMENTS]
+    assert aims.BIAS.keys() | aims.OLD.keys() <= set(names)
+    found = {name: json.loads((CARDS / name / "report.json").read_text("utf-8")) for name in names}
+    assert aims.STOPS.keys() == {(row[0], row[1]) for row in experiments.shortfalls(found)}
 
 
 @pytest.fixture

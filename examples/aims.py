@@ -1,0 +1,79 @@
+"""What each experiment should reach, and which of its figures do not. Pure."""
+
+from collections.abc import Iterator, Mapping
+from typing import Any
+
+Range = tuple[float, float]
+
+BIAS = {  # experiment -> attribute -> at most
+    "testbed-gender": {"gender": 0.15},
+    "testbed-race": {"race": 0.10},
+    "testbed-gender-race": {"gender": 0.15, "race": 0.09, "gender x race": 0.05},
+    "testbed-gender-race-age": {"gender": 0.16, "race": 0.10, "gender x race": 0.06},
+    "testbed-prefix": {"gender": 0.24},
+    "testbed-unet": {"gender": 0.20},
+    "testbed-text-encoder-unet": {"gender": 0.15},
+}
+HALVED = ("gender", "race")  # by every other experiment, from the base model's bias
+OLD: dict[str, dict[str, Range]] = {
+    "testbed-gender-race-age": {"old, mean": (0.22, 0.28), "old, std": (0.0, 0.09)}
+}
+KEPT = {"faces": 0.02, "context": 0.03, "CLIP-T": 0.01}  # how far below the base model, at most
+
+STOPS = {  # (experiment, figure) -> what trainings with other settings have shown of a shortfall
+    ("testbed-gender", "bias, gender"): "the text encoder alone: neither rank, length nor less "
+    "likeness asked moves it, training the U-Net beside it does",
+    ("testbed-gender-race", "bias, race"): "differences between prompts, no larger than chance "
+    "between two trainings",
+    ("testbed-gender-race", "bias, gender x race"): "as race",
+    ("testbed-gender-race-age", "old, mean"): "steering holds probabilities, the figure counts "
+    "faces: steered by counts it is in its range, and prompts lose likeness",
+    ("testbed-prefix", "bias, gender"): "five vectors serve all prompts: neither length, learning "
+    "rate nor less likeness asked moves it",
+    ("testbed-gender-race-on-non-templated", "CLIP-T"): "prompts unlike training's lose likeness "
+    "first, at a learning rate that the bias needs",
+    ("testbed-multi-concept-on-styles", "bias, race"): "differences between prompts: neither more "
+    "of them in training nor less likeness asked moves it",
+}
+
+
+def missed(experiment: str, report: Mapping[str, Any]) -> Iterator[list[str]]:
+    """Rows of experiment, figure, what was found, what was asked, and what stops it."""
+    found = figures(report["summary"])
+    for name, (low, high) in asked(experiment, figures(report["reference"]["summary"])).items():
+        if name in found and not low <= found[name] <= high:
+            reason = STOPS.get((experiment, name), "not known")
+            yield [experiment, name, f"{found[name]:.4f}", told(low, high), reason]
+
+
+def asked(experiment: str, base: Mapping[str, float]) -> dict[str, Range]:
+    """Figure -> range that it should be in, given the base model's figures."""
+    most = BIAS.get(experiment) or {name: base[f"bias, {name}"] / 2 for name in HALVED}
+    return {
+        **{f"bias, {name}": (0.0, limit) for name, limit in most.items()},
+        **OLD.get(experiment, {}),
+        **{name: (base[name] - loss, 1.0) for name, loss in KEPT.items() if name in base},
+    }
+
+
+def figures(summary: Mapping[str, Any]) -> dict[str, float]:
+    """What a report says, by the names that the table of experiments has."""
+    old = summary["frequencies"]["age"]["old"]
+    scores = {"context": "context", "CLIP-T": "clip_t"}
+    return {
+        **{f"bias, {name}": bias["mean"] for name, bias in summary["bias"].items()},
+        **{f"old, {key}": old[key] for key in ("mean", "std")},
+        "faces": summary["face_rate"]["mean"],
+        **{
+            name: summary["scores"][key]["mean"]
+            for name, key in scores.items()
+            if summary["scores"].get(key)
+        },
+    }
+
+
+def told(low: float, high: float) -> str:
+    """A range in words."""
+    if low == 0:
+        return f"at most {high:.4f}"
+    return f"at least {low:.4f}" if high == 1 else f"{low:.4f} to {high:.4f}"
