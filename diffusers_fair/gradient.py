@@ -80,7 +80,7 @@ class BatchGradient:
         Returns:
             Means over the images: `loss`, `alignment`, `semantics`, `face` if it has a weight, and
             `faces`, the share with one; over the prompts: `bias/NAME`; over the faces:
-            `share/NAME/CLASS`, the mean probability of a class.
+            `share/NAME/CLASS`, that of each class.
 
         Raises:
             NotFiniteError: an image is NaN or infinite, in any process.

@@ -254,7 +254,7 @@ class Objective:
         """Of each attribute, for faces (m, classes), prompt by prompt; none where there are none.
 
         'bias/NAME' is the mean over the prompts with a face, 'largest/NAME' the share of the class
-        that most faces of all prompts are of, 'share/NAME/CLASS' the mean probability of a class.
+        that most faces of all prompts are of, 'share/NAME/CLASS' that of each class.
         """
         figures = {}
         for aim in self.aims:
@@ -263,9 +263,10 @@ class Objective:
             counts = [torch.bincount(y, minlength=x.shape[1]).numpy(force=True) for y in parts]
             if counts:
                 figures[f"bias/{name}"] = float(np.mean([bias(frequencies(n)) for n in counts]))
-                figures[f"largest/{name}"] = float(frequencies(np.sum(counts, axis=0)).max())
-                for c, share in zip(aim.attribute.classes, x.mean(0).tolist(), strict=True):
-                    figures[f"share/{name}/{c}"] = share
+                shares = frequencies(np.sum(counts, axis=0))  # (classes,)
+                figures[f"largest/{name}"] = float(shares.max())
+                for c, share in zip(aim.attribute.classes, shares, strict=True):
+                    figures[f"share/{name}/{c}"] = float(share)
         return figures
 
     def _align(

@@ -2,8 +2,9 @@
 
 The alignment loss pulls the less the nearer the target is, the semantics loss all the time: where
 the two balance, a gap is left, the wider for the class that is farthest from the original images.
-The published method leaves it. Here the gap between target D and mean class probabilities p of
-the batches so far (an exponential moving average) adds up, and moves the target of the transport:
+The published method leaves it. Here the gap between target D and the shares p of the classes among
+the faces of the batches so far (an exponential moving average) adds up, and moves the target of the
+transport:
 
     D' = D + e,   e <- clip(e + gain (D - p), -D / 2, D / 2)   where |D - p| <= D / 2 in every class
 
@@ -44,7 +45,7 @@ class Steering:
         return moved / moved.sum()
 
     def record(self, shares: Sequence[float]) -> None:
-        """Take note of the mean class probabilities (classes,) of a batch's faces."""
+        """Take note of the shares (classes,) of a batch's faces."""
         found = torch.tensor(shares, dtype=torch.float64)
         self.seen = MEMORY * self.seen + (1 - MEMORY) * found
         gap, reach = self.wanted - self.seen, REACH * self.wanted
