@@ -59,13 +59,12 @@ def pictures(levels, size=8):
 
 
 def test_the_target_moves_by_what_was_seen_of_a_batch():
-    x = pictures([0.3, 0.4, 0.2, 0.3])
+    x = pictures([0.3, 0.4, -0.2, 0.3])
     plain = objective()
     aim = Objective(plain.judges, [replace(plain.aims[0], steering=1.0)], plain.weights)
     _, figures = aim(x, aim.originals(x))
     shares = [figures[f"share/brightness/{c}"] for c in TOY.classes]
-    assert sum(shares) == pytest.approx(1)
-    assert shares[1] > 0.6
+    assert shares == [0.25, 0.75]  # of faces, however sure the classifier is of them
     assert aim.steering["brightness"].target.tolist() == [0.5, 0.5]  # until it is told
     aim.steer(figures)
     assert aim.steering["brightness"].target[0].item() > 0.5  # more dark ones are asked for
