@@ -88,10 +88,13 @@ def main(
 
 
 def trained(recipe: str, runs: Path) -> Path:
-    """The adapter of a recipe; a training that was stopped goes on."""
+    """The adapter of a recipe, after the one it starts from; what was stopped goes on."""
     folder = runs / recipe
     if not (folder / "adapter").exists():
-        FairnessFinetuner.from_recipe(recipe, output=str(folder)).train()
+        first = RunConfig.load(recipe).adapter.init_from  # runs/RECIPE/adapter
+        start = first and str(trained(Path(first).parent.name, runs))
+        overrides: dict[str, Any] = {"adapter": {"init_from": start}, "output": str(folder)}
+        FairnessFinetuner.from_recipe(recipe, **overrides).train()
     return folder / "adapter"
 
 

@@ -24,6 +24,30 @@ def test_the_table_of_experiments_is_what_its_reports_and_recipes_say():
     assert (CARDS / "experiments.md").read_text("utf-8") == experiments.table(CARDS)
 
 
+def test_an_adapter_that_starts_from_another_is_trained_after_it(monkeypatch, tmp_path):
+    done = []
+
+    class Finetuner:
+        def __init__(self, recipe, adapter, output):
+            self.recipe, self.start, self.folder = recipe, adapter["init_from"], Path(output)
+
+        @classmethod
+        def from_recipe(cls, recipe, **overrides):
+            return cls(recipe, **overrides)
+
+        def train(self):
+            assert self.start is None or Path(self.start).exists()
+            (self.folder / "adapter").mkdir(parents=True)
+            done.append((self.recipe, self.start))
+
+    monkeypatch.setattr(experiments, "FairnessFinetuner", Finetuner)
+    for _ in range(2):  # what is there is not trained again
+        last = experiments.trained("testbed-gender-race-age", tmp_path)
+    start = str(tmp_path / "testbed-gender-race" / "adapter")
+    assert done == [("testbed-gender-race", None), ("testbed-gender-race-age", start)]
+    assert last == tmp_path / "testbed-gender-race-age" / "adapter"
+
+
 def test_a_recipe_that_changed_since_is_told():
     adapter = CARDS / "testbed-prefix" / "adapter"
     origin = experiments.since("testbed-gender", adapter)

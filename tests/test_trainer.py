@@ -424,6 +424,7 @@ def test_every_recipe_of_the_testbed_trains_one_iteration(name, tmp_path):
         name,
         **{key: SMALL[key] for key in ("gradient", "tracker")},
         prompts={"images_per_prompt": 2},
+        adapter={"init_from": None},  # another recipe's adapter, which is not there
         sampling={"steps": 2},
         optimizer={"warmup": 0},
         train={"prompts_per_iteration": 2, "validate_every": None},
