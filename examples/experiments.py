@@ -36,6 +36,12 @@ from diffusers_fair.testbed import world
 OCCUPATIONS = "testbed-occupations"
 KEPT = ("report.json", "pairs.png")  # of a report folder, below --out
 COLUMNS = ("gender", "race", "gender x race")
+BY_PROBABILITIES = (  # adapters of a time when steering saw mean probabilities, not counts
+    "testbed-race",
+    "testbed-gender-race",
+    "testbed-text-encoder-unet",
+    "testbed-multi-concept",
+)
 
 
 @dataclass(frozen=True)
@@ -197,10 +203,11 @@ def table(out: Path) -> str:
 
 
 def since(recipe: str, adapter: Path) -> list[str]:
-    """What the recipe of an adapter had that the shipped one has no more, as `key=value`."""
+    """What an adapter was trained with and is no more: of its recipe, as `key=value`, and the code."""
     run = RunConfig(**read_adapter(adapter)[0].recipe, output=str(adapter))
     found = run.differences(RunConfig.load(recipe))
-    return [f"{key}={old}" for key, (old, _) in found.items() if key != "tracker"]
+    then = [f"{key}={old}" for key, (old, _) in found.items() if key != "tracker"]
+    return [*then, "steering by mean probabilities"] if recipe in BY_PROBABILITIES else then
 
 
 def document(found: Mapping[str, dict[str, Any]], changed: Mapping[str, list[str]]) -> list[str]:
@@ -213,7 +220,7 @@ def document(found: Mapping[str, dict[str, Any]], changed: Mapping[str, list[str
         size = f"{len(settings['prompts'])} x {settings['images_per_prompt']}"
         rows.append(["base, same noise", size, *cells(report["reference"]["summary"])])
         rows.append([f"**{name}**", size, *cells(report["summary"])])
-        then = f", trained with {' '.join(changed[name])}" if changed[name] else ""
+        then = f", trained with {', '.join(changed[name])}" if changed[name] else ""
         origins.append(f"- {name}: `{origin['command']}`, commit {origin['commit']}{then}")
     return [
         "# The experiments, measured on the testbed",
@@ -236,8 +243,8 @@ def document(found: Mapping[str, dict[str, Any]], changed: Mapping[str, list[str
         *markdown_table(["", "", "found", "asked", "what stops it"], shortfalls(found)),
         "",
         "`python examples/experiments.py --out model_cards` makes them all; how each was made, on",
-        "which machine and by which versions, is in its report.json. What a recipe had when it was",
-        "trained and has no more is named:",
+        "which machine and by which versions, is in its report.json. What a recipe, or the code, had",
+        "when an adapter was trained and has no more is named:",
         "",
         *origins,
         "",
