@@ -26,8 +26,6 @@ STOPS = {  # (experiment, figure) -> what trainings with other settings have sho
     ("testbed-gender-race", "bias, race"): "differences between prompts; what is missing is less "
     "than what two trainings differ by",
     ("testbed-gender-race", "bias, gender x race"): "as race",
-    ("testbed-gender-race-age", "old, mean"): "steering holds probabilities, the figure counts "
-    "faces; steered by counts it is in its range, but from nothing prompts lose likeness then",
     ("testbed-prefix", "bias, gender"): "differences between prompts: less likeness asked does not "
     "move it, a higher learning rate collapses; a longer training was not tried",
     ("testbed-gender-race-on-non-templated", "CLIP-T"): "prompts unlike training's lose likeness "
