@@ -78,7 +78,7 @@ def doctor(
     console.print(f"weights that are there: {size:.1f} GB, as stored", highlight=False)
     gaps = [need for need in found if not need.there]
     if gaps:
-        raise ValueError(f"'{recipe}' needs {len(gaps)} things that are missing, see above")
+        raise ValueError(f"'{recipe}' is missing {len(gaps)} of its needs, see above")
 
 
 @classifier.command("train")

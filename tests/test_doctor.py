@@ -89,7 +89,7 @@ def test_a_recipe_on_an_empty_machine(monkeypatch, capsys):
         "weights that are there: 0.0 GB",
     ):
         assert expected in said.out
-    assert "'sd15-gender' needs 10 things that are missing, see above" in said.err
+    assert "'sd15-gender' is missing 10 of its needs, see above" in said.err
 
 
 def test_what_is_in_the_cache_is_found(tmp_path):
@@ -123,7 +123,8 @@ def test_folders_are_found(tmp_path):
 def test_the_adapter_to_start_from_is_looked_up(tmp_path):
     asked = "adapter.init_from={}".format
     assert "hf download org/fair" in gaps(asked("org/fair"))["org/fair"]
-    assert "not a folder" in gaps(asked("runs/not/trained"))["runs/not/trained"]
+    told = gaps(asked("runs/not/trained"))["runs/not/trained"]
+    assert told == "not a folder: train or put it there first, or name another folder or a Hub id"
     cached(tmp_path, "org/fair", "fair_adapter.json", "pytorch_lora_weights.safetensors")
     assert "org/fair" not in gaps(asked("org/fair"))
     (tmp_path / "empty").mkdir()

@@ -35,7 +35,7 @@ def pretrained(model: str, revision: str | None = None, parts: Sequence[str] = (
     """
     folder = Path(model) if Path(model).is_dir() else _cached(model, revision)
     if folder is None:
-        return Need(model, False, f"not a folder, and not in the Hub's cache: hf download {model}")
+        return Need(model, False, _advice(model))
     sizes = [_weights(folder / part) for part in parts]
     missing = [part or "weights" for part, size in zip(parts, sizes, strict=True) if not size]
     return Need(model, not missing, f"'{folder}' has no {', '.join(missing)}", sum(sizes))
@@ -45,6 +45,13 @@ def file(path: Path, advice: str) -> Need:
     """A file of weights."""
     there = path.is_file()
     return Need(path.name, there, advice, path.stat().st_size if there else 0)
+
+
+def _advice(model: str) -> str:
+    """What to do where a model is neither a folder nor in the cache."""
+    if model.count("/") > 1:  # no repository has such a name
+        return "not a folder: train or put it there first, or name another folder or a Hub id"
+    return f"not a folder, and not in the Hub's cache: hf download {model}"
 
 
 def _cached(model: str, revision: str | None) -> Path | None:
