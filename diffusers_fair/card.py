@@ -259,9 +259,9 @@ def _biases(info: AdapterInfo) -> Iterator[tuple[bool, list[str]]]:
                 without = [figure and figure["without_scatter"] for figure in figures]
                 if wanted:
                     yield True, ["— scatter removed", *map(_cell, without), "0"]
-        corrected = [side.get("corrected", {}).get(name) for side in _sides(info)]
-        if wanted and corrected[1] is not None:
-            yield True, ["— classifier's errors corrected", *map(_cell, corrected), GAP]
+                corrected = [side.get("corrected", {}).get(name) for side in _sides(info)]
+                if wanted and kind == "bias" and corrected[1] is not None:
+                    yield True, ["— classifier's errors corrected", *map(_cell, corrected), GAP]
 
 
 def _scores(info: AdapterInfo) -> Iterator[list[str]]:

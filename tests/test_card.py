@@ -200,6 +200,15 @@ def test_the_prompt_to_type_for_soft_tokens(tmp_path, components):
     assert "`pipe.set_fair_adapter_scale(0)`, off, or `1)`, on" in text
 
 
+def test_what_is_corrected_stands_below_its_bias(adapter, report):
+    hue = json.loads((report / "report.json").read_text("utf-8"))["summary"]["corrected"]["hue"]
+    edit_report(report, put(["summary", "corrected", "tone"], hue))
+    write_card(adapter, report)
+    heads = [line.split(" | ")[0] for line in text_of(adapter).splitlines()]
+    tones = heads[heads.index("| bias, tone") : heads.index("| off target, tone")]
+    assert tones[1:] == ["| — scatter removed", "| — classifier's errors corrected"]
+
+
 def test_without_a_report_it_says_so(adapter):
     write_card(adapter)
     text = text_of(adapter)
@@ -230,8 +239,16 @@ def test_what_training_took_and_the_recipe(tmp_path):
     write_card(adapter)
     text = text_of(adapter)
     assert "- iterations: 130\n- seconds: 1234.5\n- machine: 2 cores\n" in text
+    assert "What it took:\n" in text
     block = text.partition("```yaml\n")[2].partition("```")[0]
     assert yaml.safe_load(block) == adapter_info().recipe
+
+
+def test_a_training_from_another_adapter_is_not_taken_for_all_of_it(tmp_path):
+    recipe = {"adapter": {"init_from": "org/start"}}
+    write_card(lora(tmp_path / "other", training={"seconds": 9}, recipe=recipe))
+    told = "What it took, from the adapter org/start on, whose own training is not counted:\n"
+    assert told in text_of(tmp_path / "other")
 
 
 def test_names_are_text_and_not_markup(tmp_path):
