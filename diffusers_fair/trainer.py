@@ -362,7 +362,13 @@ class FairnessFinetuner:
         Raises:
             ValueError: it cannot be read, or is of another base or other components.
         """
-        info, weights = read_adapter(local_folder(adapter))
+        try:
+            info, weights = read_adapter(local_folder(adapter))
+        except ValueError as error:
+            raise ValueError(
+                f"adapter.init_from: {error}: train the recipe that makes it, or name another "
+                "adapter of the same components"
+            ) from error
         if info.fingerprint != self.fingerprint:
             raise ValueError(
                 f"adapter.init_from: '{adapter}' was trained on '{info.base_model}', whose layers "

@@ -36,12 +36,13 @@ from diffusers_fair.testbed import world
 OCCUPATIONS = "testbed-occupations"
 KEPT = ("report.json", "pairs.png")  # of a report folder, below --out
 COLUMNS = ("gender", "race", "gender x race")
-BY_PROBABILITIES = (  # adapters of a time when steering saw mean probabilities, not counts
-    "testbed-race",
-    "testbed-gender-race",
-    "testbed-text-encoder-unet",
-    "testbed-multi-concept",
-)
+PROBABILITIES = "steering by mean probabilities, not by counts"
+THEN = {  # what adapters were trained with that no recipe tells
+    "testbed-race": PROBABILITIES,
+    "testbed-text-encoder-unet": PROBABILITIES,
+    "testbed-multi-concept": PROBABILITIES,
+    "testbed-gender-race-age": "a testbed-gender-race that itself started from nothing",
+}
 
 
 @dataclass(frozen=True)
@@ -207,7 +208,7 @@ def since(recipe: str, adapter: Path) -> list[str]:
     run = RunConfig(**read_adapter(adapter)[0].recipe, output=str(adapter))
     found = run.differences(RunConfig.load(recipe))
     then = [f"{key}={old}" for key, (old, _) in found.items() if key != "tracker"]
-    return [*then, "steering by mean probabilities"] if recipe in BY_PROBABILITIES else then
+    return [*then, THEN[recipe]] if recipe in THEN else then
 
 
 def document(found: Mapping[str, dict[str, Any]], changed: Mapping[str, list[str]]) -> list[str]:

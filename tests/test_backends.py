@@ -471,6 +471,7 @@ def test_attributes_of_ones_own_are_trained_and_measured(models, tmp_path, monke
 
     recipe = {
         "extends": "testbed-gender-race",
+        "adapter": {"init_from": None},  # another recipe's adapter, which is not there
         "attributes": [
             {"name": "glasses", "classes": ["with", "without"], "target": [0.25, 0.75]},
             {"name": "toy", "classes": LABELS, "cost": 2, "threshold": 0},

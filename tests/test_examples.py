@@ -43,9 +43,10 @@ def test_an_adapter_that_starts_from_another_is_trained_after_it(monkeypatch, tm
     monkeypatch.setattr(experiments, "FairnessFinetuner", Finetuner)
     for _ in range(2):  # what is there is not trained again
         last = experiments.trained("testbed-gender-race-age", tmp_path)
-    start = str(tmp_path / "testbed-gender-race" / "adapter")
-    assert done == [("testbed-gender-race", None), ("testbed-gender-race-age", start)]
-    assert last == tmp_path / "testbed-gender-race-age" / "adapter"
+    recipes = ["testbed-race", "testbed-gender-race", "testbed-gender-race-age"]
+    first, second, third = (tmp_path / recipe / "adapter" for recipe in recipes)
+    assert done == list(zip(recipes, [None, str(first), str(second)], strict=True))
+    assert last == third
 
 
 def test_a_recipe_that_changed_since_is_told():
