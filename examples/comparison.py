@@ -122,14 +122,23 @@ def stored(folder: Path, images: int) -> Report:
     return report
 
 
-def applied(method: str, config: RunConfig, adapter: Path) -> tuple[Any, float | None]:
-    """A pipeline that draws by a method, and the seconds of what goes before, as far as known."""
+def applied(method: str, config: RunConfig, adapter: Path) -> tuple[Any, float]:
+    """A pipeline that draws by a method, and the seconds of what goes before."""
     pipe = drawer(config)
     if method == OURS:
         load_fair_adapter(pipe, adapter)
-        return pipe, (read_adapter(adapter)[0].training or {}).get("seconds")
+        return pipe, training_seconds(adapter)
     start = time.perf_counter()
     return baseline(method).apply(pipe, task(config, pipe)), time.perf_counter() - start
+
+
+def training_seconds(adapter: Path) -> float:
+    """Of RECIPE/adapter and of those that it started from, which are kept beside it."""
+    info = read_adapter(adapter)[0]
+    seconds = (info.training or {})["seconds"]
+    if first := info.recipe["adapter"]["init_from"]:  # runs/RECIPE/adapter
+        seconds += training_seconds(adapter.parents[1] / Path(first).parent.name / "adapter")
+    return seconds
 
 
 def task(config: RunConfig, pipe: Any) -> Task:
@@ -203,16 +212,16 @@ def write_costs(costs: dict[str, Any], out: Path) -> None:
     lines = [
         "# What the methods cost",
         "",
-        "Seconds of what goes before the first image (training; or what a rival works out), and the",
-        f"time to draw {TIMED} images over that of the base model, the median of {TURNS} turns.",
+        "Seconds of what goes before the first image (training, and that of the adapter it started",
+        "from, on the machines that did it; or what a rival works out), and the time to draw",
+        f"{TIMED} images over that of the base model, the median of {TURNS} turns.",
         "",
         "| | seconds before | drawing, over the base |",
         "| --- | --- | --- |",
     ]
     for label, cost in costs.items():
-        before = cost["seconds before"]
-        known = "not recorded" if before is None else f"{before:.1f}"
-        lines.append(f"| {label} | {known} | {cost['drawing, over the base']:.2f} |")
+        before, drawing = cost["seconds before"], cost["drawing, over the base"]
+        lines.append(f"| {label} | {before:.1f} | {drawing:.2f} |")
     measured = {label.split(", ")[0] for label in costs}
     left = [name for name in (OURS, *BASELINES) if name not in measured]
     if left:

@@ -175,6 +175,16 @@ def test_every_method_for_every_goal_is_compared_and_measured_once(drawn, tmp_pa
         comparison.main(out, runs, images=5)
 
 
+def test_an_adapter_costs_what_it_and_its_start_took():
+    own, start = (
+        read_adapter(CARDS / name / "adapter")[0].training["seconds"]
+        for name in ("testbed-gender-race", "testbed-race")
+    )
+    took = comparison.training_seconds(CARDS / "testbed-gender-race" / "adapter")
+    assert took == pytest.approx(own + start)
+    assert comparison.training_seconds(CARDS / "testbed-race" / "adapter") == start
+
+
 def test_some_methods_of_some_goals(drawn, tmp_path):
     comparison.main(tmp_path / "out", tmp_path / "runs", images=4, only=[GOALS[1]], method=["uce"])
     assert drawn == [("base", "runs"), ("uce", GOALS[1])]
