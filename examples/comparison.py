@@ -138,7 +138,7 @@ def training_seconds(adapter: Path) -> float:
     seconds = (info.training or {})["seconds"]
     if first := info.recipe["adapter"]["init_from"]:  # runs/RECIPE/adapter
         seconds += training_seconds(adapter.parents[1] / Path(first).parent.name / "adapter")
-    return seconds
+    return round(seconds, 1)  # as each is written
 
 
 def task(config: RunConfig, pipe: Any) -> Task:
