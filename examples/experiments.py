@@ -40,7 +40,6 @@ PROBABILITIES = "steering by mean probabilities, not by counts"
 THEN = {  # what adapters were trained with that no recipe tells
     "testbed-race": PROBABILITIES,
     "testbed-text-encoder-unet": PROBABILITIES,
-    "testbed-multi-concept": PROBABILITIES,
     "testbed-gender-race-age": "a testbed-gender-race that itself started from nothing",
 }
 
@@ -69,7 +68,7 @@ EXPERIMENTS = [
     Experiment("testbed-text-encoder-unet"),
     Experiment("testbed-gender-race", "non-templated", 60),
     *(
-        Experiment("testbed-multi-concept", prompts, 60)
+        Experiment("testbed-multi-concept", prompts)
         for prompts in (OCCUPATIONS, "sports", "styles", "descriptors")
     ),
 ]
