@@ -137,7 +137,10 @@ def base(prompts: str, images: int, config: RunConfig, runs: Path) -> Report:
         report = Report.load(folder)
         if report.settings.images_per_prompt >= images:
             return report
-        shutil.rmtree(folder)
+        processes.meet()  # all have read it
+        if processes.index() == 0:
+            shutil.rmtree(folder)
+        processes.meet()
     pipe = drawer(config)
     attributes = list(world.ATTRIBUTES.values())
     return look(pipe, prompts, attributes, config, images, folder)
