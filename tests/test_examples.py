@@ -2,7 +2,11 @@
 
 import json
 import sys
+from concurrent.futures import ThreadPoolExecutor
+from contextvars import ContextVar
 from pathlib import Path
+from threading import Barrier
+from time import sleep
 
 import pytest
 from reports import report
@@ -13,7 +17,9 @@ import aims
 import comparison
 import experiments
 
+from diffusers_fair import RunConfig
 from diffusers_fair.adapters.io import read_adapter
+from diffusers_fair.evaluation import Report
 from diffusers_fair.testbed import world
 
 CARDS = Path(__file__).parents[1] / "model_cards"
@@ -47,6 +53,31 @@ def test_an_adapter_that_starts_from_another_is_trained_after_it(monkeypatch, tm
     first, second, third = (tmp_path / recipe / "adapter" for recipe in recipes)
     assert done == list(zip(recipes, [None, str(first), str(second)], strict=True))
     assert last == third
+
+
+def test_processes_remove_a_base_report_with_fewer_images_once_all_have_read_it(
+    monkeypatch, tmp_path
+):
+    folder = tmp_path / "reports" / "base" / "sports"
+    report().save(folder)
+    barrier, index = Barrier(2), ContextVar("index")
+    load = Report.load
+
+    def slow(folder):
+        sleep(0.2 * index.get())  # the first process is done long before the second
+        return load(folder)
+
+    def run(number):
+        index.set(number)
+        return experiments.base("sports", 10**6, RunConfig.load("testbed-gender"), tmp_path)
+
+    monkeypatch.setattr(experiments.processes, "meet", lambda: barrier.wait(timeout=10))
+    monkeypatch.setattr(experiments.processes, "index", index.get)
+    monkeypatch.setattr(experiments.Report, "load", slow)
+    monkeypatch.setattr(experiments, "drawer", lambda config: None)
+    monkeypatch.setattr(experiments, "look", lambda *_: folder.exists())
+    with ThreadPoolExecutor(2) as pool:
+        assert list(pool.map(run, range(2))) == [False, False]
 
 
 def test_a_recipe_that_changed_since_is_told():
