@@ -5,9 +5,10 @@
 
 Trains the adapters of the shipped recipes and measures each on prompts that its training never saw,
 by classifiers that its training never saw, beside the base model on the same noise. Writes
-experiments.md, and each report's figures and pictures below `--out`. What is in `--runs` already is
-not done again: stop it and start it as you like. An experiment takes a quarter of an hour to half
-an hour on 2 cores; processes that `torchrun` starts share the pictures.
+experiments.md, each report's figures and each adapter with its card below `--out`; all pictures are
+in the reports below `--runs`. What is in `--runs` already is not done again: stop it and start it as
+you like. An experiment takes a quarter of an hour to half an hour on 2 cores; processes that
+`torchrun` starts share the pictures.
 """
 
 import json
@@ -25,7 +26,7 @@ from diffusers_fair import FairnessFinetuner, RunConfig, testbed
 from diffusers_fair.adapters.io import read_adapter
 from diffusers_fair.attributes import Attribute
 from diffusers_fair.backends import load_base, load_judges
-from diffusers_fair.card import write_card
+from diffusers_fair.card import PAIRS, write_card
 from diffusers_fair.evaluation import Report, evaluate, metrics, processes
 from diffusers_fair.evaluation.comparison import markdown_table
 from diffusers_fair.evaluation.report import FILE
@@ -34,7 +35,6 @@ from diffusers_fair.prompts import prompt_set
 from diffusers_fair.testbed import world
 
 OCCUPATIONS = "testbed-occupations"
-KEPT = ("report.json", "pairs.png")  # of a report folder, below --out
 COLUMNS = ("gender", "race", "gender x race")
 PROBABILITIES = "steering by mean probabilities, not by counts"
 THEN = {  # what adapters were trained with that no recipe tells
@@ -176,12 +176,12 @@ def look(
 
 
 def keep(report: Path, experiment: Experiment, runs: Path, out: Path) -> None:
-    """Copy what is small of a report, and the adapter with its card."""
+    """Copy a report's figures; where an adapter has its card, the card's pictures and the adapter."""
     kept = out / experiment.name
     kept.mkdir(parents=True, exist_ok=True)
-    for name in KEPT:
-        shutil.copy(report / name, kept / name)
+    shutil.copy(report / FILE, kept / FILE)
     if experiment.prompts == OCCUPATIONS:
+        shutil.copy(report / PAIRS, kept / PAIRS)
         keep_adapter(runs / experiment.recipe / "adapter", kept)
 
 
@@ -240,8 +240,9 @@ def document(found: Mapping[str, dict[str, Any]], changed: Mapping[str, list[str
         "",
         *markdown_table(["", "", "bias", "interval", "prompts alike", "floor"], parts(found)),
         "",
-        "What falls short of what examples/aims.py asks for. The reasons are what trainings with other",
-        "settings, whose reports are not kept, have shown:",
+        "What falls short of what examples/aims.py asks for. Where that lies in the interval above, other",
+        "prompts might have met it. The reasons are what trainings with other settings, whose reports are",
+        "not kept, have shown:",
         "",
         *markdown_table(["", "", "found", "asked", "what stops it"], shortfalls(found)),
         "",
