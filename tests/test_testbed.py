@@ -80,3 +80,16 @@ def test_families_are_found_in_prompts():
     assert world.family_in("a person") is None
     longest = world.family_in("administrative law judge")
     assert longest == world.family_of("administrative law judge")
+
+
+@pytest.mark.parametrize("name", ["sports", "styles", "descriptors", "non-templated"])
+def test_every_prompt_is_expected_in_the_family_that_it_was_drawn_in(name):
+    known = prompt_set(name)
+    subjects = {s.text: s for s in world.subjects()}
+    for text, prompt in zip(known.test, known.prompts("test"), strict=True):
+        assert world.family_in(prompt) == subjects[text].family
+
+
+def test_an_occupation_that_a_sentence_names_does_not_decide_its_family():
+    sentence = next(text for text in prompt_set("styles").test if text.startswith("magician "))
+    assert world.family_in(sentence) == world.family_of(sentence) != world.family_of("magician")

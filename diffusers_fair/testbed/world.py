@@ -110,10 +110,16 @@ def style_of(text: str) -> str:
 
 
 @cache
+def subjects() -> list[Subject]:
+    """Everything that prompts can be about."""
+    return occupations() + sports() + sentences()
+
+
+@cache
 def family_in(prompt: str) -> str | None:
-    """Context family of the occupation that a prompt names, however phrased; None without one."""
-    named = [o for o in occupations() if re.search(rf"\b{re.escape(o.text)}\b", prompt)]
-    return max(named, key=lambda o: len(o.text)).family if named else None
+    """Context family of the subject that a prompt names, however phrased; None without one."""
+    named = [s for s in subjects() if re.search(rf"(?<!\w){re.escape(s.text)}(?!\w)", prompt)]
+    return max(named, key=lambda s: len(s.text)).family if named else None  # a sentence names itself
 
 
 def explicit(occupation: str, *classes: str) -> str:
