@@ -27,8 +27,6 @@ STOPS = {  # (experiment, figure) -> what trainings with other settings have sho
     "batches do less; what is missing is less than what two trainings differ by",
     ("testbed-prefix", "bias, gender"): "differences between prompts: neither length nor less "
     "likeness asked moves it, a higher learning rate collapses",
-    ("testbed-multi-concept-on-sports", "CLIP-T"): "sports are a sixth of what it was trained on, "
-    "and unknown to its start; more likeness asked does not move it, more sports were not tried",
 }
 
 

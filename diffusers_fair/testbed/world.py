@@ -117,9 +117,12 @@ def subjects() -> list[Subject]:
 
 @cache
 def family_in(prompt: str) -> str | None:
-    """Context family of the subject that a prompt names, however phrased; None without one."""
+    """Context family of the subject that a prompt names, however phrased; None without one.
+
+    A free sentence is a subject itself, whatever occupation it mentions.
+    """
     named = [s for s in subjects() if re.search(rf"(?<!\w){re.escape(s.text)}(?!\w)", prompt)]
-    return max(named, key=lambda s: len(s.text)).family if named else None  # a sentence names itself
+    return max(named, key=lambda s: len(s.text)).family if named else None
 
 
 def explicit(occupation: str, *classes: str) -> str:
