@@ -7,8 +7,8 @@ Trains the adapters of the shipped recipes and measures each on prompts that its
 by classifiers that its training never saw, beside the base model on the same noise. Writes
 experiments.md, each report's figures and each adapter with its card below `--out`; all pictures are
 in the reports below `--runs`. What is in `--runs` already is not done again: stop it and start it as
-you like. An experiment takes a quarter of an hour to half an hour on 2 cores; processes that
-`torchrun` starts share the pictures.
+you like. An experiment takes minutes to hours on 2 cores, by its prompts and the machine; processes
+that `torchrun` starts share the pictures.
 """
 
 import json

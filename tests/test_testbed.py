@@ -85,11 +85,17 @@ def test_families_are_found_in_prompts():
 @pytest.mark.parametrize("name", ["sports", "styles", "descriptors", "non-templated"])
 def test_every_prompt_is_expected_in_the_family_that_it_was_drawn_in(name):
     known = prompt_set(name)
-    subjects = {s.text: s for s in world.subjects()}
+    drawn = {s.text: s.family for s in world.sports() + world.sentences()}
     for text, prompt in zip(known.test, known.prompts("test"), strict=True):
-        assert world.family_in(prompt) == subjects[text].family
+        assert world.family_in(prompt) == drawn[text]
 
 
 def test_an_occupation_that_a_sentence_names_does_not_decide_its_family():
     sentence = next(text for text in prompt_set("styles").test if text.startswith("magician "))
     assert world.family_in(sentence) == world.family_of(sentence) != world.family_of("magician")
+
+
+def test_a_sport_is_one_where_it_is_played():
+    assert world.family_in("an oil painting of a person playing trial") == "athlete"
+    assert world.family_in("a baker who is running") == world.family_of("baker") != "athlete"
+    assert world.family_in("a person at a trial") is None

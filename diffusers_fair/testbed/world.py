@@ -110,19 +110,17 @@ def style_of(text: str) -> str:
 
 
 @cache
-def subjects() -> list[Subject]:
-    """Everything that prompts can be about."""
-    return occupations() + sports() + sentences()
+def names() -> dict[str, str]:
+    """How prompts name their subject, an occupation, a sport or a whole sentence -> its family."""
+    sporting = {f"playing {s.text}": s.family for s in sports()}  # `trial`, `running` are words too
+    return {s.text: s.family for s in occupations() + sentences()} | sporting
 
 
 @cache
 def family_in(prompt: str) -> str | None:
-    """Context family of the subject that a prompt names, however phrased; None without one.
-
-    A free sentence is a subject itself, whatever occupation it mentions.
-    """
-    named = [s for s in subjects() if re.search(rf"(?<!\w){re.escape(s.text)}(?!\w)", prompt)]
-    return max(named, key=lambda s: len(s.text)).family if named else None
+    """Context family of the subject that a prompt names, however phrased; None without one."""
+    named = [n for n in names() if re.search(rf"(?<!\w){re.escape(n)}(?!\w)", prompt)]
+    return names()[max(named, key=len)] if named else None
 
 
 def explicit(occupation: str, *classes: str) -> str:

@@ -134,7 +134,7 @@ def every_text() -> list[str]:
     """Texts that between them hold every word of every caption."""
     places = [facts["place"] for facts in world.families().values()]
     words = [w for group in world.WORDS.values() for w in group]
-    subjects = [s.text for s in world.subjects()]
+    subjects = [s.text for s in world.occupations() + world.sports() + world.sentences()]
     plurals = [f"{o.text}s" for o in world.occupations()]
     frames = [
         *OTHER,
