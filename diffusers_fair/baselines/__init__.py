@@ -14,7 +14,7 @@ from diffusers_fair.baselines.debias_vl import DebiasVL
 from diffusers_fair.baselines.ethical_intervention import EthicalIntervention
 from diffusers_fair.baselines.fair_diffusion import FairDiffusion
 from diffusers_fair.baselines.uce import UCE
-from diffusers_fair.baselines.wording import Wording
+from diffusers_fair.prompts.wording import Wording
 
 __all__ = ["BASELINES", "Baseline", "ChangedPipeline", "Task", "Wording", "baseline"]
 

@@ -4,7 +4,7 @@ from dataclasses import dataclass
 from typing import Any
 
 from diffusers_fair.baselines.base import ChangedPipeline, Task
-from diffusers_fair.baselines.wording import draw_terms, with_terms
+from diffusers_fair.prompts.wording import draw_terms, with_terms
 
 
 @dataclass(frozen=True)

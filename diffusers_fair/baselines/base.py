@@ -6,8 +6,8 @@ from typing import Any, Protocol
 
 import torch
 
-from diffusers_fair.baselines.wording import Wording
 from diffusers_fair.evaluation import Judges
+from diffusers_fair.prompts.wording import Wording
 
 
 @dataclass(frozen=True, kw_only=True)

@@ -12,7 +12,7 @@ from torch import Tensor
 
 from diffusers_fair.baselines.base import ChangedPipeline, Task
 from diffusers_fair.baselines.score import edited_score
-from diffusers_fair.baselines.wording import combinations, with_terms
+from diffusers_fair.prompts.wording import combinations, with_terms
 
 
 @dataclass(frozen=True)

@@ -13,8 +13,8 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from diffusers_fair.baselines.base import ChangedPipeline, Task
-from diffusers_fair.baselines.wording import Wording, with_terms
-from diffusers_fair.baselines.wording import combinations as combined
+from diffusers_fair.prompts.wording import Wording, with_terms
+from diffusers_fair.prompts.wording import combinations as combined
 
 
 @dataclass(frozen=True)

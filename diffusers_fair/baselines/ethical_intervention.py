@@ -8,7 +8,7 @@ from dataclasses import dataclass
 from typing import Any
 
 from diffusers_fair.baselines.base import ChangedPipeline, Task
-from diffusers_fair.baselines.wording import subject
+from diffusers_fair.prompts.wording import subject
 
 
 @dataclass(frozen=True)

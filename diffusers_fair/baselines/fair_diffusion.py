@@ -13,7 +13,7 @@ from torch import Tensor
 
 from diffusers_fair.baselines.base import ChangedPipeline, Task
 from diffusers_fair.baselines.score import edited_score
-from diffusers_fair.baselines.wording import Term, Wording, draw_terms
+from diffusers_fair.prompts.wording import Term, Wording, draw_terms
 
 
 @dataclass(frozen=True)

@@ -14,10 +14,10 @@ import torch
 from torch import Tensor
 
 from diffusers_fair.baselines.base import ChangedPipeline, Task
-from diffusers_fair.baselines.wording import Term, Wording, subject_start, with_terms
 from diffusers_fair.evaluation import Judges, metrics
 from diffusers_fair.evaluation.generate import generate
 from diffusers_fair.faces import face_chips
+from diffusers_fair.prompts.wording import Term, Wording, subject_start, with_terms
 
 BATCH = 24  # images drawn together
 

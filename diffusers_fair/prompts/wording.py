@@ -2,7 +2,7 @@
 
 import re
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from itertools import product
 from typing import NamedTuple
 
@@ -13,6 +13,7 @@ from diffusers_fair.attributes import Attribute
 
 PICTURES = "art|drawing|face|image|mural|painting|photo|picture|portrait|sketch"
 SUBJECT = re.compile(rf"(?:.*\b(?:{PICTURES}) of )?(?:(?:an?|the) )?", re.IGNORECASE)
+VOWEL = re.compile("(?!eu|uni|one)[aeiou]", re.IGNORECASE)  # a European, a uniformed guard
 SALT = 0xFA1  # keeps what is drawn here apart from the noise of the same generator
 
 
@@ -36,16 +37,24 @@ class Wording:
 
     attribute: Attribute
     words: Mapping[str, Sequence[str]]
-    """Class -> its words; a class that is left out is asked for by its name."""
+    """Class -> words that stand before the subject, as in "a female chef"; a class that is left out
+    is asked for by its name."""
+    nouns: Mapping[str, Sequence[str]] = field(default_factory=dict)
+    """Class -> nouns, as in "a chef, a woman"."""
 
     def __post_init__(self) -> None:
         """Check that every class with words exists."""
-        unknown = [name for name in self.words if name not in self.attribute.classes]
+        classes = self.attribute.classes
+        unknown = [name for name in (*self.words, *self.nouns) if name not in classes]
         if unknown:
             raise ValueError(
                 f"attribute '{self.attribute.name}' has no class '{unknown[0]}' to have words for: "
-                f"its classes are {', '.join(self.attribute.classes)}"
+                f"its classes are {', '.join(classes)}"
             )
+
+    def words_of(self, name: str) -> tuple[str, ...]:
+        """The words of a class that stand before the subject; its name, if it has none."""
+        return tuple(self.words.get(name, (name,)))
 
     @property
     def terms(self) -> list[Term]:
@@ -54,7 +63,7 @@ class Wording:
         for label, (name, target) in enumerate(
             zip(self.attribute.classes, self.attribute.target, strict=True)
         ):
-            words = self.words.get(name, (name,))
+            words = self.words_of(name)
             found += [Term(word, label, target / len(words)) for word in words]
         return found
 
@@ -84,12 +93,21 @@ def with_terms(prompt: str, terms: Sequence[Term]) -> str:
     "a photo of the face of a chef" -> "a photo of the face of an old Indian chef"; the article is
     made to fit.
     """
-    words = " ".join(term.word for term in reversed(terms))
+    return before_subject(prompt, " ".join(term.word for term in reversed(terms)) + " ")
+
+
+def before_subject(prompt: str, text: str) -> str:
+    """The prompt with a text before its subject; the article is made to fit."""
     start = subject_start(prompt)
-    article = r"\1n\2" if words[0].lower() in "aeiou" else r"\1\2"
+    article = r"\1n\2" if VOWEL.match(text) else r"\1\2"
     return re.sub(r"\b(a)n?( )$", article, prompt[:start], flags=re.IGNORECASE) + (
-        f"{words} {prompt[start:]}"
+        f"{text}{prompt[start:]}"
     )
+
+
+def article(word: str) -> str:
+    """The indefinite article of a word, by its first letters."""
+    return "an" if VOWEL.match(word) else "a"
 
 
 def subject_start(prompt: str) -> int:

@@ -1,0 +1,136 @@
+"""Prompts that an adapter has to leave alone: what they say, and what they ask for."""
+
+import re
+
+import pytest
+
+from diffusers_fair.attributes import Attribute
+from diffusers_fair.prompts import names, prompt_set
+from diffusers_fair.prompts.groups import (
+    NEGATIVES,
+    asked,
+    classes_named,
+    evaluation_groups,
+    implied_prompts,
+    named_prompts,
+    untouched_prompts,
+    vocabulary,
+)
+from diffusers_fair.prompts.lexicon import entry
+from diffusers_fair.prompts.wording import Wording
+
+HUE = Wording(Attribute("hue", ("red", "green", "blue")), {"red": ("crimson",)})
+GENDER = Wording(Attribute("gender", ("female", "male")), {}, {"female": ("woman",)})
+NEUTRAL = ["a photo of the face of a chef, a person", "a portrait of an actor"]
+
+
+def test_named_prompts_ask_for_every_class_in_every_form():
+    found = named_prompts(NEUTRAL, [GENDER], 6)
+    assert [p.text for p in found] == [
+        "a photo of the face of a female chef, a person",
+        "a portrait of an actor, a woman",
+        "a photo of the face of a chef, a female person",
+        "a portrait of a male actor",
+        "a photo of the face of a chef, a male person",
+        "a portrait of a male actor",
+    ]
+    assert [p.asks["gender"] for p in found] == ["female"] * 3 + ["male"] * 3
+    assert not any(p.unseen or p.negative for p in found)
+
+
+def test_a_noun_stands_before_the_subject_with_its_article():
+    texts = [p.text for p in named_prompts(NEUTRAL[1:], [GENDER], 8)]
+    assert "a portrait of a woman, an actor" in texts
+
+
+def test_two_attributes_are_asked_for_at_once():
+    found = named_prompts(NEUTRAL, [GENDER, HUE], 6)
+    both = [p for p in found if len(p.asks) == 2]
+    assert [p.text for p in both] == [
+        "a photo of the face of a crimson female chef, a person",
+        "a portrait of a green female actor",
+        "a photo of the face of a blue female chef, a person",
+    ]
+    assert both[0].asks == {"gender": "female", "hue": "red"}
+
+
+def test_an_attribute_that_no_lexicon_knows_is_asked_for_by_its_words():
+    found = named_prompts(NEUTRAL, [HUE], 3, further=True)
+    assert [p.text for p in found][:2] == [
+        "a photo of the face of a crimson chef, a person",
+        "a portrait of a green actor",
+    ]
+    assert not implied_prompts([HUE], further=True)
+
+
+def test_words_that_training_lacks_are_told_apart():
+    found = named_prompts(NEUTRAL, [GENDER], 16, further=True)
+    for prompt in found:
+        known = re.search(r"\b(female|male|woman)\b", prompt.text) is not None
+        assert prompt.unseen is not known, prompt.text
+    assert any(
+        "she is smiling" in p.text for p in named_prompts(NEUTRAL, [GENDER], 20, further=True)
+    )
+
+
+def test_implied_prompts_are_split_and_name_no_class():
+    seen, every = implied_prompts([GENDER]), implied_prompts([GENDER], further=True)
+    assert {p.text for p in seen} == {p.text for p in every if not p.unseen}
+    assert len(seen) < len(every)
+    words = vocabulary([GENDER])
+    assert [p.text for p in every if classes_named(p.text, words)] == []
+
+
+def test_untouched_prompts_come_with_and_without_a_negative_prompt():
+    found = untouched_prompts("untouched", "test")
+    assert found[0].text == ""
+    assert [p.negative for p in found if p.negative] == list(NEGATIVES)
+    assert not any(p.asks for p in found)
+
+
+@pytest.mark.parametrize("name", ["untouched", "testbed-untouched"])
+def test_untouched_prompts_of_training_are_not_evaluated(name):
+    assert name in names()
+    train, test = (set(prompt_set(name).prompts(split)) for split in ("train", "test"))
+    assert not train & test
+
+
+def test_the_groups_of_an_evaluation_are_those_that_have_prompts():
+    assert [g.name for g in evaluation_groups(NEUTRAL, [GENDER])] == [
+        "named",
+        "implied",
+        "untouched",
+    ]
+    found = evaluation_groups(NEUTRAL, [HUE], images_per_prompt=7)
+    assert [(g.name, g.images_per_prompt) for g in found] == [("named", 7), ("untouched", 7)]
+
+
+@pytest.mark.parametrize(
+    ("text", "expected"),
+    [
+        ("a photo of a Woman", {"gender": "female"}),
+        ("a man and a woman", {}),
+        ("two women", {"gender": "female"}),
+        ("a chef, he is smiling", {"gender": "male"}),
+        ("a craftsman in the shed", {}),
+        ("a crimson woman", {"gender": "female", "hue": "red"}),
+        ("", {}),
+    ],
+)
+def test_what_a_prompt_asks_for(text, expected):
+    assert asked(text, vocabulary([GENDER, HUE])) == expected
+
+
+def test_a_prompt_that_names_two_classes_names_both():
+    found = classes_named("a man and a woman", vocabulary([GENDER]))
+    assert found == {"gender": ["female", "male"]}
+
+
+def test_words_of_no_class_are_refused():
+    with pytest.raises(ValueError, match="attribute 'hue' has no class 'pink' to have words for"):
+        Wording(HUE.attribute, {}, {"pink": ("rose",)})
+
+
+def test_a_class_that_is_not_in_the_lexicon_has_an_empty_entry():
+    assert entry("teal").words == ()
+    assert entry("FEMALE").nouns[0] == "woman"
