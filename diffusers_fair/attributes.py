@@ -1,7 +1,10 @@
 """What is balanced: perceived attributes, their classes and the distribution aimed at."""
 
 import math
-from dataclasses import dataclass
+from dataclasses import asdict, dataclass
+from typing import Any, Literal, TypeAlias, get_args
+
+Region: TypeAlias = Literal["face", "image"]
 
 
 @dataclass(frozen=True)
@@ -10,7 +13,7 @@ class Attribute:
 
     Raises:
         ValueError: fewer than two classes, a class named twice, or a target that is not a
-            distribution over the classes.
+            distribution over the classes, or an unknown region.
     """
 
     name: str
@@ -19,10 +22,17 @@ class Attribute:
     """Names of the classes, in the order of the classifier's probabilities."""
     target: tuple[float, ...] = ()
     """Share wanted of each class; in [0, 1], sums to 1. Left out: equal shares."""
+    region: Region = "face"
+    """What the classifier sees: the face, or the whole image, with or without one."""
 
     def __post_init__(self) -> None:
         """Check the classes, fill in a uniform target, check the target."""
         object.__setattr__(self, "classes", tuple(self.classes))
+        if self.region not in get_args(Region):
+            raise ValueError(
+                f"the region of attribute '{self.name}' must be one of {get_args(Region)}, "
+                f"got {self.region!r}"
+            )
         n = len(self.classes)
         if n < 2 or len(set(self.classes)) < n:
             raise ValueError(
@@ -45,3 +55,13 @@ class Attribute:
                 f"the target of attribute '{self.name}' must sum to 1, got {list(self.target)}, "
                 f"which sums to {sum(self.target):g}"
             )
+
+    @property
+    def of_faces(self) -> bool:
+        """Whether the classifier sees faces: images without one are not counted."""
+        return self.region == "face"
+
+    def json(self) -> dict[str, Any]:
+        """As files have it: the region only where it is not the face, as in older ones."""
+        fields = asdict(self)
+        return {k: v for k, v in fields.items() if k != "region" or not self.of_faces}

@@ -79,8 +79,8 @@ class BatchGradient:
 
         Returns:
             Means over the images: `loss`, `alignment`, `semantics`, `face` if it has a weight, and
-            `faces`, the share with one; over the prompts: `bias/NAME`; over the faces:
-            `share/NAME/CLASS`, that of each class.
+            `faces`, the share with one; over the prompts: `bias/NAME`; over the faces, or the
+            whole images: `share/NAME/CLASS`, that of each class.
 
         Raises:
             NotFiniteError: an image is NaN or infinite, in any process.
@@ -237,6 +237,7 @@ def _about_originals(config: RunConfig) -> Any:
     told = config.model_dump(
         mode="json",
         include={"base", "attributes", "models", "sampling"},
-        exclude={"attributes": {"__all__": {"words", "steering"}}},
+        exclude={"attributes": {"__all__": {"words", "steering", "region"}}},
     )
-    return told | {"face": config.losses.face > 0}
+    whole = [section.name for section in config.attributes if section.region == "image"]
+    return told | {"face": config.losses.face > 0} | ({"whole": whole} if whole else {})

@@ -364,7 +364,7 @@ def _to_json(info: AdapterInfo) -> dict[str, Any]:
             "fingerprint": info.fingerprint,
         },
         "components": {part: asdict(size) for part, size in info.components.items()},
-        "attributes": [asdict(attribute) for attribute in info.attributes],
+        "attributes": [attribute.json() for attribute in info.attributes],
         "recipe": info.recipe,
         "library_versions": info.versions,
         "evaluation": info.evaluation,
@@ -469,13 +469,17 @@ def _attributes(value: list[Any]) -> tuple[Attribute, ...]:
 
 
 def _attribute(value: Any) -> Attribute:
-    entry = _object(value, "an attribute", {"name": str, "classes": list, "target": list})
+    entry = _object(
+        {"region": "face"} | value if isinstance(value, dict) else value,
+        "an attribute",
+        {"name": str, "classes": list, "target": list, "region": str},
+    )
     name, target = _label(entry["name"]), entry["target"]
     if not all(isinstance(each, str) for each in entry["classes"]):
         raise ValueError(f"the classes of '{name}' must be strings")
     if not all(isinstance(x, (int, float)) and not isinstance(x, bool) for x in target):
         raise ValueError(f"the target of '{name}' must be numbers")
-    return Attribute(name, tuple(map(_label, entry["classes"])), tuple(target))
+    return Attribute(name, tuple(map(_label, entry["classes"])), tuple(target), entry["region"])
 
 
 def _label(text: str) -> str:

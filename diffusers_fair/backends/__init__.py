@@ -117,6 +117,10 @@ def _face_embedder(name: str, device: Any) -> "NetworkEncoder":
 
 
 def _face_detector(name: str, device: Any) -> "FaceDetector":
+    if name == "none":
+        from diffusers_fair.faces import no_faces
+
+        return no_faces
     if name == "retinaface":
         from diffusers_fair.backends.retinaface import load_detector
 

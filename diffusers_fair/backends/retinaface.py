@@ -15,7 +15,7 @@ from torch import Tensor
 
 from diffusers_fair.backends.errors import loading
 from diffusers_fair.backends.needs import Need, file, package
-from diffusers_fair.faces import Faces
+from diffusers_fair.faces import Faces, area
 
 INSTALL = "pip install --no-deps retinaface-pytorch"
 URL = (
@@ -47,7 +47,7 @@ class RetinaFaceDetector:
         image, place = (scores > self.threshold).nonzero(as_tuple=True)  # (m,) each
         kept = batched_nms(boxes[image, place], scores[image, place], image, self.overlap)
         areas = torch.zeros_like(scores)
-        areas[image[kept], place[kept]] = _area(boxes[image[kept], place[kept]])
+        areas[image[kept], place[kept]] = area(boxes[image[kept], place[kept]])
         largest, found = areas.argmax(1), areas.amax(1) > 0
         rows = torch.arange(len(images), device=images.device)
         return Faces(boxes[rows, largest], found, landmarks[rows, largest])
@@ -109,8 +109,3 @@ def _anchors(h: int, w: int) -> Tensor:
     from retinaface.prior_box import priorbox
 
     return priorbox(image_size=(h, w), **ANCHORS)
-
-
-def _area(boxes: Tensor) -> Tensor:
-    """Square pixels (n,) of boxes (n, 4)."""
-    return (boxes[:, 2:] - boxes[:, :2]).clamp(min=0).prod(-1)

@@ -3,7 +3,6 @@
 import json
 import shutil
 from collections.abc import Callable, Mapping, MutableMapping, Sequence
-from dataclasses import asdict
 from pathlib import Path
 from typing import Any
 
@@ -189,7 +188,7 @@ def _measure(
         return _same(Report.load(out), settings, facts, out)
     seen: MutableMapping[int, Seen] | Journal = {}
     if out is not None:
-        asked = {"settings": asdict(settings), "batch_size": batch_size, "label": label, **about}
+        asked = {"settings": settings.json(), "batch_size": batch_size, "label": label, **about}
         asked["reference"] = None if reference is None else reference.provenance
         seen = _journal(Path(out) / PARTIAL, asked, facts)
         facts = seen.provenance

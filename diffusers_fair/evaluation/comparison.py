@@ -133,9 +133,10 @@ def _check_same(first: Entry, entry: Entry) -> None:
 
 
 def _all_looked_at(attribute: Attribute, entries: Sequence[Entry]) -> bool:
+    wanted = attribute.name, attribute.classes, attribute.region
     return all(
-        any((a.name, a.classes) == (attribute.name, attribute.classes) for a in attributes)
-        for attributes in (entry.report.settings.attributes for entry in entries)
+        any((a.name, a.classes, a.region) == wanted for a in entry.report.settings.attributes)
+        for entry in entries
     )
 
 

@@ -9,7 +9,7 @@ import torch
 from torch import Tensor
 
 from diffusers_fair.attributes import Attribute
-from diffusers_fair.classifiers import Classifier
+from diffusers_fair.classifiers import Classifier, view
 from diffusers_fair.encoders import ImageEncoder, ImageTextEncoder
 from diffusers_fair.evaluation.generate import Pictures
 from diffusers_fair.evaluation.journal import Seen
@@ -17,7 +17,7 @@ from diffusers_fair.evaluation.pictures import SAMPLE_IMAGES, sampled
 from diffusers_fair.evaluation.quality import image_features, quality_scores
 from diffusers_fair.evaluation.records import Records, Settings
 from diffusers_fair.evaluation.report import Report
-from diffusers_fair.faces import FaceDetector, Faces, face_chips
+from diffusers_fair.faces import FaceDetector, Faces
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -34,6 +34,18 @@ class Judges:
     extra: Mapping[str, Callable[[Tensor, Sequence[str]], Any]] = field(default_factory=dict)
     """Name -> a score of one's own: (images (n, 3, h, w), their prompts) -> (n,), NaN where it does
     not apply. `quality.recognition` makes one from a classifier of whole images."""
+
+    def probabilities(self, attribute: Attribute, images: Tensor, faces: Faces) -> Tensor:
+        """Probabilities (n, classes) in the attribute's order, differentiable.
+
+        Args:
+            attribute: one that there is a classifier for.
+            images: (n, 3, h, w) in [-1, 1].
+            faces: of these images, one row each; not looked at for an attribute of whole images.
+        """
+        classifier = self.classifiers[attribute.name]
+        order = [classifier.classes.index(name) for name in attribute.classes]
+        return classifier(view(attribute, images, faces, classifier.size))[:, order]
 
 
 @torch.no_grad()
@@ -83,25 +95,29 @@ def look(
 def _probabilities(
     images: Tensor, faces: Faces, attributes: Sequence[Attribute], judges: Judges
 ) -> dict[str, np.ndarray]:
-    """Attribute -> probabilities (n, classes) in the attribute's order; 0 without a face."""
-    shown = images[faces.found]
-    chips: dict[int, Tensor] = {}  # by size: classifiers share them
-    result = {}
-    for attribute in attributes:
-        result[attribute.name] = np.zeros((len(images), len(attribute.classes)))
-        if not len(shown):
+    """Attribute -> probabilities in the attribute's order, rounded.
+
+    Of attributes of faces (rows, classes), 0 where there is no face; else (n, classes).
+    """
+    found, result = faces.found.cpu().numpy(), {}
+    shown, there = images[faces.owner[faces.found]], faces[faces.found]
+    views: dict[tuple[bool, int], Tensor] = {}  # classifiers share them
+    for a in attributes:
+        classifier, rows = judges.classifiers[a.name], found if a.of_faces else slice(None)
+        result[a.name] = np.zeros((len(found if a.of_faces else images), len(a.classes)))
+        if a.of_faces and not len(shown):
             continue
-        classifier = judges.classifiers[attribute.name]
-        if classifier.size not in chips:
-            chips[classifier.size] = face_chips(shown, faces[faces.found], classifier.size)
-        p = classifier(chips[classifier.size]).double().cpu().numpy()  # (faces, classes)
+        key = a.of_faces, classifier.size
+        if key not in views:
+            views[key] = view(a, shown if a.of_faces else images, there, classifier.size)
+        p = classifier(views[key]).double().cpu().numpy()  # (faces or n, classes)
         if not np.isfinite(p).all():
             raise ValueError(
-                f"the classifier of '{attribute.name}' gave probabilities that are not finite: "
+                f"the classifier of '{a.name}' gave probabilities that are not finite: "
                 "check its weights and precision"
             )
-        order = [classifier.classes.index(name) for name in attribute.classes]
-        result[attribute.name][faces.found.cpu().numpy()] = np.round(p[:, order], 6)
+        order = [classifier.classes.index(name) for name in a.classes]
+        result[a.name][rows] = np.round(p[:, order], 6)
     return result
 
 

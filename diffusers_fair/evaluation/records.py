@@ -1,7 +1,7 @@
 """What was asked for, and what was seen in each image."""
 
 from collections.abc import Iterator, Mapping, Sequence
-from dataclasses import dataclass, fields
+from dataclasses import asdict, dataclass, fields
 from itertools import combinations
 from math import isfinite
 from typing import Any
@@ -24,6 +24,10 @@ class Settings:
     """None, like the next two, for images that were not drawn here."""
     guidance_scale: float | None = None
     seed: int | None = None
+
+    def json(self) -> dict[str, Any]:
+        """As files have them."""
+        return asdict(self) | {"attributes": [a.json() for a in self.attributes]}
 
     def measured(self) -> tuple[Attribute, ...]:
         """The attributes, and the joint of each combination of several."""
@@ -52,7 +56,7 @@ class Records:
     boxes: np.ndarray
     """Its corners x0, y0, x1, y1 in pixels, (n, 4); without meaning where not found."""
     probabilities: Mapping[str, np.ndarray]
-    """Attribute -> probabilities (n, classes); without meaning where not found."""
+    """Attribute -> probabilities (n, classes); of faces, without meaning where not found."""
     scores: Mapping[str, np.ndarray]
     """Score -> (n,); NaN where it does not apply."""
     features: Mapping[str, np.ndarray]
@@ -67,6 +71,16 @@ class Records:
     def rows(self, chosen: np.ndarray) -> "Records":
         """Those of some images: a mask (n,), or row numbers."""
         return self.from_arrays({name: values[chosen] for name, values in self.arrays().items()})
+
+    def counted(self, attributes: Sequence[Attribute]) -> tuple[np.ndarray, list[np.ndarray]]:
+        """What counts for attributes together: prompts (m,), and of each attribute classes (m,).
+
+        These are all images or, if any of the attributes is of faces, those with a face.
+        """
+        rows = np.arange(len(self.found))
+        if any(a.of_faces for a in attributes):
+            rows = np.flatnonzero(self.found)
+        return self.prompt[rows], [self.probabilities[a.name][rows].argmax(-1) for a in attributes]
 
     def arrays(self) -> dict[str, np.ndarray]:
         """All of it, as in {"found": (n,), "scores/clip_t": (n,)}; what is None is left out."""
@@ -91,9 +105,15 @@ class Records:
                 made[kind] = values
         return cls(**made)
 
-    def lines(self) -> Iterator[dict[str, Any]]:
-        """One JSON object per image, without the features."""
+    def lines(self, attributes: Sequence[Attribute] = ()) -> Iterator[dict[str, Any]]:
+        """One JSON object per image, without the features.
+
+        Args:
+            attributes: what was looked at; of those that are missing, only faces count.
+        """
+        whole = {a.name for a in attributes if not a.of_faces}
         for i, found in enumerate(self.found.tolist()):
+            shown = {k: v for k, v in self.probabilities.items() if found or k in whole}
             yield {
                 "prompt": int(self.prompt[i]),
                 "image": int(self.image[i]),
@@ -101,9 +121,7 @@ class Records:
                 **({} if self.file is None else {"file": str(self.file[i])}),
                 "found": found,
                 "box": self.boxes[i].tolist() if found else None,
-                "probabilities": {k: v[i].tolist() for k, v in self.probabilities.items()}
-                if found
-                else None,
+                "probabilities": {k: v[i].tolist() for k, v in shown.items()} or None,
                 "scores": {k: number(v[i]) for k, v in self.scores.items()},
             }
 
@@ -113,7 +131,7 @@ class Records:
     ) -> "Records":
         """The records that `lines` wrote."""
         blank = {a.name: [0.0] * len(a.classes) for a in attributes}
-        shown = [line["probabilities"] or blank for line in lines]
+        shown = [blank | (line["probabilities"] or {}) for line in lines]
 
         def column(name: str) -> np.ndarray | None:
             return np.array([line[name] for line in lines]) if name in lines[0] else None

@@ -8,7 +8,7 @@ import json
 import os
 import tempfile
 from collections.abc import Mapping, Sequence
-from dataclasses import asdict, dataclass, field, replace
+from dataclasses import dataclass, field, replace
 from functools import cached_property
 from pathlib import Path
 from typing import Any
@@ -66,12 +66,12 @@ class Report:
             ValueError: an attribute that was not looked at, or that has other classes; more images
                 than there are.
         """
-        looked = {a.name: a.classes for a in self.settings.attributes}
+        looked = {a.name: (a.classes, a.region) for a in self.settings.attributes}
         for attribute in attributes:
-            if looked.get(attribute.name) != attribute.classes:
+            if looked.get(attribute.name) != (attribute.classes, attribute.region):
                 raise ValueError(
                     f"the report looked at {looked}, not at '{attribute.name}' with classes "
-                    f"{attribute.classes}: evaluate again with that attribute"
+                    f"{attribute.classes} ({attribute.region}): evaluate again with that attribute"
                 )
         there = self.settings.images_per_prompt
         count = there if images_per_prompt is None else images_per_prompt
@@ -106,7 +106,7 @@ class Report:
 
         (folder / PAGE).write_text(report_page(self), "utf-8")
         (folder / FILE).write_text(json.dumps(self._json(), indent=1, ensure_ascii=False), "utf-8")
-        lines = (json.dumps(line) + "\n" for line in self.records.lines())
+        lines = (json.dumps(line) + "\n" for line in self.records.lines(self.settings.attributes))
         (folder / RECORDS).write_text("".join(lines), "utf-8")
         np.savez(folder / FEATURES, **self.records.features)  # type: ignore[arg-type]
         for i, images in self.samples.items():
@@ -118,7 +118,7 @@ class Report:
         return {
             "format": FORMAT,
             "label": self.label,
-            "settings": asdict(self.settings),
+            "settings": self.settings.json(),
             "confusion": self.confusion,
             "summary": self.summary,
             "reference": self.reference and {"summary": self.reference.summary},

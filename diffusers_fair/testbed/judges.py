@@ -27,7 +27,7 @@ from transformers import (
 
 from diffusers_fair.classifiers import NetworkClassifier
 from diffusers_fair.encoders import ClipEncoder, DinoEncoder, NetworkEncoder, Pixels
-from diffusers_fair.faces import Faces
+from diffusers_fair.faces import Faces, area, overlap
 from diffusers_fair.testbed.models import SIZE, TOKENS, VOCABULARY
 from diffusers_fair.testbed.tokenizer import tokenizer
 from diffusers_fair.testbed.vocabulary import unpack
@@ -60,18 +60,6 @@ def cell_centres(rows: int, columns: int) -> tuple[Tensor, Tensor]:
     """Columns and rows in pixels, (cells,) each, of the centres of a grid's cells."""
     y, x = torch.meshgrid(torch.arange(rows), torch.arange(columns), indexing="ij")
     return (x.flatten() + 0.5) * STRIDE, (y.flatten() + 0.5) * STRIDE
-
-
-def overlap(a: Tensor, b: Tensor) -> Tensor:
-    """Intersection over union of boxes (..., 4) and (..., 4), in [0, 1]."""
-    low, high = torch.maximum(a[..., :2], b[..., :2]), torch.minimum(a[..., 2:], b[..., 2:])
-    shared = (high - low).clamp(min=0).prod(-1)
-    return shared / (area(a) + area(b) - shared).clamp(min=1e-6)
-
-
-def area(boxes: Tensor) -> Tensor:
-    """Square pixels (...) of boxes (..., 4)."""
-    return (boxes[..., 2:] - boxes[..., :2]).clamp(min=0).prod(-1)
 
 
 class GridDetector:
