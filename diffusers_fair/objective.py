@@ -164,7 +164,7 @@ class Objective:
         self,
         images: Tensor,
         originals: Originals,
-        prompts: int = 1,
+        prompts: Sequence[str] = ("",),
         micro_batch: int | None = None,
     ) -> tuple[Tensor, dict[str, float]]:
         """The loss of images (n, 3, h, w) in [-1, 1], and figures to log.
@@ -177,7 +177,7 @@ class Objective:
         Args:
             images: of this process; of all together equally many of each prompt, prompt by prompt.
             originals: of the same prompts and noise.
-            prompts: how many prompts there are.
+            prompts: of all processes.
             micro_batch: images that the judges see at a time; left out, all. With a gradient they
                 see them twice, and keep nothing of the first time.
         """
@@ -200,10 +200,13 @@ class Objective:
     def steer(self, figures: Mapping[str, float]) -> None:
         """Move the targets by what was logged of an iteration; without a face they stay."""
         for aim in self.aims:
-            name = aim.attribute.name
-            keys = [f"share/{name}/{c}" for c in aim.attribute.classes]
-            if keys[0] in figures:
-                self.steering[name].record([figures[key] for key in keys])
+            name, classes = aim.attribute.name, aim.attribute.classes
+            shares, target = (
+                [figures[f"{kind}/{name}/{c}"] for c in classes if f"{kind}/{name}/{c}" in figures]
+                for kind in ("share", "target")
+            )
+            if shares:
+                self.steering[name].record(shares, target or None)
 
     def steering_state(self) -> dict[str, Any]:
         """Attribute name -> state, for a checkpoint."""
@@ -215,7 +218,7 @@ class Objective:
             self.steering[name].take(each)
 
     @torch.no_grad()
-    def _seek(self, images: Tensor, prompts: int, micro_batch: int | None) -> Sought:
+    def _seek(self, images: Tensor, prompts: Sequence[str], micro_batch: int | None) -> Sought:
         """Find the targets among the faces of all processes; each computes them all (eq. 4-5)."""
         size = micro_batch or len(images)
         faces = _joined_faces([self.judges.face_detector(part) for part in images.split(size)])
@@ -225,13 +228,12 @@ class Objective:
         parts = {name: processes.gather(torch.cat([p[name] for p in own])) for name in own[0]}
         p = {name: torch.cat(x) for name, x in parts.items()}  # of the faces of all
         found = torch.cat(processes.gather(faces.found))
-        sizes = [int(part.sum()) for part in found.chunk(prompts)]  # faces of each prompt
+        sizes = [int(part.sum()) for part in found.chunk(len(prompts))]  # faces of each prompt
         before = [len(x) for x in next(iter(parts.values()))[: processes.number()]]
         mine = torch.arange(len(shown), device=images.device) + sum(before)
-        targets = [_some(target, mine) for target in self._targets(p, sizes)]
-        return Sought(
-            faces, targets, {"faces": found.float().mean().item()} | self._figures(p, sizes)
-        )
+        targets = [_some(target, mine) for target in self._targets(p, sizes, prompts)]
+        figures = self._figures(p, sizes) | self._wanted(sizes, prompts)
+        return Sought(faces, targets, {"faces": found.float().mean().item()} | figures)
 
     def _terms(self, images: Tensor, originals: Originals, sought: Sought) -> dict[str, Tensor]:
         """Name -> each image's term of the loss (n,), with its weight."""
@@ -269,6 +271,19 @@ class Objective:
                     figures[f"share/{name}/{c}"] = float(share)
         return figures
 
+    def _wanted(self, sizes: Sequence[int], prompts: Sequence[str]) -> dict[str, float]:
+        """'target/NAME/CLASS', the mean target of the faces; where prompts have their own."""
+        own = [aim.attribute for aim in self.aims if aim.attribute.targets and sum(sizes)]
+        return {
+            f"target/{a.name}/{c}": float(share)
+            for a in own
+            for c, share in zip(
+                a.classes,
+                np.average([a.target_of(prompt) for prompt in prompts], axis=0, weights=sizes),
+                strict=True,
+            )
+        }
+
     def _align(
         self,
         p: Mapping[str, Tensor],
@@ -288,16 +303,25 @@ class Objective:
         unseen = ~originals.faces.found[found]  # no face in the original: nothing agrees with it
         return torch.stack(losses).sum(0), torch.stack(differs, 1) | unseen[:, None]
 
-    def _targets(self, p: Mapping[str, Tensor], sizes: Sequence[int]) -> list[Targets]:
+    def _targets(
+        self, p: Mapping[str, Tensor], sizes: Sequence[int], prompts: Sequence[str]
+    ) -> list[Targets]:
         """Of each attribute, the targets of the m faces: those of each prompt among themselves."""
-        target = [self.steering[aim.attribute.name].target for aim in self.aims]
         cost = [aim.cost for aim in self.aims]
+        faces = zip(*(x.split(sizes) for x in p.values()), strict=True)
         of_prompts = [
-            joint_targets(parts, target, cost_weights=cost)
-            for parts in zip(*(x.split(sizes) for x in p.values()), strict=True)
+            joint_targets(parts, self._target_of(prompt), cost_weights=cost)
+            for prompt, parts in zip(prompts, faces, strict=True)
             if len(parts[0])
         ]
         return [joined(parts) for parts in zip(*of_prompts, strict=True)]
+
+    def _target_of(self, prompt: str) -> list[Tensor]:
+        """Of each attribute, where training aims for a prompt, (classes,)."""
+        return [
+            self.steering[aim.attribute.name].moved(aim.attribute.target_of(prompt))
+            for aim in self.aims
+        ]
 
     def _semantics(
         self, images: Tensor, faces: Faces, originals: Originals, differs: Tensor

@@ -364,13 +364,19 @@ def _to_json(info: AdapterInfo) -> dict[str, Any]:
             "fingerprint": info.fingerprint,
         },
         "components": {part: asdict(size) for part, size in info.components.items()},
-        "attributes": [asdict(attribute) for attribute in info.attributes],
+        "attributes": [_attribute_json(attribute) for attribute in info.attributes],
         "recipe": info.recipe,
         "library_versions": info.versions,
         "evaluation": info.evaluation,
         "training": info.training,
         "checksums": info.checksums,
     }
+
+
+def _attribute_json(attribute: Attribute) -> dict[str, Any]:
+    """An attribute; `targets` only where prompts have their own."""
+    entry = asdict(attribute)
+    return {key: entry[key] for key in entry if key != "targets" or entry[key]}
 
 
 def _from_json(data: Any, where: str) -> AdapterInfo:
@@ -469,13 +475,27 @@ def _attributes(value: list[Any]) -> tuple[Attribute, ...]:
 
 
 def _attribute(value: Any) -> Attribute:
-    entry = _object(value, "an attribute", {"name": str, "classes": list, "target": list})
-    name, target = _label(entry["name"]), entry["target"]
+    kinds = {"name": str, "classes": list, "target": list, "targets": dict}
+    filled = {"targets": {}} | value if isinstance(value, dict) else value
+    entry = _object(filled, "an attribute", kinds)
+    name, own = _label(entry["name"]), entry["targets"]
     if not all(isinstance(each, str) for each in entry["classes"]):
         raise ValueError(f"the classes of '{name}' must be strings")
-    if not all(isinstance(x, (int, float)) and not isinstance(x, bool) for x in target):
+    return Attribute(
+        name,
+        tuple(map(_label, entry["classes"])),
+        _shares(entry["target"], name),
+        {prompt: _shares(shares, name) for prompt, shares in own.items()},
+    )
+
+
+def _shares(value: Any, name: str) -> tuple[float, ...]:
+    numbers = isinstance(value, list) and all(
+        isinstance(x, (int, float)) and not isinstance(x, bool) for x in value
+    )
+    if not numbers:
         raise ValueError(f"the target of '{name}' must be numbers")
-    return Attribute(name, tuple(map(_label, entry["classes"])), tuple(target))
+    return tuple(value)
 
 
 def _label(text: str) -> str:
