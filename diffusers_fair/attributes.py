@@ -1,7 +1,8 @@
 """What is balanced: perceived attributes, their classes and the distribution aimed at."""
 
 import math
-from dataclasses import asdict, dataclass
+from collections.abc import Mapping, Sequence
+from dataclasses import asdict, dataclass, field
 from typing import Any, Literal, TypeAlias, get_args
 
 Region: TypeAlias = Literal["face", "image"]
@@ -22,11 +23,13 @@ class Attribute:
     """Names of the classes, in the order of the classifier's probabilities."""
     target: tuple[float, ...] = ()
     """Share wanted of each class; in [0, 1], sums to 1. Left out: equal shares."""
+    targets: Mapping[str, tuple[float, ...]] = field(default_factory=dict)
+    """Prompt -> its own shares, where other ones than `target` are wanted."""
     region: Region = "face"
     """What the classifier sees: the face, or the whole image, with or without one."""
 
     def __post_init__(self) -> None:
-        """Check the classes, fill in a uniform target, check the target."""
+        """Check the classes, fill in a uniform target, check the targets."""
         object.__setattr__(self, "classes", tuple(self.classes))
         if self.region not in get_args(Region):
             raise ValueError(
@@ -39,22 +42,30 @@ class Attribute:
                 f"attribute '{self.name}' needs two or more different classes, "
                 f"got {list(self.classes)}"
             )
-        object.__setattr__(self, "target", tuple(map(float, self.target or [1 / n] * n)))
-        if len(self.target) != n:
+        target = self._checked(self.target or [1 / n] * n, "")
+        own = {prompt: self._checked(x, f" for '{prompt}'") for prompt, x in self.targets.items()}
+        object.__setattr__(self, "target", target)
+        object.__setattr__(self, "targets", own)
+
+    def target_of(self, prompt: str) -> tuple[float, ...]:
+        """Share wanted of each class in the images of a prompt."""
+        return self.targets.get(prompt, self.target)
+
+    def _checked(self, shares: Sequence[float], whose: str) -> tuple[float, ...]:
+        shares, n = tuple(map(float, shares)), len(self.classes)
+        what = f"the target of attribute '{self.name}'{whose}"
+        if len(shares) != n:
             raise ValueError(
-                f"the target of attribute '{self.name}' needs {n} shares, one for each class of "
-                f"{list(self.classes)}, got {len(self.target)}"
+                f"{what} needs {n} shares, one for each class of {list(self.classes)}, "
+                f"got {len(shares)}"
             )
-        if not all(math.isfinite(share) and share >= 0 for share in self.target):
+        if not all(math.isfinite(share) and share >= 0 for share in shares):
+            raise ValueError(f"{what} must not hold negative shares, got {list(shares)}")
+        if abs(sum(shares) - 1) > 1e-6:
             raise ValueError(
-                f"the target of attribute '{self.name}' must not hold negative shares, "
-                f"got {list(self.target)}"
+                f"{what} must sum to 1, got {list(shares)}, which sums to {sum(shares):g}"
             )
-        if abs(sum(self.target) - 1) > 1e-6:
-            raise ValueError(
-                f"the target of attribute '{self.name}' must sum to 1, got {list(self.target)}, "
-                f"which sums to {sum(self.target):g}"
-            )
+        return shares
 
     @property
     def of_faces(self) -> bool:
@@ -62,6 +73,6 @@ class Attribute:
         return self.region == "face"
 
     def json(self) -> dict[str, Any]:
-        """As files have it: the region only where it is not the face, as in older ones."""
-        fields = asdict(self)
-        return {k: v for k, v in fields.items() if k != "region" or not self.of_faces}
+        """As files have it: what older ones lack only where it is not the usual."""
+        usual = {"targets": {}, "region": "face"}
+        return {k: v for k, v in asdict(self).items() if usual.get(k) != v}

@@ -554,7 +554,7 @@ def _asked(base: str, recipe: str | None) -> _Asked:
 
     if recipe is not None:
         config = RunConfig.load(recipe)
-        known = {section.name: section.attribute() for section in config.attributes}
+        known = {attribute.name: attribute for attribute in config.balanced()}
         words = {section.name: section.words for section in config.attributes}
         sets, train = list(config.prompts.sets), config.prompts.train
         return _Asked(config.evaluation, known, list(known), sets, train, config.models, words)

@@ -12,6 +12,7 @@ from typing import Annotated, Any, Literal, get_args
 
 from diffusers_fair import durable
 from diffusers_fair.attributes import Attribute, Region
+from diffusers_fair.prompts.tables import read_table, targets_by_prompt
 
 try:
     import yaml
@@ -97,6 +98,10 @@ class AttributeSection(Section):
     """Names of the classes, in the order of the classifier's probabilities."""
     target: tuple[float, ...] = ()
     """Share wanted of each class. Left out: equal shares."""
+    targets: dict[str, tuple[float, ...]] = {}
+    """Targets of some prompts of their own: a prompt, or a subject of the prompt sets such as an
+    occupation -> share wanted of each class. Or the path of a table: a CSV file whose columns are
+    the prompt or subject and the classes, or JSON."""
     region: Region = "face"
     """What the classifier sees: `face`, a crop around the face, where images without one take no
     part; or `image`, the whole image squeezed to a square, where every image takes part."""
@@ -120,6 +125,14 @@ class AttributeSection(Section):
     """lambda_3 / lambda_2: how much of that is left inside the face; the smallest counts. Not used
     by attributes of the whole image."""
 
+    @model_validator(mode="before")
+    @classmethod
+    def _read_table(cls, value: Any) -> Any:
+        if isinstance(value, dict) and isinstance(value.get("targets"), str):
+            table = read_table(value["targets"], list(map(str, value.get("classes", ()))))
+            return value | {"targets": table}
+        return value
+
     @model_validator(mode="after")
     def _check_attribute(self) -> "AttributeSection":
         self.attribute()
@@ -128,9 +141,17 @@ class AttributeSection(Section):
                 raise ValueError(f"words are for the classes {list(self.classes)}, got '{name}'")
         return self
 
-    def attribute(self) -> Attribute:
-        """The attribute alone, its target filled in."""
-        return Attribute(self.name, self.classes, self.target, self.region)
+    def attribute(self, sets: Iterable[str] = ()) -> Attribute:
+        """The attribute alone, its target filled in.
+
+        Args:
+            sets: prompt sets whose prompts `targets` speaks of; left out, whole prompts alone.
+
+        Raises:
+            ValueError: targets for a prompt or subject that is not in the sets.
+        """
+        own = targets_by_prompt(self.targets, sets) if sets else self.targets
+        return Attribute(self.name, self.classes, self.target, own, self.region)
 
 
 class PromptsSection(Section):
@@ -481,7 +502,17 @@ class RunConfig(Section):
                 f"losses.face is {self.losses.face:g}, and models.face_detector 'none' finds no "
                 "face: name a face detector, or set losses.face to 0"
             )
+        if any(attribute.targets for attribute in self.attributes):
+            self.balanced()
         return self
+
+    def balanced(self) -> list[Attribute]:
+        """The attributes, with the targets of each prompt's own.
+
+        Raises:
+            ValueError: targets for a prompt or subject that is not in the prompt sets.
+        """
+        return [section.attribute(self.prompts.sets) for section in self.attributes]
 
     @classmethod
     def load(

@@ -7,6 +7,7 @@
 Algorithm 1 and sections 4.1 to 4.3 of the paper.
 """
 
+from collections.abc import Sequence
 from functools import cached_property
 from typing import Any
 
@@ -91,11 +92,11 @@ class BatchGradient:
         cond, uncond = self._encode(share)
         if self.config.gradient.method != "replay":
             z = self._unroll(cond, uncond, noise, batch.steps)
-            v, figures = self._loss(z.detach(), originals, len(batch.prompts))
+            v, figures = self._loss(z.detach(), originals, batch.prompts)
             z.backward(v)
             return figures
         trajectory = self._sample(cond, uncond, noise, batch.steps, keep=True)
-        v, figures = self._loss(trajectory.latents, originals, len(batch.prompts))
+        v, figures = self._loss(trajectory.latents, originals, batch.prompts)
         gradients = self._replay(trajectory, cond, uncond, v, number, share)
         for embeddings, gradient in zip((cond, uncond), gradients, strict=True):
             if embeddings is not None and gradient is not None:
@@ -144,7 +145,9 @@ class BatchGradient:
             micro_batch=self.micro_batch,
         )
 
-    def _loss(self, z: Tensor, originals: Originals, prompts: int) -> tuple[Tensor, Figures]:
+    def _loss(
+        self, z: Tensor, originals: Originals, prompts: Sequence[str]
+    ) -> tuple[Tensor, Figures]:
         """The gradient v of the loss on the final latents (n, c, h, w), and figures."""
         vae, micro_batch = self.pipe.vae, self.micro_batch
         with torch.no_grad():
@@ -221,14 +224,14 @@ def _objective(config: RunConfig, judges: Judges, device: torch.device) -> Objec
 def _aims(config: RunConfig) -> list[Aim]:
     return [
         Aim(
-            attribute=section.attribute(),
+            attribute=attribute,
             threshold=section.threshold,
             cost=section.cost,
             steering=section.steering,
             semantics_changed=section.semantics_changed,
             semantics_face=section.semantics_face,
         )
-        for section in config.attributes
+        for section, attribute in zip(config.attributes, config.balanced(), strict=True)
     ]
 
 
@@ -237,7 +240,7 @@ def _about_originals(config: RunConfig) -> Any:
     told = config.model_dump(
         mode="json",
         include={"base", "attributes", "models", "sampling"},
-        exclude={"attributes": {"__all__": {"words", "steering", "region"}}},
+        exclude={"attributes": {"__all__": {"words", "steering", "targets", "region"}}},
     )
     whole = [section.name for section in config.attributes if section.region == "image"]
     return told | {"face": config.losses.face > 0} | ({"whole": whole} if whole else {})

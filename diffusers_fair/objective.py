@@ -182,7 +182,7 @@ class Objective:
         self,
         images: Tensor,
         originals: Originals,
-        prompts: int = 1,
+        prompts: Sequence[str] = ("",),
         micro_batch: int | None = None,
     ) -> tuple[Tensor, dict[str, float]]:
         """The loss of images (n, 3, h, w) in [-1, 1], and figures to log.
@@ -195,7 +195,7 @@ class Objective:
         Args:
             images: of this process; of all together equally many of each prompt, prompt by prompt.
             originals: of the same prompts and noise.
-            prompts: how many prompts there are.
+            prompts: of all processes.
             micro_batch: images that the judges see at a time; left out, all. With a gradient they
                 see them twice, and keep nothing of the first time.
         """
@@ -218,10 +218,13 @@ class Objective:
     def steer(self, figures: Mapping[str, float]) -> None:
         """Move the targets by what was logged of an iteration; without a face they stay."""
         for aim in self.aims:
-            name = aim.attribute.name
-            keys = [f"share/{name}/{c}" for c in aim.attribute.classes]
-            if keys[0] in figures:
-                self.steering[name].record([figures[key] for key in keys])
+            name, classes = aim.attribute.name, aim.attribute.classes
+            shares, target = (
+                [figures[f"{kind}/{name}/{c}"] for c in classes if f"{kind}/{name}/{c}" in figures]
+                for kind in ("share", "target")
+            )
+            if shares:
+                self.steering[name].record(shares, target or None)
 
     def steering_state(self) -> dict[str, Any]:
         """Attribute name -> state, for a checkpoint."""
@@ -233,7 +236,7 @@ class Objective:
             self.steering[name].take(each)
 
     @torch.no_grad()
-    def _seek(self, images: Tensor, prompts: int, micro_batch: int | None) -> Sought:
+    def _seek(self, images: Tensor, prompts: Sequence[str], micro_batch: int | None) -> Sought:
         """Find the targets among the faces of all processes; each computes them all (eq. 4-5)."""
         split = images.split(micro_batch or len(images))
         faces = Faces.joined([self.judges.face_detector(part) for part in split])
@@ -247,7 +250,8 @@ class Objective:
             rows = torch.arange(len(mine), device=images.device) + before
             targets.append(_some(target, rows))
         of_faces = [aim.attribute.of_faces for aim in self.aims]
-        return Sought(faces, targets, of_faces, self._figures(p, counts, prompts))
+        figures = self._figures(p, counts, len(prompts)) | self._wanted(counts, prompts)
+        return Sought(faces, targets, of_faces, figures)
 
     def _terms(self, images: Tensor, originals: Originals, sought: Sought) -> dict[str, Tensor]:
         """Name -> each image's term of the loss (n,), with its weight."""
@@ -287,6 +291,18 @@ class Objective:
                     figures[f"share/{name}/{c}"] = float(share)
         return figures
 
+    def _wanted(self, faces: Tensor, prompts: Sequence[str]) -> dict[str, float]:
+        """'target/NAME/CLASS', the mean target of what counts; where prompts have their own."""
+        figures = {}
+        for a in (aim.attribute for aim in self.aims if aim.attribute.targets):
+            sizes = _sizes(a, faces, len(prompts))
+            if sum(sizes):
+                own = [a.target_of(prompt) for prompt in prompts]
+                mean = np.average(own, axis=0, weights=sizes)  # (classes,)
+                for c, share in zip(a.classes, mean, strict=True):
+                    figures[f"target/{a.name}/{c}"] = float(share)
+        return figures
+
     def _align(
         self,
         images: Tensor,
@@ -317,33 +333,37 @@ class Objective:
             if aim.attribute.of_faces:
                 same = (target.labels == classes[before]) & originals.faces.found[before]
                 losses.append(_means(loss, faces))
-                differs.append(_means(same.double(), faces) < 1)
+                differs.append((_means((~same).float(), faces) > 0) | (faces.counts == 0))
             else:
                 losses.append(loss)
                 differs.append(target.labels != classes[first])
         return torch.stack(losses).sum(0), torch.stack(differs, 1)
 
-    def _targets(self, p: Sequence[Tensor], faces: Tensor, prompts: int) -> list[Targets]:
+    def _targets(self, p: Sequence[Tensor], faces: Tensor, prompts: Sequence[str]) -> list[Targets]:
         """Of each attribute, its targets: those of each prompt's images among themselves.
 
         Args:
             p: for each attribute the probabilities of faces, or of whole images.
             faces: (n,) number of faces in each image.
-            prompts: how many prompts there are.
+            prompts: of the images.
         """
-        target = [self.steering[aim.attribute.name].target for aim in self.aims]
         cost = [aim.cost for aim in self.aims]
         whole = [not aim.attribute.of_faces for aim in self.aims]
-        sizes = [_sizes(aim.attribute, faces, prompts) for aim in self.aims]
+        sizes = [_sizes(aim.attribute, faces, len(prompts)) for aim in self.aims]
+        parts = zip(*(x.split(size) for x, size in zip(p, sizes, strict=True)), strict=True)
+        counts = faces.chunk(len(prompts))
         of_prompts = [
-            region_targets(parts, target, counts, whole, cost_weights=cost)
-            for *parts, counts in zip(
-                *(x.split(size) for x, size in zip(p, sizes, strict=True)),
-                faces.chunk(prompts),
-                strict=True,
-            )
+            region_targets(part, self._target_of(prompt), count, whole, cost_weights=cost)
+            for prompt, part, count in zip(prompts, parts, counts, strict=True)
         ]
         return [joined(parts) for parts in zip(*of_prompts, strict=True)]
+
+    def _target_of(self, prompt: str) -> list[Tensor]:
+        """Of each attribute, where training aims for a prompt, (classes,)."""
+        return [
+            self.steering[aim.attribute.name].moved(aim.attribute.target_of(prompt))
+            for aim in self.aims
+        ]
 
     def _semantics(
         self, images: Tensor, faces: Faces, originals: Originals, differs: Tensor

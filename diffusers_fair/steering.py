@@ -41,12 +41,24 @@ class Steering:
     @property
     def target(self) -> Tensor:
         """(classes,), D', float64; sums to 1."""
-        moved = self.wanted + self.offset
+        return self.moved(self.wanted)
+
+    def moved(self, target: Sequence[float] | Tensor) -> Tensor:
+        """(classes,), where a prompt's own target (classes,) goes, float64; sums to 1."""
+        target = torch.as_tensor(target, dtype=torch.float64)
+        moved = target + self.offset.clamp(-REACH * target, REACH * target)
         return moved / moved.sum()
 
-    def record(self, shares: Sequence[float]) -> None:
-        """Take note of the shares (classes,) of a batch's faces."""
+    def record(self, shares: Sequence[float], target: Sequence[float] | None = None) -> None:
+        """Take note of a batch.
+
+        Args:
+            shares: (classes,), of its faces.
+            target: (classes,), the mean of its prompts' targets; left out, D.
+        """
         found = torch.tensor(shares, dtype=torch.float64)
+        if target is not None:
+            found = found + (self.wanted - torch.as_tensor(target, dtype=torch.float64))
         self.seen = MEMORY * self.seen + (1 - MEMORY) * found
         gap, reach = self.wanted - self.seen, REACH * self.wanted
         if (gap.abs() <= reach).all():

@@ -77,7 +77,7 @@ class FairnessFinetuner:
 
         self.config = config
         self.accelerator = _accelerator(config)  # joins the processes, if there are several
-        self.attributes = [section.attribute() for section in config.attributes]
+        self.attributes = config.balanced()
         names = config.prompts.sets
         self.prompts = prompt_mixture(names, split=config.prompts.train, seed=config.train.seed)
         self.validation_prompts = [
@@ -503,7 +503,9 @@ def _components(config: RunConfig) -> dict[str, Lora | SoftTokens]:
 
 
 def _mean_bias(report: Report, attribute: str) -> float | None:
-    figure = report.summary["bias"][attribute]
+    """Distance from the target, which is the bias where the target is uniform."""
+    summary = report.summary
+    figure = summary["deviation"].get(attribute, summary["bias"][attribute])
     return None if figure is None else figure["mean"]
 
 

@@ -143,7 +143,7 @@ def training_seconds(adapter: Path) -> float:
 
 def task(config: RunConfig, pipe: Any) -> Task:
     """What a rival is told: prompts, models and sampling of training."""
-    attributes = [section.attribute() for section in config.attributes]
+    attributes = config.balanced()
     return Task(
         wordings=[Wording(a, s.words) for a, s in zip(attributes, config.attributes, strict=True)],
         prompts=prompt_set(OCCUPATIONS).prompts(config.prompts.train),

@@ -126,7 +126,7 @@ def drawer(config: RunConfig) -> Any:
 
 def counted(config: RunConfig) -> list[Attribute]:
     """Everything that the world's classifiers can see, with the recipe's targets."""
-    balanced = {section.name: section.attribute() for section in config.attributes}
+    balanced = {attribute.name: attribute for attribute in config.balanced()}
     return [balanced.get(name, attribute) for name, attribute in world.ATTRIBUTES.items()]
 
 

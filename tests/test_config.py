@@ -61,6 +61,7 @@ def test_every_default_is_written_out(toy):
         "name": "shape",
         "classes": ["round", "square", "flat"],
         "target": [],
+        "targets": {},
         "region": "face",
         "words": {},
         "threshold": 0.8,

@@ -148,7 +148,7 @@ def test_prompts_together_are_prompts_one_by_one():
     original = (0.9 * x + 0.02 * torch.randn(x.shape)).clamp_min(-2)
     original[x[:, 0, 0, 0] == -2] = 1.1 * x[x[:, 0, 0, 0] == -2]
     x.requires_grad_()
-    loss, figures = aim(x, aim.originals(original), prompts=3)
+    loss, figures = aim(x, aim.originals(original), prompts=["a", "b", "c"])
     apart = [
         aim(part, aim.originals(o)) for part, o in zip(x.split(4), original.split(4), strict=True)
     ]
@@ -294,3 +294,17 @@ def test_landmarks_align_the_chips():
     torch.testing.assert_close(square, EMBEDDER(face_chips(REAL, faces, 4)))
     torch.testing.assert_close(aligned, EMBEDDER(aligned_chips(REAL, marked, 4)))
     assert not torch.allclose(square, aligned, atol=1e-2)
+
+
+def test_each_prompt_is_led_to_its_own_target():
+    """Of the same pictures, one prompt's are to be dark and another's bright."""
+    own = Attribute(TOY.name, TOY.classes, targets={"night": (1, 0), "noon": (0, 1)})
+    plain = objective()
+    aim = Objective(plain.judges, [replace(plain.aims[0], attribute=own)], plain.weights)
+    x = pictures([-0.3, 0.1, 0.2, 0.3])
+    x = torch.cat([x, x])
+    targets, find = [], aim._targets
+    aim._targets = lambda *args: targets.extend(find(*args)) or targets[-1:]
+    _, figures = aim(x, aim.originals(x), prompts=["night", "noon"])
+    assert targets[0].labels.tolist() == [0] * 4 + [1] * 4
+    assert figures["target/brightness/dark"] == figures["target/brightness/bright"] == 0.5

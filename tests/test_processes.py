@@ -93,7 +93,7 @@ def test_all_know_what_one_knows():
 # ---- the loss ------------------------------------------------------------------------------------
 
 
-def looked(x: torch.Tensor, originals: torch.Tensor, prompts: int, micro_batch: int | None):
+def looked(x: torch.Tensor, originals: torch.Tensor, prompts: list[str], micro_batch: int | None):
     """This process's part of: gradient, targets, and the figures of all."""
     aim, targets = objective(), []
     find = aim._targets
@@ -120,8 +120,8 @@ def example(faceless: slice) -> tuple[torch.Tensor, torch.Tensor]:
 def test_the_loss_of_shares_is_that_of_the_whole(count, faceless):
     """Also where one process finds no face, or none does."""
     x, originals = example(faceless)
-    gradient, targets, figures = looked(x, originals, 2, None)
-    parts = together(count, looked, x, originals, 2, None)
+    gradient, targets, figures = looked(x, originals, ["a", "b"], None)
+    parts = together(count, looked, x, originals, ["a", "b"], None)
     together_gradient = torch.cat([torch.from_numpy(part[0]) for part in parts])
     torch.testing.assert_close(together_gradient, torch.from_numpy(gradient), atol=1e-7, rtol=1e-5)
     for _, others, seen in parts:
@@ -132,8 +132,8 @@ def test_the_loss_of_shares_is_that_of_the_whole(count, faceless):
 @pytest.mark.parametrize("faceless", [slice(0, 0), slice(1, 4)])
 def test_judges_that_see_few_images_at_a_time_change_nothing(faceless):
     x, originals = example(faceless)
-    gradient, targets, figures = looked(x, originals, 2, None)
-    parts = looked(x, originals, 2, 3)
+    gradient, targets, figures = looked(x, originals, ["a", "b"], None)
+    parts = looked(x, originals, ["a", "b"], 3)
     torch.testing.assert_close(*map(torch.from_numpy, (parts[0], gradient)), atol=1e-7, rtol=1e-5)
     assert parts[1] == targets
     assert parts[2] == pytest.approx(figures, abs=1e-6)

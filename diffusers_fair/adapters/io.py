@@ -469,17 +469,28 @@ def _attributes(value: list[Any]) -> tuple[Attribute, ...]:
 
 
 def _attribute(value: Any) -> Attribute:
-    entry = _object(
-        {"region": "face"} | value if isinstance(value, dict) else value,
-        "an attribute",
-        {"name": str, "classes": list, "target": list, "region": str},
-    )
-    name, target = _label(entry["name"]), entry["target"]
+    kinds = {"name": str, "classes": list, "target": list, "targets": dict, "region": str}
+    filled = {"targets": {}, "region": "face"} | value if isinstance(value, dict) else value
+    entry = _object(filled, "an attribute", kinds)
+    name, own = _label(entry["name"]), entry["targets"]
     if not all(isinstance(each, str) for each in entry["classes"]):
         raise ValueError(f"the classes of '{name}' must be strings")
-    if not all(isinstance(x, (int, float)) and not isinstance(x, bool) for x in target):
+    return Attribute(
+        name,
+        tuple(map(_label, entry["classes"])),
+        _shares(entry["target"], name),
+        {prompt: _shares(shares, name) for prompt, shares in own.items()},
+        entry["region"],
+    )
+
+
+def _shares(value: Any, name: str) -> tuple[float, ...]:
+    numbers = isinstance(value, list) and all(
+        isinstance(x, (int, float)) and not isinstance(x, bool) for x in value
+    )
+    if not numbers:
         raise ValueError(f"the target of '{name}' must be numbers")
-    return Attribute(name, tuple(map(_label, entry["classes"])), tuple(target), entry["region"])
+    return tuple(value)
 
 
 def _label(text: str) -> str:

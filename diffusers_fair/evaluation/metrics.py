@@ -30,7 +30,7 @@ Shares: TypeAlias = Sequence[float] | np.ndarray  # (K,), sums to 1
 
 
 def joint_attribute(attributes: Sequence[Attribute]) -> Attribute:
-    """All combinations of the attributes' classes as one attribute, the target their product.
+    """All combinations of the attributes' classes as one attribute, its targets their products.
 
     It is of faces if any of them is.
 
@@ -39,9 +39,18 @@ def joint_attribute(attributes: Sequence[Attribute]) -> Attribute:
     return Attribute(
         name=" x ".join(a.name for a in attributes),
         classes=tuple(", ".join(c) for c in product(*(a.classes for a in attributes))),
-        target=tuple(prod(shares) for shares in product(*(a.target for a in attributes))),
+        target=_products([a.target for a in attributes]),
+        targets={
+            prompt: _products([a.target_of(prompt) for a in attributes])
+            for prompt in dict.fromkeys(prompt for a in attributes for prompt in a.targets)
+        },
         region="face" if any(a.of_faces for a in attributes) else "image",
     )
+
+
+def _products(targets: Sequence[tuple[float, ...]]) -> tuple[float, ...]:
+    """Shares of all combinations, of independent attributes."""
+    return tuple(prod(shares) for shares in product(*targets))
 
 
 def joint_labels(labels: Sequence[np.ndarray], classes: Sequence[int]) -> np.ndarray:
@@ -114,7 +123,7 @@ def deviation(frequencies: np.ndarray, target: Shares | None) -> np.ndarray:
 
     Args:
         frequencies: (..., K).
-        target: (K,), sums to 1; None: equal shares.
+        target: (K,), sums to 1, or (P, K), one for each row; None: equal shares.
 
     Returns:
         (...).
@@ -159,12 +168,13 @@ def scatter_moments(counts: np.ndarray, centre: Shares | None = None) -> np.ndar
 
     Args:
         counts: (P, K).
-        centre: shares (K,) the deviation is taken from; None: equal shares, as in `bias`.
+        centre: shares (K,) or (P, K) the deviation is taken from; None: equal shares, as in `bias`.
 
     Returns:
         (P', 3), P' <= P.
     """
-    counts = counts[counts.sum(-1) > 1]
+    several = counts.sum(-1) > 1
+    counts, centre = counts[several], _rows(centre, several)
     shares = frequencies(counts)
     i, j = _pairs(shares.shape[-1])
     d = shares[:, i] - shares[:, j]  # (P', pairs)
@@ -233,7 +243,7 @@ def image_interval(
 
     Args:
         counts: (P, K), every row with a face.
-        centre: shares (K,) the deviation is taken from; None: equal shares, as in `bias`.
+        centre: shares (K,) or (P, K) the deviation is taken from; None: equal shares, as in `bias`.
         seed: of the draws.
 
     Returns:
@@ -367,10 +377,18 @@ def _pairs(classes: int) -> tuple[np.ndarray, np.ndarray]:
     return np.triu_indices(classes, k=1)
 
 
+def _rows(centre: Shares | None, chosen: np.ndarray) -> Shares | None:
+    """The centre of some prompts (P,) bool: those rows, where each prompt has its own."""
+    return np.asarray(centre)[chosen] if np.ndim(centre) == 2 else centre  # type: ignore[arg-type]
+
+
 def _aims(centre: Shares | None, classes: int) -> np.ndarray:
-    """Differences c_i - c_j that count as none, over class pairs."""
+    """Differences c_i - c_j that count as none, over class pairs: (pairs,) or (P, pairs)."""
     i, j = _pairs(classes)
-    return np.zeros(len(i)) if centre is None else np.asarray(centre)[i] - np.asarray(centre)[j]
+    if centre is None:
+        return np.zeros(len(i))
+    shares = np.asarray(centre)  # (K,) or (P, K)
+    return shares[..., i] - shares[..., j]
 
 
 def _mean_distance(images: int, p: float, q: float, aim: float) -> float:

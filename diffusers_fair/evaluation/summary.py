@@ -52,7 +52,7 @@ def prompt_figures(
                 "images": int(mine.sum()),
                 "faces": int(records.found[mine].sum()),
                 "attributes": {
-                    a.name: _prompt_bias(a, counts[a.name][i], rates.get(a.name))
+                    a.name: _prompt_bias(a, prompt, counts[a.name][i], rates.get(a.name))
                     for a in settings.measured()
                 },
                 "scores": {k: _mean_of_finite(v[mine]) for k, v in records.scores.items()},
@@ -79,9 +79,10 @@ def summary_figures(
     prompts = range(len(settings.prompts))
     biases, deviations = {}, {}
     for a in settings.measured():
-        biases[a.name] = _bias_over_prompts(counts[a.name], a.target, None)
+        targets = np.array([a.target_of(prompt) for prompt in settings.prompts])  # (P, K)
+        biases[a.name] = _bias_over_prompts(counts[a.name], targets)
         if _uneven(a):
-            deviations[a.name] = _bias_over_prompts(counts[a.name], a.target, a.target)
+            deviations[a.name] = _bias_over_prompts(counts[a.name], targets, of_target=True)
     rows = [records.prompt == i for i in prompts]
     per_prompt = {
         name: [_mean_of_finite(values[mine]) for mine in rows]
@@ -123,13 +124,13 @@ def _rates(settings: Settings, confusion: Confusion) -> dict[str, np.ndarray]:
 
 
 def _prompt_bias(
-    attribute: Attribute, counts: np.ndarray, rates: np.ndarray | None
+    attribute: Attribute, prompt: str, counts: np.ndarray, rates: np.ndarray | None
 ) -> dict[str, Any] | None:
     """Frequencies, bias and floor of one prompt, counts (K,); None with fewer than `LEAST`."""
     n = int(counts.sum())
     if n < LEAST:
         return None
-    shares, target = metrics.frequencies(counts), attribute.target
+    shares, target = metrics.frequencies(counts), attribute.target_of(prompt)
     found = {
         "frequencies": dict(zip(attribute.classes, map(number, shares), strict=True)),
         "bias": number(metrics.bias(shares)),
@@ -142,17 +143,23 @@ def _prompt_bias(
     return found
 
 
-def _bias_over_prompts(counts: np.ndarray, target, centre) -> dict[str, Any] | None:
-    """Bias (or deviation from a centre) over prompts with two faces or more, counts (P, K).
+def _bias_over_prompts(
+    counts: np.ndarray, targets: np.ndarray, *, of_target: bool = False
+) -> dict[str, Any] | None:
+    """Bias, or deviation from the target, over prompts with two faces or more; None without one.
 
-    None without such a prompt.
+    Counts and targets (P, K): each prompt has its own.
     """
-    seen = counts[counts.sum(-1) >= LEAST]
+    told = counts.sum(-1) >= LEAST
+    seen, targets = counts[told], targets[told]
+    centre = targets if of_target else None
     spread = _spread(metrics.deviation(metrics.frequencies(seen), centre))
     if spread is None:
         return None
-    images, prompts = np.unique(seen.sum(-1), return_counts=True)
-    floors = [metrics.floor(int(n), target, centre) for n in images]
+    kinds, prompts = np.unique(
+        np.column_stack([seen.sum(-1), targets]), axis=0, return_counts=True
+    )  # images and target
+    floors = [metrics.floor(int(n), t, t if of_target else None) for n, *t in kinds]
     moments = metrics.scatter_moments(seen, centre)
     interval = metrics.bootstrap_interval(moments, metrics.without_scatter)
     return {
@@ -176,8 +183,9 @@ def _corrected_over_prompts(counts: np.ndarray, rates: np.ndarray) -> dict[str, 
 
 
 def _uneven(attribute: Attribute) -> bool:
-    """Whether the target is not uniform, so that the deviation from it is not the bias."""
-    return max(attribute.target) - min(attribute.target) > 1e-9
+    """Whether a target is not uniform, so that the deviation from it is not the bias."""
+    targets = [attribute.target, *attribute.targets.values()]
+    return any(max(target) - min(target) > 1e-9 for target in targets)
 
 
 def _class_spreads(attribute: Attribute, counts: np.ndarray) -> dict[str, Any] | None:

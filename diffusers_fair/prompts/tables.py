@@ -1,0 +1,70 @@
+"""Tables of targets: prompt or subject -> the shares wanted there, as from labour statistics."""
+
+import csv
+import json
+from collections.abc import Iterable, Mapping, Sequence
+from pathlib import Path
+
+from diffusers_fair.prompts import SPLITS, prompt_set
+
+Table = Mapping[str, Sequence[float]]
+
+
+def read_table(path: str | Path, classes: Sequence[str]) -> dict[str, tuple[float, ...]]:
+    """Read a table from a file.
+
+    Args:
+        path: CSV with a header, whose first column holds prompts or subjects and whose others are
+            named by the classes; or JSON, an object of lists of shares in the classes' order.
+        classes: of the attribute.
+
+    Raises:
+        ValueError: no such file, or not such a table.
+    """
+    path = Path(path).expanduser()
+    if not path.is_file():
+        raise ValueError(f"there is no table of targets '{path}': expected a CSV or JSON file")
+    try:
+        text = path.read_text("utf-8-sig")
+        found = json.loads(text) if path.suffix == ".json" else _from_csv(text, classes)
+        return {str(name): tuple(map(float, shares)) for name, shares in dict(found).items()}
+    except (ValueError, TypeError, KeyError) as error:
+        raise ValueError(
+            f"'{path}' is not a table of targets ({error}): expected a CSV file whose columns are "
+            f"the prompt or subject and {', '.join(classes)}, or JSON with a list of shares for "
+            "each prompt or subject"
+        ) from None
+
+
+def _from_csv(text: str, classes: Sequence[str]) -> dict[str, list[float]]:
+    rows = csv.DictReader(text.splitlines())
+    head = list(rows.fieldnames or ())
+    if sorted(head[1:]) != sorted(classes):
+        raise ValueError(f"its columns are {head}")
+    return {row[head[0]].strip(): [float(row[name]) for name in classes] for row in rows}
+
+
+def targets_by_prompt(table: Table, sets: Iterable[str]) -> dict[str, tuple[float, ...]]:
+    """Whole prompt -> shares: a subject stands for every prompt of the sets that is made of it.
+
+    Args:
+        table: prompt, or subject of a prompt set -> shares.
+        sets: names of prompt sets, as `prompt_set` takes them; all their splits count.
+
+    Raises:
+        ValueError: neither a prompt nor a subject of the sets.
+    """
+    sets = list(sets)
+    prompts: dict[str, list[str]] = {}  # prompt or subject -> the prompts that it stands for
+    for known in map(prompt_set, sets):
+        for subject in (s for split in SPLITS for s in getattr(known, split)):
+            whole = [template.replace("{}", subject) for template in known.templates]
+            prompts.setdefault(subject, []).extend(whole)
+            prompts |= {prompt: [prompt] for prompt in whole}
+    for name in table:
+        if name not in prompts:
+            raise ValueError(
+                f"targets are given for '{name}', which is neither a prompt nor a subject of "
+                f"{', '.join(map(str, sets))}: take it out, or add the prompt set that has it"
+            )
+    return {prompt: tuple(shares) for name, shares in table.items() for prompt in prompts[name]}
