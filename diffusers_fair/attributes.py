@@ -6,6 +6,8 @@ from dataclasses import asdict, dataclass, field
 from typing import Any, Literal, TypeAlias, get_args
 
 Region: TypeAlias = Literal["face", "image"]
+People: TypeAlias = Literal["largest", "all"]
+"""Which faces of an image count: the largest, or every one."""
 
 
 @dataclass(frozen=True)

@@ -463,7 +463,7 @@ def _evaluate(
     pipe = load_base(base)
     model: dict[str, Any] = {"base": base, "recipe": recipe}
     options: dict[str, Any] = {
-        "judges": load_judges(section.models, chosen, pipe.device),
+        "judges": load_judges(section.models, chosen, pipe.device, asked.people),
         "images_per_prompt": section.images_per_prompt if images is None else images,
         "steps": section.steps if steps is None else steps,
         "guidance_scale": guidance_scale or section.guidance_scale,
@@ -502,7 +502,7 @@ def _audit(images: str, recipe: str | None, out: Path, attributes: list[str] | N
         )
     asked = _asked("", recipe)
     chosen = _attributes(attributes, None, asked.known, asked.usual)
-    judges = load_judges(asked.section.models, chosen)
+    judges = load_judges(asked.section.models, chosen, people=asked.people)
     report = audit(images, chosen, judges=judges, out=out, model={"recipe": recipe})
     _show(table(report), out)
 
@@ -544,6 +544,8 @@ class _Asked:
     """What looks at images in training."""
     words: dict[str, Any]
     """Attribute -> class -> words that ask for it."""
+    people: Any = "largest"
+    """Which faces of an image count."""
 
 
 def _asked(base: str, recipe: str | None) -> _Asked:
@@ -557,7 +559,8 @@ def _asked(base: str, recipe: str | None) -> _Asked:
         known = {attribute.name: attribute for attribute in config.balanced()}
         words = {section.name: section.words for section in config.attributes}
         sets, train = list(config.prompts.sets), config.prompts.train
-        return _Asked(config.evaluation, known, list(known), sets, train, config.models, words)
+        models, people = config.models, config.people
+        return _Asked(config.evaluation, known, list(known), sets, train, models, words, people)
     if base != testbed.NAME:
         raise ValueError(
             f"'{base}' needs models that look at its images: name a recipe that has them with "
@@ -579,7 +582,7 @@ def _task(asked: _Asked, attributes: list[Any], device: Any, options: dict[str, 
     return Task(
         wordings=[Wording(a, asked.words[a.name]) for a in attributes],
         prompts=[p for name in asked.prompts for p in prompt_set(name).prompts(asked.train)],
-        judges=lambda: load_judges(asked.models, attributes, device),
+        judges=lambda: load_judges(asked.models, attributes, device, asked.people),
         steps=options["steps"],
         guidance_scale=options["guidance_scale"],
         seed=options["seed"],

@@ -11,7 +11,7 @@ from pathlib import Path
 from typing import Annotated, Any, Literal, get_args
 
 from diffusers_fair import durable
-from diffusers_fair.attributes import Attribute, Region
+from diffusers_fair.attributes import Attribute, People, Region
 from diffusers_fair.prompts.tables import read_table, targets_by_prompt
 
 try:
@@ -461,6 +461,10 @@ class RunConfig(Section):
 
     base: BaseSection
     attributes: Annotated[tuple[AttributeSection, ...], Field(min_length=1)]
+    people: People = "largest"
+    """Which faces of an image count for the attributes of faces, in training and in evaluation:
+    the `largest`, or `all`. It says what a fair share is a share of, so it is neither a matter of
+    one attribute nor of the models that look. Not used by attributes of the whole image."""
     prompts: PromptsSection
     models: ModelsSection = ModelsSection()
     adapter: AdapterSection = AdapterSection()

@@ -6,7 +6,7 @@ The detector is anyone's.
 from collections.abc import Sequence
 from dataclasses import dataclass, replace
 from math import ceil
-from typing import Protocol
+from typing import Protocol, runtime_checkable
 
 import torch
 import torch.nn.functional as F
@@ -87,6 +87,38 @@ class FaceDetector(Protocol):
 
     def __call__(self, images: Tensor) -> Faces:
         """(n, 3, h, w) in [-1, 1] -> Faces, without gradient."""
+
+
+@runtime_checkable
+class EveryFaceDetector(FaceDetector, Protocol):
+    """Finds every face of every image, too."""
+
+    def all_faces(self, images: Tensor) -> Faces:
+        """(n, 3, h, w) in [-1, 1] -> Faces with `image`, without gradient."""
+
+
+def faces_of_images(
+    boxes: Tensor, image: Tensor, images: int, landmarks: Tensor | None = None
+) -> Faces:
+    """Every face of some images, as `Faces` has them, out of faces in any order.
+
+    Args:
+        boxes: (m, 4) corners in pixels.
+        image: (m,) number of each face's image, in [0, images).
+        images: how many images there are.
+        landmarks: (m, 5, 2) pixels.
+    """
+    without = torch.ones(images, dtype=torch.bool, device=boxes.device)
+    without[image] = False
+    blank = without.nonzero().squeeze(1)  # images without a face
+    boxes = torch.cat([boxes, boxes.new_zeros(len(blank), 4)])
+    if landmarks is not None:
+        landmarks = torch.cat([landmarks, landmarks.new_zeros(len(blank), 5, 2)])
+    found = torch.arange(len(boxes), device=boxes.device) < len(image)
+    image = torch.cat([image, blank])
+    order = area(boxes).argsort(descending=True, stable=True)
+    order = order[image[order].argsort(stable=True)]
+    return Faces(boxes, found, landmarks, image)[order]
 
 
 def no_faces(images: Tensor) -> Faces:

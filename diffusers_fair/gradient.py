@@ -243,4 +243,5 @@ def _about_originals(config: RunConfig) -> Any:
         exclude={"attributes": {"__all__": {"words", "steering", "targets", "region"}}},
     )
     whole = [section.name for section in config.attributes if section.region == "image"]
-    return told | {"face": config.losses.face > 0} | ({"whole": whole} if whole else {})
+    told |= {"face": config.losses.face > 0} | ({"whole": whole} if whole else {})
+    return told | ({"people": config.people} if config.people != "largest" else {})

@@ -147,7 +147,7 @@ class Objective:
         return _joined([self._original(part) for part in images.split(micro_batch or len(images))])
 
     def _original(self, images: Tensor) -> Originals:
-        faces = self.judges.face_detector(images)
+        faces = self.judges.faces(images)
         shown = images[faces.owner]  # of every row: faceless ones are left out later
         classes, sure = {}, torch.ones_like(faces.found)
         for aim in self.aims:
@@ -239,7 +239,7 @@ class Objective:
     def _seek(self, images: Tensor, prompts: Sequence[str], micro_batch: int | None) -> Sought:
         """Find the targets among the faces of all processes; each computes them all (eq. 4-5)."""
         split = images.split(micro_batch or len(images))
-        faces = Faces.joined([self.judges.face_detector(part) for part in split])
+        faces = Faces.joined([self.judges.faces(part) for part in split])
         own = self._perceived(images, faces, micro_batch)
         parts = [processes.gather(x) for x in own]
         p = [torch.cat(x) for x in parts]  # of all processes

@@ -388,7 +388,7 @@ BACKDROP = Attribute("backdrop", ("dark", "light"), region="image")
 def test_a_few_iterations_balance_the_backgrounds_of_the_testbed(tmp_path, monkeypatch):
     """A chef stands before something light; half of the backgrounds should be dark."""
 
-    def with_backdrop(models, attributes, device):
+    def with_backdrop(models, attributes, device, people="largest"):
         sees = {"backdrop": NetworkClassifier(backdrop, BACKDROP.classes, 64)}
         return replace(load_judges(models, [], device), classifiers=sees)
 

@@ -8,7 +8,7 @@ from functools import cache
 from typing import TYPE_CHECKING, Any
 
 from diffusers_fair import testbed
-from diffusers_fair.attributes import Attribute
+from diffusers_fair.attributes import Attribute, People
 from diffusers_fair.backends.base import load_base, usual_guidance
 
 if TYPE_CHECKING:
@@ -30,7 +30,10 @@ __all__ = [
 
 
 def load_judges(
-    models: "JudgesSection", attributes: Sequence[Attribute], device: Any = "cpu"
+    models: "JudgesSection",
+    attributes: Sequence[Attribute],
+    device: Any = "cpu",
+    people: People = "largest",
 ) -> "Judges":
     """Load what looks at the images, in training or in evaluation.
 
@@ -38,6 +41,7 @@ def load_judges(
         models: a recipe's `models` or `evaluation.models`.
         attributes: what to classify.
         device: where they compute, in float32: the pipeline's.
+        people: which faces of an image count.
 
     Raises:
         ModuleNotFoundError: a package that a model needs is missing; says how to install it.
@@ -61,6 +65,7 @@ def load_judges(
         clip=_clip(models.clip, open_clip, device),
         dino=_dino(models.dino, device),
         extra=_extra(models),
+        people=people,
     )
 
 

@@ -149,7 +149,7 @@ def class_shares(
         batch_size=BATCH,
         progress=False,
     ):
-        faces = judges.face_detector(batch.images)
+        faces = judges.faces(batch.images)
         shown, there = faces.owner[faces.found], faces[faces.found]
         for wording, count in zip(task.wordings, counts, strict=True):
             attribute = wording.attribute

@@ -91,6 +91,7 @@ def evaluate(
         steps=_positive(steps, "steps"),
         guidance_scale=float(guidance_scale),
         seed=seed,
+        people=judges.people,
     )
     if reference is not None:
         _check_reference(reference.settings, settings)
@@ -151,6 +152,7 @@ def audit(
         prompts=found.prompts,
         attributes=_checked_attributes(attributes, judges),
         images_per_prompt=max(counts),
+        people=judges.people,
     )
     return _measure(
         settings,

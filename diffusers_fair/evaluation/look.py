@@ -8,7 +8,7 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from diffusers_fair.attributes import Attribute
+from diffusers_fair.attributes import Attribute, People
 from diffusers_fair.classifiers import Classifier, view
 from diffusers_fair.encoders import ImageEncoder, ImageTextEncoder
 from diffusers_fair.evaluation.generate import Pictures
@@ -17,7 +17,7 @@ from diffusers_fair.evaluation.pictures import SAMPLE_IMAGES, sampled
 from diffusers_fair.evaluation.quality import image_features, quality_scores
 from diffusers_fair.evaluation.records import Records, Settings
 from diffusers_fair.evaluation.report import Report
-from diffusers_fair.faces import FaceDetector, Faces
+from diffusers_fair.faces import EveryFaceDetector, FaceDetector, Faces
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -34,6 +34,28 @@ class Judges:
     extra: Mapping[str, Callable[[Tensor, Sequence[str]], Any]] = field(default_factory=dict)
     """Name -> a score of one's own: (images (n, 3, h, w), their prompts) -> (n,), NaN where it does
     not apply. `quality.recognition` makes one from a classifier of whole images."""
+
+    people: People = "largest"
+    """Which faces of an image count."""
+
+    def __post_init__(self) -> None:
+        """Check that the detector gives all faces, if all count.
+
+        Raises:
+            ValueError: it does not.
+        """
+        if self.people == "all" and not isinstance(self.face_detector, EveryFaceDetector):
+            raise ValueError(
+                "people 'all' needs a face detector with a method all_faces, as RetinaFace and the "
+                f"testbed's have, and {self.face_detector!r} finds the largest alone: name another "
+                "one, or count the largest"
+            )
+
+    def faces(self, images: Tensor) -> Faces:
+        """The faces that count, of images (n, 3, h, w) in [-1, 1]."""
+        if isinstance(self.face_detector, EveryFaceDetector) and self.people == "all":
+            return self.face_detector.all_faces(images)
+        return self.face_detector(images)
 
     def probabilities(self, attribute: Attribute, images: Tensor, faces: Faces) -> Tensor:
         """Probabilities (n, classes) in the attribute's order, differentiable.
@@ -68,7 +90,7 @@ def look(
     Raises:
         ValueError: a judge that gives what is not finite, or not one score for each image.
     """
-    faces = judges.face_detector(batch.images)
+    faces = judges.faces(batch.images)
     features = image_features(batch.images, judges.clip, judges.dino)
     base = None
     if reference is not None:
@@ -83,13 +105,41 @@ def look(
         image=batch.image,
         seed=batch.seed,
         file=batch.file,
-        found=faces.found.cpu().numpy(),
-        boxes=np.round(faces.boxes.double().cpu().numpy(), 2),
-        probabilities=_probabilities(batch.images, faces, settings.attributes, judges),
+        **_people(
+            faces, _probabilities(batch.images, faces, settings.attributes, judges), settings
+        ),
         scores={name: np.round(values.astype(float), 6) for name, values in scores.items()},
         features=features,
     )
     return Seen(records, _samples(batch, sampled(len(settings.prompts))))
+
+
+def _people(
+    faces: Faces, probabilities: Mapping[str, np.ndarray], settings: Settings
+) -> dict[str, Any]:
+    """The largest face of each image and, where all count, the others, as `Records` has them."""
+    found, boxes = faces.found.cpu().numpy(), np.round(faces.boxes.double().cpu().numpy(), 2)
+    if faces.image is None:
+        return {"found": found, "boxes": boxes, "probabilities": probabilities}
+    image = faces.image.cpu().numpy()
+    first = np.flatnonzero(np.diff(image, prepend=-1))  # (n,) row of each image's largest face
+    place = np.arange(len(image)) - first[image]  # (rows,) among the faces of the image
+    rest = place > 0
+
+    def others(values: np.ndarray) -> np.ndarray:
+        spread = np.zeros((len(first), place.max(), *values.shape[1:]), values.dtype)
+        spread[image[rest], place[rest] - 1] = values[rest]
+        return spread
+
+    of_faces = {a.name for a in settings.attributes if a.of_faces}
+    return {
+        "found": found[first],
+        "boxes": boxes[first],
+        "probabilities": {k: p[first] if k in of_faces else p for k, p in probabilities.items()},
+        "others_found": others(found),
+        "others_boxes": others(boxes),
+        "others_probabilities": {k: others(p) for k, p in probabilities.items() if k in of_faces},
+    }
 
 
 def _probabilities(

@@ -16,7 +16,8 @@ LEAST = 2  # faces, or images, that a prompt must have for its frequencies to te
 def counts_by_prompt(settings: Settings, records: Records) -> dict[str, np.ndarray]:
     """Attribute (and joint) -> how often each class was perceived, (prompts, classes).
 
-    Of whole images all count; of faces, and of faces together with whole images, those with a face.
+    Of whole images all count; of faces, and of faces together with whole images, those with a face,
+    or every face.
     """
     counts = {}
     for group, measured in zip(settings.groups(), settings.measured(), strict=True):
@@ -91,6 +92,7 @@ def summary_figures(
     spreads = {name: _spread([v for v in vs if v is not None]) for name, vs in per_prompt.items()}
     faces = [int(records.found[mine].sum()) for mine in rows]
     of_faces = any(a.of_faces for a in settings.attributes)
+    counted = [int(records.faces[mine].sum()) for mine in rows]
 
     def named(chosen: Sequence[bool]) -> list[str]:
         return [settings.prompts[i] for i in prompts if chosen[i]]
@@ -100,8 +102,8 @@ def summary_figures(
         "images": len(records.found),
         "faces": sum(faces),
         "prompts_without_images": named([not mine.any() for mine in rows]),
-        "prompts_without_faces": named([of_faces and n == 0 for n in faces]),
-        "prompts_with_one_face": named([of_faces and n == 1 for n in faces]),
+        "prompts_without_faces": named([of_faces and n == 0 for n in counted]),
+        "prompts_with_one_face": named([of_faces and n == 1 for n in counted]),
         "face_rate": spreads.pop("face_rate"),
         "bias": biases,
         "deviation": deviations,
