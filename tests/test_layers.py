@@ -45,7 +45,8 @@ LAYERS = {  # of a module or of everything in a folder; imports go to the same l
     "batches": 3,
     "evaluation": 3,
     "baselines": 3,
-    "gradient": 4,  # assembly
+    "keeping": 4,  # assembly
+    "gradient": 4,
     "trainer": 4,
     "classifier_training": 4,
     "doctor": 4,
