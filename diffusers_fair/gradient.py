@@ -237,6 +237,6 @@ def _about_originals(config: RunConfig) -> Any:
     told = config.model_dump(
         mode="json",
         include={"base", "attributes", "models", "sampling"},
-        exclude={"attributes": {"__all__": {"words", "steering"}}},
+        exclude={"attributes": {"__all__": {"words", "nouns", "steering"}}},
     )
     return told | {"face": config.losses.face > 0}

@@ -50,7 +50,9 @@ from diffusers_fair.hub import Push, push_adapter
 from diffusers_fair.loading import local_folder
 from diffusers_fair.progress import Events, Figures, bar, tracker
 from diffusers_fair.prompts import prompt_set
+from diffusers_fair.prompts.groups import vocabulary
 from diffusers_fair.prompts.mixtures import prompt_mixture
+from diffusers_fair.prompts.wording import Wording
 from diffusers_fair.provenance import machine
 
 PATIENCE = timedelta(days=1)  # for which processes wait for one another: one may validate
@@ -345,6 +347,9 @@ class FairnessFinetuner:
             fingerprint=self.fingerprint,
             components=self.adapter.components,
             attributes=tuple(self.attributes),
+            words=vocabulary(
+                [Wording(a.attribute(), a.words, a.nouns) for a in self.config.attributes]
+            ),
             recipe=self.config.model_dump(mode="json", exclude={"output"}),
             training={
                 "iterations": self.done,
