@@ -3,7 +3,7 @@
 The low-rank layers are put in with peft's functional interface, the same for every part: the host's
 loader for text encoders draws random numbers, and the one for U-Nets switches other adapters off.
 Soft tokens are put in by the host's own loader of textual inversions, and before every prompt by
-`PromptEncoder`.
+`PromptEncoder`, which also reads prompts for words that switch an adapter off.
 """
 
 import math

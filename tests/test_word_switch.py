@@ -267,6 +267,17 @@ def test_models_that_are_offloaded_one_by_one(folder):
     assert_mixed(draw(pipe), draw(tiny.pipeline()), draw(loaded(folder)))
 
 
+def test_a_sampling_loop_of_ones_own(folder):
+    """The U-Net finds its prompts again, in whatever order guidance puts them."""
+    pipe, base, adapted = loaded(folder, respect_words=True), tiny.pipeline(), loaded(folder)
+    x, t = torch.randn(8, *tiny.LATENT, generator=torch.Generator().manual_seed(0)), 500
+    found = []
+    for each in (pipe, base, adapted):
+        prompts, negative = each.encode_prompt(MIXED, "cpu", 1, True)
+        found.append(each.unet(x, t, torch.cat([prompts, negative])).sample.chunk(2)[0])
+    assert_mixed(*found)
+
+
 def test_a_typed_placeholder_stays(tmp_path):
     save_trained(tmp_path / "soft", SOFT, words=WORDS)
     pipe, plain = loaded(tmp_path / "soft", respect_words=True), tiny.pipeline()

@@ -3,7 +3,8 @@
 - `pytorch_lora_weights.safetensors`: low-rank weights; plain `pipe.load_lora_weights(folder)` works
 - `learned_embeds.safetensors`: soft tokens; plain `pipe.load_textual_inversion(folder, weight_name=
   "learned_embeds.safetensors")` works, with the placeholder typed before the prompt
-- `fair_adapter.json`: what they are, `AdapterInfo`; its schema is `fair_adapter.schema.json`
+- `fair_adapter.json`: what they are, and which words name the classes, `AdapterInfo`; its schema is
+  `fair_adapter.schema.json`
 - `README.md`, `samples/*.png`, a report's files: for people; never read from here
 """
 

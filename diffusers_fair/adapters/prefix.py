@@ -42,5 +42,5 @@ class PromptPrefix:
                 f"with the {count} soft tokens of the adapter '{self.adapter_name}' before it the "
                 f"prompt has {length + count} tokens, more than the {limit} that the text encoder "
                 f"reads, and its end is cut off: '{prompt.strip()}'",
-                stacklevel=5,
+                stacklevel=6,
             )

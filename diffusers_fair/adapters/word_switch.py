@@ -56,10 +56,10 @@ class UNetRowMask(RowMask):
 
     def find_rows(self, _module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
         """Forward pre-hook of the U-Net; guidance gives it several rows for each prompt."""
-        hidden = kwargs.get("encoder_hidden_states", args[2] if len(args) > 2 else None)
         self.rows = None
-        if self.named is None or hidden is None:
+        if self.named is None:
             return
+        hidden = args[2] if len(args) > 2 else kwargs["encoder_hidden_states"]
         embeds = self.embeds.to(hidden)
         blocks = hidden.split(len(embeds))  # [negative prompts, prompts] under guidance
         if len(hidden) % len(embeds) == 0 and any(torch.equal(block, embeds) for block in blocks):
