@@ -46,6 +46,17 @@ Steps = Annotated[
 ]
 
 
+def _printable(word: str) -> str:
+    """Words go into the adapter's folder, which takes no others."""
+    if not (word.strip() and word.isprintable()):
+        raise ValueError(f"expected printable characters, got {ascii(word)[:100]}")
+    return word
+
+
+Word = Annotated[str, Field(max_length=300), AfterValidator(_printable)]
+Words = Annotated[tuple[Word, ...], Field(min_length=1, max_length=500)]
+
+
 def _weighted(sets: Any) -> Any:
     """Equal weights for sets that have none."""
     return dict.fromkeys(sets, 1.0) if isinstance(sets, list) else sets
@@ -103,12 +114,13 @@ class AttributeSection(Section):
     """Targets of some prompts of their own: a prompt, or a subject of the prompt sets such as an
     occupation -> share wanted of each class. Or the path of a table: a CSV file whose columns are
     the prompt or subject and the classes, or JSON."""
-    words: dict[str, Annotated[tuple[str, ...], Field(min_length=1)]] = {}
+    words: dict[str, Words] = {}
     """Class -> words that ask for it when they stand before the subject of a prompt, for the
     methods that `evaluate --baseline` measures. A class that is left out is asked for by its
     name."""
-    nouns: dict[str, Annotated[tuple[str, ...], Field(min_length=1)]] = {}
-    """Class -> nouns that ask for it in place of "person", as in "a chef, a woman"."""
+    nouns: dict[str, Words] = {}
+    """Class -> nouns that ask for it in place of "person", such as "woman". A class that is left
+    out has none."""
     threshold: Share = 0.8
     """C: images whose target is less certain than this take no part in the alignment loss. The more
     classes, the fewer are certain where a prompt is near its target, and the weaker it pulls there:
@@ -135,9 +147,12 @@ class AttributeSection(Section):
     @model_validator(mode="after")
     def _check_attribute(self) -> "AttributeSection":
         self.attribute()
-        for name in (*self.words, *self.nouns):
-            if name not in self.classes:
-                raise ValueError(f"words are for the classes {list(self.classes)}, got '{name}'")
+        for key in ("words", "nouns"):
+            for name in getattr(self, key):
+                if name not in self.classes:
+                    raise ValueError(
+                        f"{key} are for the classes {list(self.classes)}, got '{name}'"
+                    )
         return self
 
     def wording(self) -> Wording:
