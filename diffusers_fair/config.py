@@ -13,6 +13,7 @@ from typing import Annotated, Any, Literal, get_args
 from diffusers_fair import durable
 from diffusers_fair.attributes import Attribute, People, Region
 from diffusers_fair.prompts.tables import read_table, targets_by_prompt
+from diffusers_fair.prompts.wording import Wording
 
 try:
     import yaml
@@ -43,6 +44,17 @@ Steps = Annotated[
     tuple[Positive, Positive],
     BeforeValidator(lambda steps: (steps, steps) if isinstance(steps, int) else steps),
 ]
+
+
+def _printable(word: str) -> str:
+    """Words go into the adapter's folder, which takes no others."""
+    if not (word.strip() and word.isprintable()):
+        raise ValueError(f"expected printable characters, got {ascii(word)[:100]}")
+    return word
+
+
+Word = Annotated[str, Field(max_length=300), AfterValidator(_printable)]
+Words = Annotated[tuple[Word, ...], Field(min_length=1, max_length=500)]
 
 
 def _weighted(sets: Any) -> Any:
@@ -105,10 +117,13 @@ class AttributeSection(Section):
     region: Region = "face"
     """What the classifier sees: `face`, a crop around the face, where images without one take no
     part; or `image`, the whole image squeezed to a square, where every image takes part."""
-    words: dict[str, Annotated[tuple[str, ...], Field(min_length=1)]] = {}
+    words: dict[str, Words] = {}
     """Class -> words that ask for it when they stand before the subject of a prompt, for the
     methods that `evaluate --baseline` measures. A class that is left out is asked for by its
     name."""
+    nouns: dict[str, Words] = {}
+    """Class -> nouns that ask for it in place of "person", such as "woman". A class that is left
+    out has none."""
     threshold: Share = 0.8
     """C: images whose target is less certain than this take no part in the alignment loss. The more
     classes, the fewer are certain where a prompt is near its target, and the weaker it pulls there:
@@ -136,10 +151,17 @@ class AttributeSection(Section):
     @model_validator(mode="after")
     def _check_attribute(self) -> "AttributeSection":
         self.attribute()
-        for name in self.words:
-            if name not in self.classes:
-                raise ValueError(f"words are for the classes {list(self.classes)}, got '{name}'")
+        for key in ("words", "nouns"):
+            for name in getattr(self, key):
+                if name not in self.classes:
+                    raise ValueError(
+                        f"{key} are for the classes {list(self.classes)}, got '{name}'"
+                    )
         return self
+
+    def wording(self) -> Wording:
+        """The attribute and the words that ask for its classes."""
+        return Wording(self.attribute(), self.words, self.nouns)
 
     def attribute(self, sets: Iterable[str] = ()) -> Attribute:
         """The attribute alone, its target filled in.
@@ -154,6 +176,27 @@ class AttributeSection(Section):
         return Attribute(self.name, self.classes, self.target, own, self.region)
 
 
+class KeepSection(Section):
+    """Prompts that the adapter has to leave as the base model draws them."""
+
+    sets: Annotated[dict[str, Weight], BeforeValidator(_weighted), Field(min_length=1)] = {
+        "named": 2.0,
+        "implied": 1.0,
+        "untouched": 1.0,
+    }
+    """`named`, prompts whose words name a class of an attribute; `implied`, prompts that imply one;
+    and prompt sets or files of one's own, such as `untouched`, prompts that show nobody. A list, or
+    a mapping of names to weights."""
+    weight: Weight = 50.0
+    """Weight of the squared difference between the predictions with and without the adapter."""
+    pairs: Positive = 24
+    """Pairs of kept prompt and sampling step that are compared in each iteration."""
+    new_prompts: Positive = 2
+    """Kept prompts whose sampling steps come into the pool in each iteration."""
+    pool: Positive = 48
+    """Iterations that they stay in the pool."""
+
+
 class PromptsSection(Section):
     """The prompts to train and to validate on."""
 
@@ -166,6 +209,9 @@ class PromptsSection(Section):
     """Split that the best checkpoint is chosen by."""
     images_per_prompt: Group = 24
     """N: images of one prompt whose distribution is compared with the target."""
+    keep: KeepSection | None = None
+    """Prompts that leave the adapter nothing to change, since their words settle who is to be seen
+    or nobody is: trained beside the others. Null, as published: the adapter changes these, too."""
 
 
 class ClassifierSection(Section):
@@ -707,7 +753,8 @@ def _known_keys(parents: Sequence[str | int]) -> list[str]:
     for name in parents:
         if name in section.model_fields:  # not a place in a list, nor a name that the user chose
             kind = section.model_fields[name].annotation
-            section = next(k for k in (kind, *get_args(kind)) if issubclass(k, Section))
+            kinds = [k for k in (kind, *get_args(kind)) if isinstance(k, type)]
+            section = next(k for k in kinds if issubclass(k, Section))
     return list(section.model_fields)
 
 

@@ -23,6 +23,7 @@ from diffusers_fair.conditioning import encode_prompts
 from diffusers_fair.config import RunConfig
 from diffusers_fair.evaluation import Judges
 from diffusers_fair.guards import NotFiniteError
+from diffusers_fair.keeping import KeptPredictions
 from diffusers_fair.objective import Aim, LossWeights, Objective, Originals
 from diffusers_fair.progress import Figures
 from diffusers_fair.replay import draw_steps, replay
@@ -57,6 +58,9 @@ class BatchGradient:
             pipe.scheduler, standardize=config.gradient.standardize
         )
         self.objective = _objective(config, judges, pipe.device)
+        self.kept: KeptPredictions | None = None
+        if config.prompts.keep is not None:
+            self.kept = KeptPredictions(config, pipe, adapter, self.scheduler)
         self.micro_batch = config.train.micro_batch
         self.memory_options: list[str] = []
         for option in MEMORY_OPTIONS:
@@ -81,11 +85,22 @@ class BatchGradient:
         Returns:
             Means over the images: `loss`, `alignment`, `semantics`, `face` if it has a weight, and
             `faces`, the share with one; over the prompts: `bias/NAME`; over the faces, or the
-            whole images: `share/NAME/CLASS`, that of each class.
+            whole images: `share/NAME/CLASS`, that of each class. Over the kept prompts: `keep`.
 
         Raises:
             NotFiniteError: an image is NaN or infinite, in any process.
         """
+        figures = self._neutral(batch, number, banked)
+        if self.kept is not None:
+            images = len(batch.seeds) // processes.count()
+            split = "split_guidance" in self.memory_options
+            figures["keep"] = self.kept.backward(
+                number, self.micro_batch or images, split_guidance=split
+            )
+        return figures
+
+    def _neutral(self, batch: Batch, number: int, banked: bool) -> Figures:
+        """The gradient and the figures of the prompts that are to be balanced."""
         share = Share(batch, processes.share(len(batch.seeds)))
         originals = self.originals(share, banked=banked)
         noise = self._noise(share)
@@ -240,7 +255,7 @@ def _about_originals(config: RunConfig) -> Any:
     told = config.model_dump(
         mode="json",
         include={"base", "attributes", "models", "sampling"},
-        exclude={"attributes": {"__all__": {"words", "steering", "targets", "region"}}},
+        exclude={"attributes": {"__all__": {"words", "nouns", "steering", "targets", "region"}}},
     )
     whole = [section.name for section in config.attributes if section.region == "image"]
     told |= {"face": config.losses.face > 0} | ({"whole": whole} if whole else {})

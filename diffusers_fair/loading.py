@@ -3,7 +3,7 @@
 The low-rank layers are put in with peft's functional interface, the same for every part: the host's
 loader for text encoders draws random numbers, and the one for U-Nets switches other adapters off.
 Soft tokens are put in by the host's own loader of textual inversions, and before every prompt by
-`PromptPrefix`.
+`PromptEncoder`, which also reads prompts for words that switch an adapter off.
 """
 
 import math
@@ -26,12 +26,18 @@ from diffusers_fair.adapters.io import (
     check_size,
     read_adapter,
 )
-from diffusers_fair.adapters.prefix import PromptPrefix, prompt_prefix
+from diffusers_fair.adapters.prefix import PromptPrefix
+from diffusers_fair.adapters.prompt_encoder import (
+    ensure_prompt_encoder,
+    prompt_encoder,
+    prompt_prefix,
+)
 from diffusers_fair.adapters.soft_tokens import (
     check_soft_tokens,
     load_soft_tokens,
     unload_soft_tokens,
 )
+from diffusers_fair.adapters.word_switch import WordSwitch, adapter_words
 
 if TYPE_CHECKING:
     from diffusers import DiffusionPipeline
@@ -53,6 +59,7 @@ def load_fair_adapter(
     revision: str | None = None,
     token: str | bool | None = None,
     other_base: bool = False,
+    respect_words: bool = False,
 ) -> None:
     """Put a fairness adapter on a pipeline; also `pipe.load_fair_adapter(...)`.
 
@@ -73,11 +80,17 @@ def load_fair_adapter(
         token: for a private repository.
         other_base: load it also into another base model than it was trained for, such as a
             fine-tuned one, if the layers fit. What it does there has not been measured.
+        respect_words: draw a prompt that names a class of a balanced attribute, as "a female chef",
+            without the adapter; other prompts of the same batch are drawn with it. The words are
+            `words` of `fair_adapter.json`. Prompts must be text then, not `prompt_embeds`, and a
+            negative prompt's words do not count. A pipeline made from this one's parts does not
+            look at words.
 
     Raises:
         ValueError: one sentence: not found, damaged, another format version, another base model, a
             name in use, a scale that cannot be, other adapters fused into the weights, other soft
-            tokens before the prompt, weights that are offloaded layer by layer.
+            tokens before the prompt, weights that are offloaded layer by layer, a pipeline whose
+            prompts cannot be read for words.
     """
     if not re.fullmatch(r"[\w-]+", adapter_name):
         raise ValueError(
@@ -96,12 +109,16 @@ def load_fair_adapter(
     if not other_base:
         _check_base(pipe, info)
     _check_fit(pipe, info, weights)
+    if respect_words:
+        _check_words(pipe)
     try:
         if info.soft_tokens:
             embeds = weights[info.soft_tokens.token]
             load_soft_tokens(pipe, info.soft_tokens, embeds, adapter_name)
         for part, lora in info.lora.items():
             _insert(getattr(pipe, part), lora, _state(weights, part), adapter_name)
+        if respect_words:
+            _add_switch(pipe, WordSwitch(adapter_name, adapter_words(info)))
         set_fair_adapter_scale(pipe, scale, adapter_name=adapter_name)
     except BaseException:
         _remove(pipe, adapter_name)
@@ -136,8 +153,9 @@ def set_fair_adapter_scale(
     _check_prefix_scale(scale, prefix is not None)
     for layer in _loaded_layers(pipe, adapter_name):
         layer.set_scale(adapter_name, scale)
-    if prefix is not None:
-        prefix.on = bool(scale)
+    for switch in (prefix, _switch(pipe, adapter_name)):
+        if switch is not None:
+            switch.on = bool(scale)
 
 
 # ---- where the folder is -------------------------------------------------------------------------
@@ -199,7 +217,7 @@ def _check_prefix_scale(scale: float, prefix: bool) -> None:
 
 def _check_loaded(pipe: "DiffusionPipeline", adapter_name: str) -> None:
     """The pipeline carries this adapter."""
-    if not _loaded_layers(pipe, adapter_name) and _prefix(pipe, adapter_name) is None:
+    if adapter_name not in _adapter_names(pipe):
         raise ValueError(
             f"the pipeline carries no adapter '{adapter_name}', only {sorted(_adapter_names(pipe))}"
         )
@@ -234,6 +252,14 @@ def _check_base(pipe: "DiffusionPipeline", info: AdapterInfo) -> None:
         raise ValueError(
             f"the adapter was trained for the base model '{info.base_model}', and {other}: pass "
             "other_base=True to load it all the same if its layers fit"
+        )
+
+
+def _check_words(pipe: "DiffusionPipeline") -> None:
+    """The pipeline has the method that reads the prompts."""
+    if not hasattr(type(pipe), "encode_prompt"):
+        raise ValueError(
+            f"respect_words needs a pipeline with encode_prompt, and {type(pipe).__name__} has none"
         )
 
 
@@ -274,14 +300,20 @@ def _parts(pipe: "DiffusionPipeline") -> dict[str, Any]:
 def _adapter_names(pipe: "DiffusionPipeline") -> set[str]:
     """Names of all adapters on the pipeline, whoever loaded them."""
     names = {name for model in _parts(pipe).values() for name in getattr(model, "peft_config", {})}
-    prefix = prompt_prefix(pipe)
-    return names if prefix is None else names | {prefix.adapter_name}
+    encoder = prompt_encoder(pipe)
+    return names if encoder is None else names | encoder.adapter_names
 
 
 def _prefix(pipe: "DiffusionPipeline", adapter_name: str) -> PromptPrefix | None:
     """The prefix before the prompts, if it is this adapter's."""
     prefix = prompt_prefix(pipe)
     return prefix if prefix is not None and prefix.adapter_name == adapter_name else None
+
+
+def _switch(pipe: "DiffusionPipeline", adapter_name: str) -> WordSwitch | None:
+    """What switches this adapter off for words, if it respects them."""
+    encoder = prompt_encoder(pipe)
+    return None if encoder is None else encoder.switches.get(adapter_name)
 
 
 def _layers(model: nn.Module) -> "dict[str, LoraLayer]":
@@ -337,12 +369,24 @@ def _insert(model: Any, lora: Lora, state: dict[str, Tensor], adapter_name: str)
     model._hf_peft_config_loaded = True  # what the hosts' own adapter methods look at
 
 
+def _add_switch(pipe: "DiffusionPipeline", switch: WordSwitch) -> None:
+    """Let a switch look at the prompts, and at the adapter's layers."""
+    ensure_prompt_encoder(pipe).switches[switch.adapter_name] = switch
+    for part, model in _parts(pipe).items():
+        found = [layer for layer in _layers(model).values() if switch.adapter_name in layer.scaling]
+        if found:
+            switch.attach(part, model, found)
+
+
 def _remove(pipe: "DiffusionPipeline", adapter_name: str) -> None:
     """Take out all of an adapter, also of one that was put in by half."""
     from peft.functional import set_adapter
 
-    if _prefix(pipe, adapter_name) is not None:
-        unload_soft_tokens(pipe)
+    prefix = _prefix(pipe, adapter_name)
+    if encoder := prompt_encoder(pipe):
+        encoder.drop(adapter_name)
+    if prefix is not None:
+        unload_soft_tokens(pipe, prefix.tokens)
 
     for model in _parts(pipe).values():
         active = [name for name in _active_adapters(model) if name != adapter_name]

@@ -98,9 +98,9 @@ def replay(
         steps = torch.arange(len(trajectory.timesteps)).expand(len(grad_z), -1)
     weights = torch.ones(steps.shape[-1]) if weights is None else weights
     _require_fit(trajectory, grad_z, gradient_weights, steps, weights)
-    unet_trains = any(p.requires_grad for p in unet.parameters())
-    cond = _leaf(cond)
-    uncond = None if uncond is None else _leaf(uncond)
+    unet_trains = trains(unet)
+    cond = leaf(cond)
+    uncond = None if uncond is None else leaf(uncond)
     branches = [
         (embeddings, scale)
         for embeddings, scale in guidance(trajectory.guidance_scale, cond, uncond)
@@ -119,7 +119,7 @@ def replay(
             gradient = grad_z[part] * share[part].to(grad_z)[:, None, None, None]  # C_i a_i v
             for group in groups:
                 own = [(rows(embeddings, len(grad_z))[part], scale) for embeddings, scale in group]
-                _backward(unet, inputs, timesteps, own, gradient)
+                backward_step(unet, inputs, timesteps, own, gradient)
     return cond.grad, None if uncond is None else uncond.grad
 
 
@@ -131,14 +131,22 @@ def _evaluations(trajectory: Trajectory, steps: Tensor, images: Tensor) -> tuple
     return inputs, trajectory.timesteps[there]
 
 
-def _backward(
+def backward_step(
     unet: Any,
     inputs: Tensor,
     timesteps: Tensor,
     branches: list[tuple[Tensor, float]],
     grad_guided: Tensor,
 ) -> None:
-    """Evaluate the U-Net once for these branches and back-propagate d loss / d guided output."""
+    """Evaluate the U-Net for these branches and back-propagate d loss / d guided prediction.
+
+    Args:
+        unet: whose trainable parameters get a gradient.
+        inputs: (m, c, h, w).
+        timesteps: (m,).
+        branches: embeddings (m, L, d) and share in the guided prediction.
+        grad_guided: (m, c, h, w).
+    """
     embeddings = torch.cat([embeddings for embeddings, _ in branches]).to(inputs.dtype)
     gradient = torch.cat([scale * grad_guided for _, scale in branches])
     inputs, timesteps = (torch.cat([x] * len(branches)) for x in (inputs, timesteps))
@@ -153,7 +161,12 @@ def _attention(inputs: Tensor) -> AbstractContextManager[object]:
     return sdpa_kernel(SDPBackend.MATH) if slow else nullcontext()
 
 
-def _leaf(embeddings: Tensor) -> Tensor:
+def trains(unet: Any) -> bool:
+    """Whether any parameter of the U-Net is trainable."""
+    return any(parameter.requires_grad for parameter in unet.parameters())
+
+
+def leaf(embeddings: Tensor) -> Tensor:
     """Return a leaf to gather the gradient of embeddings in, in float32 or better."""
     dtype = torch.promote_types(embeddings.dtype, torch.float32)
     return embeddings.detach().to(dtype).clone().requires_grad_(embeddings.requires_grad)

@@ -138,7 +138,7 @@ def guided_unet(
         found = []
         for part, embedding in zip(parts, shared, strict=True):
             output = predict(unet, torch.cat([scaled[part]] * len(embeddings)), t, embedding)
-            found.append(_guided(output.chunk(len(embeddings)), scale))
+            found.append(combine(output.chunk(len(embeddings)), scale))
         return torch.cat(found)
 
     return evaluate
@@ -149,7 +149,9 @@ def predict(unet: Any, inputs: Tensor, timestep: Tensor, embeddings: Tensor) -> 
     return unet(inputs, timestep, encoder_hidden_states=embeddings, return_dict=False)[0]
 
 
-def guidance(scale: float, cond: Tensor, uncond: Tensor | None) -> list[tuple[Tensor, float]]:
+def guidance(
+    scale: float, cond: Tensor, uncond: Tensor | None = None
+) -> list[tuple[Tensor, float]]:
     """Return the embeddings of each U-Net evaluation and its share of the guided prediction.
 
     Raises:
@@ -205,8 +207,8 @@ def decode_backward(
     return torch.cat(found)
 
 
-def _guided(predictions: Sequence[Tensor], scale: float) -> Tensor:
-    """Combine the branches in diffusers' own order of operations, for the same last bit."""
+def combine(predictions: Sequence[Tensor], scale: float) -> Tensor:
+    """Combine the branches of `guidance` in the order of diffusers, for the same last bit."""
     if len(predictions) == 1:
         return predictions[0]
     uncond, cond = predictions

@@ -50,6 +50,7 @@ from diffusers_fair.hub import Push, push_adapter
 from diffusers_fair.loading import local_folder
 from diffusers_fair.progress import Events, Figures, bar, tracker
 from diffusers_fair.prompts import prompt_set
+from diffusers_fair.prompts.groups import vocabulary
 from diffusers_fair.prompts.mixtures import prompt_mixture
 from diffusers_fair.provenance import machine
 
@@ -345,6 +346,7 @@ class FairnessFinetuner:
             fingerprint=self.fingerprint,
             components=self.adapter.components,
             attributes=tuple(self.attributes),
+            words=vocabulary([section.wording() for section in self.config.attributes]),
             recipe=self.config.model_dump(mode="json", exclude={"output"}),
             training={
                 "iterations": self.done,

@@ -12,7 +12,7 @@ from diffusers_fair.adapters.lora import (
     trainable_parameters,
     without_adapter,
 )
-from diffusers_fair.adapters.prefix import prompt_prefix
+from diffusers_fair.adapters.prompt_encoder import prompt_prefix
 from diffusers_fair.adapters.soft_tokens import add_soft_tokens, load_soft_tokens
 from diffusers_fair.adapters.trainable import TrainableAdapter
 from diffusers_fair.conditioning import encode_prompts

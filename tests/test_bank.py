@@ -7,7 +7,9 @@ import torch
 
 from diffusers_fair.bank import OriginalsBank
 from diffusers_fair.batches import Batch
+from diffusers_fair.config import RunConfig
 from diffusers_fair.faces import Faces
+from diffusers_fair.gradient import _about_originals
 from diffusers_fair.objective import Originals
 
 CPU = torch.device("cpu")
@@ -87,3 +89,9 @@ def test_a_batch_knows_how_many_images_a_prompt_has():
     batch = Batch(("a", "b"), tuple(range(6)), 4)
     assert batch.images_per_prompt == 3
     assert asdict(batch)["prompts"] == ("a", "b")
+
+
+def test_words_are_not_what_originals_depend_on():
+    plain = RunConfig.load("testbed-gender")
+    changes = {"attributes.0.words": {"female": ["lady"]}, "attributes.0.nouns": {"male": ["man"]}}
+    assert _about_originals(RunConfig.load("testbed-gender", changes)) == _about_originals(plain)

@@ -120,6 +120,7 @@ def test_inspect_says_what_an_adapter_is(adapter, monkeypatch, capsys):
     facts = json.loads(capsys.readouterr().out)
     assert facts["base_model"] == "testbed"
     assert facts["components"] == {"text_encoder": {"rank": 2, "alpha": 2.0}}
+    assert "woman" in facts["words"]["gender"]["female"]
     assert facts["parameters"] == 4 * 2 * (4 * 256 + 2 * 640)
 
 

@@ -505,7 +505,7 @@ def test_weights_that_are_others_than_were_written_are_refused(whole):
 @pytest.mark.parametrize("place", [["name"], ["classes", 0]])
 def test_names_that_nobody_could_read(folder, text, place):
     edit(folder, put(["attributes", 0, *place], text))
-    with pytest.raises(ValueError, match="names must be 1 to 300 printable characters") as caught:
+    with pytest.raises(ValueError, match="must be 1 to 300 printable characters") as caught:
         read_adapter(folder)
     assert str(caught.value).isprintable()
 
@@ -570,7 +570,7 @@ def test_info_is_replaced_and_the_rest_stays(whole):
     ("changes", "message"),
     [
         ({"components": SOFT}, "holds the weights of .*: write them with write_adapter"),
-        ({"base_model": "two\nlines"}, "names must be"),
+        ({"base_model": "two\nlines"}, "names and words must be"),
         ({"evaluation": {"bias": math.inf}}, "Out of range float"),
     ],
 )
@@ -579,6 +579,46 @@ def test_info_that_could_not_be_read_is_not_written(whole, changes, message):
     with pytest.raises(ValueError, match=message):
         io.write_info(whole, adapter_info(**{"components": BOTH} | changes))
     assert {path.name: path.read_bytes() for path in whole.iterdir()} == before
+
+
+WORDS = {"shape": {"round": ("round", "ball-like"), "flat": ("flat",)}}
+
+
+def test_words_are_read_as_written(tmp_path):
+    write_adapter(tmp_path / "adapter", weights(), adapter_info(words=WORDS))
+    data = json.loads((tmp_path / "adapter" / io.INFO_FILE).read_text())
+    assert data["format_version"] == 1
+    assert data["words"] == {"shape": {"round": ["round", "ball-like"], "flat": ["flat"]}}
+    assert read_adapter(tmp_path / "adapter")[0] == adapter_info(words=WORDS)
+    schema.validate(data)
+
+
+def test_folders_from_before_words_were_noted_keep_their_bytes(folder):
+    before = (folder / io.INFO_FILE).read_bytes()
+    assert "words" not in json.loads(before)
+    io.write_info(folder, read_adapter(folder)[0])
+    assert (folder / io.INFO_FILE).read_bytes() == before
+
+
+@pytest.mark.parametrize(
+    ("words", "message"),
+    [
+        ([], "'words' of the file must not be list"),
+        ({"size": {}}, r"words are for the attributes \['shape'\], got 'size'"),
+        ({"shape": ["round"]}, r"words of 'shape' are for its classes .*, got \['round'\]"),
+        ({"shape": {"oval": ["oval"]}}, r"words of 'shape' are for its classes .*, got \['oval'\]"),
+        ({"shape": {"round": "round"}}, "words of 'round' must be a list of strings"),
+        ({"shape": {"round": [1]}}, "words of 'round' must be a list of strings"),
+        ({"shape": {"round": []}}, "'round' must have 1 to 1000 words, got 0"),
+        ({"shape": {"round": ["x"] * 1001}}, "'round' must have 1 to 1000 words, got 1001"),
+        ({"shape": {"round": ["x" * 301]}}, "names and words must be 1 to 300 printable char"),
+        ({"shape": {"round": ["a\x1b[0m"]}}, "names and words must be 1 to 300 printable char"),
+    ],
+)
+def test_words_that_cannot_be(folder, words, message):
+    edit(folder, put(["words"], words))
+    with pytest.raises(ValueError, match=f"{io.INFO_FILE}.*{message}"):
+        read_adapter(folder)
 
 
 def test_folders_from_before_training_was_noted_are_read(folder):
@@ -599,6 +639,9 @@ def test_the_schema_is_one():
     assert set(properties["components"]["properties"]) == {*io.PREFIXES, io.SOFT_TOKENS}
     assert schema.schema["$defs"]["lora"]["properties"]["rank"]["maximum"] == io.MAX_RANK
     assert schema.schema["$defs"]["label"]["maxLength"] == io.MAX_LABEL
+    of_class = properties["words"]["additionalProperties"]["additionalProperties"]
+    assert of_class["maxItems"] == io.MAX_WORDS
+    assert set(io.OPTIONAL) == {*properties} - {*schema.schema["required"]}
 
 
 @pytest.mark.parametrize("card", CARDS, ids=lambda path: path.parent.name)
@@ -628,6 +671,10 @@ def test_what_is_written_is_by_the_schema(whole):
         put(["attributes", 0, "target", 0], True),
         put(["attributes"], {}),
         put(["attributes"], []),
+        put(["words"], []),
+        put(["words"], {"shape": {"round": []}}),
+        put(["words"], {"shape": {"round": [3]}}),
+        put(["words"], {"shape": {"round": ["x"] * 1001}}),
         put(["recipe"], []),
         put(["evaluation"], 3),
         put(["training"], "long"),

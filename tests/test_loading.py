@@ -25,7 +25,7 @@ from diffusers_fair.adapters.io import (
     read_adapter,
     write_adapter,
 )
-from diffusers_fair.adapters.prefix import prompt_prefix
+from diffusers_fair.adapters.prompt_encoder import prompt_prefix
 from diffusers_fair.adapters.trainable import TrainableAdapter
 from diffusers_fair.conditioning import encode_prompts
 

@@ -82,6 +82,7 @@ def test_the_adapter_says_what_it_is(run):
     assert info.base_model == testbed.NAME
     assert [attribute.name for attribute in info.attributes] == ["gender"]
     assert info.recipe["sampling"]["steps"] == [3, 3]
+    assert {"female", "woman", "women", "she"} <= {*info.words["gender"]["female"]}
     moved = [key for key, weight in weights.items() if ".lora_B" in key and weight.any()]
     assert len(moved) == 4 * 6  # every layer of the text encoder has learned something
 

@@ -3,7 +3,8 @@
 - `pytorch_lora_weights.safetensors`: low-rank weights; plain `pipe.load_lora_weights(folder)` works
 - `learned_embeds.safetensors`: soft tokens; plain `pipe.load_textual_inversion(folder, weight_name=
   "learned_embeds.safetensors")` works, with the placeholder typed before the prompt
-- `fair_adapter.json`: what they are, `AdapterInfo`; its schema is `fair_adapter.schema.json`
+- `fair_adapter.json`: what they are, and which words name the classes, `AdapterInfo`; its schema is
+  `fair_adapter.schema.json`
 - `README.md`, `samples/*.png`, a report's files: for people; never read from here
 """
 
@@ -14,7 +15,7 @@ import os
 import re
 import secrets
 import shutil
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import asdict, dataclass, field, replace
 from importlib.metadata import version
 from itertools import accumulate
@@ -48,8 +49,11 @@ MAX_RANK = 1024
 MAX_SOFT_TOKENS = 1024
 MAX_BYTES = {INFO_FILE: 2**20, WEIGHTS_FILE: 2**31, EMBEDS_FILE: 2**26}
 """The files that are read, and how large they may be."""
-MAX_LABEL = 300  # characters of a name
+MAX_LABEL = 300  # characters of a name or a word
+MAX_WORDS = 1000  # of one class
 MAX_DEPTH = 20  # of nested objects and lists in JSON
+OPTIONAL: dict[str, Any] = {"words": {}, "training": None, "checksums": None}
+"""Keys of `fair_adapter.json` that older folders lack, and what they stand for there."""
 
 Weights = dict[str, Tensor]
 """All of an adapter's: `unet.module.lora_A.weight` (rank, in), `.lora_B.` (out, rank), ..., and the
@@ -116,6 +120,9 @@ class AdapterInfo:
     """Parts of the pipeline, of `PREFIXES`, and their low-rank layers; `soft_tokens`."""
     attributes: tuple[Attribute, ...]
     """What was balanced, and the distribution aimed at."""
+    words: Mapping[str, Mapping[str, tuple[str, ...]]] = field(default_factory=dict)
+    """Attribute -> class -> words that name it in a prompt, as `prompts.groups.vocabulary` gives
+    them. Empty in folders from before words were noted."""
     recipe: dict[str, Any]
     """The recipe as run."""
     versions: dict[str, str] = field(default_factory=library_versions)
@@ -365,6 +372,7 @@ def _to_json(info: AdapterInfo) -> dict[str, Any]:
         },
         "components": {part: asdict(size) for part, size in info.components.items()},
         "attributes": [attribute.json() for attribute in info.attributes],
+        **({"words": info.words} if info.words else {}),  # older folders stay as they are
         "recipe": info.recipe,
         "library_versions": info.versions,
         "evaluation": info.evaluation,
@@ -382,13 +390,14 @@ def _from_json(data: Any, where: str) -> AdapterInfo:
         )
     try:
         root = _object(
-            {"training": None, "checksums": None} | data if isinstance(data, dict) else data,
+            OPTIONAL | data if isinstance(data, dict) else data,
             "the file",
             {
                 "format_version": int,
                 "base_model": dict,
                 "components": dict,
                 "attributes": list,
+                "words": dict,
                 "recipe": dict,
                 "library_versions": dict,
                 "evaluation": (dict, type(None)),
@@ -403,12 +412,14 @@ def _from_json(data: Any, where: str) -> AdapterInfo:
         )
         if not re.fullmatch("[0-9a-f]{64}", base["fingerprint"]):
             raise ValueError("the fingerprint of base_model must be 64 hexadecimal digits")
+        attributes = _attributes(root["attributes"])
         return AdapterInfo(
             base_model=_label(base["id"]),
             base_revision=base["revision"] and _label(base["revision"]),
             fingerprint=base["fingerprint"],
             components=_components(root["components"]),
-            attributes=_attributes(root["attributes"]),
+            attributes=attributes,
+            words=_words(root["words"], attributes),
             recipe=root["recipe"],
             versions={name: str(number) for name, number in root["library_versions"].items()},
             evaluation=root["evaluation"],
@@ -493,11 +504,37 @@ def _shares(value: Any, name: str) -> tuple[float, ...]:
     return tuple(value)
 
 
+def _words(
+    value: dict[str, Any], attributes: Sequence[Attribute]
+) -> dict[str, dict[str, tuple[str, ...]]]:
+    """Words for classes of these attributes alone."""
+    known = {attribute.name: attribute.classes for attribute in attributes}
+    for name, by_class in value.items():
+        if name not in known:
+            raise ValueError(f"words are for the attributes {[*known]}, got {name[:100]!r}")
+        if not isinstance(by_class, dict) or set(by_class) - set(known[name]):
+            got = str(list(by_class) if isinstance(by_class, dict) else by_class)[:100]
+            raise ValueError(f"words of '{name}' are for its classes {known[name]}, got {got}")
+    return {
+        name: {each: _words_of(each, words) for each, words in by_class.items()}
+        for name, by_class in value.items()
+    }
+
+
+def _words_of(name: str, words: Any) -> tuple[str, ...]:
+    if not isinstance(words, list) or not all(isinstance(word, str) for word in words):
+        raise ValueError(f"the words of '{name}' must be a list of strings")
+    if not 1 <= len(words) <= MAX_WORDS:
+        raise ValueError(f"'{name}' must have 1 to {MAX_WORDS} words, got {len(words)}")
+    return tuple(map(_label, words))
+
+
 def _label(text: str) -> str:
     """What is shown to people: one short line without control characters."""
     if not (text.strip() and len(text) <= MAX_LABEL and text.isprintable()):
         raise ValueError(
-            f"names must be 1 to {MAX_LABEL} printable characters, got {ascii(text)[:100]}"
+            f"names and words must be 1 to {MAX_LABEL} printable characters, "
+            f"got {ascii(text)[:100]}"
         )
     return text
 

@@ -9,7 +9,8 @@ from torch import Tensor, nn
 from torch.nn import functional
 
 from diffusers_fair.adapters.io import SoftTokens
-from diffusers_fair.adapters.prefix import PromptPrefix, prompt_prefix
+from diffusers_fair.adapters.prefix import PromptPrefix
+from diffusers_fair.adapters.prompt_encoder import ensure_prompt_encoder, prompt_prefix
 
 # ---- in training ---------------------------------------------------------------------------------
 
@@ -79,7 +80,7 @@ def add_soft_tokens(
     embedding = SoftTokenEmbedding(vocabulary, rows)
     pipe.tokenizer.add_tokens(list(tokens.names))
     pipe.text_encoder.set_input_embeddings(embedding)
-    pipe.encode_prompt = PromptPrefix(pipe, tokens, adapter_name)
+    ensure_prompt_encoder(pipe).prefix = PromptPrefix(pipe, tokens, adapter_name)
     return embedding.tokens
 
 
@@ -142,23 +143,15 @@ def load_soft_tokens(pipe: Any, tokens: SoftTokens, weight: Tensor, adapter_name
     try:
         with _random_state_kept(pipe):
             pipe.load_textual_inversion({tokens.token: weight})
-        pipe.encode_prompt = PromptPrefix(pipe, tokens, adapter_name)
+        ensure_prompt_encoder(pipe).prefix = PromptPrefix(pipe, tokens, adapter_name)
     except BaseException:
-        _take_out(pipe, tokens)
+        unload_soft_tokens(pipe, tokens)
         _set_rows(pipe, rows)
         raise
 
 
-def unload_soft_tokens(pipe: Any) -> None:
-    """Take the soft tokens of a pipeline that has some out again; other added tokens stay."""
-    prefix = prompt_prefix(pipe)
-    assert prefix is not None
-    del pipe.encode_prompt
-    _take_out(pipe, prefix.tokens)
-
-
-def _take_out(pipe: Any, tokens: SoftTokens) -> None:
-    """Remove tokens, or those of them that are there, from tokenizer and text encoder."""
+def unload_soft_tokens(pipe: Any, tokens: SoftTokens) -> None:
+    """Take soft tokens, or those of them that are there, out again; other added tokens stay."""
     from transformers import CLIPTokenizer
 
     vocabulary = pipe.tokenizer.get_vocab()

@@ -9,7 +9,7 @@ from torch import Tensor, nn
 
 from diffusers_fair.adapters.io import SOFT_TOKENS, Lora, SoftTokens, Weights
 from diffusers_fair.adapters.lora import TARGETS, add_lora, lora_tensors, without_adapter
-from diffusers_fair.adapters.prefix import without_prefix
+from diffusers_fair.adapters.prompt_encoder import without_prefix
 from diffusers_fair.adapters.soft_tokens import add_soft_tokens, soft_tokens
 
 

@@ -3,7 +3,7 @@
 import math
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
-from typing import TypeVar
+from typing import Generic, TypeVar
 
 import torch
 
@@ -11,10 +11,11 @@ from diffusers_fair.prompts import prompt_set
 
 LONGEST_CYCLE = 1000
 T = TypeVar("T")
+P = TypeVar("P")
 
 
 @dataclass(frozen=True)
-class PromptMixture:
+class PromptMixture(Generic[P]):
     """An endless sequence of prompts that depends on the seed alone: nothing to save or resume.
 
     The sequence consists of cycles. Every cycle holds each set exactly `counts` times, in random
@@ -22,13 +23,13 @@ class PromptMixture:
     A single set is thus simply shuffled anew whenever it has been used up.
     """
 
-    prompts: tuple[tuple[str, ...], ...]
+    prompts: tuple[tuple[P, ...], ...]
     """The prompts of each set."""
     counts: tuple[int, ...]
     """How often each set comes in a cycle."""
     seed: int = 0
 
-    def prompt(self, place: int) -> str:
+    def prompt(self, place: int) -> P:
         """The prompt at a place of the sequence, counted from 0."""
         cycle, position = divmod(place, sum(self.counts))
         sets = [s for s, count in enumerate(self.counts) for _ in range(count)]
@@ -46,7 +47,7 @@ class PromptMixture:
 
 def prompt_mixture(
     weights: Mapping[str, float], *, split: str = "train", seed: int = 0
-) -> PromptMixture:
+) -> PromptMixture[str]:
     """The mixture of prompt sets whose shares are proportional to their weights.
 
     Args:

@@ -1,0 +1,200 @@
+"""Kept prompts: what the adapter predicts for them is held to what the original model predicts.
+
+    L_keep = mean over kept prompts c, steps i of |eps(z_i, t_i, c) - eps_0(z_i, t_i, c)|^2
+
+eps is the guided prediction with the adapter, eps_0 without it, z_i are latents on the original
+model's own way from noise to image. Nothing is drawn with the adapter, decoded or judged: a kept
+prompt costs a few evaluations of the U-Net, where a drawn one would cost all steps twice. Summed
+over the steps, and weighted by their noise, it would be the Kullback-Leibler divergence between the
+two models' images of the prompt.
+
+The ways of a few prompts are drawn in each iteration and stay in a pool for a while; pairs of
+prompt and step are taken from it.
+"""
+
+from collections import deque
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from diffusers_fair import processes
+from diffusers_fair.adapters.trainable import TrainableAdapter
+from diffusers_fair.conditioning import encode_prompts
+from diffusers_fair.config import KeepSection, RunConfig
+from diffusers_fair.prompts import prompt_set
+from diffusers_fair.prompts.groups import (
+    IMPLIED,
+    NAMED,
+    KeptPrompt,
+    implied_prompts,
+    named_prompts,
+    untouched_prompts,
+)
+from diffusers_fair.prompts.mixtures import PromptMixture, counts_per_cycle
+from diffusers_fair.replay import backward_step, leaf, trains
+from diffusers_fair.sampling import combine, denoise, guidance, guided_unet, initial_noise, predict
+from diffusers_fair.scheduler import BiasedGradientScheduler
+
+NAMED_PROMPTS = 240  # of an attribute alone
+SALT = 0x5EED  # keeps the noise and the pairs of kept prompts apart from those of the others
+
+
+@dataclass(frozen=True)
+class KeptStep:
+    """A step on the original model's way to the image of a kept prompt."""
+
+    prompt: KeptPrompt
+    scaled: Tensor
+    """(c, h, w), latents as the U-Net takes them."""
+    timestep: Tensor
+    """()."""
+    output: Tensor
+    """(c, h, w), the original model's guided prediction."""
+
+
+class KeptPredictions:
+    """Adds the gradient of L_keep to the parameters of an adapter.
+
+    Args:
+        config: a recipe with `prompts.keep`.
+        pipe: the base model, with the adapter in it.
+        adapter: what is trained.
+        scheduler: of training's sampling.
+    """
+
+    def __init__(
+        self,
+        config: RunConfig,
+        pipe: Any,
+        adapter: TrainableAdapter,
+        scheduler: BiasedGradientScheduler,
+    ):
+        assert config.prompts.keep is not None
+        self.config = config
+        self.options: KeepSection = config.prompts.keep
+        self.pipe = pipe
+        self.adapter = adapter
+        self.scheduler = scheduler
+        self.prompts = kept_prompts(config)
+        self.pool: deque[list[KeptStep]] = deque(maxlen=self.options.pool)
+        self.last = -1  # iteration that the pool is of
+
+    def backward(self, number: int, size: int, *, split_guidance: bool = False) -> float:
+        """Add this process's part of the gradient to the parameters; L_keep of all processes.
+
+        Args:
+            number: of the iteration, which decides on prompts, noise and steps.
+            size: pairs that the U-Net sees at a time.
+            split_guidance: whether the guidance branches are evaluated one after the other.
+        """
+        pairs = self._pairs(number)
+        mine = pairs[processes.share(len(pairs))]
+        embeddings = self._encode(mine)  # (n, L, d) of each branch
+        leaves = [leaf(x) for x in embeddings]
+        total = torch.zeros(1)
+        for rows in torch.arange(len(mine)).split(size):
+            part = [mine[i] for i in rows.tolist()]
+            own = [x[rows] for x in leaves]
+            total += self._backward(part, own, len(pairs), split_guidance)
+        for x, gathered in zip(embeddings, leaves, strict=True):
+            if gathered.grad is not None:
+                x.backward(gathered.grad.to(x.dtype))  # once through the text encoder
+        return torch.cat(processes.gather(total)).sum().item()
+
+    def _backward(
+        self, pairs: list[KeptStep], embeddings: list[Tensor], count: int, split: bool
+    ) -> float:
+        """Back-propagate the part of some of `count` pairs to the embeddings; their L_keep."""
+        unet, device = self.pipe.unet, self.pipe.device
+        branches = guidance(self.config.sampling.guidance_scale, *embeddings)
+        inputs = torch.stack([pair.scaled for pair in pairs]).to(device)  # (m, c, h, w)
+        timesteps = torch.stack([pair.timestep for pair in pairs]).to(device)  # (m,)
+        wanted = torch.stack([pair.output for pair in pairs]).to(device)
+        with torch.no_grad():
+            outputs = [predict(unet, inputs, timesteps, x.to(inputs.dtype)) for x, _ in branches]
+            guided = combine(outputs, self.config.sampling.guidance_scale)
+            residual = (guided - wanted).float()
+        gradient = residual * (2 * self.options.weight / (count * wanted[0].numel()))
+        trainable = [branch for branch in branches if branch[0].requires_grad or trains(unet)]
+        for group in [[branch] for branch in trainable] if split else [trainable]:
+            backward_step(unet, inputs, timesteps, group, gradient)
+        return residual.square().mean((1, 2, 3)).sum().item() / count
+
+    def _encode(self, pairs: list[KeptStep]) -> list[Tensor]:
+        """Of the prompts and, with guidance, of the negative ones: (n, L, d)."""
+        cond = self._encode_texts([pair.prompt.text for pair in pairs])
+        if self.config.sampling.guidance_scale == 1:
+            return [cond]
+        return [cond, self._encode_texts([pair.prompt.negative for pair in pairs], prefix=False)]
+
+    def _encode_texts(self, texts: list[str], *, prefix: bool = True) -> Tensor:
+        """(n, L, d), each text through the text encoder once."""
+        different = list(dict.fromkeys(texts))
+        rows = torch.tensor([different.index(text) for text in texts])
+        return encode_prompts(self.pipe, different, prefix=prefix)[rows]
+
+    def _pairs(self, number: int) -> list[KeptStep]:
+        """Some of the pool's steps; the pool is as if all iterations up to this had been made."""
+        first = max(self.last + 1, number + 1 - self.options.pool)
+        for iteration in range(first, number + 1):
+            self.pool.append(self._way(iteration))
+        self.last = number
+        g = torch.Generator().manual_seed(self._seed(number))
+        steps = [step for way in self.pool for step in way]
+        chosen = torch.randint(len(steps), (self.options.pairs,), generator=g)
+        return [steps[i] for i in chosen.tolist()]
+
+    @torch.no_grad()
+    def _way(self, iteration: int) -> list[KeptStep]:
+        """The original model's way from noise to image, for this iteration's new prompts."""
+        count, found = self.options.new_prompts, list[KeptStep]()
+        new = [self.prompts.prompt(iteration * count + i) for i in range(count)]
+        unet, scale = self.pipe.unet, self.config.sampling.guidance_scale
+        shape = (unet.config.in_channels, unet.config.sample_size, unet.config.sample_size)
+        seeds = [self._seed(iteration) + 1 + i for i in range(count)]
+        noise = initial_noise(shape, seeds, device=unet.device).to(unet.dtype)
+        with self.adapter.off():
+            cond = encode_prompts(self.pipe, [kept.text for kept in new])
+            uncond = encode_prompts(self.pipe, [kept.negative for kept in new], prefix=False)
+            guided = guided_unet(unet, cond, uncond, count, scale)
+
+            def evaluate(_: int, scaled: Tensor, t: Tensor) -> Tensor:
+                output = guided(scaled, t)
+                rows = zip(new, scaled, output, strict=True)
+                found.extend(KeptStep(kept, x.cpu(), t.cpu(), y.cpu()) for kept, x, y in rows)
+                return output
+
+            denoise(evaluate, self.scheduler, noise, self.config.sampling.steps[1])
+        return found
+
+    def _seed(self, number: int) -> int:
+        return (1_000_003 * self.config.train.seed + number) * 1_009 + SALT
+
+
+def kept_prompts(config: RunConfig) -> PromptMixture[KeptPrompt]:
+    """The kept prompts of a recipe, without end, its sets in the shares of their weights.
+
+    Raises:
+        ValueError: an unknown set, or one without prompts.
+    """
+    assert config.prompts.keep is not None
+    sets = config.prompts.keep.sets
+    pools = tuple(_kept_set(name, config) for name in sets)
+    return PromptMixture(pools, counts_per_cycle(list(sets.values())), config.train.seed)
+
+
+def _kept_set(name: str, config: RunConfig) -> tuple[KeptPrompt, ...]:
+    wordings = [section.wording() for section in config.attributes]
+    if name == NAMED:
+        split = config.prompts.train
+        neutral = [p for s in config.prompts.sets for p in prompt_set(s).prompts(split)]
+        return named_prompts(neutral, wordings, NAMED_PROMPTS)
+    found = implied_prompts(wordings) if name == IMPLIED else untouched_prompts(name, "train")
+    if not found:
+        raise ValueError(
+            f"prompts.keep.sets names '{name}', and there are no such prompts for "
+            f"{', '.join(section.name for section in config.attributes)}: leave it out"
+        )
+    return found
