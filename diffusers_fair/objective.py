@@ -256,8 +256,8 @@ class Objective:
     def _terms(self, images: Tensor, originals: Originals, sought: Sought) -> dict[str, Tensor]:
         """Name -> each image's term of the loss (n,), with its weight."""
         faces = sought.faces
-        before = _before(faces, originals.faces)  # (m,)
-        alignment, differs = self._align(images, faces, originals, before, sought.targets)
+        before, known = _before(faces, originals.faces)  # (m,)
+        alignment, differs = self._align(images, faces, originals, before, known, sought.targets)
         terms = {
             "alignment": alignment,
             "semantics": self._semantics(images, faces, originals, differs),
@@ -309,6 +309,7 @@ class Objective:
         faces: Faces,
         originals: Originals,
         before: Tensor,
+        known: Tensor,
         targets: Sequence[Targets],
     ) -> tuple[Tensor, Tensor]:
         """The alignment loss (n,), and which classes are to change, (n, attributes) bool.
@@ -322,6 +323,7 @@ class Objective:
             faces: of these images.
             originals: of these images.
             before: (m,) row of each face found among those of the originals.
+            known: (m,) whether it was there.
             targets: of each attribute.
         """
         first = torch.searchsorted(originals.faces.owner, torch.arange(len(images)).to(before))
@@ -331,7 +333,7 @@ class Objective:
             loss = alignment_loss(p, target, aim.threshold)  # of faces, or of images
             classes = originals.classes[aim.attribute.name]
             if aim.attribute.of_faces:
-                same = (target.labels == classes[before]) & originals.faces.found[before]
+                same = (target.labels == classes[before]) & known
                 losses.append(_means(loss, faces))
                 differs.append((_means((~same).float(), faces) > 0) | (faces.counts == 0))
             else:
@@ -422,11 +424,16 @@ def _face_area(faces: Faces, images: Tensor) -> Tensor:
     return inside.new_zeros(len(images), h, w).index_put((faces.image,), inside, accumulate=True)
 
 
-def _before(faces: Faces, originals: Faces) -> Tensor:
-    """(m,) the originals' row for each face found: of the same image, where they overlap most."""
+def _before(faces: Faces, originals: Faces) -> tuple[Tensor, Tensor]:
+    """What each face found was in the original: a row (m,) of its faces, and whether it was any.
+
+    Of the largest faces any two of an image are the same one; of all, those that overlap most.
+    """
     boxes, owner = faces.boxes[faces.found], faces.owner[faces.found]
     shared = overlap(boxes[:, None], originals.boxes)  # (m, rows)
-    return torch.where(owner[:, None] == originals.owner, shared, -1.0).argmax(1)
+    shared, rows = torch.where(owner[:, None] == originals.owner, shared, -1.0).max(1)
+    same = originals.found[rows]
+    return rows, same if originals.image is None else same & (shared > 0)
 
 
 def _means(values: Tensor, faces: Faces) -> Tensor:
