@@ -218,6 +218,24 @@ def test_without_a_report_it_says_so(adapter):
     assert "What it took was not recorded" in text
 
 
+def test_what_a_classifier_sees_and_who_counts(tmp_path):
+    sky = dataclasses.replace(TONE, name="sky", region="image")
+    said = "Images without a face are not counted; of several faces "
+    texts = {}
+    for name, attributes, recipe in (
+        ("faces", (HUE,), {}),
+        ("crowds", (HUE, sky), {"people": "all"}),
+        ("whole", (sky,), {}),
+    ):
+        write_card(lora(tmp_path / name, attributes=attributes, recipe=recipe))
+        texts[name] = text_of(tmp_path / name)
+    assert f"{said}the largest is.\n" in texts["faces"]
+    assert "assigns them to a face.\n" in texts["faces"]
+    assert f"{said}every one is.\n" in texts["crowds"]
+    assert "assigns them to a face or, of sky, to the whole image.\n" in texts["crowds"]
+    assert said not in texts["whole"]
+
+
 def test_a_report_without_a_base_shows_gaps(adapter, report):
     edit_report(report, put(["reference"], None))
     write_card(adapter, report)
