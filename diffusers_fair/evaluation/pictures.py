@@ -10,13 +10,14 @@ if TYPE_CHECKING:
     from diffusers_fair.evaluation.report import Report
 
 SAMPLE_PROMPTS, SAMPLE_IMAGES = 6, 8  # pictures that are kept to look at
+GROUP_SAMPLES = 4  # prompts of a group whose pictures are kept
 PAIR_HEIGHT = 96  # least height in pixels of an image in pairs.png
 CAPTION, CAPTION_WIDTH = 18, 480  # height and least width of a line of text, pixels
 
 
-def sampled(prompts: int) -> list[int]:
+def sampled(prompts: int, most: int = SAMPLE_PROMPTS) -> list[int]:
     """The few prompts whose pictures are kept: evenly spread, the same for every report."""
-    chosen = np.linspace(0, prompts - 1, min(prompts, SAMPLE_PROMPTS))
+    chosen = np.linspace(0, prompts - 1, min(prompts, most))
     return [int(i) for i in chosen.round()]
 
 
