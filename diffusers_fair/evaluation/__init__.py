@@ -42,7 +42,6 @@ __all__ = [
 ]
 
 PARTIAL = ".partial"  # in a report's folder, as long as the evaluation runs
-SAME_NOISE = ("prompts", "images_per_prompt", "steps", "guidance_scale", "seed")
 
 
 def evaluate(
@@ -529,14 +528,7 @@ def _positive(value: int, name: str) -> int:
 
 
 def _check_reference(reference: Report, settings: Settings, groups: Sequence[PromptGroup]) -> None:
-    for name in SAME_NOISE:
-        theirs, mine = getattr(reference.settings, name), getattr(settings, name)
-        if theirs != mine:
-            shown = "" if name == "prompts" else f" ({theirs} there, {mine} here)"
-            raise ValueError(
-                f"the reference was made with other {name}{shown}: images can be compared only if "
-                f"{', '.join(SAME_NOISE)} are the same"
-            )
+    reference.settings.check_same_noise(settings)
     for group in groups:
         if not _has(reference, group):
             raise ValueError(
