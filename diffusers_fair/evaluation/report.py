@@ -69,11 +69,13 @@ class Report:
         """
         if like is None:
             return {name: group.summary for name, group in self.groups.items()}
-        return {
-            name: self.groups[name].of(group.group).summary
-            for name, group in like.groups.items()
-            if name in self.groups and self.groups[name].covers(group.group)
-        }
+        found = {name: self.group_like(group) for name, group in like.groups.items()}
+        return {name: group.summary for name, group in found.items() if group is not None}
+
+    def group_like(self, group: GroupReport) -> GroupReport | None:
+        """The images here of that group's prompts; None unless all are here."""
+        mine = self.groups.get(group.group.name)
+        return mine.of(group.group) if mine is not None and mine.covers(group.group) else None
 
     def shortfalls(self, base: "Report | None" = None) -> list[Shortfall]:
         """Where prompts that leave nothing to change are not left as the base model draws them.
