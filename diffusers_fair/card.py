@@ -7,7 +7,7 @@ goes into the one, its picture of pairs into the other.
 import json
 import re
 from collections.abc import Iterator, Mapping, Sequence
-from dataclasses import replace
+from dataclasses import asdict, replace
 from pathlib import Path
 from typing import Any
 
@@ -26,6 +26,8 @@ from diffusers_fair.adapters.io import (
     write_info,
 )
 from diffusers_fair.attributes import Attribute
+from diffusers_fair.evaluation.groups import GroupSummary, summaries_from_json
+from diffusers_fair.evaluation.obedience import by_attribute, measures, shortfalls, warning
 from diffusers_fair.evaluation.report import FILE, FORMAT, GAP, SCORE_NAMES
 from diffusers_fair.loading import MIRRORS, REPOSITORY
 
@@ -107,6 +109,7 @@ def _evaluation(report: Path, attributes: Sequence[Attribute]) -> dict[str, Any]
 def _kept(root: Mapping[str, Any]) -> dict[str, Any]:
     settings, origin = root["settings"], root["provenance"]
     reference = root.get("reference")
+    groups = {"before": _groups(reference or {}), "after": _groups(root)}
     return {
         "date": origin["date"],
         "commit": origin.get("commit"),
@@ -115,7 +118,13 @@ def _kept(root: Mapping[str, Any]) -> dict[str, Any]:
         "confusion": root.get("confusion"),
         "before": reference and _summary(reference["summary"]),
         "after": _summary(root["summary"]),
+        **({"groups": groups} if groups["after"] else {}),  # older reports have none
     }
+
+
+def _groups(root: Mapping[str, Any]) -> dict[str, Any]:
+    """Group -> summary of its prompts, which leave nothing to change."""
+    return {name: asdict(summary) for name, summary in summaries_from_json(root).items()}
 
 
 def _summary(summary: Mapping[str, Any]) -> dict[str, Any]:
@@ -170,6 +179,8 @@ def _render(info: AdapterInfo, pictures: Sequence[str]) -> str:
             biases=list(_biases(info)),
             uneven=any(side.get("deviation") for side in _sides(info)),
             scores=list(_scores(info)),
+            kept=list(_kept_rows(info)),
+            warning=_plain(warning(shortfalls(*_kept_sides(info)), "The adapter")),
             right=dict(_right(info)),
             pictures=pictures,
             recipe=yaml.safe_dump(info.recipe, sort_keys=False, allow_unicode=True),
@@ -271,6 +282,26 @@ def _scores(info: AdapterInfo) -> Iterator[list[str]]:
     for name in sides[1].get("scores", {}):
         cells = [_cell(side.get("scores", {}).get(name)) for side in sides]
         yield [_plain(SCORE_NAMES.get(name, name)), *cells]
+
+
+def _kept_sides(info: AdapterInfo) -> list[dict[str, GroupSummary]]:
+    """Summaries before and after of prompts that leave nothing to change."""
+    found = (info.evaluation or {}).get("groups") or {}
+    return [
+        {name: GroupSummary.from_json(root) for name, root in found.get(side, {}).items()}
+        for side in ("before", "after")
+    ]
+
+
+def _kept_rows(info: AdapterInfo) -> Iterator[list[str]]:
+    """Figure, before and after: what prompts ask for, and what shows nobody."""
+    before, after = _kept_sides(info)
+    for measure in [*measures([after]), *by_attribute(after)]:
+        figures = [measure.of(side) for side in (before, after)]
+        cells = [_cell(None if figure is None else asdict(figure)) for figure in figures]
+        if measure.base is not None:
+            cells[0] = f"{measure.base:.0f}"
+        yield [_plain(measure.name), *cells]
 
 
 def _sampling(info: AdapterInfo) -> str:
