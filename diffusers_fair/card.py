@@ -28,12 +28,16 @@ from diffusers_fair.adapters.io import (
 from diffusers_fair.attributes import Attribute
 from diffusers_fair.evaluation.groups import GroupSummary, summaries_from_json
 from diffusers_fair.evaluation.obedience import by_attribute, measures, shortfalls, warning
-from diffusers_fair.evaluation.report import FILE, FORMAT, GAP, SCORE_NAMES
+from diffusers_fair.evaluation.report import FILE, FORMAT, GAP, GROUPS_SHEET, PAIRS, SCORE_NAMES
 from diffusers_fair.loading import MIRRORS, REPOSITORY
 
 TEMPLATE = Path(__file__).with_name("card.md.jinja")
 EXAMPLE = "a photo of the face of a teacher, a person"
-PAIRS = "pairs.png"  # of a report folder: the same noise without and with the adapter
+SHEETS = {  # pictures of a report folder -> what they show
+    PAIRS: "The same noise, above without and below with the adapter",
+    GROUPS_SHEET: "Prompts that leave nothing to change: the same noise, above without and below "
+    "with the adapter",
+}
 SUMMARY = (  # what is kept of a report's summary
     *("prompts", "images", "faces", "face_rate", "scores"),
     *("bias", "deviation", "corrected", "frequencies"),
@@ -134,19 +138,20 @@ def _summary(summary: Mapping[str, Any]) -> dict[str, Any]:
 def _pictures(folder: Path, report: str | Path | None) -> list[str]:
     """Names of the pictures that the card shows."""
     names = {path.name for path in (folder / SAMPLES_FOLDER).glob("*.png")}
-    if report is not None and (Path(report) / PAIRS).is_file():
-        names.add(PAIRS)
-    return sorted(names)
+    if report is not None:
+        names |= {name for name in SHEETS if (Path(report) / name).is_file()}
+    return sorted(names, key=lambda name: (name != PAIRS, name))
 
 
 def _copy(report: Path, folder: Path) -> None:
-    """Put a report's files beside the adapter, and its pairs among the samples."""
+    """Put a report's files beside the adapter, and its sheets among the samples."""
     for name in REPORT_FILES:
         if (report / name).is_file():
             replace_file(folder / name, (report / name).read_bytes())
-    if (report / PAIRS).is_file():
-        (folder / SAMPLES_FOLDER).mkdir(exist_ok=True)
-        replace_file(folder / SAMPLES_FOLDER / PAIRS, (report / PAIRS).read_bytes())
+    for name in SHEETS:
+        if (report / name).is_file():
+            (folder / SAMPLES_FOLDER).mkdir(exist_ok=True)
+            replace_file(folder / SAMPLES_FOLDER / name, (report / name).read_bytes())
 
 
 # ---- the card ------------------------------------------------------------------------------------
@@ -183,6 +188,7 @@ def _render(info: AdapterInfo, pictures: Sequence[str]) -> str:
             warning=_plain(warning(shortfalls(*_kept_sides(info)), "The adapter")),
             right=dict(_right(info)),
             pictures=pictures,
+            sheets=SHEETS,
             recipe=yaml.safe_dump(info.recipe, sort_keys=False, allow_unicode=True),
         )
         metadata = _metadata(info).to_yaml()

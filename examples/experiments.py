@@ -26,10 +26,10 @@ from diffusers_fair import FairnessFinetuner, RunConfig, testbed
 from diffusers_fair.adapters.io import read_adapter
 from diffusers_fair.attributes import Attribute
 from diffusers_fair.backends import load_base, load_judges, untouched_prompts
-from diffusers_fair.card import PAIRS, write_card
+from diffusers_fair.card import write_card
 from diffusers_fair.evaluation import Report, evaluate, metrics, processes, with_groups
 from diffusers_fair.evaluation.comparison import markdown_table
-from diffusers_fair.evaluation.report import FILE, GAP
+from diffusers_fair.evaluation.report import FILE, GAP, GROUPS_SHEET, PAIRS
 from diffusers_fair.loading import load_fair_adapter
 from diffusers_fair.prompts import prompt_set
 from diffusers_fair.prompts.groups import PromptGroup, evaluation_groups
@@ -197,7 +197,9 @@ def keep(report: Path, experiment: Experiment, runs: Path, out: Path) -> None:
     kept.mkdir(parents=True, exist_ok=True)
     shutil.copy(report / FILE, kept / FILE)
     if experiment.prompts == OCCUPATIONS:
-        shutil.copy(report / PAIRS, kept / PAIRS)
+        for name in (PAIRS, GROUPS_SHEET):
+            if (report / name).exists():  # older reports have no groups
+                shutil.copy(report / name, kept / name)
         keep_adapter(runs / experiment.recipe / "adapter", kept)
 
 

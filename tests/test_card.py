@@ -22,6 +22,7 @@ from diffusers_fair.adapters import io
 from diffusers_fair.adapters.io import read_adapter, write_adapter
 from diffusers_fair.card import write_card
 from diffusers_fair.evaluation import Report
+from diffusers_fair.evaluation.report import GROUPS_SHEET
 from diffusers_fair.prompts.groups import KeptPrompt
 
 ROOT = Path(__file__).parents[1]
@@ -321,7 +322,15 @@ def test_pictures_are_copied_and_shown(adapter, report):
     (adapter / "samples" / "a b.png").write_bytes(b"another")
     write_card(adapter)
     text = text_of(adapter)
-    assert "![a b.png](samples/a%20b.png)\n![The same noise, above without and below" in text
+    assert "adapter](samples/pairs.png)\n![a b.png](samples/a%20b.png)" in text
+    assert "![The same noise, above without and below" in text
+
+
+def test_the_sheet_of_prompts_that_leave_nothing_to_change_is_shown(adapter, report):
+    (report / GROUPS_SHEET).write_bytes(b"sheet")
+    write_card(adapter, report)
+    assert (adapter / "samples" / GROUPS_SHEET).read_bytes() == b"sheet"
+    assert "![Prompts that leave nothing to change: the same noise" in text_of(adapter)
 
 
 def test_a_link_is_replaced_and_not_followed(adapter, report, tmp_path):

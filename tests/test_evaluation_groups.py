@@ -6,6 +6,7 @@ import json
 import numpy as np
 import pytest
 from judging import HUE, PROMPTS, QUICK, TONE, find_all, find_faces, find_none, judges
+from PIL import Image
 from reports import group, report
 from test_resuming import Counting, interrupt
 from tiny import pipeline
@@ -15,6 +16,7 @@ from diffusers_fair.evaluation.generate import image_seed, prompt_key
 from diffusers_fair.evaluation.groups import pixel_change, summaries_from_json
 from diffusers_fair.evaluation.look import thumbnails
 from diffusers_fair.evaluation.obedience import MEASURES, Measure, warning
+from diffusers_fair.evaluation.pictures import groups_picture
 from diffusers_fair.prompts.groups import KeptPrompt, PromptGroup
 
 NAMED = PromptGroup(
@@ -290,6 +292,16 @@ def test_saved_and_loaded(other, tmp_path):
     assert len(lines) == 15 + 6 + 9
     assert json.loads(lines[-1])["group"] == "untouched"
     assert (tmp_path / "r" / "samples-untouched-000.png").exists()
+
+
+def test_a_sheet_shows_base_above_adapter(base, other, tmp_path):
+    other.save(tmp_path / "r")
+    sheet = np.array(Image.open(tmp_path / "r" / "groups.png"))
+    top, bottom = (r.groups["named"].samples[0][0] for r in (base, other))  # 16 pixels, 6 times
+    np.testing.assert_array_equal(sheet[36:132:6, 0:96:6], top)
+    np.testing.assert_array_equal(sheet[132:228:6, 0:96:6], bottom)
+    assert len(sheet) == 18 + 6 * (18 + 2 * 96)
+    assert groups_picture(dataclasses.replace(base, groups={}), other) is None
 
 
 def test_a_loaded_report_is_a_reference(base, other, tmp_path):

@@ -19,13 +19,14 @@ import numpy as np
 from diffusers_fair.attributes import Attribute
 from diffusers_fair.evaluation.groups import GroupReport, GroupSummary, group_from_json
 from diffusers_fair.evaluation.obedience import Shortfall, shortfalls
-from diffusers_fair.evaluation.pictures import pairs_picture
+from diffusers_fair.evaluation.pictures import groups_picture, pairs_picture
 from diffusers_fair.evaluation.records import Records, Settings
 from diffusers_fair.evaluation.summary import prompt_figures, summary_figures
 
 FORMAT = 1
 FILE, RECORDS, FEATURES = "report.json", "records.jsonl", "features.npz"
 PAGE = "report.html"
+PAIRS, GROUPS_SHEET = "pairs.png", "groups.png"  # the same noise without and with the adapter
 SCORE_NAMES = {"clip_t": "CLIP-T", "clip_i": "CLIP-I", "dino": "DINO"}
 GAP = "-"  # in a table, where there is no figure
 
@@ -156,7 +157,9 @@ class Report:
         for file, images in strips.items():
             Image.fromarray(np.concatenate(list(images), axis=1)).save(folder / file)
         if self.reference is not None:
-            pairs_picture(self.reference, self).save(folder / "pairs.png")
+            pairs_picture(self.reference, self).save(folder / PAIRS)
+            if sheet := groups_picture(self.reference, self):
+                sheet.save(folder / GROUPS_SHEET)
 
     def _json(self) -> dict[str, Any]:
         return {
