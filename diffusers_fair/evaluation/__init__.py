@@ -13,7 +13,7 @@ from diffusers_fair.attributes import Attribute
 from diffusers_fair.evaluation import processes
 from diffusers_fair.evaluation.folder import picture_folder
 from diffusers_fair.evaluation.generate import Pictures, bar, draw, pairs_of, prompt_key
-from diffusers_fair.evaluation.groups import OBEYED, PIXELS, Estimate, GroupReport, GroupSummary
+from diffusers_fair.evaluation.groups import Estimate, GroupReport, GroupSummary
 from diffusers_fair.evaluation.journal import Journal, Seen
 from diffusers_fair.evaluation.look import Judges, confusion_of, look, look_at_group
 from diffusers_fair.evaluation.pictures import pairs_picture
@@ -245,6 +245,11 @@ class _Run:
     out: Path | None
     progress: bool
 
+    @property
+    def folder(self) -> Path | None:
+        """Where their journals are."""
+        return None if self.out is None else self.out / PARTIAL
+
 
 def _measure(
     settings: Settings,
@@ -262,18 +267,17 @@ def _measure(
 
     Then at those of the groups, which `pipe` draws.
     """
-    for name in run.judges.extra.keys() & {*SCORE_NAMES, "face_rate", OBEYED, PIXELS}:
+    for name in run.judges.extra.keys() & {*SCORE_NAMES, "face_rate"}:
         raise ValueError(f"an extra score must not be called '{name}': that name is taken")
     facts: Mapping[str, Any] = provenance() | {"model": dict(about)}
     if run.out is not None and (run.out / FILE).exists():
         return _same(Report.load(run.out), settings, groups, facts, run.out)
     asked = {"settings": asdict(settings), "batch_size": run.batch_size, "label": label, **about}
     asked["reference"] = origin = None if reference is None else reference.provenance
-    folder = None if run.out is None else run.out / PARTIAL
     texts = prompt_features(settings.prompts, run.judges.clip)  # (P, d)
     before = None if reference is None else reference.records
     seen, facts = _seen(
-        folder,
+        run.folder,
         asked,
         facts,
         pairs_of(counts, run.batch_size),
@@ -281,23 +285,16 @@ def _measure(
         run.progress,
     )
     records, samples = _joined(seen)
+    measured = {}
+    for group in groups:
+        base = None if reference is None else reference.groups[group.name].of(group).records
+        measured[group.name] = _measure_group(pipe, group, settings, run, base, run.folder, origin)
     report = Report(
         label=label,
         settings=settings,
         records=records,
         samples=samples,
-        groups={
-            group.name: _measure_group(
-                pipe,
-                group,
-                settings,
-                run,
-                None if reference is None else reference.groups[group.name].of(group).records,
-                folder,
-                origin,
-            )
-            for group in groups
-        },
+        groups=measured,
         provenance=facts,
         confusion=confusion_of(settings.attributes, run.judges),
         reference=reference,
