@@ -11,6 +11,8 @@ import numpy as np
 from diffusers_fair.attributes import Attribute
 from diffusers_fair.evaluation import metrics
 
+SAME_NOISE = ("prompts", "images_per_prompt", "steps", "guidance_scale", "seed")
+
 
 @dataclass(frozen=True, kw_only=True)
 class Settings:
@@ -24,6 +26,21 @@ class Settings:
     """None, like the next two, for images that were not drawn here."""
     guidance_scale: float | None = None
     seed: int | None = None
+
+    def check_same_noise(self, other: "Settings") -> None:
+        """Check that images of the two can be compared one by one.
+
+        Raises:
+            ValueError: they were drawn from other noise, or otherwise.
+        """
+        for name in SAME_NOISE:
+            there, here = getattr(self, name), getattr(other, name)
+            if there != here:
+                shown = "" if name == "prompts" else f" ({there} there, {here} here)"
+                raise ValueError(
+                    f"the reference was made with other {name}{shown}: images can be compared only "
+                    f"if {', '.join(SAME_NOISE)} are the same"
+                )
 
     def measured(self) -> tuple[Attribute, ...]:
         """The attributes, and the joint of each combination of several."""
