@@ -2,7 +2,12 @@
 
 import math
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass, field
+from dataclasses import asdict, dataclass, field
+from typing import Any, Literal, TypeAlias, get_args
+
+Region: TypeAlias = Literal["face", "image"]
+People: TypeAlias = Literal["largest", "all"]
+"""Which faces of an image count: the largest, or every one."""
 
 
 @dataclass(frozen=True)
@@ -11,7 +16,7 @@ class Attribute:
 
     Raises:
         ValueError: fewer than two classes, a class named twice, or a target that is not a
-            distribution over the classes.
+            distribution over the classes, or an unknown region.
     """
 
     name: str
@@ -22,10 +27,17 @@ class Attribute:
     """Share wanted of each class; in [0, 1], sums to 1. Left out: equal shares."""
     targets: Mapping[str, tuple[float, ...]] = field(default_factory=dict)
     """Prompt -> its own shares, where other ones than `target` are wanted."""
+    region: Region = "face"
+    """What the classifier sees: the face, or the whole image, with or without one."""
 
     def __post_init__(self) -> None:
         """Check the classes, fill in a uniform target, check the targets."""
         object.__setattr__(self, "classes", tuple(self.classes))
+        if self.region not in get_args(Region):
+            raise ValueError(
+                f"the region of attribute '{self.name}' must be one of {get_args(Region)}, "
+                f"got {self.region!r}"
+            )
         n = len(self.classes)
         if n < 2 or len(set(self.classes)) < n:
             raise ValueError(
@@ -56,3 +68,13 @@ class Attribute:
                 f"{what} must sum to 1, got {list(shares)}, which sums to {sum(shares):g}"
             )
         return shares
+
+    @property
+    def of_faces(self) -> bool:
+        """Whether the classifier sees faces: images without one are not counted."""
+        return self.region == "face"
+
+    def json(self) -> dict[str, Any]:
+        """As files have it: what older ones lack only where it is not the usual."""
+        usual = {"targets": {}, "region": "face"}
+        return {k: v for k, v in asdict(self).items() if usual.get(k) != v}

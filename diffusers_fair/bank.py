@@ -62,6 +62,7 @@ def _packed(originals: Originals) -> dict[str, Tensor]:
         "boxes": originals.faces.boxes,
         "found": originals.faces.found,
         "landmarks": originals.faces.landmarks,
+        "image": originals.faces.image,
         "clip": clip,
         "dino": dino,
         "sure": originals.sure,
@@ -71,7 +72,9 @@ def _packed(originals: Originals) -> dict[str, Tensor]:
 
 
 def _unpacked(tensors: dict[str, Tensor]) -> Originals:
-    faces = Faces(tensors["boxes"], tensors["found"], tensors.get("landmarks"))
+    faces = Faces(
+        tensors["boxes"], tensors["found"], tensors.get("landmarks"), tensors.get("image")
+    )
     classes = {
         name.removeprefix("class/"): numbers
         for name, numbers in tensors.items()

@@ -1,4 +1,4 @@
-"""Face chips -> probabilities of the classes of one attribute."""
+"""Face chips or whole images -> probabilities of the classes of one attribute."""
 
 from collections.abc import Callable
 from dataclasses import dataclass
@@ -6,9 +6,13 @@ from typing import Protocol
 
 from torch import Tensor
 
+from diffusers_fair.attributes import Attribute
+from diffusers_fair.encoders import resized
+from diffusers_fair.faces import Faces, face_chips
+
 
 class Classifier(Protocol):
-    """Assigns a perceived attribute to faces."""
+    """Assigns a perceived attribute to faces, or another attribute to whole images."""
 
     @property
     def classes(self) -> tuple[str, ...]:
@@ -16,7 +20,7 @@ class Classifier(Protocol):
 
     @property
     def size(self) -> int:
-        """Side of the chips it takes, in pixels."""
+        """Side of the chips or images it takes, in pixels."""
 
     @property
     def confusion(self) -> tuple[tuple[float, ...], ...] | None:
@@ -27,6 +31,21 @@ class Classifier(Protocol):
 
     def __call__(self, chips: Tensor) -> Tensor:
         """(n, 3, size, size) in [-1, 1] -> (n, classes) probabilities, differentiable."""
+
+
+def view(attribute: Attribute, images: Tensor, faces: Faces, size: int) -> Tensor:
+    """What the classifier of an attribute gets to see, differentiable.
+
+    Args:
+        attribute: of the face or of the whole image.
+        images: (n, 3, h, w).
+        faces: of these images, one row each; not looked at for the whole image.
+        size: side of the result in pixels.
+
+    Returns:
+        (n, 3, size, size).
+    """
+    return face_chips(images, faces, size) if attribute.of_faces else resized(images, size)
 
 
 @dataclass(frozen=True)

@@ -490,7 +490,7 @@ def _evaluate(
     pipe = load_base(base)
     model: dict[str, Any] = {"base": base, "recipe": recipe}
     options: dict[str, Any] = {
-        "judges": load_judges(section.models, chosen, pipe.device),
+        "judges": load_judges(section.models, chosen, pipe.device, asked.people),
         "images_per_prompt": section.images_per_prompt if images is None else images,
         "steps": section.steps if steps is None else steps,
         "guidance_scale": guidance_scale or section.guidance_scale,
@@ -548,7 +548,7 @@ def _audit(images: str, recipe: str | None, out: Path, attributes: list[str] | N
         )
     asked = _asked("", recipe)
     chosen = _attributes(attributes, None, asked.known, asked.usual)
-    judges = load_judges(asked.section.models, chosen)
+    judges = load_judges(asked.section.models, chosen, people=asked.people)
     report = audit(images, chosen, judges=judges, out=out, model={"recipe": recipe})
     _show(table(report), out)
 
@@ -594,6 +594,8 @@ class _Asked:
     """A recipe's attributes as JSON has them, with the words that ask for their classes."""
     untouched: str
     """Prompt set of prompts that show nobody."""
+    people: Any = "largest"
+    """Which faces of an image count."""
 
 
 def _asked(base: str, recipe: str | None) -> _Asked:
@@ -609,8 +611,9 @@ def _asked(base: str, recipe: str | None) -> _Asked:
         known = {attribute.name: attribute for attribute in config.balanced()}
         told = config.model_dump(mode="json")["attributes"]
         sets, train = list(config.prompts.sets), config.prompts.train
+        models, people = config.models, config.people
         return _Asked(
-            config.evaluation, known, list(known), sets, train, config.models, told, empty
+            config.evaluation, known, list(known), sets, train, models, told, empty, people
         )
     if base != testbed.NAME:
         raise ValueError(
@@ -636,7 +639,7 @@ def _task(asked: _Asked, attributes: list[Any], device: Any, options: dict[str, 
     return Task(
         wordings=[recipe_wording(attribute, asked.sections) for attribute in attributes],
         prompts=[p for name in asked.prompts for p in prompt_set(name).prompts(asked.train)],
-        judges=lambda: load_judges(asked.models, attributes, device),
+        judges=lambda: load_judges(asked.models, attributes, device, asked.people),
         steps=options["steps"],
         guidance_scale=options["guidance_scale"],
         seed=options["seed"],

@@ -11,7 +11,7 @@ from pathlib import Path
 from typing import Annotated, Any, Literal, get_args
 
 from diffusers_fair import durable
-from diffusers_fair.attributes import Attribute
+from diffusers_fair.attributes import Attribute, People, Region
 from diffusers_fair.prompts.tables import read_table, targets_by_prompt
 from diffusers_fair.prompts.wording import Wording
 
@@ -75,7 +75,7 @@ def _one_of(*forms: str) -> AfterValidator:
     return AfterValidator(check)
 
 
-FaceDetectorName = Annotated[str, _one_of("testbed", "retinaface")]
+FaceDetectorName = Annotated[str, _one_of("testbed", "retinaface", "none")]
 ClipName = Annotated[str, _one_of("testbed", "open_clip:MODEL/WEIGHTS")]
 DinoName = Annotated[str, _one_of("testbed", "dinov2:MODEL")]
 FaceEmbedderName = Annotated[str, _one_of("testbed", "timm:MODEL")]
@@ -114,6 +114,9 @@ class AttributeSection(Section):
     """Targets of some prompts of their own: a prompt, or a subject of the prompt sets such as an
     occupation -> share wanted of each class. Or the path of a table: a CSV file whose columns are
     the prompt or subject and the classes, or JSON."""
+    region: Region = "face"
+    """What the classifier sees: `face`, a crop around the face, where images without one take no
+    part; or `image`, the whole image squeezed to a square, where every image takes part."""
     words: dict[str, Words] = {}
     """Class -> words that ask for it when they stand before the subject of a prompt, for the
     methods that `evaluate --baseline` measures. A class that is left out is asked for by its
@@ -134,7 +137,8 @@ class AttributeSection(Section):
     """lambda_2 / lambda_1: how much of `losses.semantics` is left where the class is to change,
     outside the face. Of several attributes of an image that are to change, the smallest counts."""
     semantics_face: Share = 0.2
-    """lambda_3 / lambda_2: how much of that is left inside the face; the smallest counts."""
+    """lambda_3 / lambda_2: how much of that is left inside the face; the smallest counts. Not used
+    by attributes of the whole image."""
 
     @model_validator(mode="before")
     @classmethod
@@ -169,7 +173,7 @@ class AttributeSection(Section):
             ValueError: targets for a prompt or subject that is not in the sets.
         """
         own = targets_by_prompt(self.targets, sets) if sets else self.targets
-        return Attribute(self.name, self.classes, self.target, own)
+        return Attribute(self.name, self.classes, self.target, own, self.region)
 
 
 class KeepSection(Section):
@@ -218,8 +222,8 @@ class ClassifierSection(Section):
 
     kind: Literal["testbed", "transformers", "zero_shot", "checkpoint"]
     """What it is: `testbed`, the testbed's own; `transformers`, an image classification model;
-    `zero_shot`, an open_clip model that compares faces with phrases; `checkpoint`, what
-    `diffusers-fair classifier train` made."""
+    `zero_shot`, an open_clip model that compares faces, or whole images, with phrases;
+    `checkpoint`, what `diffusers-fair classifier train` made."""
     model: str = ""
     """Of `transformers`, a Hub id or a folder; of `zero_shot`, as in `clip` below, without the
     `open_clip:`; of `checkpoint`, a folder; of `testbed`, nothing, or `evaluation` for the one that
@@ -264,7 +268,8 @@ class JudgesSection(Section):
     """What looks at the images."""
 
     face_detector: FaceDetectorName = "testbed"
-    """Finds the largest face of an image."""
+    """Finds the largest face of an image. `none` finds no face and needs no model: enough where all
+    attributes are of the whole image."""
     classifiers: Classifiers = {"*": ClassifierSection(kind="testbed")}
     """Attribute -> its classifier; `*` stands for every attribute that is not named, and
     `classifiers: testbed` for `classifiers: {"*": testbed}`."""
@@ -279,13 +284,24 @@ class JudgesSection(Section):
         """The classifier of an attribute.
 
         Raises:
-            ValueError: there is none, or it gives other classes than the attribute's.
+            ValueError: there is none, it gives other classes than the attribute's, or it does not
+                see the attribute's region.
         """
         chosen = self.classifiers.get(attribute.name, self.classifiers.get("*"))
         if chosen is None:
             raise ValueError(
                 f"there is no classifier for attribute '{attribute.name}': classifiers names "
                 f"{', '.join(self.classifiers) or 'none'}"
+            )
+        if attribute.of_faces and self.face_detector == "none":
+            raise ValueError(
+                f"attribute '{attribute.name}' is of faces, which face_detector 'none' does not "
+                "find: name a face detector, or set the attribute's region to 'image'"
+            )
+        if chosen.kind == "testbed" and not attribute.of_faces:
+            raise ValueError(
+                f"attribute '{attribute.name}' is of the whole image, and the testbed's "
+                "classifiers see faces: name a classifier of another kind for it"
             )
         classes = [*chosen.classes, *chosen.phrases]
         if classes and set(classes) != set(attribute.classes):
@@ -491,6 +507,10 @@ class RunConfig(Section):
 
     base: BaseSection
     attributes: Annotated[tuple[AttributeSection, ...], Field(min_length=1)]
+    people: People = "largest"
+    """Which faces of an image count for the attributes of faces, in training and in evaluation:
+    the `largest`, or `all`. It says what a fair share is a share of, so it is neither a matter of
+    one attribute nor of the models that look. Not used by attributes of the whole image."""
     prompts: PromptsSection
     models: ModelsSection = ModelsSection()
     adapter: AdapterSection = AdapterSection()
@@ -527,6 +547,11 @@ class RunConfig(Section):
         for models in (self.models, self.evaluation.models):
             for attribute in self.attributes:
                 models.classifier(attribute.attribute())
+        if self.losses.face and self.models.face_detector == "none":
+            raise ValueError(
+                f"losses.face is {self.losses.face:g}, and models.face_detector 'none' finds no "
+                "face: name a face detector, or set losses.face to 0"
+            )
         if any(attribute.targets for attribute in self.attributes):
             self.balanced()
         return self

@@ -26,6 +26,13 @@ class ImageTextEncoder(ImageEncoder, Protocol):
         """Texts -> (n, d) of length 1."""
 
 
+def resized(images: Tensor, size: int) -> Tensor:
+    """Images (n, 3, h, w) squeezed or stretched to squares (n, 3, size, size), differentiable."""
+    if images.shape[-2:] == (size, size):
+        return images
+    return F.interpolate(images, (size, size), mode="bicubic", antialias=True, align_corners=False)
+
+
 @dataclass(frozen=True)
 class Pixels:
     """The size and the scale of colours that an encoder was trained with."""
@@ -38,10 +45,7 @@ class Pixels:
 
     def __call__(self, images: Tensor) -> Tensor:
         """(n, 3, h, w) in [-1, 1] -> (n, 3, size, size) in the encoder's own scale."""
-        if images.shape[-2:] != (self.size, self.size):
-            images = F.interpolate(
-                images, (self.size, self.size), mode="bicubic", antialias=True, align_corners=False
-            )
+        images = resized(images, self.size)
         mean, std = (torch.tensor(v).to(images).view(3, 1, 1) for v in (self.mean, self.std))
         return ((images + 1) / 2 - mean) / std
 

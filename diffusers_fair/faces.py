@@ -1,11 +1,12 @@
-"""Images -> the largest face of each -> chips for classifiers and embedders.
+"""Images -> the largest face of each, or every face -> chips for classifiers and embedders.
 
 The detector is anyone's.
 """
 
-from dataclasses import dataclass
+from collections.abc import Sequence
+from dataclasses import dataclass, replace
 from math import ceil
-from typing import Protocol
+from typing import Protocol, runtime_checkable
 
 import torch
 import torch.nn.functional as F
@@ -23,7 +24,7 @@ TEMPLATE_SIZE = 112  # pixels, of the chip that the template is for
 
 @dataclass(frozen=True)
 class Faces:
-    """The largest face of each image; `found`, never a number, marks images without a face."""
+    """The largest face of each image, or all its faces; `found` marks rows that are none."""
 
     boxes: Tensor
     """(n, 4) corners x0, y0, x1, y1 in pixels; finite, but without meaning where not found."""
@@ -31,14 +32,54 @@ class Faces:
     """(n,) bool."""
     landmarks: Tensor | None = None
     """(n, 5, 2) pixels: eyes, nose, corners of the mouth; None if the detector gives none."""
+    image: Tensor | None = None
+    """(n,) number of each row's image, ascending, the largest face of an image first; an image
+    without a face has one row, which is not found. None: one row for each image."""
 
     def __len__(self) -> int:
         return len(self.found)
 
     def __getitem__(self, rows: Tensor | slice) -> "Faces":
-        """The same for some of the images: a mask, row numbers or a slice."""
+        """Some of the rows: a mask, row numbers or a slice."""
         landmarks = None if self.landmarks is None else self.landmarks[rows]
-        return Faces(self.boxes[rows], self.found[rows], landmarks)
+        image = None if self.image is None else self.image[rows]
+        return Faces(self.boxes[rows], self.found[rows], landmarks, image)
+
+    @property
+    def owner(self) -> Tensor:
+        """(n,) number of each row's image."""
+        rows = torch.arange(len(self), device=self.found.device)
+        return rows if self.image is None else self.image
+
+    @property
+    def counts(self) -> Tensor:
+        """(images,) number of faces found in each image."""
+        if self.image is None:
+            return self.found.long()
+        return torch.bincount(self.image, weights=self.found.double()).long()
+
+    def of_images(self, images: Tensor) -> tuple["Faces", Tensor]:
+        """The faces of some images (m,), in whose order they are numbered, and their rows."""
+        if self.image is None:
+            return self[images], images
+        image, rows = (self.image == images[:, None]).nonzero(as_tuple=True)
+        return replace(self[rows], image=image), rows
+
+    @classmethod
+    def joined(cls, parts: Sequence["Faces"]) -> "Faces":
+        """The faces of several batches of images, one after the other."""
+        marks = [part.landmarks for part in parts if part.landmarks is not None]
+        image, images = [], 0
+        for part in parts:
+            if part.image is not None:
+                image.append(part.image + images)
+                images += int(part.image[-1]) + 1
+        return cls(
+            torch.cat([part.boxes for part in parts]),
+            torch.cat([part.found for part in parts]),
+            torch.cat(marks) if marks else None,
+            torch.cat(image) if image else None,
+        )
 
 
 class FaceDetector(Protocol):
@@ -46,6 +87,56 @@ class FaceDetector(Protocol):
 
     def __call__(self, images: Tensor) -> Faces:
         """(n, 3, h, w) in [-1, 1] -> Faces, without gradient."""
+
+
+@runtime_checkable
+class EveryFaceDetector(FaceDetector, Protocol):
+    """Finds every face of every image, too."""
+
+    def all_faces(self, images: Tensor) -> Faces:
+        """(n, 3, h, w) in [-1, 1] -> Faces with `image`, without gradient."""
+
+
+def faces_of_images(
+    boxes: Tensor, image: Tensor, images: int, landmarks: Tensor | None = None
+) -> Faces:
+    """Every face of some images, as `Faces` has them, out of faces in any order.
+
+    Args:
+        boxes: (m, 4) corners in pixels.
+        image: (m,) number of each face's image, in [0, images).
+        images: how many images there are.
+        landmarks: (m, 5, 2) pixels.
+    """
+    without = torch.ones(images, dtype=torch.bool, device=boxes.device)
+    without[image] = False
+    blank = without.nonzero().squeeze(1)  # images without a face
+    boxes = torch.cat([boxes, boxes.new_zeros(len(blank), 4)])
+    if landmarks is not None:
+        landmarks = torch.cat([landmarks, landmarks.new_zeros(len(blank), 5, 2)])
+    found = torch.arange(len(boxes), device=boxes.device) < len(image)
+    image = torch.cat([image, blank])
+    order = area(boxes).argsort(descending=True, stable=True)
+    order = order[image[order].argsort(stable=True)]
+    return Faces(boxes, found, landmarks, image)[order]
+
+
+def no_faces(images: Tensor) -> Faces:
+    """A `FaceDetector` that finds none: enough where only whole images are looked at."""
+    n = len(images)
+    return Faces(images.new_zeros(n, 4), torch.zeros(n, dtype=torch.bool, device=images.device))
+
+
+def overlap(a: Tensor, b: Tensor) -> Tensor:
+    """Intersection over union of boxes (..., 4) and (..., 4), in [0, 1]."""
+    low, high = torch.maximum(a[..., :2], b[..., :2]), torch.minimum(a[..., 2:], b[..., 2:])
+    shared = (high - low).clamp(min=0).prod(-1)
+    return shared / (area(a) + area(b) - shared).clamp(min=1e-6)
+
+
+def area(boxes: Tensor) -> Tensor:
+    """Square pixels (...) of boxes (..., 4)."""
+    return (boxes[..., 2:] - boxes[..., :2]).clamp(min=0).prod(-1)
 
 
 def square_boxes(boxes: Tensor, margin: float) -> Tensor:

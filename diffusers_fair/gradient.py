@@ -84,8 +84,8 @@ class BatchGradient:
 
         Returns:
             Means over the images: `loss`, `alignment`, `semantics`, `face` if it has a weight, and
-            `faces`, the share with one; over the prompts: `bias/NAME`; over the faces:
-            `share/NAME/CLASS`, that of each class. Over the kept prompts: `keep`.
+            `faces`, the share with one; over the prompts: `bias/NAME`; over the faces, or the
+            whole images: `share/NAME/CLASS`, that of each class. Over the kept prompts: `keep`.
 
         Raises:
             NotFiniteError: an image is NaN or infinite, in any process.
@@ -255,6 +255,8 @@ def _about_originals(config: RunConfig) -> Any:
     told = config.model_dump(
         mode="json",
         include={"base", "attributes", "models", "sampling"},
-        exclude={"attributes": {"__all__": {"words", "nouns", "steering", "targets"}}},
+        exclude={"attributes": {"__all__": {"words", "nouns", "steering", "targets", "region"}}},
     )
-    return told | {"face": config.losses.face > 0}
+    whole = [section.name for section in config.attributes if section.region == "image"]
+    told |= {"face": config.losses.face > 0} | ({"whole": whole} if whole else {})
+    return told | ({"people": config.people} if config.people != "largest" else {})

@@ -94,9 +94,10 @@ class Watch:
                 self._count(
                     name,
                     share == 1,
-                    f"every face was seen as the same class of '{attribute}' in {PATIENCE} "
-                    "iterations in a row: check its classifier on pictures of each class; if it "
-                    "is right, raise prompts.images_per_prompt or optimizer.lr",
+                    "every face, or image, was seen as the same class of "
+                    f"'{attribute}' in {PATIENCE} iterations in a row: check its classifier on "
+                    "pictures of each class; if it is right, raise prompts.images_per_prompt or "
+                    "optimizer.lr",
                 )
 
     def clip_t(self, value: float, least: float) -> None:

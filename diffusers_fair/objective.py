@@ -17,7 +17,7 @@ from diffusers_fair import processes
 from diffusers_fair.attributes import Attribute
 from diffusers_fair.evaluation import Judges
 from diffusers_fair.evaluation.metrics import bias, frequencies
-from diffusers_fair.faces import Faces, face_chips
+from diffusers_fair.faces import Faces, overlap
 from diffusers_fair.losses import (
     alignment_loss,
     face_realism_loss,
@@ -26,7 +26,7 @@ from diffusers_fair.losses import (
 )
 from diffusers_fair.real_faces import RealFaces
 from diffusers_fair.steering import Steering
-from diffusers_fair.targets import Targets, joined, joint_targets
+from diffusers_fair.targets import Targets, joined, region_targets
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -44,7 +44,7 @@ class Aim:
     semantics_changed: float = 0.2
     """lambda_2 / lambda_1, in [0, 1]: likeness that is asked where the class is to change."""
     semantics_face: float = 0.2
-    """lambda_3 / lambda_2, in [0, 1]: there, inside the face."""
+    """lambda_3 / lambda_2, in [0, 1]: there, inside the face; not used for whole images."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -63,20 +63,22 @@ class Originals:
 
     faces: Faces
     classes: dict[str, Tensor]
-    """Attribute name -> (n,) class numbers; without meaning where no face was found."""
+    """Attribute name -> class numbers, one for each row of the faces, (n,) where each image has
+    one; without meaning where no face was found, unless the attribute is of the whole image."""
     features: tuple[Tensor, Tensor]
     """CLIP and DINO, (n, d) each, of unit length."""
     sure: Tensor
-    """(n,) bool: whether every attribute's class is at least as likely as its threshold."""
+    """Of the same rows, bool: whether the classes of faces are all as likely as their threshold."""
     embeddings: Tensor | None = None
-    """Of the faces, (n, d), of unit length; as meaningless as the classes. None: not asked for."""
+    """Of the same rows, (n, d), of unit length. None: not asked for."""
 
-    def __getitem__(self, rows: Tensor) -> "Originals":
+    def __getitem__(self, images: Tensor) -> "Originals":
         """The same for some of the images."""
+        faces, rows = self.faces.of_images(images)
         return Originals(
-            self.faces[rows],
+            faces,
             {name: numbers[rows] for name, numbers in self.classes.items()},
-            (self.features[0][rows], self.features[1][rows]),
+            (self.features[0][images], self.features[1][images]),
             self.sure[rows],
             None if self.embeddings is None else self.embeddings[rows],
         )
@@ -89,16 +91,20 @@ class Sought:
     faces: Faces
     """Of this process's n images."""
     targets: list[Targets]
-    """Of each attribute, for the m faces found here; empty if no process found one."""
+    """Of each attribute, for the m faces found here or, of whole images, for the n images."""
+    of_faces: list[bool]
+    """Which of the two, for each attribute."""
     figures: dict[str, float]
     """To log."""
 
-    def __getitem__(self, rows: Tensor) -> "Sought":
+    def __getitem__(self, images: Tensor) -> "Sought":
         """The same for some of the images."""
-        before = self.faces.found.cumsum(0) - 1  # (n,), place among the faces
-        there = before[rows][self.faces.found[rows]]
+        faces, rows = self.faces.of_images(images)
+        before = self.faces.found.cumsum(0) - 1  # place among the faces
+        there = before[rows][faces.found]
+        chosen = zip(self.targets, self.of_faces, strict=True)
         return replace(
-            self, faces=self.faces[rows], targets=[_some(t, there) for t in self.targets]
+            self, faces=faces, targets=[_some(t, there if f else images) for t, f in chosen]
         )
 
 
@@ -141,24 +147,36 @@ class Objective:
         return _joined([self._original(part) for part in images.split(micro_batch or len(images))])
 
     def _original(self, images: Tensor) -> Originals:
-        faces = self.judges.face_detector(images)
-        p = self.probabilities(images, faces)  # of every row: faceless ones are left out later
-        sure = [p[aim.attribute.name].amax(1) >= aim.threshold for aim in self.aims]
-        classes = {name: x.argmax(1) for name, x in p.items()}
-        embeddings = None if self.real_faces is None else self.real_faces.embed(images, faces)
-        return Originals(
-            faces, classes, self._features(images), torch.stack(sure).all(0), embeddings
-        )
-
-    def probabilities(self, images: Tensor, faces: Faces) -> dict[str, Tensor]:
-        """Attribute name -> (n, classes), differentiable; classes in the attribute's order."""
-        found = {}
+        faces = self.judges.faces(images)
+        shown = images[faces.owner]  # of every row: faceless ones are left out later
+        classes, sure = {}, torch.ones_like(faces.found)
         for aim in self.aims:
-            classifier = self.judges.classifiers[aim.attribute.name]
-            order = [classifier.classes.index(c) for c in aim.attribute.classes]
-            chips = face_chips(images, faces, classifier.size)
-            found[aim.attribute.name] = classifier(chips)[:, order]
-        return found
+            p = self.judges.probabilities(aim.attribute, shown, faces)
+            classes[aim.attribute.name] = p.argmax(1)
+            if aim.attribute.of_faces:
+                sure &= p.amax(1) >= aim.threshold
+        embeddings = None if self.real_faces is None else self.real_faces.embed(shown, faces)
+        return Originals(faces, classes, self._features(images), sure, embeddings)
+
+    def _perceived(
+        self, images: Tensor, faces: Faces, micro_batch: int | None = None
+    ) -> list[Tensor]:
+        """Probabilities for each attribute, of the m faces found or of the n whole images.
+
+        Each is (m or n, classes) in the attribute's order, differentiable.
+        """
+        shown, there = images[faces.owner[faces.found]], faces[faces.found]
+        size = micro_batch or len(images)
+
+        def parts(a: Attribute) -> list[Tensor]:
+            if not a.of_faces:
+                return [self.judges.probabilities(a, x, there) for x in images.split(size)]
+            if not len(shown):
+                return [images.new_zeros(0, len(a.classes))]
+            rows = torch.arange(len(shown), device=images.device).split(size)
+            return [self.judges.probabilities(a, shown[x], there[x]) for x in rows]
+
+        return [torch.cat(parts(aim.attribute)) for aim in self.aims]
 
     def __call__(
         self,
@@ -220,47 +238,49 @@ class Objective:
     @torch.no_grad()
     def _seek(self, images: Tensor, prompts: Sequence[str], micro_batch: int | None) -> Sought:
         """Find the targets among the faces of all processes; each computes them all (eq. 4-5)."""
-        size = micro_batch or len(images)
-        faces = _joined_faces([self.judges.face_detector(part) for part in images.split(size)])
-        shown, there = images[faces.found], faces[faces.found]
-        rows = torch.arange(len(shown), device=images.device).split(size)
-        own = [self.probabilities(shown[x], there[x]) for x in rows]
-        parts = {name: processes.gather(torch.cat([p[name] for p in own])) for name in own[0]}
-        p = {name: torch.cat(x) for name, x in parts.items()}  # of the faces of all
-        found = torch.cat(processes.gather(faces.found))
-        sizes = [int(part.sum()) for part in found.chunk(len(prompts))]  # faces of each prompt
-        before = [len(x) for x in next(iter(parts.values()))[: processes.number()]]
-        mine = torch.arange(len(shown), device=images.device) + sum(before)
-        targets = [_some(target, mine) for target in self._targets(p, sizes, prompts)]
-        figures = self._figures(p, sizes) | self._wanted(sizes, prompts)
-        return Sought(faces, targets, {"faces": found.float().mean().item()} | figures)
+        split = images.split(micro_batch or len(images))
+        faces = Faces.joined([self.judges.faces(part) for part in split])
+        own = self._perceived(images, faces, micro_batch)
+        parts = [processes.gather(x) for x in own]
+        p = [torch.cat(x) for x in parts]  # of all processes
+        counts = torch.cat(processes.gather(faces.counts))  # of faces in each image of all
+        targets = []
+        for target, x, mine in zip(self._targets(p, counts, prompts), parts, own, strict=True):
+            before = sum(len(rows) for rows in x[: processes.number()])
+            rows = torch.arange(len(mine), device=images.device) + before
+            targets.append(_some(target, rows))
+        of_faces = [aim.attribute.of_faces for aim in self.aims]
+        figures = self._figures(p, counts, len(prompts)) | self._wanted(counts, prompts)
+        return Sought(faces, targets, of_faces, figures)
 
     def _terms(self, images: Tensor, originals: Originals, sought: Sought) -> dict[str, Tensor]:
         """Name -> each image's term of the loss (n,), with its weight."""
-        faces, found = sought.faces, sought.faces.found
-        alignment = images.new_zeros(len(images))
-        differs = found.new_ones(len(images), len(self.aims))
-        if found.any():
-            p = self.probabilities(images[found], faces[found])
-            alignment[found], differs[found] = self._align(p, originals, found, sought.targets)
+        faces = sought.faces
+        before, known = _before(faces, originals.faces)  # (m,)
+        alignment, differs = self._align(images, faces, originals, before, known, sought.targets)
         terms = {
             "alignment": alignment,
             "semantics": self._semantics(images, faces, originals, differs),
         }
         if self.real_faces is not None:
-            kept = originals.sure & ~differs.any(1)
-            terms["face"] = self._realism(self.real_faces, images, faces, originals, kept)
+            stays = ~differs[:, sought.of_faces].any(1)  # (n,)
+            kept = originals.sure[before] & stays[faces.owner[faces.found]]  # (m,)
+            terms["face"] = self._realism(self.real_faces, images, faces, originals, before, kept)
         return terms
 
-    def _figures(self, p: Mapping[str, Tensor], sizes: Sequence[int]) -> dict[str, float]:
-        """Of each attribute, for faces (m, classes), prompt by prompt; none where there are none.
+    def _figures(self, p: Sequence[Tensor], faces: Tensor, prompts: int) -> dict[str, float]:
+        """Of the probabilities for each attribute, and of the number of faces in each image (n,).
 
-        'bias/NAME' is the mean over the prompts with a face, 'largest/NAME' the share of the class
-        that most faces of all prompts are of, 'share/NAME/CLASS' that of each class.
+        'faces' is the share of images with a face. Of faces, or of whole images, prompt by prompt,
+        'bias/NAME' is the mean over the prompts with any, 'largest/NAME' the share of the class
+        that most of all prompts are of, 'share/NAME/CLASS' that of each class.
         """
         figures = {}
-        for aim in self.aims:
-            name, x = aim.attribute.name, p[aim.attribute.name]
+        if any(aim.attribute.of_faces for aim in self.aims):
+            figures["faces"] = (faces > 0).float().mean().item()
+        for aim, x in zip(self.aims, p, strict=True):
+            name = aim.attribute.name
+            sizes = _sizes(aim.attribute, faces, prompts)
             parts = [part.argmax(1) for part in x.split(sizes) if len(part)]
             counts = [torch.bincount(y, minlength=x.shape[1]).numpy(force=True) for y in parts]
             if counts:
@@ -271,48 +291,72 @@ class Objective:
                     figures[f"share/{name}/{c}"] = float(share)
         return figures
 
-    def _wanted(self, sizes: Sequence[int], prompts: Sequence[str]) -> dict[str, float]:
-        """'target/NAME/CLASS', the mean target of the faces; where prompts have their own."""
-        own = [aim.attribute for aim in self.aims if aim.attribute.targets and sum(sizes)]
-        return {
-            f"target/{a.name}/{c}": float(share)
-            for a in own
-            for c, share in zip(
-                a.classes,
-                np.average([a.target_of(prompt) for prompt in prompts], axis=0, weights=sizes),
-                strict=True,
-            )
-        }
+    def _wanted(self, faces: Tensor, prompts: Sequence[str]) -> dict[str, float]:
+        """'target/NAME/CLASS', the mean target of what counts; where prompts have their own."""
+        figures = {}
+        for a in (aim.attribute for aim in self.aims if aim.attribute.targets):
+            sizes = _sizes(a, faces, len(prompts))
+            if sum(sizes):
+                own = [a.target_of(prompt) for prompt in prompts]
+                mean = np.average(own, axis=0, weights=sizes)  # (classes,)
+                for c, share in zip(a.classes, mean, strict=True):
+                    figures[f"target/{a.name}/{c}"] = float(share)
+        return figures
 
     def _align(
         self,
-        p: Mapping[str, Tensor],
+        images: Tensor,
+        faces: Faces,
         originals: Originals,
-        found: Tensor,
+        before: Tensor,
+        known: Tensor,
         targets: Sequence[Targets],
     ) -> tuple[Tensor, Tensor]:
-        """Of the m faces found: the alignment loss (m,), and which classes are to change.
+        """The alignment loss (n,), and which classes are to change, (n, attributes) bool.
 
-        The latter is (m, attributes) bool.
+        An image with several faces has the mean of their losses, and its class is to change where
+        that of any of them is. One without a face has none, and is taken to change, as is a face
+        that the original does not have.
+
+        Args:
+            images: (n, 3, h, w).
+            faces: of these images.
+            originals: of these images.
+            before: (m,) row of each face found among those of the originals.
+            known: (m,) whether it was there.
+            targets: of each attribute.
         """
+        first = torch.searchsorted(originals.faces.owner, torch.arange(len(images)).to(before))
         losses, differs = [], []
-        for aim, target in zip(self.aims, targets, strict=True):
-            name = aim.attribute.name
-            losses.append(alignment_loss(p[name], target, aim.threshold))  # equation 6
-            differs.append(target.labels != originals.classes[name][found])
-        unseen = ~originals.faces.found[found]  # no face in the original: nothing agrees with it
-        return torch.stack(losses).sum(0), torch.stack(differs, 1) | unseen[:, None]
+        every = zip(self.aims, self._perceived(images, faces), targets, strict=True)
+        for aim, p, target in every:
+            loss = alignment_loss(p, target, aim.threshold)  # of faces, or of images
+            classes = originals.classes[aim.attribute.name]
+            if aim.attribute.of_faces:
+                same = (target.labels == classes[before]) & known
+                losses.append(_means(loss, faces))
+                differs.append((_means((~same).float(), faces) > 0) | (faces.counts == 0))
+            else:
+                losses.append(loss)
+                differs.append(target.labels != classes[first])
+        return torch.stack(losses).sum(0), torch.stack(differs, 1)
 
-    def _targets(
-        self, p: Mapping[str, Tensor], sizes: Sequence[int], prompts: Sequence[str]
-    ) -> list[Targets]:
-        """Of each attribute, the targets of the m faces: those of each prompt among themselves."""
+    def _targets(self, p: Sequence[Tensor], faces: Tensor, prompts: Sequence[str]) -> list[Targets]:
+        """Of each attribute, its targets: those of each prompt's images among themselves.
+
+        Args:
+            p: for each attribute the probabilities of faces, or of whole images.
+            faces: (n,) number of faces in each image.
+            prompts: of the images.
+        """
         cost = [aim.cost for aim in self.aims]
-        faces = zip(*(x.split(sizes) for x in p.values()), strict=True)
+        whole = [not aim.attribute.of_faces for aim in self.aims]
+        sizes = [_sizes(aim.attribute, faces, len(prompts)) for aim in self.aims]
+        parts = zip(*(x.split(size) for x, size in zip(p, sizes, strict=True)), strict=True)
+        counts = faces.chunk(len(prompts))
         of_prompts = [
-            joint_targets(parts, self._target_of(prompt), cost_weights=cost)
-            for prompt, parts in zip(prompts, faces, strict=True)
-            if len(parts[0])
+            region_targets(part, self._target_of(prompt), count, whole, cost_weights=cost)
+            for prompt, part, count in zip(prompts, parts, counts, strict=True)
         ]
         return [joined(parts) for parts in zip(*of_prompts, strict=True)]
 
@@ -329,27 +373,34 @@ class Objective:
         """The weighted semantics loss (n,): less where a class changes, least on the face.
 
         Where several attributes of an image are to change, the smallest factor counts; without a
-        face all of them are taken to.
+        face those of faces are taken to. An attribute of the whole image leaves the face as it is.
         """
         changed = _smallest([aim.semantics_changed for aim in self.aims], differs)  # (n,)
-        face = _smallest([aim.semantics_face for aim in self.aims], differs)[:, None, None]
-        inside = _shared_face(faces, originals.faces, images)  # (n, h, w)
+        inner = [aim.semantics_face if aim.attribute.of_faces else 1.0 for aim in self.aims]
+        face = _smallest(inner, differs)[:, None, None]
+        inside = _face_area(faces, images) & _face_area(originals.faces, images)  # (n, h, w)
         images = scale_gradient(images, torch.where(inside, face, 1.0)[:, None])
         pairs = zip(self._features(images), originals.features, strict=True)
         loss = sum(semantics_loss(x, o) for x, o in pairs)  # equation 7
         return self.weights.semantics * changed * loss
 
     def _realism(
-        self, real: RealFaces, images: Tensor, faces: Faces, originals: Originals, kept: Tensor
+        self,
+        real: RealFaces,
+        images: Tensor,
+        faces: Faces,
+        originals: Originals,
+        before: Tensor,
+        kept: Tensor,
     ) -> Tensor:
-        """The weighted face realism loss (n,); 0 without a face."""
+        """The weighted face realism loss (n,), of several faces the mean; 0 without a face."""
         assert originals.embeddings is not None
-        loss, found = images.new_zeros(len(images)), faces.found
-        if found.any():
-            embeddings = real.embed(images[found], faces[found])  # (m, d)
-            own = originals.embeddings[found]
-            loss[found] = face_realism_loss(embeddings, real.bank, own, kept[found])
-        return self.weights.face * loss
+        if not faces.found.any():
+            return images.new_zeros(len(images))
+        shown, there = images[faces.owner[faces.found]], faces[faces.found]
+        own = originals.embeddings[before]  # (m, d)
+        loss = face_realism_loss(real.embed(shown, there), real.bank, own, kept)  # (m,)
+        return self.weights.face * _means(loss, faces)
 
     def _features(self, images: Tensor) -> tuple[Tensor, Tensor]:
         return self.judges.clip(images), self.judges.dino(images)
@@ -360,19 +411,45 @@ def _smallest(factors: Sequence[float], differs: Tensor) -> Tensor:
     return torch.where(differs, torch.tensor(factors, device=differs.device), 1.0).amin(1)
 
 
-def _shared_face(a: Faces, b: Faces, images: Tensor) -> Tensor:
-    """(n, h, w) bool: inside both face boxes; nowhere if one has no face."""
+def _face_area(faces: Faces, images: Tensor) -> Tensor:
+    """(n, h, w) bool: inside a face of the image."""
     h, w = images.shape[-2:]
-    low = torch.maximum(a.boxes[:, :2], b.boxes[:, :2])  # (n, 2)
-    high = torch.minimum(a.boxes[:, 2:], b.boxes[:, 2:])
+    low, high = faces.boxes[:, :2], faces.boxes[:, 2:]  # (rows, 2)
     x, y = (torch.arange(n, device=images.device) + 0.5 for n in (w, h))
-    columns = (x >= low[:, :1]) & (x <= high[:, :1])  # (n, w)
-    rows = (y >= low[:, 1:]) & (y <= high[:, 1:])  # (n, h)
-    return rows[:, :, None] & columns[:, None, :] & (a.found & b.found)[:, None, None]
+    columns = (x >= low[:, :1]) & (x <= high[:, :1])  # (rows, w)
+    rows = (y >= low[:, 1:]) & (y <= high[:, 1:])  # (rows, h)
+    inside = rows[:, :, None] & columns[:, None, :] & faces.found[:, None, None]  # (rows, h, w)
+    if faces.image is None:
+        return inside
+    return inside.new_zeros(len(images), h, w).index_put((faces.image,), inside, accumulate=True)
+
+
+def _before(faces: Faces, originals: Faces) -> tuple[Tensor, Tensor]:
+    """What each face found was in the original: a row (m,) of its faces, and whether it was any.
+
+    Of the largest faces any two of an image are the same one; of all, those that overlap most.
+    """
+    boxes, owner = faces.boxes[faces.found], faces.owner[faces.found]
+    shared = overlap(boxes[:, None], originals.boxes)  # (m, rows)
+    shared, rows = torch.where(owner[:, None] == originals.owner, shared, -1.0).max(1)
+    same = originals.found[rows]
+    return rows, same if originals.image is None else same & (shared > 0)
+
+
+def _means(values: Tensor, faces: Faces) -> Tensor:
+    """Means (n,) over the faces of each image, of values (m,) of the faces found; 0 without one."""
+    owner, counts = faces.owner[faces.found], faces.counts
+    return values.new_zeros(len(counts)).index_add(0, owner, values / counts[owner])
+
+
+def _sizes(attribute: Attribute, faces: Tensor, prompts: int) -> list[int]:
+    """What counts of each prompt: its faces, of `faces` (n,) in each image, or its images."""
+    parts = faces.chunk(prompts)
+    return [int(part.sum()) if attribute.of_faces else len(part) for part in parts]
 
 
 def _some(target: Targets, rows: Tensor) -> Targets:
-    """The targets of some of the faces."""
+    """Some rows of the targets."""
     return replace(
         target,
         labels=target.labels[rows],
@@ -381,21 +458,12 @@ def _some(target: Targets, rows: Tensor) -> Targets:
     )
 
 
-def _joined_faces(parts: Sequence[Faces]) -> Faces:
-    marks = [part.landmarks for part in parts if part.landmarks is not None]
-    return Faces(
-        torch.cat([part.boxes for part in parts]),
-        torch.cat([part.found for part in parts]),
-        torch.cat(marks) if marks else None,
-    )
-
-
 def _joined(parts: Sequence[Originals]) -> Originals:
     """One after the other."""
     faces = [part.embeddings for part in parts if part.embeddings is not None]
     clip, dino = (torch.cat(list(x)) for x in zip(*(part.features for part in parts), strict=True))
     return Originals(
-        _joined_faces([part.faces for part in parts]),
+        Faces.joined([part.faces for part in parts]),
         {name: torch.cat([part.classes[name] for part in parts]) for name in parts[0].classes},
         (clip, dino),
         torch.cat([part.sure for part in parts]),

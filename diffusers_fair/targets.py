@@ -110,6 +110,66 @@ def joint_targets(
     return [_targets(_marginal(joint, a).to(device), error) for a in range(len(sizes))]
 
 
+def region_targets(
+    probabilities: Sequence[Tensor],
+    target: Sequence[Sequence[float] | Tensor],
+    faces: Tensor,
+    whole: Sequence[bool],
+    *,
+    cost_weights: Sequence[float] | None = None,
+) -> list[Targets]:
+    """Find the target classes for attributes of faces and of whole images together.
+
+    Faces are transported by all attributes at once, a whole image with each of its faces, so that
+    an attribute of the image is aligned within the classes of the faces, too; an image with several
+    faces has the mean of their plans. Images without a face are transported among themselves. Both
+    groups aim at the same distribution, and so do all images. Without attributes of faces no image
+    is told apart by its faces.
+
+    Args:
+        probabilities: for each attribute (faces, classes), image by image, or, of whole images,
+            (n, classes).
+        target: a distribution for each attribute.
+        faces: (n,) number of faces in each image.
+        whole: whether each attribute is of the whole image.
+        cost_weights: as in `joint_targets`.
+
+    Returns:
+        For each attribute its targets, a row for each row of its probabilities.
+
+    Raises:
+        ValueError: as in `expected_targets`.
+    """
+    weights = [1.0] * len(whole) if cost_weights is None else cost_weights
+    faces = torch.zeros_like(faces) if all(whole) else faces
+    owner = torch.arange(len(faces), device=faces.device).repeat_interleave(faces)  # of each face
+    alone, kept = faces == 0, [a for a, w in enumerate(whole) if w]
+    shown = [p[owner] if w else p for p, w in zip(probabilities, whole, strict=True)]
+    found = _some_targets(shown, target, weights)
+    rest = _some_targets(
+        [probabilities[a][alone] for a in kept],
+        [target[a] for a in kept],
+        [weights[a] for a in kept],
+    )
+    for a, other in zip(kept, rest, strict=True):
+        plan = other.plan.new_zeros(len(faces), other.plan.shape[1])
+        plan.index_add_(0, owner, found[a].plan / faces[owner][:, None])
+        plan[alone] = other.plan
+        found[a] = _targets(plan, max(found[a].error, other.error))
+    return found
+
+
+def _some_targets(
+    probabilities: Sequence[Tensor],
+    target: Sequence[Sequence[float] | Tensor],
+    weights: Sequence[float],
+) -> list[Targets]:
+    """`joint_targets`, of no image, too."""
+    if probabilities and len(probabilities[0]):
+        return joint_targets(probabilities, target, cost_weights=weights)
+    return [_targets(p.detach().double(), 0.0) for p in probabilities]
+
+
 def joined(parts: Sequence[Targets]) -> Targets:
     """Targets of several batches, one after the other; the error is the largest of theirs."""
     return Targets(

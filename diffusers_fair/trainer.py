@@ -89,7 +89,7 @@ class FairnessFinetuner:
         self.pipe = load_base(config.base.model, config.base.revision, config.base.dtype)
         self.pipe.to(self.accelerator.device)
         self.fingerprint = base_fingerprint(self.pipe)
-        self.judges = load_judges(config.models, self.attributes, self.pipe.device)
+        self.judges = load_judges(config.models, self.attributes, self.pipe.device, config.people)
         self.adapter = TrainableAdapter(self.pipe, _components(config), config.train.seed)
         _tune(self.pipe, config)
         self.gradient = BatchGradient(config, self.pipe, self.adapter, self.judges)

@@ -540,7 +540,7 @@ def test_the_testbed_stays_on_the_cpu(models):
             "models.clip: expected 'testbed' or 'open_clip:MODEL/WEIGHTS', got",
         ),
         ("models.clip='open_clip:'", "expected 'testbed' or 'open_clip:MODEL/WEIGHTS'"),
-        ("models.face_detector=retinaface:x", "expected 'testbed' or 'retinaface', got"),
+        ("models.face_detector=retinaface:x", "expected 'testbed' or 'retinaface' or 'none', got"),
         ("models.dino=dinov2", "expected 'testbed' or 'dinov2:MODEL', got 'dinov2'"),
         ("models.face_embedder=timm", "expected 'testbed' or 'timm:MODEL', got 'timm'"),
         (

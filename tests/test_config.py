@@ -62,6 +62,7 @@ def test_every_default_is_written_out(toy):
         "classes": ["round", "square", "flat"],
         "target": [],
         "targets": {},
+        "region": "face",
         "words": {},
         "nouns": {},
         "threshold": 0.8,

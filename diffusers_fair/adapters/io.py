@@ -371,7 +371,7 @@ def _to_json(info: AdapterInfo) -> dict[str, Any]:
             "fingerprint": info.fingerprint,
         },
         "components": {part: asdict(size) for part, size in info.components.items()},
-        "attributes": [_attribute_json(attribute) for attribute in info.attributes],
+        "attributes": [attribute.json() for attribute in info.attributes],
         **({"words": info.words} if info.words else {}),  # older folders stay as they are
         "recipe": info.recipe,
         "library_versions": info.versions,
@@ -379,12 +379,6 @@ def _to_json(info: AdapterInfo) -> dict[str, Any]:
         "training": info.training,
         "checksums": info.checksums,
     }
-
-
-def _attribute_json(attribute: Attribute) -> dict[str, Any]:
-    """An attribute; `targets` only where prompts have their own."""
-    entry = asdict(attribute)
-    return {key: entry[key] for key in entry if key != "targets" or entry[key]}
 
 
 def _from_json(data: Any, where: str) -> AdapterInfo:
@@ -486,8 +480,8 @@ def _attributes(value: list[Any]) -> tuple[Attribute, ...]:
 
 
 def _attribute(value: Any) -> Attribute:
-    kinds = {"name": str, "classes": list, "target": list, "targets": dict}
-    filled = {"targets": {}} | value if isinstance(value, dict) else value
+    kinds = {"name": str, "classes": list, "target": list, "targets": dict, "region": str}
+    filled = {"targets": {}, "region": "face"} | value if isinstance(value, dict) else value
     entry = _object(filled, "an attribute", kinds)
     name, own = _label(entry["name"]), entry["targets"]
     if not all(isinstance(each, str) for each in entry["classes"]):
@@ -497,6 +491,7 @@ def _attribute(value: Any) -> Attribute:
         tuple(map(_label, entry["classes"])),
         _shares(entry["target"], name),
         {prompt: _shares(shares, name) for prompt, shares in own.items()},
+        entry["region"],
     )
 
 

@@ -8,7 +8,7 @@ from functools import cache
 from typing import TYPE_CHECKING, Any
 
 from diffusers_fair import testbed
-from diffusers_fair.attributes import Attribute
+from diffusers_fair.attributes import Attribute, People
 from diffusers_fair.backends.base import load_base, untouched_prompts, usual_guidance
 
 if TYPE_CHECKING:
@@ -31,7 +31,10 @@ __all__ = [
 
 
 def load_judges(
-    models: "JudgesSection", attributes: Sequence[Attribute], device: Any = "cpu"
+    models: "JudgesSection",
+    attributes: Sequence[Attribute],
+    device: Any = "cpu",
+    people: People = "largest",
 ) -> "Judges":
     """Load what looks at the images, in training or in evaluation.
 
@@ -39,6 +42,7 @@ def load_judges(
         models: a recipe's `models` or `evaluation.models`.
         attributes: what to classify.
         device: where they compute, in float32: the pipeline's.
+        people: which faces of an image count.
 
     Raises:
         ModuleNotFoundError: a package that a model needs is missing; says how to install it.
@@ -62,6 +66,7 @@ def load_judges(
         clip=_clip(models.clip, open_clip, device),
         dino=_dino(models.dino, device),
         extra=_extra(models),
+        people=people,
     )
 
 
@@ -118,6 +123,10 @@ def _face_embedder(name: str, device: Any) -> "NetworkEncoder":
 
 
 def _face_detector(name: str, device: Any) -> "FaceDetector":
+    if name == "none":
+        from diffusers_fair.faces import no_faces
+
+        return no_faces
     if name == "retinaface":
         from diffusers_fair.backends.retinaface import load_detector
 

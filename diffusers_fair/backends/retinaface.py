@@ -1,4 +1,4 @@
-"""RetinaFace (Deng et al., 2020) of retinaface-pytorch: images -> the largest face of each.
+"""RetinaFace (Deng et al., 2020) of retinaface-pytorch: images -> the largest face, or all.
 
 That package pins versions of others that no longer go together with this one's, so it is installed
 without them. Of it the network and the code for its boxes are used, which need none of them; what
@@ -15,7 +15,7 @@ from torch import Tensor
 
 from diffusers_fair.backends.errors import loading
 from diffusers_fair.backends.needs import Need, file, package
-from diffusers_fair.faces import Faces
+from diffusers_fair.faces import Faces, area, faces_of_images
 
 INSTALL = "pip install --no-deps retinaface-pytorch"
 URL = (
@@ -29,7 +29,7 @@ VARIANCE = (0.1, 0.2)  # units of the network's offsets and of the logarithms of
 
 @dataclass(frozen=True)
 class RetinaFaceDetector:
-    """A `FaceDetector` with landmarks."""
+    """An `EveryFaceDetector` with landmarks."""
 
     network: Any
     """`retinaface.network.RetinaFace`."""
@@ -41,16 +41,28 @@ class RetinaFaceDetector:
     @torch.no_grad()
     def __call__(self, images: Tensor) -> Faces:
         """(n, 3, h, w) in [-1, 1] -> the largest face of each, with landmarks."""
-        from torchvision.ops import batched_nms
-
         boxes, scores, landmarks = self._candidates(images)
-        image, place = (scores > self.threshold).nonzero(as_tuple=True)  # (m,) each
-        kept = batched_nms(boxes[image, place], scores[image, place], image, self.overlap)
+        image, place = self._kept(boxes, scores)
         areas = torch.zeros_like(scores)
-        areas[image[kept], place[kept]] = _area(boxes[image[kept], place[kept]])
+        areas[image, place] = area(boxes[image, place])
         largest, found = areas.argmax(1), areas.amax(1) > 0
         rows = torch.arange(len(images), device=images.device)
         return Faces(boxes[rows, largest], found, landmarks[rows, largest])
+
+    @torch.no_grad()
+    def all_faces(self, images: Tensor) -> Faces:
+        """(n, 3, h, w) in [-1, 1] -> every face of each, with landmarks."""
+        boxes, scores, landmarks = self._candidates(images)
+        kept = self._kept(boxes, scores)
+        return faces_of_images(boxes[kept], kept[0], len(images), landmarks[kept])
+
+    def _kept(self, boxes: Tensor, scores: Tensor) -> tuple[Tensor, Tensor]:
+        """Image and anchor, (m,) each, of the faces: a box for each."""
+        from torchvision.ops import batched_nms
+
+        image, place = (scores > self.threshold).nonzero(as_tuple=True)
+        kept = batched_nms(boxes[image, place], scores[image, place], image, self.overlap)
+        return image[kept], place[kept]
 
     def _candidates(self, images: Tensor) -> tuple[Tensor, Tensor, Tensor]:
         """Boxes (n, a, 4) in pixels, scores (n, a), landmarks (n, a, 5, 2) of all anchors."""
@@ -109,8 +121,3 @@ def _anchors(h: int, w: int) -> Tensor:
     from retinaface.prior_box import priorbox
 
     return priorbox(image_size=(h, w), **ANCHORS)
-
-
-def _area(boxes: Tensor) -> Tensor:
-    """Square pixels (n,) of boxes (n, 4)."""
-    return (boxes[:, 2:] - boxes[:, :2]).clamp(min=0).prod(-1)

@@ -16,7 +16,6 @@ from torch import Tensor
 from diffusers_fair.baselines.base import ChangedPipeline, Task
 from diffusers_fair.evaluation import Judges, metrics
 from diffusers_fair.evaluation.generate import generate
-from diffusers_fair.faces import face_chips
 from diffusers_fair.prompts.wording import Term, Wording, subject_start, with_terms
 
 BATCH = 24  # images drawn together
@@ -138,7 +137,7 @@ def shifts(pipe: Any, prompt: str, wordings: Sequence[Wording]) -> tuple[Tensor,
 def class_shares(
     pipe: Any, prompts: Sequence[str], task: Task, judges: Judges, images: int
 ) -> np.ndarray:
-    """How often each class is perceived, (P, K), all attributes side by side; NaN without faces."""
+    """Shares of the classes perceived, (P, K), attributes side by side; NaN where none was."""
     counts = [np.zeros((len(prompts), _classes(wording))) for wording in task.wordings]
     for batch in generate(
         pipe,
@@ -150,17 +149,16 @@ def class_shares(
         batch_size=BATCH,
         progress=False,
     ):
-        faces = judges.face_detector(batch.images)
-        found = faces.found.cpu().numpy()
-        if not found.any():
-            continue
+        faces = judges.faces(batch.images)
+        shown, there = faces.owner[faces.found], faces[faces.found]
         for wording, count in zip(task.wordings, counts, strict=True):
             attribute = wording.attribute
-            classifier = judges.classifiers[attribute.name]
-            chips = face_chips(batch.images[faces.found], faces[faces.found], classifier.size)
-            order = [classifier.classes.index(name) for name in attribute.classes]
-            labels = classifier(chips)[:, order].argmax(1).cpu().numpy()
-            count += metrics.class_counts(labels, batch.prompt[found], *count.shape)
+            rows = shown if attribute.of_faces else torch.arange(len(batch.images)).to(shown)
+            if not len(rows):
+                continue
+            labels = judges.probabilities(attribute, batch.images[rows], there).argmax(1)
+            prompt = batch.prompt[rows.cpu().numpy()]
+            count += metrics.class_counts(labels.cpu().numpy(), prompt, *count.shape)
     with np.errstate(invalid="ignore"):
         return np.hstack([count / count.sum(1, keepdims=True) for count in counts])
 

@@ -106,6 +106,7 @@ def evaluate(
         steps=_positive(steps, "steps"),
         guidance_scale=float(guidance_scale),
         seed=seed,
+        people=judges.people,
     )
     if groups is None:
         groups = _usual_groups(settings, reference)
@@ -220,6 +221,7 @@ def audit(
         prompts=found.prompts,
         attributes=_checked_attributes(attributes, judges),
         images_per_prompt=max(counts),
+        people=judges.people,
     )
     return _measure(
         settings,
@@ -272,7 +274,7 @@ def _measure(
     facts: Mapping[str, Any] = provenance() | {"model": dict(about)}
     if run.out is not None and (run.out / FILE).exists():
         return _same(Report.load(run.out), settings, groups, facts, run.out)
-    asked = {"settings": asdict(settings), "batch_size": run.batch_size, "label": label, **about}
+    asked = {"settings": settings.json(), "batch_size": run.batch_size, "label": label, **about}
     asked["reference"] = origin = None if reference is None else reference.provenance
     texts = prompt_features(settings.prompts, run.judges.clip)  # (P, d)
     before = None if reference is None else reference.records
@@ -342,7 +344,7 @@ def _measure_group(
     seen, _ = _seen(
         None if folder is None else folder / group.name,
         {
-            **{"group": asdict(group), "settings": asdict(mine)},
+            **{"group": asdict(group), "settings": mine.json()},
             **{"batch_size": run.batch_size, "reference": origin},
         },
         {},

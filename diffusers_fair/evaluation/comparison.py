@@ -175,6 +175,11 @@ def _check_same(first: Entry, entry: Entry) -> None:
             f"({len(theirs.prompts)} and {len(ours.prompts)}): only reports on the same prompts, "
             "in the same order, can be compared; evaluate one of them again"
         )
+    if ours.people != theirs.people:
+        raise ValueError(
+            f"'{entry.label}' counts the faces of an image by people '{theirs.people}', "
+            f"'{first.label}' by '{ours.people}': evaluate one of them again"
+        )
     drawn, there = (np.bincount(e.report.records.prompt) for e in (first, entry))
     if not np.array_equal(drawn, there):
         raise ValueError(
@@ -185,9 +190,10 @@ def _check_same(first: Entry, entry: Entry) -> None:
 
 
 def _all_looked_at(attribute: Attribute, entries: Sequence[Entry]) -> bool:
+    wanted = attribute.name, attribute.classes, attribute.region
     return all(
-        any((a.name, a.classes) == (attribute.name, attribute.classes) for a in attributes)
-        for attributes in (entry.report.settings.attributes for entry in entries)
+        any((a.name, a.classes, a.region) == wanted for a in entry.report.settings.attributes)
+        for entry in entries
     )
 
 

@@ -182,7 +182,7 @@ class GroupReport:
 
     def lines(self) -> Iterator[dict[str, Any]]:
         """One JSON object per image, without the features."""
-        for line in self.records.lines():
+        for line in self.records.lines(self.attributes):
             yield {"group": self.group.name, **line}
 
 
@@ -205,14 +205,15 @@ def obedience(
 ) -> dict[str, np.ndarray]:
     """Attribute -> whether each image shows the class asked for, (n,).
 
-    1 if a face was found and it is perceived as that class, else 0; NaN where the prompt asks for
-    no class of the attribute.
+    1 if it is perceived as that class, else 0, also without a face where the attribute is of faces;
+    NaN where the prompt asks for no class of the attribute.
     """
     found = {}
     for a in attributes:
         asked = [a.classes.index(p.asks[a.name]) if a.name in p.asks else -1 for p in prompts]
         label = np.array(asked)[records.prompt]  # (n,)
-        right = records.found & (records.probabilities[a.name].argmax(-1) == label)
+        right = records.probabilities[a.name].argmax(-1) == label
+        right &= records.found | (not a.of_faces)
         found[a.name] = np.where(label < 0, np.nan, right)
     return found
 

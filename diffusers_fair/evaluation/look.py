@@ -8,8 +8,8 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from diffusers_fair.attributes import Attribute
-from diffusers_fair.classifiers import Classifier
+from diffusers_fair.attributes import Attribute, People
+from diffusers_fair.classifiers import Classifier, view
 from diffusers_fair.encoders import ImageEncoder, ImageTextEncoder
 from diffusers_fair.evaluation.generate import Pictures
 from diffusers_fair.evaluation.groups import PIXELS, THUMBNAIL, pixel_change, with_obeyed
@@ -22,7 +22,7 @@ from diffusers_fair.evaluation.pictures import (
 )
 from diffusers_fair.evaluation.quality import image_features, quality_scores
 from diffusers_fair.evaluation.records import Records, Settings
-from diffusers_fair.faces import FaceDetector, Faces, face_chips
+from diffusers_fair.faces import EveryFaceDetector, FaceDetector, Faces
 from diffusers_fair.prompts.groups import UNTOUCHED, PromptGroup
 
 THUMB = 64  # pixels, side of a thumbnail
@@ -42,6 +42,40 @@ class Judges:
     extra: Mapping[str, Callable[[Tensor, Sequence[str]], Any]] = field(default_factory=dict)
     """Name -> a score of one's own: (images (n, 3, h, w), their prompts) -> (n,), NaN where it does
     not apply. `quality.recognition` makes one from a classifier of whole images."""
+
+    people: People = "largest"
+    """Which faces of an image count."""
+
+    def __post_init__(self) -> None:
+        """Check that the detector gives all faces, if all count.
+
+        Raises:
+            ValueError: it does not.
+        """
+        if self.people == "all" and not isinstance(self.face_detector, EveryFaceDetector):
+            raise ValueError(
+                "people 'all' needs a face detector with a method all_faces, as RetinaFace and the "
+                f"testbed's have, and {self.face_detector!r} finds the largest alone: name another "
+                "one, or count the largest"
+            )
+
+    def faces(self, images: Tensor) -> Faces:
+        """The faces that count, of images (n, 3, h, w) in [-1, 1]."""
+        if isinstance(self.face_detector, EveryFaceDetector) and self.people == "all":
+            return self.face_detector.all_faces(images)
+        return self.face_detector(images)
+
+    def probabilities(self, attribute: Attribute, images: Tensor, faces: Faces) -> Tensor:
+        """Probabilities (n, classes) in the attribute's order, differentiable.
+
+        Args:
+            attribute: one that there is a classifier for.
+            images: (n, 3, h, w) in [-1, 1].
+            faces: of these images, one row each; not looked at for an attribute of whole images.
+        """
+        classifier = self.classifiers[attribute.name]
+        order = [classifier.classes.index(name) for name in attribute.classes]
+        return classifier(view(attribute, images, faces, classifier.size))[:, order]
 
 
 @torch.no_grad()
@@ -66,7 +100,7 @@ def look(
     Raises:
         ValueError: a judge that gives what is not finite, or not one score for each image.
     """
-    faces = judges.face_detector(batch.images)
+    faces = judges.faces(batch.images)
     features = image_features(batch.images, judges.clip, judges.dino)
     base = None
     if reference is not None:
@@ -81,9 +115,9 @@ def look(
         image=batch.image,
         seed=batch.seed,
         file=batch.file,
-        found=faces.found.cpu().numpy(),
-        boxes=np.round(faces.boxes.double().cpu().numpy(), 2),
-        probabilities=_probabilities(batch.images, faces, settings.attributes, judges),
+        **_people(
+            faces, _probabilities(batch.images, faces, settings.attributes, judges), settings
+        ),
         scores={name: np.round(values.astype(float), 6) for name, values in scores.items()},
         features=features,
     )
@@ -122,28 +156,60 @@ def thumbnails(images: Tensor) -> np.ndarray:
     return ((small + 1) * 127.5).round().clamp(0, 255).byte().flatten(1).cpu().numpy()
 
 
+def _people(
+    faces: Faces, probabilities: Mapping[str, np.ndarray], settings: Settings
+) -> dict[str, Any]:
+    """The largest face of each image and, where all count, the others, as `Records` has them."""
+    found, boxes = faces.found.cpu().numpy(), np.round(faces.boxes.double().cpu().numpy(), 2)
+    if faces.image is None:
+        return {"found": found, "boxes": boxes, "probabilities": probabilities}
+    image = faces.image.cpu().numpy()
+    first = np.flatnonzero(np.diff(image, prepend=-1))  # (n,) row of each image's largest face
+    place = np.arange(len(image)) - first[image]  # (rows,) among the faces of the image
+    rest = place > 0
+
+    def others(values: np.ndarray) -> np.ndarray:
+        spread = np.zeros((len(first), place.max(), *values.shape[1:]), values.dtype)
+        spread[image[rest], place[rest] - 1] = values[rest]
+        return spread
+
+    of_faces = {a.name for a in settings.attributes if a.of_faces}
+    return {
+        "found": found[first],
+        "boxes": boxes[first],
+        "probabilities": {k: p[first] if k in of_faces else p for k, p in probabilities.items()},
+        "others_found": others(found),
+        "others_boxes": others(boxes),
+        "others_probabilities": {k: others(p) for k, p in probabilities.items() if k in of_faces},
+    }
+
+
 def _probabilities(
     images: Tensor, faces: Faces, attributes: Sequence[Attribute], judges: Judges
 ) -> dict[str, np.ndarray]:
-    """Attribute -> probabilities (n, classes) in the attribute's order; 0 without a face."""
-    shown = images[faces.found]
-    chips: dict[int, Tensor] = {}  # by size: classifiers share them
-    result = {}
-    for attribute in attributes:
-        result[attribute.name] = np.zeros((len(images), len(attribute.classes)))
-        if not len(shown):
+    """Attribute -> probabilities in the attribute's order, rounded.
+
+    Of attributes of faces (rows, classes), 0 where there is no face; else (n, classes).
+    """
+    found, result = faces.found.cpu().numpy(), {}
+    shown, there = images[faces.owner[faces.found]], faces[faces.found]
+    views: dict[tuple[bool, int], Tensor] = {}  # classifiers share them
+    for a in attributes:
+        classifier, rows = judges.classifiers[a.name], found if a.of_faces else slice(None)
+        result[a.name] = np.zeros((len(found if a.of_faces else images), len(a.classes)))
+        if a.of_faces and not len(shown):
             continue
-        classifier = judges.classifiers[attribute.name]
-        if classifier.size not in chips:
-            chips[classifier.size] = face_chips(shown, faces[faces.found], classifier.size)
-        p = classifier(chips[classifier.size]).double().cpu().numpy()  # (faces, classes)
+        key = a.of_faces, classifier.size
+        if key not in views:
+            views[key] = view(a, shown if a.of_faces else images, there, classifier.size)
+        p = classifier(views[key]).double().cpu().numpy()  # (faces or n, classes)
         if not np.isfinite(p).all():
             raise ValueError(
-                f"the classifier of '{attribute.name}' gave probabilities that are not finite: "
+                f"the classifier of '{a.name}' gave probabilities that are not finite: "
                 "check its weights and precision"
             )
-        order = [classifier.classes.index(name) for name in attribute.classes]
-        result[attribute.name][faces.found.cpu().numpy()] = np.round(p[:, order], 6)
+        order = [classifier.classes.index(name) for name in a.classes]
+        result[a.name][rows] = np.round(p[:, order], 6)
     return result
 
 

@@ -2,7 +2,7 @@
 
 | here | paper | meaning |
 |---|---|---|
-| counts (P, K) | | images with a face, per prompt and perceived class |
+| counts (P, K) | | images with a face (or whole ones), per prompt and perceived class |
 | frequencies (P, K) | freq(i) | counts / images with a face |
 | target (K,) | D | share wanted of each class |
 | bias | bias(P) | mean over class pairs of the difference of their frequencies |
@@ -32,6 +32,8 @@ Shares: TypeAlias = Sequence[float] | np.ndarray  # (K,), sums to 1
 def joint_attribute(attributes: Sequence[Attribute]) -> Attribute:
     """All combinations of the attributes' classes as one attribute, its targets their products.
 
+    It is of faces if any of them is.
+
     Classes are in the order of `joint_labels`: the last attribute varies fastest.
     """
     return Attribute(
@@ -42,6 +44,7 @@ def joint_attribute(attributes: Sequence[Attribute]) -> Attribute:
             prompt: _products([a.target_of(prompt) for a in attributes])
             for prompt in dict.fromkeys(prompt for a in attributes for prompt in a.targets)
         },
+        region="face" if any(a.of_faces for a in attributes) else "image",
     )
 
 
@@ -64,7 +67,7 @@ def class_counts(labels: np.ndarray, prompt: np.ndarray, prompts: int, classes: 
     """How often each class was perceived for each prompt.
 
     Args:
-        labels: class of each image with a face, (n,) in [0, classes).
+        labels: class of each image that counts, (n,) in [0, classes).
         prompt: prompt of each such image, (n,) in [0, prompts).
         prompts: number of prompts P.
         classes: number of classes K.

@@ -67,6 +67,8 @@ def report_page(report: Report) -> str:
             errors=_errors(report),
             few=_images_each(report),
             gaps=GAPS,
+            of_faces=[a.name for a in report.settings.attributes if a.of_faces],
+            of_whole=[a.name for a in report.settings.attributes if not a.of_faces],
         )
     )
 
@@ -368,21 +370,21 @@ def _tile(
     """A picture, the face in it, and what it was perceived as (Figure 3 of the paper)."""
     records, pixels = seen.records, seen.samples[prompt][image]  # (h, w, 3)
     row = int(np.flatnonzero((records.prompt == prompt) & (records.image == image))[0])
-    hue, perceived = count(), []
+    hue, perceived, found = count(), [], bool(records.found[row])
     for a in attributes:
         hues = [next(hue) % HUES for _ in a.classes]
         p = records.probabilities[a.name][row]  # (classes,)
         k = int(p.argmax())
-        perceived.append(
-            {"attribute": a.name, "name": a.classes[k], "sure": float(p[k]), "hue": hues[k]}
-        )
-    found = bool(records.found[row])
+        if found or not a.of_faces:
+            perceived.append(
+                {"attribute": a.name, "name": a.classes[k], "sure": float(p[k]), "hue": hues[k]}
+            )
     return {
         "label": label,
         "source": _data_uri(pixels),
         "size": (pixels.shape[1], pixels.shape[0]),
         "box": records.boxes[row].tolist() if found else None,
-        "perceived": perceived if found else [],
+        "perceived": perceived,
     }
 
 

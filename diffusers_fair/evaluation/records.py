@@ -1,14 +1,14 @@
 """What was asked for, and what was seen in each image."""
 
 from collections.abc import Iterator, Mapping, Sequence
-from dataclasses import dataclass, fields
+from dataclasses import asdict, dataclass, field, fields
 from itertools import combinations
 from math import isfinite
 from typing import Any
 
 import numpy as np
 
-from diffusers_fair.attributes import Attribute
+from diffusers_fair.attributes import Attribute, People
 from diffusers_fair.evaluation import metrics
 
 SAME_NOISE = ("prompts", "images_per_prompt", "steps", "guidance_scale", "seed")
@@ -26,6 +26,13 @@ class Settings:
     """None, like the next two, for images that were not drawn here."""
     guidance_scale: float | None = None
     seed: int | None = None
+    people: People = "largest"
+    """Which faces of an image count."""
+
+    def json(self) -> dict[str, Any]:
+        """As files have them: what older ones lack only where it is not the usual."""
+        found = asdict(self) | {"attributes": [a.json() for a in self.attributes]}
+        return {k: v for k, v in found.items() if k != "people" or v != "largest"}
 
     def check_same_noise(self, other: "Settings") -> None:
         """Check that images of the two can be compared one by one.
@@ -69,21 +76,54 @@ class Records:
     boxes: np.ndarray
     """Its corners x0, y0, x1, y1 in pixels, (n, 4); without meaning where not found."""
     probabilities: Mapping[str, np.ndarray]
-    """Attribute -> probabilities (n, classes); without meaning where not found."""
+    """Attribute -> probabilities (n, classes); of faces, without meaning where not found."""
     scores: Mapping[str, np.ndarray]
     """Score -> (n,); NaN where it does not apply."""
     features: Mapping[str, np.ndarray]
     """Encoder -> unit-length features (n, d), for comparison with another report."""
+    others_found: np.ndarray | None = None
+    """Where every face counts: whether there is one more, (n, k) bool; else None, as the next."""
+    others_boxes: np.ndarray | None = None
+    """Its corners in pixels, (n, k, 4); without meaning where not found."""
+    others_probabilities: Mapping[str, np.ndarray] = field(default_factory=dict)
+    """Attribute of faces -> its probabilities (n, k, classes); without meaning where not found."""
 
     @classmethod
     def concatenate(cls, parts: Sequence["Records"]) -> "Records":
         """One after the other."""
         flat = [part.arrays() for part in parts]
-        return cls.from_arrays({name: np.concatenate([p[name] for p in flat]) for name in flat[0]})
+        return cls.from_arrays(
+            {name: _concatenated([p[name] for p in flat], name) for name in flat[0]}
+        )
 
     def rows(self, chosen: np.ndarray) -> "Records":
         """Those of some images: a mask (n,), or row numbers."""
         return self.from_arrays({name: values[chosen] for name, values in self.arrays().items()})
+
+    @property
+    def faces(self) -> np.ndarray:
+        """(n,) number of faces that count in each image."""
+        others = 0 if self.others_found is None else self.others_found.sum(1)
+        return self.found.astype(int) + others
+
+    def counted(self, attributes: Sequence[Attribute]) -> tuple[np.ndarray, list[np.ndarray]]:
+        """What counts for attributes together: prompts (m,), and of each attribute classes (m,).
+
+        These are all images or, if any of the attributes is of faces, those with a face; where
+        every face counts, each face with its whole image.
+        """
+        rows = np.arange(len(self.found))
+        if any(a.of_faces for a in attributes):
+            rows = np.flatnonzero(self.found)
+        seen = [self.probabilities[a.name][rows] for a in attributes]
+        if any(a.of_faces for a in attributes) and self.others_found is not None:
+            image, place = self.others_found.nonzero()
+            rows = np.concatenate([rows, image])
+            for i, a in enumerate(attributes):
+                whole = self.probabilities[a.name][image]
+                more = self.others_probabilities[a.name][image, place] if a.of_faces else whole
+                seen[i] = np.concatenate([seen[i], more])
+        return self.prompt[rows], [p.argmax(-1) for p in seen]
 
     def arrays(self) -> dict[str, np.ndarray]:
         """All of it, as in {"found": (n,), "scores/clip_t": (n,)}; what is None is left out."""
@@ -99,7 +139,8 @@ class Records:
     @classmethod
     def from_arrays(cls, arrays: Mapping[str, np.ndarray]) -> "Records":
         """The records that `arrays` gave."""
-        made: dict[str, Any] = {name: {} for name in ("probabilities", "scores", "features")}
+        kinds = ("probabilities", "scores", "features", "others_probabilities")
+        made: dict[str, Any] = {name: {} for name in kinds}
         for name, values in arrays.items():
             kind, _, key = name.partition("/")
             if key:
@@ -108,9 +149,15 @@ class Records:
                 made[kind] = values
         return cls(**made)
 
-    def lines(self) -> Iterator[dict[str, Any]]:
-        """One JSON object per image, without the features."""
+    def lines(self, attributes: Sequence[Attribute] = ()) -> Iterator[dict[str, Any]]:
+        """One JSON object per image, without the features.
+
+        Args:
+            attributes: what was looked at; of those that are missing, only faces count.
+        """
+        whole = {a.name for a in attributes if not a.of_faces}
         for i, found in enumerate(self.found.tolist()):
+            shown = {k: v for k, v in self.probabilities.items() if found or k in whole}
             yield {
                 "prompt": int(self.prompt[i]),
                 "image": int(self.image[i]),
@@ -118,11 +165,24 @@ class Records:
                 **({} if self.file is None else {"file": str(self.file[i])}),
                 "found": found,
                 "box": self.boxes[i].tolist() if found else None,
-                "probabilities": {k: v[i].tolist() for k, v in self.probabilities.items()}
-                if found
-                else None,
+                "probabilities": {k: v[i].tolist() for k, v in shown.items()} or None,
+                **({} if self.others_found is None else {"others": self._others(i)}),
                 "scores": {k: number(v[i]) for k, v in self.scores.items()},
             }
+
+    def _others(self, i: int) -> list[dict[str, Any]]:
+        """The further faces of an image, as JSON has them."""
+        assert self.others_found is not None
+        assert self.others_boxes is not None
+        return [
+            {
+                "box": self.others_boxes[i, j].tolist(),
+                "probabilities": {
+                    k: v[i, j].tolist() for k, v in self.others_probabilities.items()
+                },
+            }
+            for j in self.others_found[i].nonzero()[0]
+        ]
 
     @classmethod
     def from_lines(
@@ -130,7 +190,7 @@ class Records:
     ) -> "Records":
         """The records that `lines` wrote."""
         blank = {a.name: [0.0] * len(a.classes) for a in attributes}
-        shown = [line["probabilities"] or blank for line in lines]
+        shown = [blank | (line["probabilities"] or {}) for line in lines]
 
         def column(name: str) -> np.ndarray | None:
             return np.array([line[name] for line in lines]) if name in lines[0] else None
@@ -148,7 +208,35 @@ class Records:
                 for name in lines[0]["scores"]
             },
             features=features,
+            **(_other_faces(lines, attributes) if "others" in lines[0] else {}),
         )
+
+
+def _other_faces(lines: Sequence[dict], attributes: Sequence[Attribute]) -> dict[str, Any]:
+    """The further faces that `lines` wrote."""
+    n, most = len(lines), max(len(line["others"]) for line in lines)
+    of_faces = [a for a in attributes if a.of_faces]
+    found, boxes = np.zeros((n, most), bool), np.zeros((n, most, 4))
+    probabilities = {a.name: np.zeros((n, most, len(a.classes))) for a in of_faces}
+    for i, line in enumerate(lines):
+        for j, face in enumerate(line["others"]):
+            found[i, j], boxes[i, j] = True, face["box"]
+            for a in of_faces:
+                probabilities[a.name][i, j] = face["probabilities"][a.name]
+    return {
+        "others_found": found,
+        "others_boxes": boxes,
+        "others_probabilities": probabilities,
+    }
+
+
+def _concatenated(parts: Sequence[np.ndarray], name: str) -> np.ndarray:
+    """One after the other; of further faces as many places as the image has that has most."""
+    if name.startswith("others"):
+        most = max(part.shape[1] for part in parts)
+        room = [[(0, 0), (0, most - p.shape[1])] + [(0, 0)] * (p.ndim - 2) for p in parts]
+        parts = [np.pad(part, gap) for part, gap in zip(parts, room, strict=True)]
+    return np.concatenate(parts)
 
 
 def number(value: Any) -> float | None:

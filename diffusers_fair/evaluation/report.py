@@ -102,12 +102,12 @@ class Report:
             ValueError: an attribute that was not looked at, or that has other classes; more images
                 than there are.
         """
-        looked = {a.name: a.classes for a in self.settings.attributes}
+        looked = {a.name: (a.classes, a.region) for a in self.settings.attributes}
         for attribute in attributes:
-            if looked.get(attribute.name) != attribute.classes:
+            if looked.get(attribute.name) != (attribute.classes, attribute.region):
                 raise ValueError(
                     f"the report looked at {looked}, not at '{attribute.name}' with classes "
-                    f"{attribute.classes}: evaluate again with that attribute"
+                    f"{attribute.classes} ({attribute.region}): evaluate again with that attribute"
                 )
         there = self.settings.images_per_prompt
         count = there if images_per_prompt is None else images_per_prompt
@@ -146,7 +146,8 @@ class Report:
 
         (folder / PAGE).write_text(report_page(self), "utf-8")
         (folder / FILE).write_text(json.dumps(self._json(), indent=1, ensure_ascii=False), "utf-8")
-        lines = chain(self.records.lines(), *(group.lines() for group in self.groups.values()))
+        neutral = self.records.lines(self.settings.attributes)
+        lines = chain(neutral, *(group.lines() for group in self.groups.values()))
         (folder / RECORDS).write_text("".join(json.dumps(line) + "\n" for line in lines), "utf-8")
         features = dict(self.records.features)
         strips = {_strip_name(i): images for i, images in self.samples.items()}
@@ -165,7 +166,7 @@ class Report:
         return {
             "format": FORMAT,
             "label": self.label,
-            "settings": asdict(self.settings),
+            "settings": self.settings.json(),
             "confusion": self.confusion,
             "summary": self.summary,
             "groups": {name: group.json() for name, group in self.groups.items()},

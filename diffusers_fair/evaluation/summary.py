@@ -10,20 +10,21 @@ from diffusers_fair.evaluation import metrics
 from diffusers_fair.evaluation.records import Records, Settings, number
 
 Confusion: TypeAlias = Mapping[str, Sequence[Sequence[float]]]
-LEAST = 2  # faces that a prompt must have for its frequencies to tell anything
+LEAST = 2  # faces, or images, that a prompt must have for its frequencies to tell anything
 
 
 def counts_by_prompt(settings: Settings, records: Records) -> dict[str, np.ndarray]:
-    """Attribute (and joint) -> how often each class was perceived, (prompts, classes)."""
-    found, attributes = records.found, settings.attributes
-    seen = {a.name: records.probabilities[a.name][found].argmax(-1) for a in attributes}
+    """Attribute (and joint) -> how often each class was perceived, (prompts, classes).
+
+    Of whole images all count; of faces, and of faces together with whole images, those with a face,
+    or every face.
+    """
     counts = {}
     for group, measured in zip(settings.groups(), settings.measured(), strict=True):
-        labels = metrics.joint_labels(
-            [seen[a.name] for a in group], [len(a.classes) for a in group]
-        )  # (faces,)
+        prompt, seen = records.counted(group)  # (faces or images,)
+        labels = metrics.joint_labels(seen, [len(a.classes) for a in group])
         counts[measured.name] = metrics.class_counts(
-            labels, records.prompt[found], len(settings.prompts), len(measured.classes)
+            labels, prompt, len(settings.prompts), len(measured.classes)
         )
     return counts
 
@@ -90,6 +91,8 @@ def summary_figures(
     }
     spreads = {name: _spread([v for v in vs if v is not None]) for name, vs in per_prompt.items()}
     faces = [int(records.found[mine].sum()) for mine in rows]
+    of_faces = any(a.of_faces for a in settings.attributes)
+    counted = [int(records.faces[mine].sum()) for mine in rows]
 
     def named(chosen: Sequence[bool]) -> list[str]:
         return [settings.prompts[i] for i in prompts if chosen[i]]
@@ -99,8 +102,8 @@ def summary_figures(
         "images": len(records.found),
         "faces": sum(faces),
         "prompts_without_images": named([not mine.any() for mine in rows]),
-        "prompts_without_faces": named([n == 0 for n in faces]),
-        "prompts_with_one_face": named([n == 1 for n in faces]),
+        "prompts_without_faces": named([of_faces and n == 0 for n in counted]),
+        "prompts_with_one_face": named([of_faces and n == 1 for n in counted]),
         "face_rate": spreads.pop("face_rate"),
         "bias": biases,
         "deviation": deviations,
@@ -125,7 +128,7 @@ def _rates(settings: Settings, confusion: Confusion) -> dict[str, np.ndarray]:
 def _prompt_bias(
     attribute: Attribute, prompt: str, counts: np.ndarray, rates: np.ndarray | None
 ) -> dict[str, Any] | None:
-    """Frequencies, bias and floor of one prompt, counts (K,); None with fewer than two faces."""
+    """Frequencies, bias and floor of one prompt, counts (K,); None with fewer than `LEAST`."""
     n = int(counts.sum())
     if n < LEAST:
         return None

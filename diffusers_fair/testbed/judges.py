@@ -27,7 +27,7 @@ from transformers import (
 
 from diffusers_fair.classifiers import NetworkClassifier
 from diffusers_fair.encoders import ClipEncoder, DinoEncoder, NetworkEncoder, Pixels
-from diffusers_fair.faces import Faces
+from diffusers_fair.faces import Faces, area, faces_of_images, overlap
 from diffusers_fair.testbed.models import SIZE, TOKENS, VOCABULARY
 from diffusers_fair.testbed.tokenizer import tokenizer
 from diffusers_fair.testbed.vocabulary import unpack
@@ -62,37 +62,43 @@ def cell_centres(rows: int, columns: int) -> tuple[Tensor, Tensor]:
     return (x.flatten() + 0.5) * STRIDE, (y.flatten() + 0.5) * STRIDE
 
 
-def overlap(a: Tensor, b: Tensor) -> Tensor:
-    """Intersection over union of boxes (..., 4) and (..., 4), in [0, 1]."""
-    low, high = torch.maximum(a[..., :2], b[..., :2]), torch.minimum(a[..., 2:], b[..., 2:])
-    shared = (high - low).clamp(min=0).prod(-1)
-    return shared / (area(a) + area(b) - shared).clamp(min=1e-6)
-
-
-def area(boxes: Tensor) -> Tensor:
-    """Square pixels (...) of boxes (..., 4)."""
-    return (boxes[..., 2:] - boxes[..., :2]).clamp(min=0).prod(-1)
-
-
 class GridDetector:
-    """A `FaceDetector` out of a `FaceGrid`."""
+    """An `EveryFaceDetector` out of a `FaceGrid`."""
 
     def __init__(self, network: FaceGrid, threshold: float = 0.5):
         self.network = network
         self.threshold = threshold
         """Score in [0, 1] from which a cell counts."""
+        self.overlap = 0.4
+        """Intersection over union above which two boxes are of one face."""
 
     @torch.no_grad()
     def __call__(self, images: Tensor) -> Faces:
-        """The largest face; the cells that agree with its box vote on the corners."""
+        """The largest face of each image."""
         logits, boxes = self.network(images)
-        scores = logits.sigmoid()
-        counts = scores >= self.threshold  # (n, cells)
-        first = torch.where(counts, area(boxes), scores - 1).argmax(1)  # none counts: the best cell
-        largest = boxes[torch.arange(len(boxes)), first]
-        agree = (overlap(boxes, largest[:, None]) > 0.5) * scores  # (n, cells)
-        voted = (agree[..., None] * boxes).sum(1) / agree.sum(1)[:, None].clamp(min=1e-6)
-        return Faces(voted, counts.any(1))
+        counts = logits.sigmoid() >= self.threshold  # (n, cells)
+        return Faces(_largest(logits.sigmoid(), boxes, counts)[1], counts.any(1))
+
+    @torch.no_grad()
+    def all_faces(self, images: Tensor) -> Faces:
+        """Every face: again and again the largest, without the cells of those before."""
+        logits, boxes = self.network(images)
+        scores, image, found = logits.sigmoid(), torch.zeros(0).long(), boxes.new_zeros(0, 4)
+        left = scores >= self.threshold  # (n, cells)
+        while left.any():
+            rows = left.any(1).nonzero().squeeze(1)
+            largest, voted = _largest(scores[rows], boxes[rows], left[rows])
+            image, found = torch.cat([image, rows]), torch.cat([found, voted])
+            left[rows] &= overlap(boxes[rows], largest[:, None]) <= self.overlap
+        return faces_of_images(found, image, len(images))
+
+
+def _largest(scores: Tensor, boxes: Tensor, counts: Tensor) -> tuple[Tensor, Tensor]:
+    """The largest box (n, 4) of those that count, and what the cells that agree with it vote."""
+    first = torch.where(counts, area(boxes), scores - 1).argmax(1)  # none counts: the best cell
+    largest = boxes[torch.arange(len(boxes)), first]
+    agree = (overlap(boxes, largest[:, None]) > 0.5) * scores  # (n, cells)
+    return largest, (agree[..., None] * boxes).sum(1) / agree.sum(1)[:, None].clamp(min=1e-6)
 
 
 def attribute_network(classes: int) -> ResNetForImageClassification:
