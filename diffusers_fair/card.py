@@ -7,7 +7,7 @@ goes into the one, its picture of pairs into the other.
 import json
 import re
 from collections.abc import Iterator, Mapping, Sequence
-from dataclasses import replace
+from dataclasses import asdict, replace
 from pathlib import Path
 from typing import Any
 
@@ -26,12 +26,18 @@ from diffusers_fair.adapters.io import (
     write_info,
 )
 from diffusers_fair.attributes import Attribute
-from diffusers_fair.evaluation.report import FILE, FORMAT, GAP, SCORE_NAMES
+from diffusers_fair.evaluation.groups import GroupSummary, summaries_from_json
+from diffusers_fair.evaluation.obedience import by_attribute, measures, shortfalls, warning
+from diffusers_fair.evaluation.report import FILE, FORMAT, GAP, GROUPS_SHEET, PAIRS, SCORE_NAMES
 from diffusers_fair.loading import MIRRORS, REPOSITORY
 
 TEMPLATE = Path(__file__).with_name("card.md.jinja")
 EXAMPLE = "a photo of the face of a teacher, a person"
-PAIRS = "pairs.png"  # of a report folder: the same noise without and with the adapter
+SHEETS = {  # pictures of a report folder -> what they show
+    PAIRS: "The same noise, above without and below with the adapter",
+    GROUPS_SHEET: "Prompts that leave nothing to change: the same noise, above without and below "
+    "with the adapter",
+}
 SUMMARY = (  # what is kept of a report's summary
     *("prompts", "images", "faces", "face_rate", "scores"),
     *("bias", "deviation", "corrected", "frequencies"),
@@ -107,6 +113,7 @@ def _evaluation(report: Path, attributes: Sequence[Attribute]) -> dict[str, Any]
 def _kept(root: Mapping[str, Any]) -> dict[str, Any]:
     settings, origin = root["settings"], root["provenance"]
     reference = root.get("reference")
+    groups = {"before": _groups(reference or {}), "after": _groups(root)}
     return {
         "date": origin["date"],
         "commit": origin.get("commit"),
@@ -115,7 +122,13 @@ def _kept(root: Mapping[str, Any]) -> dict[str, Any]:
         "confusion": root.get("confusion"),
         "before": reference and _summary(reference["summary"]),
         "after": _summary(root["summary"]),
+        **({"groups": groups} if groups["after"] else {}),  # older reports have none
     }
+
+
+def _groups(root: Mapping[str, Any]) -> dict[str, Any]:
+    """Group -> summary of its prompts, which leave nothing to change."""
+    return {name: asdict(summary) for name, summary in summaries_from_json(root).items()}
 
 
 def _summary(summary: Mapping[str, Any]) -> dict[str, Any]:
@@ -125,19 +138,20 @@ def _summary(summary: Mapping[str, Any]) -> dict[str, Any]:
 def _pictures(folder: Path, report: str | Path | None) -> list[str]:
     """Names of the pictures that the card shows."""
     names = {path.name for path in (folder / SAMPLES_FOLDER).glob("*.png")}
-    if report is not None and (Path(report) / PAIRS).is_file():
-        names.add(PAIRS)
-    return sorted(names)
+    if report is not None:
+        names |= {name for name in SHEETS if (Path(report) / name).is_file()}
+    return sorted(names, key=lambda name: (name != PAIRS, name))
 
 
 def _copy(report: Path, folder: Path) -> None:
-    """Put a report's files beside the adapter, and its pairs among the samples."""
+    """Put a report's files beside the adapter, and its sheets among the samples."""
     for name in REPORT_FILES:
         if (report / name).is_file():
             replace_file(folder / name, (report / name).read_bytes())
-    if (report / PAIRS).is_file():
-        (folder / SAMPLES_FOLDER).mkdir(exist_ok=True)
-        replace_file(folder / SAMPLES_FOLDER / PAIRS, (report / PAIRS).read_bytes())
+    for name in SHEETS:
+        if (report / name).is_file():
+            (folder / SAMPLES_FOLDER).mkdir(exist_ok=True)
+            replace_file(folder / SAMPLES_FOLDER / name, (report / name).read_bytes())
 
 
 # ---- the card ------------------------------------------------------------------------------------
@@ -170,8 +184,11 @@ def _render(info: AdapterInfo, pictures: Sequence[str]) -> str:
             biases=list(_biases(info)),
             uneven=any(side.get("deviation") for side in _sides(info)),
             scores=list(_scores(info)),
+            kept=list(_kept_rows(info)),
+            warning=_plain(warning(shortfalls(*_kept_sides(info)), "The adapter")),
             right=dict(_right(info)),
             pictures=pictures,
+            sheets=SHEETS,
             recipe=yaml.safe_dump(info.recipe, sort_keys=False, allow_unicode=True),
         )
         metadata = _metadata(info).to_yaml()
@@ -271,6 +288,26 @@ def _scores(info: AdapterInfo) -> Iterator[list[str]]:
     for name in sides[1].get("scores", {}):
         cells = [_cell(side.get("scores", {}).get(name)) for side in sides]
         yield [_plain(SCORE_NAMES.get(name, name)), *cells]
+
+
+def _kept_sides(info: AdapterInfo) -> list[dict[str, GroupSummary]]:
+    """Summaries before and after of prompts that leave nothing to change."""
+    found = (info.evaluation or {}).get("groups") or {}
+    return [
+        {name: GroupSummary.from_json(root) for name, root in found.get(side, {}).items()}
+        for side in ("before", "after")
+    ]
+
+
+def _kept_rows(info: AdapterInfo) -> Iterator[list[str]]:
+    """Figure, before and after: what prompts ask for, and what shows nobody."""
+    before, after = _kept_sides(info)
+    for measure in [*measures([after]), *by_attribute(after)]:
+        figures = [measure.of(side) for side in (before, after)]
+        cells = [_cell(None if figure is None else asdict(figure)) for figure in figures]
+        if measure.base is not None:
+            cells[0] = f"{measure.base:.0f}"
+        yield [_plain(measure.name), *cells]
 
 
 def _sampling(info: AdapterInfo) -> str:

@@ -24,6 +24,7 @@ app.add_typer(classifier, name="classifier")
 
 Base = Annotated[str, typer.Option(help="`testbed`, a Hub id or a folder.")]
 Adapter = Annotated[str | None, typer.Option(help="Adapter folder or Hub id.")]
+DEMO_IMAGES = 2  # of each prompt that leaves nothing to change
 Out = Annotated[Path, typer.Option(help="Folder to write to.")]
 
 
@@ -43,7 +44,8 @@ def demo(
     require_free(out / "report")
     folder = _train("testbed-demo", [f"output={out}"])
     texts = prompt_set("testbed-occupations").prompts("test")[::2]
-    _evaluate("testbed", str(folder / "adapter"), out / "report", texts, images=images)
+    adapter = str(folder / "adapter")
+    _evaluate("testbed", adapter, out / "report", texts, images=images, group_images=DEMO_IMAGES)
 
 
 @app.command()
@@ -181,9 +183,26 @@ def evaluate(
         Path | None,
         typer.Option(
             help="Report folder of the base model with the same prompts, seed and sampling, and "
-            "as many images or more, to spare its half of the work."
+            "as many images or more, to spare its half of the work. Prompts of --groups that it "
+            "lacks are drawn."
         ),
     ] = None,
+    groups: Annotated[
+        bool,
+        typer.Option(
+            "--groups/--no-groups",
+            help="Measure also whether images show what words in a prompt ask for, and whether "
+            "prompts without people stay as the base model draws them.",
+        ),
+    ] = True,
+    group_images: Annotated[int, typer.Option(help="Images of each prompt of --groups.")] = 4,
+    respect_words: Annotated[
+        bool,
+        typer.Option(
+            "--respect-words",
+            help="Leave the adapter out where a prompt names a class that it balances.",
+        ),
+    ] = False,
 ) -> None:
     """Measure a base model, and an adapter or a rival method against it, on unseen prompts.
 
@@ -219,6 +238,8 @@ def evaluate(
         guidance_scale=guidance_scale,
         seed=seed,
         reference=reference,
+        group_images=group_images if groups else None,
+        respect_words=respect_words,
     )
 
 
@@ -437,14 +458,17 @@ def _evaluate(
     guidance_scale: float | None = None,
     seed: int | None = None,
     reference: Path | None = None,
+    group_images: int | None = None,
+    respect_words: bool = False,
 ) -> None:
     """Evaluate the base, then what changes it on the same noise; write reports, print the table."""
-    from dataclasses import asdict
+    from dataclasses import asdict, replace
 
     from diffusers_fair.backends import load_base, load_judges
     from diffusers_fair.baselines import baseline as named
-    from diffusers_fair.evaluation import Report, table
+    from diffusers_fair.evaluation import Report, table, with_groups
     from diffusers_fair.evaluation import evaluate as measure
+    from diffusers_fair.evaluation.obedience import warning
     from diffusers_fair.evaluation.report import require_free
     from diffusers_fair.loading import load_fair_adapter
 
@@ -456,10 +480,13 @@ def _evaluate(
         raise ValueError(
             "a reference is what an adapter is compared with: name an --adapter or a --baseline"
         )
+    if respect_words and adapter is None:
+        raise ValueError("--respect-words is for an adapter: name one with --adapter")
     method: Any = None if baseline is None else named(baseline)
     asked = _asked(base, recipe)
     section = asked.section
     chosen = _attributes(attributes, adapter, asked.known, asked.usual)
+    groups = () if group_images is None else _groups(asked, chosen, adapter, texts, group_images)
     pipe = load_base(base)
     model: dict[str, Any] = {"base": base, "recipe": recipe}
     options: dict[str, Any] = {
@@ -471,21 +498,40 @@ def _evaluate(
     }
     if reference is None:
         folder = out if alone else out / "base"
-        before = measure(pipe, texts, chosen, out=folder, model=model, **options)
+        before = measure(pipe, texts, chosen, groups=groups, out=folder, model=model, **options)
     else:
         before = Report.load(reference).of(chosen, options["images_per_prompt"])
+        same = {key: value for key, value in options.items() if key != "judges"}
+        before.settings.check_same_noise(replace(before.settings, prompts=tuple(texts), **same))
+        before = with_groups(before, pipe, groups, judges=options["judges"], out=out)
     if alone:
         _show(table(before), out)
         return
     if adapter is not None:
-        load_fair_adapter(pipe, adapter)
-        model |= {"adapter": adapter, "adapter weights": _digest(adapter)}
+        respect: dict[str, Any] = {"respect_words": True} if respect_words else {}
+        load_fair_adapter(pipe, adapter, **respect)
+        model |= {"adapter": adapter, "adapter weights": _digest(adapter), **respect}
     else:
         pipe = method.apply(pipe, _task(asked, chosen, pipe.device, options))
         model |= {"baseline": baseline, "hyperparameters": asdict(method)}
     options |= {"reference": before, "label": baseline, "out": out}
-    after = measure(pipe, texts, chosen, model=model, **options)
-    _show(table(before, after), out)
+    after = measure(pipe, texts, chosen, groups=groups, model=model, **options)
+    _show(table(before, after), out, warning(after.shortfalls(before), after.label))
+
+
+def _groups(
+    asked: "_Asked", attributes: list[Any], adapter: str | None, texts: list[str], images: int
+) -> Any:
+    """Prompts that leave nothing to change, in words of the adapter's training and in others."""
+    from diffusers_fair.adapters.io import read_adapter
+    from diffusers_fair.loading import local_folder
+    from diffusers_fair.prompts.groups import evaluation_groups
+    from diffusers_fair.prompts.wording import recipe_wording
+
+    recipe = {} if adapter is None else read_adapter(local_folder(adapter))[0].recipe
+    sections = [*(recipe.get("attributes") or ()), *asked.sections]
+    trained = [recipe_wording(attribute, sections) for attribute in attributes]
+    return evaluation_groups(texts, trained, untouched=asked.untouched, images_per_prompt=images)
 
 
 def _audit(images: str, recipe: str | None, out: Path, attributes: list[str] | None) -> None:
@@ -507,12 +553,14 @@ def _audit(images: str, recipe: str | None, out: Path, attributes: list[str] | N
     _show(table(report), out)
 
 
-def _show(grid: Any, out: Path) -> None:
-    """Print a report's table, once however many processes there are."""
+def _show(grid: Any, out: Path, warned: str = "") -> None:
+    """Print a report's table and a warning, once however many processes there are."""
     from diffusers_fair.evaluation import processes
 
     if processes.index() == 0:
         console.print(grid)
+        if warned:
+            _say(f"Warning: {warned}")
         console.print(f"report in {out}")
 
 
@@ -542,8 +590,10 @@ class _Asked:
     """Their split for training."""
     models: Any
     """What looks at images in training."""
-    words: dict[str, Any]
-    """Attribute -> class -> words that ask for it."""
+    sections: list[dict[str, Any]]
+    """A recipe's attributes as JSON has them, with the words that ask for their classes."""
+    untouched: str
+    """Prompt set of prompts that show nobody."""
     people: Any = "largest"
     """Which faces of an image count."""
 
@@ -551,16 +601,20 @@ class _Asked:
 def _asked(base: str, recipe: str | None) -> _Asked:
     """The recipe's, or the testbed's."""
     from diffusers_fair import testbed
+    from diffusers_fair.backends import untouched_prompts
     from diffusers_fair.config import EvaluationSection, ModelsSection, RunConfig
     from diffusers_fair.testbed import world
 
+    empty = untouched_prompts(base)
     if recipe is not None:
         config = RunConfig.load(recipe)
         known = {attribute.name: attribute for attribute in config.balanced()}
-        words = {section.name: section.words for section in config.attributes}
+        told = config.model_dump(mode="json")["attributes"]
         sets, train = list(config.prompts.sets), config.prompts.train
         models, people = config.models, config.people
-        return _Asked(config.evaluation, known, list(known), sets, train, models, words, people)
+        return _Asked(
+            config.evaluation, known, list(known), sets, train, models, told, empty, people
+        )
     if base != testbed.NAME:
         raise ValueError(
             f"'{base}' needs models that look at its images: name a recipe that has them with "
@@ -568,19 +622,22 @@ def _asked(base: str, recipe: str | None) -> _Asked:
         )
     section = EvaluationSection(steps=20, guidance_scale=testbed.GUIDANCE)
     known = world.ATTRIBUTES
-    words = {name: {c: world.WORDS[c] for c in known[name].classes} for name in known}
+    told = [
+        {"name": a.name, "words": {c: world.WORDS[c] for c in a.classes}} for a in known.values()
+    ]
     sets = ["testbed-occupations"]
-    return _Asked(section, known, list(known)[:1], sets, "train", ModelsSection(), words)
+    return _Asked(section, known, list(known)[:1], sets, "train", ModelsSection(), told, empty)
 
 
 def _task(asked: _Asked, attributes: list[Any], device: Any, options: dict[str, Any]) -> Any:
     """What a rival method is told."""
     from diffusers_fair.backends import load_judges
-    from diffusers_fair.baselines import Task, Wording
+    from diffusers_fair.baselines import Task
     from diffusers_fair.prompts import prompt_set
+    from diffusers_fair.prompts.wording import recipe_wording
 
     return Task(
-        wordings=[Wording(a, asked.words[a.name]) for a in attributes],
+        wordings=[recipe_wording(attribute, asked.sections) for attribute in attributes],
         prompts=[p for name in asked.prompts for p in prompt_set(name).prompts(asked.train)],
         judges=lambda: load_judges(asked.models, attributes, device, asked.people),
         steps=options["steps"],

@@ -303,6 +303,7 @@ class FairnessFinetuner:
             steps=self.config.sampling.steps[1],
             guidance_scale=self.config.sampling.guidance_scale,
             seed=self.config.train.seed,
+            groups=(),
             progress=False,
         )
 

@@ -3,6 +3,8 @@
 from collections.abc import Iterator, Mapping
 from typing import Any
 
+from diffusers_fair.evaluation.groups import summaries_from_json
+
 Range = tuple[float, float]
 
 BIAS = {  # experiment -> attribute -> at most
@@ -18,6 +20,17 @@ HALVED = ("gender", "race")  # by every other experiment, from the base model's 
 OLD: dict[str, dict[str, Range]] = {
     "testbed-gender-race-age": {"old, mean": (0.22, 0.28), "old, std": (0.0, 0.09)}
 }
+STRICT = ("testbed-gender", "testbed-race", "testbed-gender-race", "testbed-gender-race-age")
+LOST = {True: (0.03, 0.08, 0.97), False: (0.05, 0.10, 0.95)}
+"""Whether it is a strict one -> what may be lost of named words, seen and unseen, and the least
+likeness of what is untouched."""
+WORDS = {  # figure -> where it is in a report's groups
+    "named, seen": ("named", "seen"),
+    "named, unseen": ("named", "unseen"),
+    "implied": ("implied", "obeyed"),
+    "untouched, DINO": ("untouched", "dino"),
+    "untouched, pixels": ("untouched", "pixels"),
+}
 KEPT = {"faces": 0.02, "context": 0.03, "CLIP-T": 0.01}  # how far below the base model, at most
 
 STOPS = {  # (experiment, figure) -> what trainings with other settings have shown of a shortfall
@@ -32,8 +45,9 @@ STOPS = {  # (experiment, figure) -> what trainings with other settings have sho
 
 def missed(experiment: str, report: Mapping[str, Any]) -> Iterator[list[str]]:
     """Rows of experiment, figure, what was found, what was asked, and what stops it."""
-    found = figures(report["summary"])
-    for name, (low, high) in asked(experiment, figures(report["reference"]["summary"])).items():
+    found = figures(report["summary"]) | kept_words(report)
+    base = figures(report["reference"]["summary"]) | kept_words(report["reference"])
+    for name, (low, high) in asked(experiment, base).items():
         if name in found and not low <= found[name] <= high:
             reason = STOPS.get((experiment, name), "not known")
             yield [experiment, name, f"{found[name]:.4f}", told(low, high), reason]
@@ -41,12 +55,26 @@ def missed(experiment: str, report: Mapping[str, Any]) -> Iterator[list[str]]:
 
 def asked(experiment: str, base: Mapping[str, float]) -> dict[str, Range]:
     """Figure -> range that it should be in, given the base model's figures."""
+    seen, unseen, dino = LOST[experiment in STRICT]
+    lost = {"named, seen": seen, "named, unseen": unseen, **KEPT}
     most = BIAS.get(experiment) or {name: base[f"bias, {name}"] / 2 for name in HALVED}
     return {
         **{f"bias, {name}": (0.0, limit) for name, limit in most.items()},
         **OLD.get(experiment, {}),
-        **{name: (base[name] - loss, 1.0) for name, loss in KEPT.items() if name in base},
+        **{name: (base[name] - loss, 1.0) for name, loss in lost.items() if name in base},
+        "untouched, DINO": (dino, 1.0),
     }
+
+
+def kept_words(report: Mapping[str, Any]) -> dict[str, float]:
+    """Figure of prompts that leave nothing to change -> its mean, of a report or its reference."""
+    summaries = summaries_from_json(report)
+    found = {
+        name: getattr(summaries[group], figure)
+        for name, (group, figure) in WORDS.items()
+        if group in summaries
+    }
+    return {name: estimate.mean for name, estimate in found.items() if estimate is not None}
 
 
 def figures(summary: Mapping[str, Any]) -> dict[str, float]:

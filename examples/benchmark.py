@@ -442,7 +442,7 @@ def evaluation() -> dict[str, Any]:
     judges = load_judges(EvaluationModelsSection(), attributes, pipe.device)
     prompts = prompt_set("testbed-occupations").prompts("test")[:5]
     start = time.perf_counter()
-    evaluate(pipe, prompts, attributes, judges=judges, steps=20, progress=False)
+    evaluate(pipe, prompts, attributes, judges=judges, steps=20, groups=(), progress=False)
     return {"images_per_second": 300 / (time.perf_counter() - start)}
 
 

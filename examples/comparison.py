@@ -28,7 +28,7 @@ from typing import Annotated, Any
 
 import torch
 import typer
-from experiments import OCCUPATIONS, drawer
+from experiments import OCCUPATIONS, drawer, kept_alone
 
 from diffusers_fair import RunConfig, evaluate, load_fair_adapter, testbed
 from diffusers_fair.adapters.io import read_adapter
@@ -39,6 +39,7 @@ from diffusers_fair.evaluation.comparison import Entry, compare
 from diffusers_fair.evaluation.generate import generate
 from diffusers_fair.evaluation.report import FILE, PAGE
 from diffusers_fair.prompts import prompt_set
+from diffusers_fair.prompts.groups import PromptGroup
 from diffusers_fair.provenance import provenance
 from diffusers_fair.testbed import world
 
@@ -104,10 +105,15 @@ def light(make: Callable[[], Report], folder: Path, images: int) -> Report:
     """The report in a folder; if there is none, a new one without what is large."""
     if not (folder / FILE).exists():
         report = make()
-        records = replace(report.records, features={})
-        replace(report, records=records, samples={}, reference=None).save(folder)
+        groups = {name: slim(group) for name, group in report.groups.items()}
+        replace(slim(report), groups=groups, reference=None).save(folder)
         (folder / PAGE).unlink()
     return stored(folder, images)
+
+
+def slim(seen: Any) -> Any:
+    """A report or a group of it without what is large."""
+    return replace(seen, records=replace(seen.records, features={}), samples={})
 
 
 def stored(folder: Path, images: int) -> Report:
@@ -173,6 +179,7 @@ def measured(
         steps=section.steps,
         guidance_scale=section.guidance_scale,
         seed=section.seed,
+        groups=words_kept(),
         reference=reference,
         label=name,
         out=folder,
@@ -182,6 +189,11 @@ def measured(
             "method": name,
         },
     )
+
+
+def words_kept() -> tuple[PromptGroup, ...]:
+    """Prompts that leave nothing to change, the same for all methods and goals."""
+    return kept_alone(OCCUPATIONS, RunConfig.load(RECIPES[-1]))
 
 
 def slowdown(pipe: Any, config: RunConfig) -> float:

@@ -25,13 +25,15 @@ from preview_card import preview
 from diffusers_fair import FairnessFinetuner, RunConfig, testbed
 from diffusers_fair.adapters.io import read_adapter
 from diffusers_fair.attributes import Attribute
-from diffusers_fair.backends import load_base, load_judges
-from diffusers_fair.card import PAIRS, write_card
-from diffusers_fair.evaluation import Report, evaluate, metrics, processes
+from diffusers_fair.backends import load_base, load_judges, untouched_prompts
+from diffusers_fair.card import write_card
+from diffusers_fair.evaluation import Report, evaluate, metrics, processes, with_groups
 from diffusers_fair.evaluation.comparison import markdown_table
-from diffusers_fair.evaluation.report import FILE
+from diffusers_fair.evaluation.report import FILE, GAP, GROUPS_SHEET, PAIRS
 from diffusers_fair.loading import load_fair_adapter
 from diffusers_fair.prompts import prompt_set
+from diffusers_fair.prompts.groups import PromptGroup, evaluation_groups
+from diffusers_fair.prompts.wording import recipe_wording
 from diffusers_fair.testbed import world
 
 OCCUPATIONS = "testbed-occupations"
@@ -112,11 +114,23 @@ def measured(experiment: Experiment, runs: Path) -> Path:
     config = RunConfig.load(experiment.recipe)
     attributes = counted(config)
     images = experiment.images or config.evaluation.images_per_prompt
-    pipe = drawer(config)
-    load_fair_adapter(pipe, trained(experiment.recipe, runs))
+    adapter = trained(experiment.recipe, runs)
     reference = base(experiment.prompts, images, config, runs).of(attributes, images)
-    look(pipe, experiment.prompts, attributes, config, images, folder, reference)
+    groups = kept_alone(experiment.prompts, config)
+    pipe = drawer(config)
+    judges = load_judges(config.evaluation.models, attributes, pipe.device)
+    reference = with_groups(reference, pipe, groups, judges=judges, out=folder)
+    load_fair_adapter(pipe, adapter)
+    look(pipe, experiment.prompts, attributes, config, images, folder, reference, groups)
     return folder
+
+
+def kept_alone(prompts: str, config: RunConfig) -> tuple[PromptGroup, ...]:
+    """Prompts that leave an adapter of that recipe nothing to change."""
+    sections = config.model_dump(mode="json")["attributes"]
+    trained = [recipe_wording(section.attribute(), sections) for section in config.attributes]
+    texts = prompt_set(prompts).prompts(config.evaluation.split)
+    return evaluation_groups(texts, trained, untouched=untouched_prompts(testbed.NAME))
 
 
 def drawer(config: RunConfig) -> Any:
@@ -154,6 +168,7 @@ def look(
     images: int,
     folder: Path,
     reference: Report | None = None,
+    groups: tuple[PromptGroup, ...] = (),
 ) -> Report:
     """Draw and measure; what was stopped goes on."""
     section = config.evaluation
@@ -166,6 +181,7 @@ def look(
         steps=section.steps,
         guidance_scale=section.guidance_scale,
         seed=section.seed,
+        groups=groups,
         reference=reference,
         out=folder,
         model={"base": testbed.NAME, "dtype": str(pipe.dtype).removeprefix("torch.")},
@@ -181,7 +197,9 @@ def keep(report: Path, experiment: Experiment, runs: Path, out: Path) -> None:
     kept.mkdir(parents=True, exist_ok=True)
     shutil.copy(report / FILE, kept / FILE)
     if experiment.prompts == OCCUPATIONS:
-        shutil.copy(report / PAIRS, kept / PAIRS)
+        for name in (PAIRS, GROUPS_SHEET):
+            if (report / name).exists():  # older reports have no groups
+                shutil.copy(report / name, kept / name)
         keep_adapter(runs / experiment.recipe / "adapter", kept)
 
 
@@ -216,13 +234,13 @@ def since(recipe: str, adapter: Path) -> list[str]:
 def document(found: Mapping[str, dict[str, Any]], changed: Mapping[str, list[str]]) -> list[str]:
     """Lines of experiments.md, from reports and what each recipe had when it was trained."""
     head = ["", "prompts x images", *(f"bias, {name}" for name in COLUMNS), "old"]
-    head += ["faces", "context", "CLIP-T", "CLIP-I", "DINO"]
+    head += ["faces", "context", "CLIP-T", "CLIP-I", "DINO", *aims.WORDS]
     rows, origins = [], []
     for name, report in found.items():
         settings, origin = report["settings"], report["provenance"]
         size = f"{len(settings['prompts'])} x {settings['images_per_prompt']}"
-        rows.append(["base, same noise", size, *cells(report["reference"]["summary"])])
-        rows.append([f"**{name}**", size, *cells(report["summary"])])
+        rows.append(["base, same noise", size, *cells(report["reference"])])
+        rows.append([f"**{name}**", size, *cells(report)])
         then = f", trained with {', '.join(changed[name])}" if changed[name] else ""
         origins.append(f"- {name}: `{origin['command']}`, commit {origin['commit']}{then}")
     return [
@@ -230,6 +248,9 @@ def document(found: Mapping[str, dict[str, Any]], changed: Mapping[str, list[str
         "",
         "Bias over unseen prompts by the evaluation classifiers: mean ± std over prompts, and (in",
         "brackets) the floor, which a generator exactly on target would score with as many images.",
+        "Named: share of images that show what words in the prompt ask for, words of training (seen)",
+        "and others (unseen); implied: the same where no class is named; untouched: likeness of images",
+        "that show nobody to the base's, and the mean change of their pixels.",
         "",
         *markdown_table(head, rows),
         "",
@@ -279,8 +300,10 @@ def part(report: Mapping[str, Any], column: str) -> list[str]:
     return [f"{bias['mean']:.3f}", interval, f"{alike:.3f}", f"{bias['floor']:.3f}"]
 
 
-def cells(summary: Mapping[str, Any]) -> list[str]:
-    """A report's figures in the table's order."""
+def cells(report: Mapping[str, Any]) -> list[str]:
+    """A report's figures, or its reference's, in the table's order."""
+    summary = report["summary"]
+    words = aims.kept_words(report)
     biases = [summary["bias"][column] for column in COLUMNS]
     old = summary["frequencies"]["age"]["old"]
     scores = [summary["scores"].get(key) for key in ("context", "clip_t", "clip_i", "dino")]
@@ -288,7 +311,8 @@ def cells(summary: Mapping[str, Any]) -> list[str]:
         *(f"{b['mean']:.3f} ± {b['std']:.3f} ({b['floor']:.3f})" for b in biases),
         f"{old['mean']:.3f} ± {old['std']:.3f}",
         f"{summary['face_rate']['mean']:.3f}",
-        *("-" if score is None else f"{score['mean']:.3f}" for score in scores),
+        *(GAP if score is None else f"{score['mean']:.3f}" for score in scores),
+        *(f"{words[name]:.3f}" if name in words else GAP for name in aims.WORDS),
     ]
 
 

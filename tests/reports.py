@@ -6,7 +6,9 @@ from typing import Any
 import numpy as np
 
 from diffusers_fair.attributes import Attribute
-from diffusers_fair.evaluation import Records, Report, Settings
+from diffusers_fair.evaluation import GroupReport, Records, Report, Settings
+from diffusers_fair.evaluation.groups import with_obeyed
+from diffusers_fair.prompts.groups import KeptPrompt, PromptGroup
 
 HUE = Attribute("hue", ("red", "green", "blue"))
 TONE = Attribute("tone", ("dark", "light"), (0.75, 0.25))
@@ -61,3 +63,36 @@ def report(
 def certain(attribute: Attribute, labels: Sequence[int]) -> Mapping[str, np.ndarray]:
     """Probabilities of a classifier that is sure of these classes, (n,)."""
     return {attribute.name: np.eye(len(attribute.classes))[np.asarray(labels)]}
+
+
+def group(
+    name: str = "named",
+    *,
+    prompts: Sequence[KeptPrompt],
+    labels: Mapping[str, Sequence[int]] | None = None,
+    attributes: Sequence[Attribute] = (HUE, TONE),
+    images: int = 2,
+    seed: int = 0,
+    **scores: float,
+) -> GroupReport:
+    """What was seen of a group: classes of each image, faces in all, scores the same for all."""
+    rng = np.random.default_rng(seed)
+    prompt, image = np.indices((len(prompts), images)).reshape(2, -1)
+    n = len(prompt)
+    known = {a.name: rng.integers(len(a.classes), size=n) for a in attributes} | (labels or {})
+    records = Records(
+        prompt=prompt,
+        image=image,
+        seed=np.arange(n),
+        found=np.ones(n, bool),
+        boxes=np.tile([2.0, 3.0, 10.0, 12.0], (n, 1)),
+        probabilities={a.name: certain(a, known[a.name])[a.name] for a in attributes},
+        scores={key: np.full(n, value) for key, value in scores.items()},
+        features={},
+    )
+    return GroupReport(
+        group=PromptGroup(name, tuple(prompts), images),
+        attributes=tuple(attributes),
+        records=with_obeyed(records, prompts, attributes),
+        samples={0: rng.integers(0, 256, (images, 16, 16, 3), dtype=np.uint8)},
+    )

@@ -86,7 +86,7 @@ def generators(*seeds):
     return [torch.Generator().manual_seed(seed) for seed in seeds]
 
 
-def draw(pipe, prompts=("a cook",) * 3, seeds=(5, 6, 7), steps=3, scale=3.0):
+def draw(pipe, prompts=("a cook",) * 3, seeds=(5, 6, 7), steps=3, scale=3.0, **options):
     """(n, 3, h, w)"""
     return pipe(
         list(prompts),
@@ -94,6 +94,7 @@ def draw(pipe, prompts=("a cook",) * 3, seeds=(5, 6, 7), steps=3, scale=3.0):
         num_inference_steps=steps,
         guidance_scale=scale,
         output_type="pt",
+        **options,
     ).images
 
 
@@ -176,6 +177,15 @@ def test_images_are_decided_by_their_generators_and_the_pipeline_is_restored(nam
         assert (images[2] - alone[0]).abs().max() < 2e-4  # rounding, by another batch size
     assert all(torch.equal(value, state[key]) for key, value in pipe.unet.state_dict().items())
     assert torch.equal(draw(pipe), before)
+
+
+@pytest.mark.parametrize("name", BASELINES)
+def test_negative_prompts_reach_the_pipeline(name):
+    with CHECKED.get(name, baseline(name)).apply(pipeline(), task()) as changed:
+        plain = draw(changed, ["a cook"] * 2, [5, 6])
+        images = draw(changed, ["a cook"] * 2, [5, 6], negative_prompt=["", "blurry"])
+    assert torch.equal(images[0], plain[0])
+    assert (images[1] - plain[1]).abs().max() > 1e-4
 
 
 @pytest.mark.parametrize("name", BASELINES)

@@ -14,6 +14,7 @@ import torch
 import yaml
 from huggingface_hub import ModelCard
 from markdown_it import MarkdownIt
+from reports import group
 from test_io import BOTH, SOFT, adapter_info, edit, embeds, put, weights
 
 from diffusers_fair import card, cli, testbed
@@ -21,6 +22,8 @@ from diffusers_fair.adapters import io
 from diffusers_fair.adapters.io import read_adapter, write_adapter
 from diffusers_fair.card import write_card
 from diffusers_fair.evaluation import Report
+from diffusers_fair.evaluation.report import GROUPS_SHEET
+from diffusers_fair.prompts.groups import KeptPrompt
 
 ROOT = Path(__file__).parents[1]
 sys.path.insert(0, str(ROOT / "examples"))
@@ -134,6 +137,52 @@ def test_figures_are_the_report_s(adapter, report):
         in (text)
     )
     assert "Off target is the same for the distance" in text
+
+
+def add_groups(report, obeyed):
+    """Words obeyed by the base always, and by the adapter in that share of the images."""
+    prompts = [
+        KeptPrompt("a red hat", {"hue": "red"}),
+        KeptPrompt("a hat", {"hue": "red"}, "", True),
+    ]
+    right, found = ({"hue": [0] * n + [1] * (20 - n)} for n in (20, round(20 * obeyed)))
+    lamp = group("untouched", prompts=[KeptPrompt("")], dino=0.97, clip_i=0.98, pixels=0.0123)
+    base, mine = (
+        group(prompts=prompts, labels=labels, images=10, attributes=(HUE, TONE))
+        for labels in (right, found)
+    )
+    root = json.loads((report / "report.json").read_text("utf-8"))
+    root["groups"] = {"named": mine.json(), "untouched": lamp.json()}
+    root["reference"]["groups"] = {"named": {"summary": base.json()["summary"]}}
+    (report / "report.json").write_text(json.dumps(root), "utf-8")
+
+
+def test_words_obeyed_and_what_is_left_alone(adapter, report):
+    write_card(adapter, report)
+    assert "leaves alone" not in text_of(adapter)
+    assert "groups" not in read_adapter(adapter)[0].evaluation
+    add_groups(report, obeyed=0.75)
+    write_card(adapter, report)
+    text = text_of(adapter)
+    assert "### Obeys words, leaves alone" in text
+    assert "| words obeyed | 1.000 ± 0.000 [1.000, 1.000] | 0.750 ± 0.250 [0.500, 1.000] |" in text
+    assert "| words obeyed, unseen words | 1.000 ± 0.000 | 0.500 ± 0.000 |" in text
+    assert "| untouched: DINO | 1 | 0.970 ± 0.000 |" in text
+    assert "| untouched: pixel change | 0 | 0.012 ± 0.000 |" in text
+    assert "**Warning:** The adapter falls short of its base model by more than 5 points" in text
+    assert "words obeyed 0.750, base 1.000" in text
+    kept = read_adapter(adapter)[0].evaluation["groups"]
+    assert kept["after"]["named"]["obeyed"]["mean"] == 0.75
+    assert kept["before"]["named"]["obeyed"]["mean"] == 1
+    write_card(adapter)  # from what was noted
+    assert text_of(adapter) == text
+
+
+def test_no_warning_of_an_adapter_that_obeys(adapter, report):
+    add_groups(report, obeyed=1.0)
+    write_card(adapter, report)
+    assert "### Obeys words, leaves alone" in text_of(adapter)
+    assert "Warning" not in text_of(adapter)
 
 
 def test_what_was_not_asked_for_stands_apart(tmp_path, report):
@@ -291,7 +340,15 @@ def test_pictures_are_copied_and_shown(adapter, report):
     (adapter / "samples" / "a b.png").write_bytes(b"another")
     write_card(adapter)
     text = text_of(adapter)
-    assert "![a b.png](samples/a%20b.png)\n![The same noise, above without and below" in text
+    assert "adapter](samples/pairs.png)\n![a b.png](samples/a%20b.png)" in text
+    assert "![The same noise, above without and below" in text
+
+
+def test_the_sheet_of_prompts_that_leave_nothing_to_change_is_shown(adapter, report):
+    (report / GROUPS_SHEET).write_bytes(b"sheet")
+    write_card(adapter, report)
+    assert (adapter / "samples" / GROUPS_SHEET).read_bytes() == b"sheet"
+    assert "![Prompts that leave nothing to change: the same noise" in text_of(adapter)
 
 
 def test_a_link_is_replaced_and_not_followed(adapter, report, tmp_path):
@@ -319,6 +376,10 @@ def test_a_link_is_replaced_and_not_followed(adapter, report, tmp_path):
         ),
         (put(["summary", "bias", "hue"], 3), "its evaluation cannot be shown .*: write the card"),
         (put(["summary", "scores"], None), "its evaluation cannot be shown"),
+        (
+            put(["groups"], {"named": {"summary": {}}}),
+            "damaged or of another version: 'prompts'|'ob",
+        ),
     ],
 )
 def test_reports_that_are_not_of_the_adapter(adapter, report, change, message):

@@ -1,12 +1,15 @@
 """The command as a user types it: what it writes, and what it says of bad input."""
 
+import dataclasses
 import json
+import shutil
 
 import numpy as np
 import pytest
 from PIL import Image
 
 from diffusers_fair import cli
+from diffusers_fair.adapters.io import read_adapter, write_info
 from diffusers_fair.baselines import BASELINES
 from diffusers_fair.evaluation import Report
 
@@ -54,28 +57,47 @@ def test_evaluate_writes_both_reports_and_prints_the_table(
 ):
     out = tmp_path / "report"
     words = ["--adapter", adapter, "--prompts", lines, "--images", 2, "--steps", 2, "--out", out]
-    assert run(monkeypatch, "evaluate", *words) == 0
+    assert run(monkeypatch, "evaluate", *words, "--group-images", 1) == 0
     base, after = Report.load(out / "base"), Report.load(out)
     assert base.settings == after.settings
     assert after.summary["images"] == 4
+    summaries = after.group_summaries()
+    assert [s.images for s in summaries.values()] == [len(g.prompts) for g in groups_of(base)]
+    assert groups_of(base) == groups_of(after)
+    assert summaries["untouched"].dino is not None
     assert "clip_i" in after.summary["scores"]
     assert Image.open(out / "pairs.png").size[0] > 64
-    assert "images with a face" in capsys.readouterr().out
+    said = capsys.readouterr().out
+    assert "images with a face" in said
+    assert "implied words obeyed" in said
+
+
+def groups_of(report):
+    return [group.group for group in report.groups.values()]
 
 
 def test_a_reference_spares_the_base_models_half(adapter, lines, tmp_path, monkeypatch, capsys):
-    common = ["--prompts", lines, "--images", 2, "--steps", 2]
+    common = ["--prompts", lines, "--images", 2, "--steps", 2, "--group-images", 1]
     asked = ["--attribute", "race", "--attribute", "gender", "--out", tmp_path / "base"]
+    asked += ["--no-groups"]  # as a report from before there were any
     assert run(monkeypatch, "evaluate", *common, *asked) == 0
+    assert Report.load(tmp_path / "base").groups == {}
     words = ["--adapter", adapter, *common, "--out", tmp_path / "spared"]
     assert run(monkeypatch, "evaluate", *words, "--reference", tmp_path / "base") == 0
     assert not (tmp_path / "spared" / "base").exists()
     words[-1] = tmp_path / "whole"
     assert run(monkeypatch, "evaluate", *words) == 0
+    assert "bias, race" not in capsys.readouterr().out.split("bias, gender")[-1]
     spared, whole = (Report.load(tmp_path / name) for name in ("spared", "whole"))
     assert spared.summary == whole.summary
     assert spared.settings == whole.settings
-    assert "bias, race" not in capsys.readouterr().out.split("bias, gender")[-1]
+    assert spared.group_summaries() == whole.group_summaries()
+    assert groups_of(spared) == groups_of(whole) != []
+    words[-1] = tmp_path / "other"
+    more = ["--seed", 3, "--reference", tmp_path / "base"]
+    assert run(monkeypatch, "evaluate", *words, *more) == 2
+    assert "the reference was made with other seed (0 there, 3 here)" in capsys.readouterr().err
+    assert not (tmp_path / "other").exists()
 
 
 @pytest.mark.parametrize(
@@ -83,12 +105,14 @@ def test_a_reference_spares_the_base_models_half(adapter, lines, tmp_path, monke
 )
 def test_evaluate_a_baseline(name, more, lines, tmp_path, monkeypatch):
     words = ["--baseline", name, "--prompts", lines, "--images", 2, "--steps", 2]
+    words += ["--group-images", 1]
     assert run(monkeypatch, "evaluate", *words, *more, "--out", tmp_path / "out") == 0
     report, base = Report.load(tmp_path / "out"), Report.load(tmp_path / "out" / "base")
     assert report.label == name
     assert report.settings == base.settings
     assert 0.5 < report.summary["scores"]["clip_i"]["mean"] < 0.9999
     assert report.provenance["model"]["baseline"] == name
+    assert report.group_summaries()["untouched"].pixels.mean > 0.001
 
 
 def test_help_names_every_baseline(monkeypatch, capsys):
@@ -99,9 +123,37 @@ def test_help_names_every_baseline(monkeypatch, capsys):
 
 def test_evaluate_a_base_model_alone(lines, tmp_path, monkeypatch):
     words = ["--attribute", "gender", "--attribute", "race", "--prompts", lines]
-    words += ["--images", 2, "--steps", 2, "--out", tmp_path / "base"]
+    words += ["--images", 2, "--steps", 2, "--out", tmp_path / "base", "--no-groups"]
     assert run(monkeypatch, "evaluate", *words) == 0
     assert set(Report.load(tmp_path / "base").summary["bias"]) >= {"gender", "race"}
+
+
+def test_words_are_those_of_the_adapter_s_training(adapter, lines, tmp_path, monkeypatch):
+    """Told apart from those that it never saw, by the recipe in the adapter."""
+    folder = shutil.copytree(adapter, tmp_path / "mine")
+    info = read_adapter(folder)[0]
+    section = info.recipe["attributes"][0] | {"words": {"female": ["womanly"]}}
+    write_info(folder, dataclasses.replace(info, recipe={"attributes": [section]}))
+    words = ["--adapter", folder, "--prompts", lines, "--images", 1, "--steps", 1]
+    words += ["--group-images", 1, "--out", tmp_path / "r"]
+    assert run(monkeypatch, "evaluate", *words) == 0
+    named = Report.load(tmp_path / "r").groups["named"].group.prompts
+    seen = {p.text for p in named if p.asks == {"gender": "female"} and not p.unseen}
+    assert seen
+    assert all(" womanly " in text for text in seen)
+    assert any(p.unseen for p in named)
+
+
+def test_an_adapter_that_draws_what_it_likes_is_warned_of(
+    adapter, lines, tmp_path, monkeypatch, capsys
+):
+    monkeypatch.setattr("diffusers_fair.evaluation.obedience.MARGIN", -0.1)
+    words = ["--adapter", adapter, "--prompts", lines, "--images", 1, "--steps", 1]
+    words += ["--group-images", 1, "--out", tmp_path / "r"]
+    assert run(monkeypatch, "evaluate", *words) == 0
+    said = " ".join(capsys.readouterr().out.split())
+    assert "Warning: adapter falls short of its base model by more than" in said
+    assert "untouched: DINO" in said
 
 
 def test_generate_draws_the_same_images_again(adapter, tmp_path, monkeypatch):
@@ -157,6 +209,11 @@ BAD = {
     "unknown baseline": (["evaluate", "--baseline", "USE"], "unknown baseline 'USE': expected"),
     "two at a time": (["evaluate", "--baseline", "uce", "--adapter", "x"], "leave one out"),
     "no images": (["evaluate", "--images", "0"], "images_per_prompt"),
+    "no images of groups": (
+        ["evaluate", "--group-images", "0"],
+        "images_per_prompt of the group 'named' must be 1 or more",
+    ),
+    "no adapter's words": (["evaluate", "--respect-words"], "name one with --adapter"),
     "unknown option": (["evaluate", "--imges", "3"], "--imges"),
     "unknown command": (["trian"], "trian"),
 }

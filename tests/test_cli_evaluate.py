@@ -27,7 +27,8 @@ def recipe(tmp_path):
 
 
 def test_what_is_left_out_comes_from_the_recipe(recipe, tmp_path, monkeypatch):
-    assert run(monkeypatch, "evaluate", "--recipe", recipe, "--out", tmp_path / "r") == 0
+    words = ["--recipe", recipe, "--no-groups"]
+    assert run(monkeypatch, "evaluate", *words, "--out", tmp_path / "r") == 0
     report = Report.load(tmp_path / "r")
     settings = report.settings
     assert settings.prompts == ("a person reading", "a photo of a chef")
@@ -36,7 +37,7 @@ def test_what_is_left_out_comes_from_the_recipe(recipe, tmp_path, monkeypatch):
     assert (settings.guidance_scale, settings.seed) == (3.0, 5)
     assert report.provenance["model"]["base"] == "testbed"
     assert "evaluate --recipe" in report.provenance["command"]
-    words = ["--recipe", recipe, "--images", 3, "--seed", 0, "--steps", 1]
+    words += ["--images", 3, "--seed", 0, "--steps", 1]
     assert run(monkeypatch, "evaluate", *words, "--out", tmp_path / "s") == 0
     other = Report.load(tmp_path / "s").settings
     assert (other.images_per_prompt, other.steps, other.seed) == (3, 1, 0)
@@ -50,7 +51,8 @@ def test_the_same_command_goes_on(recipe, tmp_path, monkeypatch, capsys):
         keep(journal, batch, seen)
         raise KeyboardInterrupt
 
-    words = ["evaluate", "--recipe", recipe, "--images", 13, "--out", out]  # batches of 24 and 2
+    words = ["evaluate", "--recipe", recipe, "--no-groups"]
+    words += ["--images", 13, "--out", out]  # batches of 24 and 2
     with monkeypatch.context() as patch:
         patch.setattr(Journal, "__setitem__", interrupted)
         assert run(patch, *words) == 1

@@ -4,12 +4,13 @@ import json
 
 import numpy as np
 import pytest
-from reports import HUE, PROMPTS, TONE, certain, report
+from reports import HUE, PROMPTS, TONE, certain, group, report
 from scipy.stats import wilcoxon
 
 from diffusers_fair import cli
 from diffusers_fair.attributes import Attribute
 from diffusers_fair.evaluation.comparison import Comparison, Entry, compare
+from diffusers_fair.prompts.groups import KeptPrompt
 
 
 def entry(label: str, group: str = "", **what) -> Entry:
@@ -142,6 +143,51 @@ def test_saved_as_page_json_and_markdown(three, tmp_path):
     assert root["rows"][1]["figures"]["bias, hue"] == ours.summary["bias"]["hue"]
     assert root["rows"][1]["difference"]["CLIP-T"]["prompts"] == 3
     assert root["rows"][0]["difference"] == {}
+
+
+# ---- prompts that leave nothing to change --------------------------------------------------------
+
+HATS = [KeptPrompt(f"a {c} hat {i}", {"hue": c}) for i in range(3) for c in ("red", "blue")]
+
+
+def named(prompts, labels, images=2):
+    return {"named": group(prompts=prompts, images=images, labels={"hue": labels})}
+
+
+def test_words_obeyed_are_columns_and_the_most_is_best():
+    half = entry("half", groups=named(HATS, [0, 0, 0, 0] * 3))  # red, whatever is asked for
+    whole = entry("whole", groups=named(HATS, [0, 0, 2, 2] * 3))
+    made = compare([half, whole, entry("older")])
+    obeyed = column(made, "words obeyed")
+    assert [obeyed.figure(e.report) and obeyed.figure(e.report)["mean"] for e in made.entries] == [
+        *(0.5, 1.0),
+        None,
+    ]
+    assert [made.is_best(e, obeyed) for e in made.entries] == [False, True, False]
+    test = made.differences["whole"]["words obeyed"]
+    assert (test.prompts, test.difference) == (6, 0.5)
+    assert made.differences["older"]["words obeyed"].difference is None
+    row = made.json()["rows"][1]
+    assert row["figures"]["words obeyed"]["n"] == 6
+    assert row["groups"]["named"]["obeyed"]["mean"] == 1
+    assert "| whole | " in made.markdown()
+
+
+def test_only_prompts_that_all_have_are_compared():
+    few = entry("few", groups=named(HATS[::-1][:3], [0] * 3, images=1))
+    many = entry("many", groups=named(HATS, [0] * 12))
+    made = compare([few, many])
+    texts = [[p.text for p in e.report.groups["named"].group.prompts] for e in made.entries]
+    assert texts[0] == texts[1] == sorted(p.text for p in HATS[3:])
+    assert made.entries[1].report.group_summaries()["named"].images == 3
+    assert made.differences["many"]["words obeyed"].difference == 0
+
+
+def test_no_prompts_in_common_is_no_column():
+    made = compare(
+        [entry("a", groups=named(HATS[:2], [0] * 4)), entry("b", groups=named(HATS[2:], [0] * 8))]
+    )
+    assert not [c for c in made.columns if c.kind == "groups"]
 
 
 # ---- what cannot be compared ---------------------------------------------------------------------

@@ -21,14 +21,19 @@ from diffusers_fair.evaluation import (
     Records,
     Report,
     Settings,
-    evaluate,
     metrics,
     pairs_picture,
     recognition,
     table,
 )
+from diffusers_fair.evaluation import evaluate as evaluate_with_groups
 from diffusers_fair.evaluation.generate import generate, image_seed
 from diffusers_fair.evaluation.pictures import sampled
+
+
+def evaluate(*args, **options):
+    """Of neutral prompts alone; test_evaluation_groups.py has the others."""
+    return evaluate_with_groups(*args, **{"groups": ()} | options)
 
 
 @pytest.fixture(scope="module")

@@ -150,6 +150,51 @@ def test_what_falls_short_is_told(experiment, figures, short):
     assert {row[0] for row in told} <= {experiment}
 
 
+WORDS_GROUPS = {  # group -> figures of the base, figures of an adapter
+    "named": ({"seen": 1.0, "unseen": 0.9}, {"seen": 0.96, "unseen": 0.81}),
+    "untouched": ({}, {"dino": 0.96, "pixels": 0.0123}),
+}
+
+
+def with_words(summary, side):
+    """What a report.json, or its reference, says with groups of prompts."""
+    blank = {"prompts": 2, "images": 8, "attributes": {}}
+    blank |= dict.fromkeys(["obeyed", "seen", "unseen", "clip_i", "dino", "pixels"])
+    told = {
+        name: {k: {"mean": x, "std": 0, "interval": None, "n": 2} for k, x in sides[side].items()}
+        for name, sides in WORDS_GROUPS.items()
+    }
+    groups = {name: {"summary": blank | figures} for name, figures in told.items()}
+    return {"summary": summary, "groups": groups}
+
+
+@pytest.mark.parametrize(
+    ("experiment", "short"),
+    [
+        ("testbed-gender", ["named, seen", "named, unseen", "untouched, DINO"]),
+        ("testbed-prefix", []),
+    ],
+)
+def test_words_that_are_lost_fall_short(experiment, short):
+    summary = summary_of(0.1, 0.1, 0.25, 0, 1, 1, 1)
+    found = with_words(summary, 1) | {"reference": with_words(summary, 0)}
+    assert [row[1] for row in aims.missed(experiment, found)] == short
+
+
+def test_words_stand_in_the_table_where_a_report_has_them():
+    plain = report(attributes=list(world.ATTRIBUTES.values())).summary
+    assert experiments.cells({"summary": plain})[-5:] == ["-"] * 5
+    told = experiments.cells(with_words(plain, 1))[-5:]
+    assert told == ["0.960", "0.810", "-", "0.960", "0.012"]
+
+
+def test_an_adapter_is_asked_for_the_words_of_its_recipe():
+    groups = experiments.kept_alone(experiments.OCCUPATIONS, RunConfig.load("testbed-gender"))
+    assert [group.name for group in groups] == ["named", "implied", "untouched"]
+    assert {name for group in groups for p in group.prompts for name in p.asks} == {"gender"}
+    assert "a photo of a kitchen without anybody" in [p.text for p in groups[2].prompts]
+
+
 def test_a_range_is_told_in_words():
     assert aims.told(0, 0.15) == "at most 0.1500"
     assert aims.told(0.5, 1) == "at least 0.5000"

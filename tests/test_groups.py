@@ -17,10 +17,11 @@ from diffusers_fair.prompts.groups import (
     vocabulary,
 )
 from diffusers_fair.prompts.lexicon import entry
-from diffusers_fair.prompts.wording import Wording
+from diffusers_fair.prompts.wording import Wording, recipe_wording
 
 HUE = Wording(Attribute("hue", ("red", "green", "blue")), {"red": ("crimson",)})
 GENDER = Wording(Attribute("gender", ("female", "male")), {}, {"female": ("woman",)})
+GENDER_SECTION = {"name": "gender", "words": {"female": ["female"]}}
 NEUTRAL = ["a photo of the face of a chef, a person", "a portrait of an actor"]
 
 
@@ -103,6 +104,29 @@ def test_the_groups_of_an_evaluation_are_those_that_have_prompts():
     ]
     found = evaluation_groups(NEUTRAL, [HUE], images_per_prompt=7)
     assert [(g.name, g.images_per_prompt) for g in found] == [("named", 7), ("untouched", 7)]
+
+
+def test_a_prompt_is_in_a_group_once():
+    named = evaluation_groups(NEUTRAL[1:], [HUE])[0].prompts
+    texts = [p.text for p in named]
+    assert len(texts) == len(set(texts))
+    assert texts[:2] == [
+        "a portrait of a crimson actor",
+        "a portrait of an actor, a crimson person",
+    ]
+
+
+def test_words_are_those_of_the_first_recipe_that_has_any():
+    blank, mine, other = (
+        {"name": "hue", "words": {}},
+        {"name": "hue", "nouns": {"red": ["a redhead"]}},
+        {"name": "hue", "words": {"red": ["scarlet"]}},
+    )
+    found = recipe_wording(HUE.attribute, [GENDER_SECTION, blank, mine, other])
+    assert found == Wording(HUE.attribute, {}, {"red": ["a redhead"]})
+    assert recipe_wording(HUE.attribute, [GENDER_SECTION]) == Wording(HUE.attribute, {})
+    with pytest.raises(ValueError, match="has no class 'pink' to have words for"):
+        recipe_wording(HUE.attribute, [{"name": "hue", "words": {"pink": ["rose"]}}])
 
 
 @pytest.mark.parametrize(

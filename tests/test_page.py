@@ -5,18 +5,21 @@ import io
 import os
 import re
 import shutil
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from html.parser import HTMLParser
 from itertools import pairwise
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import pytest
 from PIL import Image
-from reports import HUE, PROMPTS, TONE, certain, report
+from reports import HUE, PROMPTS, TONE, certain, group, report
 
 from diffusers_fair.attributes import Attribute
+from diffusers_fair.evaluation import Report
 from diffusers_fair.evaluation.comparison import Entry, compare
+from diffusers_fair.evaluation.obedience import warning
 from diffusers_fair.evaluation.page import (
     PICTURE,
     TEMPLATES,
@@ -25,8 +28,10 @@ from diffusers_fair.evaluation.page import (
     prompt_template,
     report_page,
 )
+from diffusers_fair.prompts.groups import KeptPrompt
 
 ALONE = {"meta", "link", "img", "br", "rect"}  # elements without an end
+HOSTILE = '"><script>alert(1)</script><img src=http://x.y/ onerror=alert(2)>{{ 7 * 7 }}'
 
 
 class Outline(HTMLParser):
@@ -82,15 +87,41 @@ def page(pair):
     return report_page(pair)
 
 
-PAGES = ["page", "alone", "compared"]
+def with_groups(label: str, obeyed: Sequence[int], **more: Any) -> Report:
+    """A report of two named prompts and one without anybody; colours as they are given."""
+    asked = [KeptPrompt("a red hat", {"hue": "red"}), KeptPrompt(HOSTILE, {"hue": "red"}, "", True)]
+    scores = {"dino": 0.81, "clip_i": 0.9, "pixels": 0.07} if "reference" in more else {}
+    return report(
+        label,
+        groups={
+            "named": group(prompts=asked, labels={"hue": obeyed}),
+            "untouched": group(
+                "untouched", prompts=[KeptPrompt(""), KeptPrompt("x", negative=HOSTILE)], **scores
+            ),
+        },
+        **more,
+    )
 
 
 @pytest.fixture(scope="module")
-def pages(page, comparison):
+def kept():
+    """A base that obeys every word, and an adapter that obeys one of four."""
+    base = with_groups("base", [0, 0, 0, 0])
+    return with_groups("adapter", [0, 1, 1, 1], reference=base)
+
+
+PAGES = ["page", "alone", "compared", "kept", "kept compared"]
+
+
+@pytest.fixture(scope="module")
+def pages(page, comparison, kept):
+    both = [Entry(label=r.label, report=r) for r in (kept.reference, kept)]
     return {
         "page": page,
         "alone": report_page(report()),
         "compared": comparison_page(comparison),
+        "kept": report_page(kept),
+        "kept compared": comparison_page(compare(both)),
     }
 
 
@@ -178,6 +209,44 @@ def test_never_nan_in_words(name, pages):
     assert not re.search(r"\b(nan|None|inf|Undefined)\b", Outline(pages[name]).text)
 
 
+# ---- prompts that leave nothing to change --------------------------------------------------------
+
+
+def test_what_is_obeyed_and_left_alone_stands_beside_the_base(pages):
+    text = Outline(pages["kept"]).text
+    assert "words obeyed 1.000 ± 0.000 95 %: 1.000 to 1.000 0.250 ± 0.250" in text
+    assert "words obeyed, unseen words 1.000 ± 0.000 one prompt: no interval 0.000" in text
+    assert "untouched: DINO 1.000 compared with itself 0.810 ± 0.000" in text
+    assert "untouched: pixel change 0.000 compared with itself 0.070" in text
+    assert "implied words obeyed 1" not in text
+
+
+def test_falling_short_is_said_in_words(pages, kept):
+    text = Outline(pages["kept"]).text
+    assert f"Warning: {warning(kept.shortfalls(), 'adapter')}." in text
+    assert "words obeyed 0.250, base 1.000" in text
+    assert "Warning" not in Outline(report_page(kept.reference)).text
+
+
+def test_pictures_of_groups_say_what_was_asked_for(pages):
+    outline = Outline(pages["kept"])
+    assert "a red hat asks for: red" in outline.text
+    alts = [image["alt"] for image in outline.all("img")]
+    assert "a red hat, image 2, adapter" in alts
+    assert "(empty prompt), image 1, base" in alts
+
+
+def test_a_report_without_groups_has_no_section_for_them(page, pages):
+    assert 'id="kept"' in pages["kept"]
+    assert 'id="kept"' not in page
+
+
+def test_compared_pages_have_columns_of_groups(pages):
+    text = Outline(pages["kept compared"]).text
+    assert "untouched: pixel change less is better" in text
+    assert "0.070 ± 0.000" in text
+
+
 # ---- prompts -------------------------------------------------------------------------------------
 
 
@@ -234,8 +303,6 @@ def test_what_prompts_share(prompts, expected):
 
 
 # ---- hostile input -------------------------------------------------------------------------------
-
-HOSTILE = '"><script>alert(1)</script><img src=http://x.y/ onerror=alert(2)>{{ 7 * 7 }}'
 
 
 def test_whatever_prompts_labels_and_classes_hold_is_text():

@@ -16,8 +16,9 @@ from tiny import pipeline
 
 from diffusers_fair.evaluation import Report, evaluate
 from diffusers_fair.evaluation.journal import Journal
+from diffusers_fair.prompts.groups import KeptPrompt, PromptGroup
 
-ASKED = QUICK | {"images_per_prompt": 4, "batch_size": 2}  # 6 batches
+ASKED = QUICK | {"images_per_prompt": 4, "batch_size": 2, "groups": ()}  # 6 batches
 
 
 class Counting:
@@ -150,13 +151,13 @@ def test_the_journal_keeps_everything_and_no_half_batch(tmp_path):
     np.testing.assert_array_equal(again[4].samples[1, 0], samples[1, 0])
 
 
-def start(out, rank, count, port, detector):
+def start(out, rank, count, port, detector, **changes):
     """One of several processes, as `accelerate launch` starts them."""
 
     def work():
         os.environ |= {"RANK": str(rank), "WORLD_SIZE": str(count)}
         os.environ |= {"MASTER_ADDR": "127.0.0.1", "MASTER_PORT": str(port)}
-        judged(out, detector)
+        judged(out, detector, **changes)
         Path(f"{out}-looks-{rank}").write_text(str(detector.looks))
 
     process = multiprocessing.get_context("fork").Process(target=work, daemon=True)
@@ -170,10 +171,26 @@ def ended(process):
     return process.exitcode
 
 
-def test_killed_alone_and_finished_by_two_processes(whole, tmp_path):
+@pytest.fixture
+def port():
     with socket.socket() as free:
         free.bind(("127.0.0.1", 0))
-        port = free.getsockname()[1]
+        return free.getsockname()[1]
+
+
+def test_two_processes_share_groups_of_prompts(port, tmp_path):
+    prompts = tuple(KeptPrompt(f"a red hat {i}", {"hue": "red"}) for i in range(5))
+    changes = {"groups": [PromptGroup("named", prompts, 2)], "prompts": PROMPTS[:1]}
+    alone = judged(None, **changes).groups["named"]
+    out = tmp_path / "report"
+    both = [start(out, rank, 2, port, Counting(), **changes) for rank in (0, 1)]
+    assert [ended(process) for process in both] == [0, 0]
+    looks = [int((tmp_path / f"report-looks-{rank}").read_text()) for rank in (0, 1)]
+    assert looks == [1 + 3, 1 + 2]  # batches of two images: two neutral, five named
+    assert list(Report.load(out).groups["named"].records.lines()) == list(alone.records.lines())
+
+
+def test_killed_alone_and_finished_by_two_processes(whole, port, tmp_path):
     out = tmp_path / "report"
     killed = Counting(stop_after=3, how=lambda: os.kill(os.getpid(), signal.SIGKILL))
     assert ended(start(out, 0, 1, port, killed)) == -signal.SIGKILL  # after batches 0, 1, 2

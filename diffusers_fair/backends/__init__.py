@@ -9,7 +9,7 @@ from typing import TYPE_CHECKING, Any
 
 from diffusers_fair import testbed
 from diffusers_fair.attributes import Attribute, People
-from diffusers_fair.backends.base import load_base, usual_guidance
+from diffusers_fair.backends.base import load_base, untouched_prompts, usual_guidance
 
 if TYPE_CHECKING:
     from diffusers_fair.backends.open_clip import OpenClipEncoder
@@ -25,6 +25,7 @@ __all__ = [
     "load_evaluation_judges",
     "load_judges",
     "load_real_faces",
+    "untouched_prompts",
     "usual_guidance",
 ]
 

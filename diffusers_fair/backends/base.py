@@ -64,6 +64,11 @@ def usual_guidance(model: str) -> float:
     return testbed.GUIDANCE if model == testbed.NAME else 7.5  # section 5.1
 
 
+def untouched_prompts(model: str) -> str:
+    """The prompt set of things and places without people that a base model can draw."""
+    return "testbed-untouched" if model == testbed.NAME else "untouched"
+
+
 def needs(model: str, revision: str | None = None) -> list[Need]:
     """What `load_base` needs."""
     return [] if model == testbed.NAME else [pretrained(model, revision, PARTS)]

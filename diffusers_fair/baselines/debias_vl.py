@@ -32,8 +32,10 @@ class DebiasVL:
         )  # (m, d) each
         projection = calibration(first - second, self.strength)  # (d, d)
 
-        def draw(prompts, generators, **options):
-            plain, negative = pipe.encode_prompt(prompts, pipe.device, 1, True)  # (n, L, d) each
+        def draw(prompts, generators, negative_prompt=None, **options):
+            plain, negative = pipe.encode_prompt(
+                prompts, pipe.device, 1, True, negative_prompt
+            )  # (n, L, d) each
             return pipe(
                 prompt_embeds=plain @ projection.T.to(plain),
                 negative_prompt_embeds=negative,

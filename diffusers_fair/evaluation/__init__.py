@@ -3,6 +3,7 @@
 import json
 import shutil
 from collections.abc import Callable, Mapping, MutableMapping, Sequence
+from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 from typing import Any
 
@@ -11,17 +12,23 @@ import numpy as np
 from diffusers_fair.attributes import Attribute
 from diffusers_fair.evaluation import processes
 from diffusers_fair.evaluation.folder import picture_folder
-from diffusers_fair.evaluation.generate import Pictures, bar, draw, pairs_of
+from diffusers_fair.evaluation.generate import Pictures, bar, draw, pairs_of, prompt_key
+from diffusers_fair.evaluation.groups import Estimate, GroupReport, GroupSummary
 from diffusers_fair.evaluation.journal import Journal, Seen
-from diffusers_fair.evaluation.look import Judges, confusion_of, look
+from diffusers_fair.evaluation.look import Judges, confusion_of, look, look_at_group
 from diffusers_fair.evaluation.pictures import pairs_picture
 from diffusers_fair.evaluation.quality import prompt_features, recognition
 from diffusers_fair.evaluation.records import Records, Settings
 from diffusers_fair.evaluation.report import FILE, SCORE_NAMES, Report
 from diffusers_fair.evaluation.table import table
+from diffusers_fair.prompts.groups import GROUPS, PromptGroup, evaluation_groups
+from diffusers_fair.prompts.wording import Wording
 from diffusers_fair.provenance import provenance
 
 __all__ = [
+    "Estimate",
+    "GroupReport",
+    "GroupSummary",
     "Judges",
     "Records",
     "Report",
@@ -31,10 +38,10 @@ __all__ = [
     "pairs_picture",
     "recognition",
     "table",
+    "with_groups",
 ]
 
 PARTIAL = ".partial"  # in a report's folder, as long as the evaluation runs
-SAME_NOISE = ("prompts", "images_per_prompt", "steps", "guidance_scale", "seed")
 
 
 def evaluate(
@@ -48,6 +55,7 @@ def evaluate(
     guidance_scale: float = 7.5,
     seed: int = 0,
     batch_size: int = 24,
+    groups: Sequence[PromptGroup] | None = None,
     reference: Report | None = None,
     label: str | None = None,
     out: str | Path | None = None,
@@ -55,6 +63,9 @@ def evaluate(
     progress: bool = True,
 ) -> Report:
     """Generate images of prompts and measure their bias, and how well they fit (section 5.1).
+
+    Beside them it measures prompts that leave an adapter nothing to change: whether images show
+    what words ask for, and whether prompts without people stay as the base model draws them.
 
     With `out` it may be stopped at any time: the same call goes on where it was, repeats nothing
     and ends with the same report; and if it runs in several processes, as `accelerate launch` or
@@ -71,8 +82,11 @@ def evaluate(
         guidance_scale: of classifier-free guidance.
         seed: of the noise; the figures do not depend on the batch size.
         batch_size: images drawn and looked at together.
+        groups: prompts that leave nothing to change, as `prompts.groups.evaluation_groups` makes
+            them; () for none. Left out: those of the reference; without one, those made of
+            `prompts` and the names of the attributes' classes.
         reference: the base model's report with the same prompts, seed and sampling; needed for
-            CLIP-I, DINO and the pictures of pairs.
+            CLIP-I, DINO and the pictures of pairs. `with_groups` adds the groups that it lacks.
         label: what this is, as a column head; left out: "base", or "adapter" with a reference.
         out: folder that the report is saved to. If it holds this very report, that is loaded.
         model: what is measured and by what, in names; goes into the report's provenance. An
@@ -81,8 +95,9 @@ def evaluate(
 
     Raises:
         ValueError: no prompts, no attributes, no images; a classifier that is missing or has other
-            classes than its attribute; a reference that was not drawn from the same noise; a folder
-            that holds another evaluation.
+            classes than its attribute; a group of prompts that cannot be measured; a reference that
+            was not drawn from the same noise, or lacks a group; a folder that holds another
+            evaluation.
     """
     settings = Settings(
         prompts=_checked_prompts(prompts),
@@ -93,8 +108,11 @@ def evaluate(
         seed=seed,
         people=judges.people,
     )
+    if groups is None:
+        groups = _usual_groups(settings, reference)
+    _check_groups(groups, settings.attributes)
     if reference is not None:
-        _check_reference(reference.settings, settings)
+        _check_reference(reference, settings, groups)
     sampling = {"steps": steps, "guidance_scale": settings.guidance_scale, "seed": seed}
     about = {
         "pipeline": type(pipe).__name__,
@@ -102,18 +120,69 @@ def evaluate(
         "device": str(pipe.device),
         **(model or {}),
     }
+    run = _Run(
+        judges, _positive(batch_size, "batch_size"), None if out is None else Path(out), progress
+    )
     return _measure(
         settings,
         [settings.images_per_prompt] * len(settings.prompts),
         lambda pairs: draw(pipe, settings.prompts, pairs, **sampling),  # type: ignore[arg-type]
-        judges,
-        batch_size=batch_size,
+        run,
+        pipe=pipe,
+        groups=groups,
         reference=reference,
         label=label or ("base" if reference is None else "adapter"),
-        out=out,
         about=about,
-        progress=progress,
     )
+
+
+def with_groups(
+    reference: Report,
+    pipe: Any,
+    groups: Sequence[PromptGroup],
+    *,
+    judges: Judges,
+    batch_size: int = 24,
+    out: str | Path | None = None,
+    progress: bool = True,
+) -> Report:
+    """Measure the groups of prompts that a base model's report lacks, to compare with it.
+
+    Args:
+        reference: the base model's report.
+        pipe: the base model, without any adapter.
+        groups: what a later evaluation is to measure.
+        judges: the models that look at the images.
+        batch_size: images drawn and looked at together.
+        out: the folder that the later evaluation is to save to; what is measured for it is kept
+            there, so that it may be stopped, until that evaluation has ended.
+        progress: whether to show a bar with the time left.
+
+    Returns:
+        The report with these groups.
+
+    Raises:
+        ValueError: images that were not drawn here; a group of prompts that cannot be measured.
+    """
+    settings = reference.settings
+    if settings.seed is None:
+        raise ValueError(
+            "the reference's images were not drawn here, so no others can be drawn in the same "
+            "way: evaluate the base model first"
+        )
+    _checked_attributes(settings.attributes, judges)
+    _check_groups(groups, settings.attributes)
+    folder = None if out is None else Path(out) / PARTIAL / "reference"
+    run = _Run(
+        judges, _positive(batch_size, "batch_size"), None if out is None else Path(out), progress
+    )
+    found = {
+        group.name: reference.groups[group.name].of(group)
+        if _has(reference, group)
+        else _measure_group(pipe, group, settings, run, None, folder, reference.provenance)
+        for group in groups
+    }
+    return replace(reference, groups=found)
 
 
 def audit(
@@ -158,61 +227,152 @@ def audit(
         settings,
         counts,
         found.read,
-        judges,
-        batch_size=batch_size,
-        reference=None,
+        _Run(
+            judges,
+            _positive(batch_size, "batch_size"),
+            None if out is None else Path(out),
+            progress,
+        ),
         label=label,
-        out=out,
         about={"images": str(folder), "files": found.digest(), **(model or {})},
-        progress=progress,
     )
+
+
+@dataclass(frozen=True)
+class _Run:
+    """How all parts of an evaluation look at their images."""
+
+    judges: Judges
+    batch_size: int
+    out: Path | None
+    progress: bool
+
+    @property
+    def folder(self) -> Path | None:
+        """Where their journals are."""
+        return None if self.out is None else self.out / PARTIAL
 
 
 def _measure(
     settings: Settings,
     counts: Sequence[int],
     read: Callable[[np.ndarray], Pictures],
-    judges: Judges,
+    run: _Run,
     *,
-    batch_size: int,
-    reference: Report | None,
     label: str,
-    out: str | Path | None,
     about: Mapping[str, Any],
-    progress: bool,
+    pipe: Any = None,
+    groups: Sequence[PromptGroup] = (),
+    reference: Report | None = None,
 ) -> Report:
-    """Look at all images, `counts` of each prompt, that `read` gives for (prompt, image) pairs."""
-    for name in judges.extra.keys() & {*SCORE_NAMES, "face_rate"}:
+    """Look at all images, `counts` of each prompt, that `read` gives for (prompt, image) pairs.
+
+    Then at those of the groups, which `pipe` draws.
+    """
+    for name in run.judges.extra.keys() & {*SCORE_NAMES, "face_rate"}:
         raise ValueError(f"an extra score must not be called '{name}': that name is taken")
-    batches = pairs_of(counts, _positive(batch_size, "batch_size"))
-    facts = provenance() | {"model": dict(about)}
-    if out is not None and (Path(out) / FILE).exists():
-        return _same(Report.load(out), settings, facts, out)
-    seen: MutableMapping[int, Seen] | Journal = {}
-    if out is not None:
-        asked = {"settings": settings.json(), "batch_size": batch_size, "label": label, **about}
-        asked["reference"] = None if reference is None else reference.provenance
-        seen = _journal(Path(out) / PARTIAL, asked, facts)
-        facts = seen.provenance
-    texts = prompt_features(settings.prompts, judges.clip)  # (P, d)
-    _fill(
-        seen,
-        batches,
-        lambda pairs: look(read(pairs), settings, judges, texts, reference),
-        shared=out is not None,
-        progress=progress,
+    facts: Mapping[str, Any] = provenance() | {"model": dict(about)}
+    if run.out is not None and (run.out / FILE).exists():
+        return _same(Report.load(run.out), settings, groups, facts, run.out)
+    asked = {"settings": settings.json(), "batch_size": run.batch_size, "label": label, **about}
+    asked["reference"] = origin = None if reference is None else reference.provenance
+    texts = prompt_features(settings.prompts, run.judges.clip)  # (P, d)
+    before = None if reference is None else reference.records
+    seen, facts = _seen(
+        run.folder,
+        asked,
+        facts,
+        pairs_of(counts, run.batch_size),
+        lambda pairs: look(read(pairs), settings, run.judges, texts, before),
+        run.progress,
     )
-    report = _report(
-        [seen[i] for i in range(len(batches))],
+    records, samples = _joined(seen)
+    measured = {}
+    for group in groups:
+        base = None if reference is None else reference.groups[group.name].of(group).records
+        measured[group.name] = _measure_group(pipe, group, settings, run, base, run.folder, origin)
+    report = Report(
         label=label,
         settings=settings,
+        records=records,
+        samples=samples,
+        groups=measured,
         provenance=facts,
-        confusion=confusion_of(settings.attributes, judges),
+        confusion=confusion_of(settings.attributes, run.judges),
         reference=reference,
     )
-    if out is not None:
-        _finish(report, Path(out))
+    if run.out is not None:
+        _finish(report, run.out)
     return report
+
+
+def _measure_group(
+    pipe: Any,
+    group: PromptGroup,
+    settings: Settings,
+    run: _Run,
+    reference: Records | None,
+    folder: Path | None,
+    origin: Mapping[str, Any] | None,
+) -> GroupReport:
+    """Draw the prompts of a group as the settings draw theirs, and look at the images.
+
+    Args:
+        pipe: draws them.
+        group: the prompts.
+        settings: of the neutral prompts.
+        run: how images are looked at.
+        reference: the base model's records of the same prompts and noise.
+        folder: of the journals.
+        origin: provenance of what they are compared with.
+    """
+    mine = replace(
+        settings,
+        prompts=tuple(prompt.text for prompt in group.prompts),
+        images_per_prompt=group.images_per_prompt,
+    )
+    texts = prompt_features(mine.prompts, run.judges.clip)  # (P, d)
+    negatives = [prompt.negative for prompt in group.prompts]
+    keys = [prompt_key(prompt.text, prompt.negative) for prompt in group.prompts]
+    sampling: dict[str, Any] = {"steps": mine.steps, "guidance_scale": mine.guidance_scale}
+    sampling |= {"seed": mine.seed, "negatives": negatives, "keys": keys}
+
+    def look_at(pairs: np.ndarray) -> Seen:
+        images = draw(pipe, mine.prompts, pairs, **sampling)
+        return look_at_group(images, group, mine, run.judges, texts, reference)
+
+    seen, _ = _seen(
+        None if folder is None else folder / group.name,
+        {
+            **{"group": asdict(group), "settings": mine.json()},
+            **{"batch_size": run.batch_size, "reference": origin},
+        },
+        {},
+        pairs_of([group.images_per_prompt] * len(mine.prompts), run.batch_size),
+        look_at,
+        run.progress,
+    )
+    records, samples = _joined(seen)
+    return GroupReport(
+        group=group, attributes=settings.attributes, records=records, samples=samples
+    )
+
+
+def _seen(
+    folder: Path | None,
+    asked: Mapping[str, Any],
+    facts: Mapping[str, Any],
+    batches: Sequence[np.ndarray],
+    look_at: Callable[[np.ndarray], Seen],
+    progress: bool,
+) -> tuple[list[Seen], Mapping[str, Any]]:
+    """Look at all batches, with a journal in the folder; the provenance is the first start's."""
+    seen: MutableMapping[int, Seen] | Journal = {}
+    if folder is not None:
+        seen = _journal(folder, asked, facts)
+        facts = seen.provenance
+    _fill(seen, batches, look_at, shared=folder is not None, progress=progress)
+    return [seen[i] for i in range(len(batches))], facts
 
 
 def _journal(folder: Path, asked: Mapping[str, Any], facts: Mapping[str, Any]) -> Journal:
@@ -243,16 +403,14 @@ def _fill(
         processes.meet()
 
 
-def _report(parts: Sequence[Seen], **rest: Any) -> Report:
+def _joined(parts: Sequence[Seen]) -> tuple[Records, dict[int, np.ndarray]]:
+    """All records, and each sampled prompt's images."""
     samples: dict[int, list[np.ndarray]] = {}
     for part in parts:
         for (i, _), image in part.samples.items():
             samples.setdefault(i, []).append(image)
-    return Report(
-        records=Records.concatenate([part.records for part in parts]),
-        samples={i: np.stack(images) for i, images in samples.items()},
-        **rest,
-    )
+    records = Records.concatenate([part.records for part in parts])
+    return records, {i: np.stack(images) for i, images in samples.items()}
 
 
 def _finish(report: Report, out: Path) -> None:
@@ -264,12 +422,70 @@ def _finish(report: Report, out: Path) -> None:
     processes.meet()
 
 
-def _same(report: Report, settings: Settings, facts: Mapping[str, Any], out: str | Path) -> Report:
+def _same(
+    report: Report,
+    settings: Settings,
+    groups: Sequence[PromptGroup],
+    facts: Mapping[str, Any],
+    out: Path,
+) -> Report:
     """The report that is there, if it is the one that is asked for."""
     model = json.loads(json.dumps(facts["model"]))
     if report.settings != settings or report.provenance.get("model") != model:
         raise ValueError(f"'{out}' holds a report of something else already: choose another folder")
+    if [group.group for group in report.groups.values()] != list(groups):
+        raise ValueError(
+            f"'{out}' holds a report with other groups of prompts already: choose another folder"
+        )
     return report
+
+
+def _usual_groups(settings: Settings, reference: Report | None) -> tuple[PromptGroup, ...]:
+    """The reference's, so that the two can be compared; else of the classes' names.
+
+    Raises:
+        ValueError: the reference has none.
+    """
+    if reference is None:
+        return evaluation_groups(settings.prompts, [Wording(a, {}) for a in settings.attributes])
+    found = [group.of_attributes(settings.attributes) for group in reference.groups.values()]
+    if not found:
+        raise ValueError(
+            "the reference measured no groups of prompts that leave nothing to change: add them "
+            "with evaluation.with_groups, evaluate the base model again, or leave them out with "
+            "groups=()"
+        )
+    return tuple(group.group for group in found if group is not None)
+
+
+def _check_groups(groups: Sequence[PromptGroup], attributes: Sequence[Attribute]) -> None:
+    classes = {a.name: a.classes for a in attributes}
+    names = [group.name for group in groups]
+    for group in groups:
+        if group.name not in GROUPS or names.count(group.name) > 1:
+            raise ValueError(
+                f"groups of prompts are {', '.join(GROUPS)}, each once at most; got {names}"
+            )
+        if not group.prompts:
+            raise ValueError(f"the group '{group.name}' has no prompts: leave it out")
+        _positive(group.images_per_prompt, f"images_per_prompt of the group '{group.name}'")
+        texts = [(prompt.text, prompt.negative) for prompt in group.prompts]
+        for prompt in group.prompts:
+            if texts.count((prompt.text, prompt.negative)) > 1:
+                raise ValueError(
+                    f"the group '{group.name}' has the prompt '{prompt.text}' more than once, and "
+                    "its images would be the same: leave one out"
+                )
+            for name, asked in prompt.asks.items():
+                if asked not in classes.get(name, ()):
+                    raise ValueError(
+                        f"the prompt '{prompt.text}' asks for '{asked}' of '{name}', and what is "
+                        f"looked at is {classes}"
+                    )
+
+
+def _has(reference: Report, group: PromptGroup) -> bool:
+    return group.name in reference.groups and reference.groups[group.name].covers(group)
 
 
 def _checked_prompts(prompts: Sequence[str]) -> tuple[str, ...]:
@@ -310,12 +526,12 @@ def _positive(value: int, name: str) -> int:
     return value
 
 
-def _check_reference(reference: Settings, settings: Settings) -> None:
-    for name in SAME_NOISE:
-        theirs, mine = getattr(reference, name), getattr(settings, name)
-        if theirs != mine:
-            shown = "" if name == "prompts" else f" ({theirs} there, {mine} here)"
+def _check_reference(reference: Report, settings: Settings, groups: Sequence[PromptGroup]) -> None:
+    reference.settings.check_same_noise(settings)
+    for group in groups:
+        if not _has(reference, group):
             raise ValueError(
-                f"the reference was made with other {name}{shown}: images can be compared only if "
-                f"{', '.join(SAME_NOISE)} are the same"
+                f"the reference lacks images of the group of prompts '{group.name}': add them with "
+                "evaluation.with_groups and the base model's pipeline, or leave them out with "
+                "groups=()"
             )

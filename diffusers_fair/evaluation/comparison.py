@@ -12,9 +12,13 @@ import numpy as np
 
 from diffusers_fair.attributes import Attribute
 from diffusers_fair.evaluation import metrics
+from diffusers_fair.evaluation.groups import GroupReport
+from diffusers_fair.evaluation.obedience import Measure, measures
 from diffusers_fair.evaluation.report import GAP, SCORE_NAMES, Report
+from diffusers_fair.prompts.groups import GROUPS, PromptGroup
 
 FILES = ("compare.html", "compare.json", "compare.md")
+BIASES = ("bias", "deviation")  # kinds of columns that have a floor
 DIGITS = 3  # shown; what is equal to that many is tied
 
 
@@ -33,7 +37,7 @@ class Column:
     """A figure of the reports: where it is in their summary, and which way is better."""
 
     kind: str
-    """"bias", "deviation", "scores" or "face_rate"."""
+    """"bias", "deviation", "scores", "face_rate" or "groups"."""
     name: str
     """Of the attribute, the joint or the score."""
     head: str
@@ -57,6 +61,31 @@ class Column:
         return (prompt["attributes"][self.name] or {}).get(self.kind)
 
 
+@dataclass(frozen=True)
+class GroupColumn(Column):
+    """A figure of prompts that leave nothing to change."""
+
+    measure: Measure
+
+    def figure(self, report: Report) -> dict[str, Any] | None:
+        """Mean, std and interval; None for a gap."""
+        estimate = self.measure.of(report.group_summaries())
+        return None if estimate is None else asdict(estimate)
+
+    def by_prompt(self, report: Report) -> np.ndarray:
+        """The same, prompt by prompt of the group; nothing without the group."""
+        group = report.groups.get(self.measure.group)
+        return np.array([]) if group is None else self.measure.by_prompt(group)
+
+
+def group_columns(reports: Sequence[Report]) -> list[Column]:
+    """What any of the reports has a figure of, of prompts that leave nothing to change."""
+    return [
+        GroupColumn("groups", m.name, m.name, m.sign, m)
+        for m in measures([report.group_summaries() for report in reports])
+    ]
+
+
 def columns(reports: Sequence[Report]) -> list[Column]:
     """What any of the reports has a figure of: biases, distances from uneven targets, scores."""
     found = []
@@ -71,11 +100,16 @@ def columns(reports: Sequence[Report]) -> list[Column]:
 
 def difference(column: Column, theirs: Report, ours: Report) -> metrics.PairedTest:
     """How a figure of ours differs from theirs on the same prompts."""
-    return metrics.paired_test(column.by_prompt(theirs), column.by_prompt(ours))
+    before, after = column.by_prompt(theirs), column.by_prompt(ours)
+    if not len(before) or not len(after):  # one of them has no such prompts
+        return metrics.paired_test([], [])
+    return metrics.paired_test(before, after)
 
 
 def compare(entries: Sequence[Entry], against: str | None = None) -> "Comparison":
     """Put reports side by side, counted by the attributes that all of them looked at.
+
+    Of prompts that leave nothing to change those count that all reports with such prompts have.
 
     Args:
         entries: two or more, of the same prompts and as many images.
@@ -105,8 +139,26 @@ def compare(entries: Sequence[Entry], against: str | None = None) -> "Comparison
             "the reports have no attribute with the same classes in common: evaluate again with "
             f"{', '.join(a.name for a in first.report.settings.attributes)}"
         )
-    alike = tuple(replace(entry, report=_counted(entry.report, shared)) for entry in entries)
+    counted = _same_groups([_counted(entry.report, shared) for entry in entries])
+    alike = tuple(replace(e, report=report) for e, report in zip(entries, counted, strict=True))
     return Comparison(alike, against or first.label)
+
+
+def _same_groups(reports: Sequence[Report]) -> list[Report]:
+    """The reports with the prompts and number of images that all with that group have."""
+    kept: list[dict[str, GroupReport]] = [{} for _ in reports]
+    for name in GROUPS:
+        having = [report.groups[name].group for report in reports if name in report.groups]
+        texts = [{(p.text, p.negative) for p in group.prompts} for group in having]
+        common = set.intersection(*texts) if texts else set()
+        for report, groups in zip(reports, kept, strict=True):
+            if name in report.groups and common:
+                mine = report.groups[name]
+                prompts = [p for p in mine.group.prompts if (p.text, p.negative) in common]
+                prompts.sort(key=lambda p: (p.text, p.negative))  # to be paired
+                count = min(group.images_per_prompt for group in having)
+                groups[name] = mine.of(PromptGroup(name, tuple(prompts), count))
+    return [replace(report, groups=groups) for report, groups in zip(reports, kept, strict=True)]
 
 
 def _counted(report: Report, attributes: Sequence[Attribute]) -> Report:
@@ -156,7 +208,8 @@ class Comparison:
     @cached_property
     def columns(self) -> list[Column]:
         """What is compared."""
-        return columns([entry.report for entry in self.entries])
+        reports = [entry.report for entry in self.entries]
+        return columns(reports) + group_columns(reports)
 
     @cached_property
     def groups(self) -> dict[str, list[Entry]]:
@@ -225,6 +278,10 @@ class Comparison:
                     "difference": {
                         head: asdict(test)
                         for head, test in self.differences.get(entry.label, {}).items()
+                    },
+                    "groups": {
+                        name: asdict(summary)
+                        for name, summary in entry.report.group_summaries().items()
                     },
                     "provenance": entry.report.provenance,
                 }

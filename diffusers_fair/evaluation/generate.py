@@ -6,6 +6,7 @@ Calls the pipeline itself: whatever sits in it (an adapter, a rival method) take
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
+from hashlib import sha256
 from typing import Any
 
 import numpy as np
@@ -43,6 +44,16 @@ def image_seed(seed: int, prompt: int, image: int) -> int:
     return int(np.random.SeedSequence([seed, prompt, image]).generate_state(1)[0])
 
 
+def prompt_key(text: str, negative: str = "") -> int:
+    """A number for a prompt in `image_seed` that depends on its words, not on its place in a list.
+
+    Args:
+        text: the prompt.
+        negative: the negative prompt.
+    """
+    return int.from_bytes(sha256(f"{text}\n{negative}".encode()).digest()[:8], "big")
+
+
 def pairs_of(images: Sequence[int], batch_size: int) -> list[np.ndarray]:
     """(prompt, image) of all images, prompt by prompt, cut into batches.
 
@@ -65,6 +76,8 @@ def draw(
     steps: int,
     guidance_scale: float,
     seed: int,
+    negatives: Sequence[str] = (),
+    keys: Sequence[int] = (),
 ) -> Pictures:
     """Images (i, j) of prompts, in one batch.
 
@@ -79,8 +92,12 @@ def draw(
         steps: scheduler steps.
         guidance_scale: of classifier-free guidance.
         seed: >= 0.
+        negatives: negative prompt of each prompt; left out, none has one.
+        keys: what stands for each prompt in `image_seed`; left out, its index.
     """
-    seeds = [image_seed(seed, int(i), int(j)) for i, j in pairs]
+    seeds = [image_seed(seed, keys[i] if keys else int(i), int(j)) for i, j in pairs]
+    negative = [negatives[i] if negatives else "" for i, _ in pairs]
+    options = {"negative_prompt": negative} if any(negative) else {}  # not every pipeline takes it
     with _silent(pipe):
         images = pipe(
             prompt=[prompts[i] for i, _ in pairs],
@@ -88,6 +105,7 @@ def draw(
             num_inference_steps=steps,
             guidance_scale=guidance_scale,
             output_type="pt",
+            **options,
         ).images  # (n, 3, h, w) in [0, 1]
     prompt, image = pairs.T  # (n,) each
     return Pictures(images.float() * 2 - 1, prompt, image, seed=np.array(seeds))

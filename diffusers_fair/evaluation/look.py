@@ -1,7 +1,7 @@
 """Judges and images -> what is kept of each image."""
 
 from collections.abc import Callable, Mapping, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from typing import Any
 
 import numpy as np
@@ -12,12 +12,20 @@ from diffusers_fair.attributes import Attribute, People
 from diffusers_fair.classifiers import Classifier, view
 from diffusers_fair.encoders import ImageEncoder, ImageTextEncoder
 from diffusers_fair.evaluation.generate import Pictures
+from diffusers_fair.evaluation.groups import PIXELS, THUMBNAIL, pixel_change, with_obeyed
 from diffusers_fair.evaluation.journal import Seen
-from diffusers_fair.evaluation.pictures import SAMPLE_IMAGES, sampled
+from diffusers_fair.evaluation.pictures import (
+    GROUP_SAMPLES,
+    SAMPLE_IMAGES,
+    SAMPLE_PROMPTS,
+    sampled,
+)
 from diffusers_fair.evaluation.quality import image_features, quality_scores
 from diffusers_fair.evaluation.records import Records, Settings
-from diffusers_fair.evaluation.report import Report
 from diffusers_fair.faces import EveryFaceDetector, FaceDetector, Faces
+from diffusers_fair.prompts.groups import UNTOUCHED, PromptGroup
+
+THUMB = 64  # pixels, side of a thumbnail
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -76,7 +84,8 @@ def look(
     settings: Settings,
     judges: Judges,
     texts: np.ndarray,
-    reference: Report | None,
+    reference: Records | None,
+    sampled_prompts: int = SAMPLE_PROMPTS,
 ) -> Seen:
     """Everything that is kept of a batch of images.
 
@@ -85,7 +94,8 @@ def look(
         settings: what was asked for.
         judges: the models that look at them.
         texts: CLIP's features (P, d) of the prompts.
-        reference: the base model's report of the same noise.
+        reference: the base model's records of the same noise.
+        sampled_prompts: prompts whose first images are kept.
 
     Raises:
         ValueError: a judge that gives what is not finite, or not one score for each image.
@@ -95,7 +105,7 @@ def look(
     base = None
     if reference is not None:
         rows = batch.prompt * settings.images_per_prompt + batch.image  # (n,)
-        base = {name: values[rows] for name, values in reference.records.features.items()}
+        base = {name: values[rows] for name, values in reference.features.items()}
     scores = quality_scores(features, texts[batch.prompt], base)
     prompts = [settings.prompts[i] for i in batch.prompt]
     for name, score in judges.extra.items():
@@ -111,7 +121,39 @@ def look(
         scores={name: np.round(values.astype(float), 6) for name, values in scores.items()},
         features=features,
     )
-    return Seen(records, _samples(batch, sampled(len(settings.prompts))))
+    return Seen(records, _samples(batch, sampled(len(settings.prompts), sampled_prompts)))
+
+
+@torch.no_grad()
+def look_at_group(
+    batch: Pictures,
+    group: PromptGroup,
+    settings: Settings,
+    judges: Judges,
+    texts: np.ndarray,
+    reference: Records | None,
+) -> Seen:
+    """Everything that is kept of images of a group's prompts; as `look`, but for the group.
+
+    Adds the score "obeyed", and to untouched prompts "pixels", with a reference.
+    """
+    judges = replace(judges, extra={})
+    seen = look(batch, settings, judges, texts, reference, GROUP_SAMPLES)
+    records = with_obeyed(seen.records, group.prompts, settings.attributes)
+    if group.name == UNTOUCHED:
+        small = thumbnails(batch.images)
+        records = replace(records, features={**records.features, THUMBNAIL: small})
+        if reference is not None:
+            rows = batch.prompt * settings.images_per_prompt + batch.image  # (n,)
+            change = np.round(pixel_change(small, reference.features[THUMBNAIL][rows]), 6)
+            records = replace(records, scores={**records.scores, PIXELS: change})
+    return replace(seen, records=records)
+
+
+def thumbnails(images: Tensor) -> np.ndarray:
+    """Images (n, 3, h, w) in [-1, 1] -> (n, 3 * 64 * 64) in 0 to 255, whatever their size."""
+    small = torch.nn.functional.interpolate(images.float(), (THUMB, THUMB), mode="area")
+    return ((small + 1) * 127.5).round().clamp(0, 255).byte().flatten(1).cpu().numpy()
 
 
 def _people(

@@ -14,8 +14,10 @@ from typing import TYPE_CHECKING, Any
 import numpy as np
 
 from diffusers_fair.attributes import Attribute
-from diffusers_fair.evaluation.comparison import Column, Comparison, columns, difference
+from diffusers_fair.evaluation.comparison import BIASES, Column, Comparison, columns, difference
+from diffusers_fair.evaluation.groups import GroupReport
 from diffusers_fair.evaluation.metrics import PairedTest
+from diffusers_fair.evaluation.obedience import by_attribute, measures, warning
 from diffusers_fair.evaluation.report import Report
 
 if TYPE_CHECKING:
@@ -58,6 +60,9 @@ def report_page(report: Report) -> str:
             charts=_charts(reports),
             worst=_worst(reports),
             pictures=_pictures(reports),
+            kept=_kept_groups(reports),
+            kept_rows=_kept_rows(reports),
+            warning=warning(report.shortfalls(), report.label),
             unseen=_unseen(report),
             errors=_errors(report),
             few=_images_each(report),
@@ -74,7 +79,7 @@ def comparison_page(comparison: Comparison) -> str:
     Returns:
         HTML.
     """
-    biases = [c for c in comparison.columns if c.sign < 0]
+    biases = [c for c in comparison.columns if c.kind in BIASES]
     return (
         _environment()
         .get_template("compare.html")
@@ -300,7 +305,10 @@ def _pictures(reports: Sequence[Report]) -> list[dict[str, Any]]:
     return [
         {
             "prompt": after.settings.prompts[i],
-            "pairs": [[_tile(report, i, j) for report in shown] for j in range(_kept(shown, i))],
+            "pairs": [
+                [_tile(report.label, report, report.settings.attributes, i, j) for report in shown]
+                for j in range(_kept(shown, i))
+            ],
         }
         for i in _worst_first(after)
         if i in kept
@@ -312,19 +320,67 @@ def _kept(reports: Sequence[Report], prompt: int) -> int:
     return min(min(len(r.samples[prompt]), r.settings.images_per_prompt) for r in reports)
 
 
-def _tile(report: Report, prompt: int, image: int) -> dict[str, Any]:
+def _kept_groups(reports: Sequence[Report]) -> list[dict[str, Any]]:
+    """The groups of prompts that leave nothing to change, and pictures of a few of them."""
+    return [
+        {
+            "name": name,
+            "prompts": len(group.group.prompts),
+            "images": group.group.images_per_prompt,
+            "pictures": _group_pictures(reports, group),
+        }
+        for name, group in reports[-1].groups.items()
+    ]
+
+
+def _group_pictures(reports: Sequence[Report], group: GroupReport) -> list[dict[str, Any]]:
+    """Images of a group that were kept, prompt by prompt; same noise side by side."""
+    named = [(report.label, report.group_like(group)) for report in reports]
+    sides = [(label, side) for label, side in named if side is not None]
+    return [
+        {
+            "prompt": group.group.prompts[i].text,
+            "asks": ", ".join(group.group.prompts[i].asks.values()),
+            "negative": group.group.prompts[i].negative,
+            "pairs": [
+                [
+                    _tile(label, side, group.attributes, i, j)
+                    for label, side in sides
+                    if j < len(side.samples.get(i, ()))
+                ]
+                for j in range(len(group.samples[i]))
+            ],
+        }
+        for i in sorted(group.samples)
+    ]
+
+
+def _kept_rows(reports: Sequence[Report]) -> list[dict[str, Any]]:
+    """Each figure of the groups, of the reference and of the report."""
+    sides = [report.group_summaries(reports[-1]) for report in reports]
+    return [
+        {"name": measure.name, "base": measure.base, "figures": [measure.of(s) for s in sides]}
+        for measure in [*measures(sides), *by_attribute(sides[-1])]
+    ]
+
+
+def _tile(
+    label: str, seen: Report | GroupReport, attributes: Sequence[Attribute], prompt: int, image: int
+) -> dict[str, Any]:
     """A picture, the face in it, and what it was perceived as (Figure 3 of the paper)."""
-    records, pixels = report.records, report.samples[prompt][image]  # (h, w, 3)
+    records, pixels = seen.records, seen.samples[prompt][image]  # (h, w, 3)
     row = int(np.flatnonzero((records.prompt == prompt) & (records.image == image))[0])
     hue, perceived, found = count(), [], bool(records.found[row])
-    for a in report.settings.attributes:
+    for a in attributes:
         hues = [next(hue) % HUES for _ in a.classes]
         p = records.probabilities[a.name][row]  # (classes,)
         k = int(p.argmax())
-        seen = {"attribute": a.name, "name": a.classes[k], "sure": float(p[k]), "hue": hues[k]}
-        perceived += [seen] if found or not a.of_faces else []
+        if found or not a.of_faces:
+            perceived.append(
+                {"attribute": a.name, "name": a.classes[k], "sure": float(p[k]), "hue": hues[k]}
+            )
     return {
-        "label": report.label,
+        "label": label,
         "source": _data_uri(pixels),
         "size": (pixels.shape[1], pixels.shape[0]),
         "box": records.boxes[row].tolist() if found else None,

@@ -11,6 +11,8 @@ import numpy as np
 from diffusers_fair.attributes import Attribute, People
 from diffusers_fair.evaluation import metrics
 
+SAME_NOISE = ("prompts", "images_per_prompt", "steps", "guidance_scale", "seed")
+
 
 @dataclass(frozen=True, kw_only=True)
 class Settings:
@@ -31,6 +33,21 @@ class Settings:
         """As files have them: what older ones lack only where it is not the usual."""
         found = asdict(self) | {"attributes": [a.json() for a in self.attributes]}
         return {k: v for k, v in found.items() if k != "people" or v != "largest"}
+
+    def check_same_noise(self, other: "Settings") -> None:
+        """Check that images of the two can be compared one by one.
+
+        Raises:
+            ValueError: they were drawn from other noise, or otherwise.
+        """
+        for name in SAME_NOISE:
+            there, here = getattr(self, name), getattr(other, name)
+            if there != here:
+                shown = "" if name == "prompts" else f" ({there} there, {here} here)"
+                raise ValueError(
+                    f"the reference was made with other {name}{shown}: images can be compared only "
+                    f"if {', '.join(SAME_NOISE)} are the same"
+                )
 
     def measured(self) -> tuple[Attribute, ...]:
         """The attributes, and the joint of each combination of several."""

@@ -8,21 +8,25 @@ import json
 import os
 import tempfile
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass, field, replace
+from dataclasses import asdict, dataclass, field, replace
 from functools import cached_property
+from itertools import chain
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 
 from diffusers_fair.attributes import Attribute
-from diffusers_fair.evaluation.pictures import pairs_picture
+from diffusers_fair.evaluation.groups import GroupReport, GroupSummary, group_from_json
+from diffusers_fair.evaluation.obedience import Shortfall, shortfalls
+from diffusers_fair.evaluation.pictures import groups_picture, pairs_picture
 from diffusers_fair.evaluation.records import Records, Settings
 from diffusers_fair.evaluation.summary import prompt_figures, summary_figures
 
 FORMAT = 1
 FILE, RECORDS, FEATURES = "report.json", "records.jsonl", "features.npz"
 PAGE = "report.html"
+PAIRS, GROUPS_SHEET = "pairs.png", "groups.png"  # the same noise without and with the adapter
 SCORE_NAMES = {"clip_t": "CLIP-T", "clip_i": "CLIP-I", "dino": "DINO"}
 GAP = "-"  # in a table, where there is no figure
 
@@ -44,6 +48,8 @@ class Report:
     class and a column for each class seen, in the attribute's order; of those that tell it."""
     reference: "Report | None" = field(default=None, repr=False)
     """The base model's report that CLIP-I and DINO compare with; not saved."""
+    groups: Mapping[str, GroupReport] = field(default_factory=dict, repr=False)
+    """Name -> what was seen of a group of prompts that leave nothing to change."""
 
     @cached_property
     def summary(self) -> dict[str, Any]:
@@ -55,12 +61,42 @@ class Report:
         """`prompt_figures` of the records."""
         return prompt_figures(self.settings, self.records, self.confusion)
 
+    def group_summaries(self, like: "Report | None" = None) -> dict[str, GroupSummary]:
+        """Group -> its figures.
+
+        Args:
+            like: a report whose groups' prompts alone count; left out, all do. A group that it
+                lacks, or that this report has not all images of, is left out.
+        """
+        if like is None:
+            return {name: group.summary for name, group in self.groups.items()}
+        found = {name: self.group_like(group) for name, group in like.groups.items()}
+        return {name: group.summary for name, group in found.items() if group is not None}
+
+    def group_like(self, group: GroupReport) -> GroupReport | None:
+        """The images here of that group's prompts; None unless all are here."""
+        mine = self.groups.get(group.group.name)
+        return mine.of(group.group) if mine is not None and mine.covers(group.group) else None
+
+    def shortfalls(self, base: "Report | None" = None) -> list[Shortfall]:
+        """Where prompts that leave nothing to change are not left as the base model draws them.
+
+        Args:
+            base: the base model's report; left out, the reference.
+        """
+        base = base or self.reference
+        return shortfalls(
+            {} if base is None else base.group_summaries(self), self.group_summaries()
+        )
+
     def of(self, attributes: Sequence[Attribute], images_per_prompt: int | None = None) -> "Report":
         """The same images, counted by other attributes or against other targets.
 
         Args:
-            attributes: of those that were looked at.
-            images_per_prompt: how many of the images, the first; left out, all.
+            attributes: of those that were looked at. Prompts of groups that ask for any other are
+                left out.
+            images_per_prompt: how many of the images of each neutral prompt, the first; left out,
+                all.
 
         Raises:
             ValueError: an attribute that was not looked at, or that has other classes; more images
@@ -78,8 +114,12 @@ class Report:
         if count > there:
             raise ValueError(f"the report has {there} images of each prompt, not {count}")
         settings = replace(self.settings, attributes=tuple(attributes), images_per_prompt=count)
+        groups = {name: g.of_attributes(attributes) for name, g in self.groups.items()}
         return replace(
-            self, settings=settings, records=self.records.rows(self.records.image < count)
+            self,
+            settings=settings,
+            records=self.records.rows(self.records.image < count),
+            groups={name: group for name, group in groups.items() if group is not None},
         )
 
     def save(self, folder: str | Path) -> None:
@@ -106,13 +146,21 @@ class Report:
 
         (folder / PAGE).write_text(report_page(self), "utf-8")
         (folder / FILE).write_text(json.dumps(self._json(), indent=1, ensure_ascii=False), "utf-8")
-        lines = (json.dumps(line) + "\n" for line in self.records.lines(self.settings.attributes))
-        (folder / RECORDS).write_text("".join(lines), "utf-8")
-        np.savez(folder / FEATURES, **self.records.features)  # type: ignore[arg-type]
-        for i, images in self.samples.items():
-            Image.fromarray(np.concatenate(list(images), axis=1)).save(folder / _strip_name(i))
+        neutral = self.records.lines(self.settings.attributes)
+        lines = chain(neutral, *(group.lines() for group in self.groups.values()))
+        (folder / RECORDS).write_text("".join(json.dumps(line) + "\n" for line in lines), "utf-8")
+        features = dict(self.records.features)
+        strips = {_strip_name(i): images for i, images in self.samples.items()}
+        for name, group in self.groups.items():
+            features |= {f"{name}/{key}": x for key, x in group.records.features.items()}
+            strips |= {_strip_name(i, name): images for i, images in group.samples.items()}
+        np.savez(folder / FEATURES, **features)  # type: ignore[arg-type]
+        for file, images in strips.items():
+            Image.fromarray(np.concatenate(list(images), axis=1)).save(folder / file)
         if self.reference is not None:
-            pairs_picture(self.reference, self).save(folder / "pairs.png")
+            pairs_picture(self.reference, self).save(folder / PAIRS)
+            if sheet := groups_picture(self.reference, self):
+                sheet.save(folder / GROUPS_SHEET)
 
     def _json(self) -> dict[str, Any]:
         return {
@@ -121,10 +169,19 @@ class Report:
             "settings": self.settings.json(),
             "confusion": self.confusion,
             "summary": self.summary,
-            "reference": self.reference and {"summary": self.reference.summary},
+            "groups": {name: group.json() for name, group in self.groups.items()},
+            "reference": self.reference and self._json_of(self.reference),
             "prompts": self.prompts,
             "samples": {str(i): len(images) for i, images in self.samples.items()},
             "provenance": self.provenance,
+        }
+
+    def _json_of(self, reference: "Report") -> dict[str, Any]:
+        """The reference's figures, of the groups' prompts that were measured here."""
+        groups = reference.group_summaries(self).items()
+        return {
+            "summary": reference.summary,
+            "groups": {name: {"summary": asdict(summary)} for name, summary in groups},
         }
 
     @classmethod
@@ -153,29 +210,41 @@ class Report:
 
     @classmethod
     def _from_folder(cls, folder: Path, root: dict[str, Any]) -> "Report":
-        from PIL import Image
-
         asked = root["settings"]
         attributes = tuple(Attribute(**attribute) for attribute in asked.pop("attributes"))
         prompts = tuple(asked.pop("prompts"))
         settings = Settings(prompts=prompts, attributes=attributes, **asked)
         lines = [json.loads(x) for x in (folder / RECORDS).read_text("utf-8").splitlines()]
-        expected = root["summary"]["images"]
-        if len(lines) != expected:
-            raise ValueError(f"expected {expected} records, got {len(lines)}")
         with np.load(folder / FEATURES, allow_pickle=False) as stored:
             features = dict(stored)
-        samples = {
-            int(i): np.stack(np.split(np.array(Image.open(folder / _strip_name(int(i)))), n, 1))
-            for i, n in root["samples"].items()
-        }
+
+        def part(name: str | None, facts: Mapping[str, Any]) -> Any:
+            """Records and samples of a group, or of the neutral prompts."""
+            mine = [line for line in lines if line.get("group") == name]
+            expected = facts["summary"]["images"]
+            if len(mine) != expected:
+                raise ValueError(f"expected {expected} records, got {len(mine)}")
+            start = f"{name}/" if name else ""
+            kept = {
+                key.removeprefix(start): x
+                for key, x in features.items()
+                if key.startswith(start) and ("/" in key) == bool(name)
+            }
+            samples = {int(i): _strip(folder, int(i), n, name) for i, n in facts["samples"].items()}
+            return {"records": Records.from_lines(mine, attributes, kept), "samples": samples}
+
         return cls(
             label=root["label"],
             settings=settings,
-            records=Records.from_lines(lines, attributes, features),
-            samples=samples,
             provenance=root["provenance"],
             confusion=root.get("confusion", {}),  # older reports have none
+            groups={
+                name: GroupReport(
+                    group=group_from_json(name, facts), attributes=attributes, **part(name, facts)
+                )
+                for name, facts in root.get("groups", {}).items()  # older reports have none
+            },
+            **part(None, root),
         )
 
 
@@ -193,5 +262,12 @@ def require_free(folder: str | Path) -> Path:
     return folder
 
 
-def _strip_name(prompt: int) -> str:
-    return f"samples-{prompt:03d}.png"
+def _strip_name(prompt: int, group: str | None = None) -> str:
+    return f"samples-{group}-{prompt:03d}.png" if group else f"samples-{prompt:03d}.png"
+
+
+def _strip(folder: Path, prompt: int, images: int, group: str | None) -> np.ndarray:
+    """The images (n, h, w, 3) of a strip."""
+    from PIL import Image
+
+    return np.stack(np.split(np.array(Image.open(folder / _strip_name(prompt, group))), images, 1))

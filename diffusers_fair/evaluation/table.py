@@ -3,6 +3,8 @@
 from collections.abc import Iterator, Mapping, Sequence
 from typing import TYPE_CHECKING, Any
 
+from diffusers_fair.evaluation.groups import Estimate
+from diffusers_fair.evaluation.obedience import measures
 from diffusers_fair.evaluation.report import GAP, SCORE_NAMES, Report
 
 if TYPE_CHECKING:
@@ -41,7 +43,7 @@ def table(before: Report, after: Report | None = None) -> "Table":
     grid.add_column("")
     for report in reports:
         grid.add_column(report.label, min_width=31)  # of "-0.123 ± 0.123 [-0.123, 0.123]"
-    for row in _rows([report.summary for report in reports]):
+    for row in [*_rows([report.summary for report in reports]), *_group_rows(reports)]:
         grid.add_row(*row)
     return grid
 
@@ -73,9 +75,21 @@ def _rows(summaries: Sequence[dict[str, Any]]) -> Iterator[list[str]]:
             yield [head, *(str(len(s[gap])) for s in summaries)]
 
 
+def _group_rows(reports: Sequence[Report]) -> Iterator[list[str]]:
+    """Head and figures of what prompts ask for or leave alone, of the last report's prompts."""
+    sides = [report.group_summaries(reports[-1]) for report in reports]
+    for measure in measures(sides):
+        head = f"  {measure.part}" if measure.part else measure.head
+        yield [head, *(_estimate(measure.of(side)) for side in sides)]
+
+
 def _names(summaries: Sequence[dict[str, Any]], kind: str) -> list[str]:
     """What any of the summaries has a figure of, in order."""
     return list(dict.fromkeys(name for summary in summaries for name in summary[kind]))
+
+
+def _estimate(estimate: Estimate | None) -> str:
+    return GAP if estimate is None else _cell(vars(estimate))
 
 
 def _cell(figure: Mapping[str, Any] | None) -> str:

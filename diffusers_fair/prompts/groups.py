@@ -71,8 +71,18 @@ def evaluation_groups(
         UNTOUCHED: untouched_prompts(untouched, split),
     }
     return tuple(
-        PromptGroup(name, found, images_per_prompt) for name, found in pools.items() if found
+        PromptGroup(name, _distinct(found), images_per_prompt)
+        for name, found in pools.items()
+        if found
     )
+
+
+def _distinct(prompts: Sequence[KeptPrompt]) -> tuple[KeptPrompt, ...]:
+    """Each once: few neutral prompts and words meet again."""
+    found: dict[tuple[str, str], KeptPrompt] = {}
+    for prompt in prompts:
+        found.setdefault((prompt.text, prompt.negative), prompt)
+    return tuple(found.values())
 
 
 def named_prompts(

@@ -1,10 +1,10 @@
 """Attributes in words: what asks for a class in a prompt, and where in the prompt it goes."""
 
 import re
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass, field
 from itertools import product
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import numpy as np
 import torch
@@ -66,6 +66,24 @@ class Wording:
             words = self.words_of(name)
             found += [Term(word, label, target / len(words)) for word in words]
         return found
+
+
+def recipe_wording(attribute: Attribute, sections: Iterable[Mapping[str, Any]]) -> Wording:
+    """An attribute with the words that recipes have for it.
+
+    Args:
+        attribute: what is asked for.
+        sections: attributes of recipes, as JSON has them: the first one of that name with words or
+            nouns counts. Without any, classes are asked for by their names.
+
+    Raises:
+        ValueError: words for something that is no class of the attribute.
+    """
+    for section in sections:
+        words, nouns = section.get("words") or {}, section.get("nouns") or {}
+        if section.get("name") == attribute.name and (words or nouns):
+            return Wording(attribute, words, nouns)
+    return Wording(attribute, {})
 
 
 def draw_terms(wordings: Sequence[Wording], generator: torch.Generator) -> list[Term]:

@@ -96,6 +96,7 @@ def bias(pipe: Any, judges: Judges, images: int) -> list[Row]:
         steps=STEPS,
         guidance_scale=testbed.GUIDANCE,
         seed=SEED,
+        groups=(),
     )
     found = report.summary
     wanted = {"gender": ".60 to .75", "race": ".35 to .50"}

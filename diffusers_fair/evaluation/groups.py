@@ -1,0 +1,234 @@
+"""Prompts that leave an adapter nothing to change: what was seen of them, and its figures."""
+
+from collections.abc import Iterator, Mapping, Sequence
+from dataclasses import asdict, dataclass, field, replace
+from functools import cached_property
+from typing import Any
+
+import numpy as np
+
+from diffusers_fair.attributes import Attribute
+from diffusers_fair.evaluation import metrics
+from diffusers_fair.evaluation.records import Records
+from diffusers_fair.prompts.groups import KeptPrompt, PromptGroup
+
+OBEYED, PIXELS, THUMBNAIL = "obeyed", "pixels", "thumbnail"  # two scores and a feature
+
+
+@dataclass(frozen=True)
+class Estimate:
+    """A mean over prompts, and how sure it is."""
+
+    mean: float
+    std: float
+    """Of these prompts, not an estimate for others."""
+    interval: tuple[float, float] | None
+    """95 % bootstrap interval of the mean over prompts; None for one prompt."""
+    n: int
+    """Number of prompts."""
+
+    @classmethod
+    def over(cls, values: Sequence[float] | np.ndarray) -> "Estimate | None":
+        """The mean of one value per prompt, NaN left out; None without any."""
+        finite = np.asarray(values, float)
+        finite = finite[np.isfinite(finite)]
+        if not len(finite):
+            return None
+        ends = metrics.bootstrap_interval(finite)
+        interval = None if ends is None else (round(ends[0], 6), round(ends[1], 6))
+        return cls(
+            round(float(finite.mean()), 6), round(float(finite.std()), 6), interval, len(finite)
+        )
+
+    @classmethod
+    def from_json(cls, root: Mapping[str, Any] | None) -> "Estimate | None":
+        """The estimate that `asdict` gave."""
+        if root is None:
+            return None
+        ends = root["interval"]
+        return cls(root["mean"], root["std"], ends and (ends[0], ends[1]), root["n"])
+
+
+@dataclass(frozen=True, kw_only=True)
+class GroupSummary:
+    """Figures of a group of prompts; None is a figure that no prompt has."""
+
+    prompts: int
+    images: int
+    obeyed: Estimate | None
+    """Share of images that show all that their prompt asks for."""
+    seen: Estimate | None
+    """The same, of prompts with words of training."""
+    unseen: Estimate | None
+    """The same, of prompts with other words."""
+    attributes: Mapping[str, Estimate]
+    """Attribute -> share of images that show the class asked for, of prompts that ask for one."""
+    clip_i: Estimate | None
+    """Likeness to the base model's image of the same noise, by CLIP; 1 is the same."""
+    dino: Estimate | None
+    """Likeness to the base model's image of the same noise, by DINO; 1 is the same."""
+    pixels: Estimate | None
+    """Mean change of a pixel from the base model's image of the same noise, of 1; untouched
+    prompts only."""
+
+    @classmethod
+    def from_json(cls, root: Mapping[str, Any]) -> "GroupSummary":
+        """The summary that `asdict` gave."""
+        names = ("obeyed", "seen", "unseen", "clip_i", "dino", "pixels")
+        estimates = {name: Estimate.from_json(root[name]) for name in names}
+        by_attribute = {
+            name: found
+            for name, part in root["attributes"].items()
+            if (found := Estimate.from_json(part))
+        }
+        return cls(
+            prompts=root["prompts"], images=root["images"], attributes=by_attribute, **estimates
+        )
+
+
+@dataclass(frozen=True, kw_only=True, eq=False)
+class GroupReport:
+    """What was seen of a group of prompts."""
+
+    group: PromptGroup
+    attributes: tuple[Attribute, ...]
+    """Those that were looked at, in the classes' order of the records."""
+    records: Records
+    """Prompt by prompt, all images of each."""
+    samples: Mapping[int, np.ndarray] = field(default_factory=dict, repr=False)
+    """Prompt -> its first images, (m, h, w, 3) uint8; of a few prompts."""
+
+    @cached_property
+    def summary(self) -> GroupSummary:
+        """The figures that follow from the records."""
+        unseen = np.array([prompt.unseen for prompt in self.group.prompts])
+        whole = self.by_prompt(OBEYED)
+        parts = obedience(self.group.prompts, self.attributes, self.records)
+        by_attribute = {name: Estimate.over(self._means(values)) for name, values in parts.items()}
+        return GroupSummary(
+            prompts=len(self.group.prompts),
+            images=len(self.records.prompt),
+            obeyed=Estimate.over(whole),
+            seen=Estimate.over(whole[~unseen]),
+            unseen=Estimate.over(whole[unseen]),
+            attributes={name: found for name, found in by_attribute.items() if found},
+            clip_i=Estimate.over(self.by_prompt("clip_i")),
+            dino=Estimate.over(self.by_prompt("dino")),
+            pixels=Estimate.over(self.by_prompt(PIXELS)),
+        )
+
+    def by_prompt(self, score: str) -> np.ndarray:
+        """Mean score of each prompt's images, (P,); NaN for a gap."""
+        empty = np.full(len(self.records.prompt), np.nan)
+        return self._means(self.records.scores.get(score, empty))
+
+    def _means(self, values: np.ndarray) -> np.ndarray:
+        """Means (P,) of values (n,) that all images of a prompt have, or none."""
+        return values.reshape(len(self.group.prompts), -1).mean(1)
+
+    def covers(self, group: PromptGroup) -> bool:
+        """Whether all images of that group are here, judged by what its prompts ask for."""
+        known, looked = self._index(), {a.name for a in self.attributes}
+        return group.images_per_prompt <= self.group.images_per_prompt and all(
+            (p.text, p.negative) in known and looked.issuperset(p.asks) for p in group.prompts
+        )
+
+    def of(self, group: PromptGroup) -> "GroupReport":
+        """The same images, of that group's prompts and number of images alone.
+
+        Raises:
+            ValueError: images that are not here.
+        """
+        if group == self.group:
+            return self
+        if not self.covers(group):
+            raise ValueError(
+                f"the report has not all images of prompt group '{group.name}': evaluate again"
+            )
+        known, count = self._index(), group.images_per_prompt
+        old = np.array([known[p.text, p.negative] for p in group.prompts])  # (P,)
+        rows = old[:, None] * self.group.images_per_prompt + np.arange(count)
+        records = replace(
+            self.records.rows(rows.ravel()), prompt=np.repeat(np.arange(len(old)), count)
+        )
+        return GroupReport(
+            group=group,
+            attributes=self.attributes,
+            records=with_obeyed(records, group.prompts, self.attributes),
+            samples={
+                i: self.samples[j][:count] for i, j in enumerate(old.tolist()) if j in self.samples
+            },
+        )
+
+    def of_attributes(self, attributes: Sequence[Attribute]) -> "GroupReport | None":
+        """The images of prompts that ask for these attributes alone; None without any."""
+        names = {attribute.name for attribute in attributes}
+        kept = tuple(p for p in self.group.prompts if names.issuperset(p.asks))
+        if not kept:
+            return None
+        return replace(self.of(replace(self.group, prompts=kept)), attributes=tuple(attributes))
+
+    def _index(self) -> dict[tuple[str, str], int]:
+        return {(p.text, p.negative): i for i, p in enumerate(self.group.prompts)}
+
+    def json(self) -> dict[str, Any]:
+        """What report.json says of the group; records and pictures are elsewhere."""
+        return {
+            "images_per_prompt": self.group.images_per_prompt,
+            "prompts": [asdict(prompt) for prompt in self.group.prompts],
+            "summary": asdict(self.summary),
+            "samples": {str(i): len(images) for i, images in self.samples.items()},
+        }
+
+    def lines(self) -> Iterator[dict[str, Any]]:
+        """One JSON object per image, without the features."""
+        for line in self.records.lines(self.attributes):
+            yield {"group": self.group.name, **line}
+
+
+def group_from_json(name: str, root: Mapping[str, Any]) -> PromptGroup:
+    """The group that `GroupReport.json` told."""
+    prompts = tuple(KeptPrompt(**prompt) for prompt in root["prompts"])
+    return PromptGroup(name, prompts, root["images_per_prompt"])
+
+
+def summaries_from_json(root: Mapping[str, Any]) -> dict[str, GroupSummary]:
+    """Group -> its summary, as a report.json or its reference tells them; older ones tell none."""
+    return {
+        name: GroupSummary.from_json(group["summary"])
+        for name, group in root.get("groups", {}).items()
+    }
+
+
+def obedience(
+    prompts: Sequence[KeptPrompt], attributes: Sequence[Attribute], records: Records
+) -> dict[str, np.ndarray]:
+    """Attribute -> whether each image shows the class asked for, (n,).
+
+    1 if it is perceived as that class, else 0, also without a face where the attribute is of faces;
+    NaN where the prompt asks for no class of the attribute.
+    """
+    found = {}
+    for a in attributes:
+        asked = [a.classes.index(p.asks[a.name]) if a.name in p.asks else -1 for p in prompts]
+        label = np.array(asked)[records.prompt]  # (n,)
+        right = records.probabilities[a.name].argmax(-1) == label
+        right &= records.found | (not a.of_faces)
+        found[a.name] = np.where(label < 0, np.nan, right)
+    return found
+
+
+def with_obeyed(
+    records: Records, prompts: Sequence[KeptPrompt], attributes: Sequence[Attribute]
+) -> Records:
+    """The records with the score "obeyed": 1 if all is shown that is asked for, 0 if not.
+
+    It is NaN where nothing is asked for.
+    """
+    parts = list(obedience(prompts, attributes, records).values())
+    return replace(records, scores={**records.scores, OBEYED: np.fmin.reduce(parts)})
+
+
+def pixel_change(thumbnails: np.ndarray, reference: np.ndarray) -> np.ndarray:
+    """Mean absolute difference of thumbnails (n, d) in 0 to 255, as a share of 1, (n,)."""
+    return np.abs(thumbnails.astype(float) - reference.astype(float)).mean(-1) / 255
