@@ -187,10 +187,20 @@ class KeepSection(Section):
     """`named`, prompts whose words name a class of an attribute; `implied`, prompts that imply one;
     and prompt sets or files of one's own, such as `untouched`, prompts that show nobody. A list, or
     a mapping of names to weights."""
-    weight: Weight = 50.0
-    """Weight of the squared difference between the predictions with and without the adapter."""
+    images: Count = 8
+    """Images of kept prompts, each of another one, that are drawn in each iteration: they are to
+    look like the original ones, and to show the class that their prompt asks for."""
+    weight: Weight = 1.0
+    """Weight of the loss of these images beside that of the others."""
+    distinct: Positive = 96
+    """Different images of kept prompts; then they come again, and what was seen in the original
+    images comes from the disk."""
+    prediction: Annotated[float, Field(ge=0)] = 50.0
+    """Weight of the squared difference between the U-Net's guided predictions with and without the
+    adapter, on the original model's way to images of kept prompts. Costs little, as nothing is
+    drawn with the adapter; 0 does without."""
     pairs: Positive = 24
-    """Pairs of kept prompt and sampling step that are compared in each iteration."""
+    """Pairs of kept prompt and sampling step whose predictions are compared in each iteration."""
     new_prompts: Positive = 2
     """Kept prompts whose sampling steps come into the pool in each iteration."""
     pool: Positive = 48

@@ -7,7 +7,7 @@
 Algorithm 1 and sections 4.1 to 4.3 of the paper.
 """
 
-from collections.abc import Sequence
+from collections.abc import Callable
 from functools import cached_property
 from typing import Any
 
@@ -23,7 +23,7 @@ from diffusers_fair.conditioning import encode_prompts
 from diffusers_fair.config import RunConfig
 from diffusers_fair.evaluation import Judges
 from diffusers_fair.guards import NotFiniteError
-from diffusers_fair.keeping import KeptPredictions
+from diffusers_fair.keeping import KeptPrompts
 from diffusers_fair.objective import Aim, LossWeights, Objective, Originals
 from diffusers_fair.progress import Figures
 from diffusers_fair.replay import draw_steps, replay
@@ -37,6 +37,8 @@ from diffusers_fair.sampling import (
 from diffusers_fair.scheduler import BiasedGradientScheduler
 from diffusers_fair.unrolled import unroll
 
+Loss = Callable[[Tensor, Originals], tuple[Tensor, Figures]]
+"""Images (n, 3, H, W) and what was seen in the original ones -> the loss, and figures."""
 MEMORY_OPTIONS = ("split_guidance", "gradient_checkpointing")  # the cheaper one first
 
 
@@ -58,9 +60,9 @@ class BatchGradient:
             pipe.scheduler, standardize=config.gradient.standardize
         )
         self.objective = _objective(config, judges, pipe.device)
-        self.kept: KeptPredictions | None = None
+        self.kept: KeptPrompts | None = None
         if config.prompts.keep is not None:
-            self.kept = KeptPredictions(config, pipe, adapter, self.scheduler)
+            self.kept = KeptPrompts(config, pipe, adapter, self.scheduler)
         self.micro_batch = config.train.micro_batch
         self.memory_options: list[str] = []
         for option in MEMORY_OPTIONS:
@@ -85,40 +87,60 @@ class BatchGradient:
         Returns:
             Means over the images: `loss`, `alignment`, `semantics`, `face` if it has a weight, and
             `faces`, the share with one; over the prompts: `bias/NAME`; over the faces, or the
-            whole images: `share/NAME/CLASS`, that of each class. Over the kept prompts: `keep`.
+            whole images: `share/NAME/CLASS`, that of each class. Of the kept prompts: `keep/loss`
+            and `keep/obeyed` of their images, `keep/prediction`.
 
         Raises:
             NotFiniteError: an image is NaN or infinite, in any process.
         """
-        figures = self._neutral(batch, number, banked)
+
+        def loss(images: Tensor, originals: Originals) -> tuple[Tensor, Figures]:
+            return self.objective(images, originals, batch.prompts, self.micro_batch)
+
+        again = banked and self.config.train.distinct_iterations is not None
+        figures = self._draw(batch, number, loss, banked=again)
         if self.kept is not None:
-            images = len(batch.seeds) // processes.count()
-            split = "split_guidance" in self.memory_options
-            figures["keep"] = self.kept.backward(
-                number, self.micro_batch or images, split_guidance=split
-            )
+            figures |= self._keep(self.kept, number, len(batch.seeds) // processes.count(), banked)
         return figures
 
-    def _neutral(self, batch: Batch, number: int, banked: bool) -> Figures:
-        """The gradient and the figures of the prompts that are to be balanced."""
+    def _keep(self, kept: KeptPrompts, number: int, size: int, banked: bool) -> Figures:
+        """The gradient and the figures of the kept prompts, so many images at a time."""
+        figures: Figures = {}
+        if kept.options.images:
+            batch, asked = kept.batch(number)
+            mine = asked[processes.share(len(asked))]
+
+            def loss(images: Tensor, originals: Originals) -> tuple[Tensor, Figures]:
+                total, found = self.objective.keep(images, originals, mine, self.micro_batch)
+                return kept.options.weight * total, found
+
+            figures |= self._draw(batch, number, loss, banked=banked)
+        if kept.options.prediction:
+            split = "split_guidance" in self.memory_options
+            found = kept.backward(number, self.micro_batch or size, split_guidance=split)
+            figures["keep/prediction"] = found
+        return figures
+
+    def _draw(self, batch: Batch, number: int, loss: Loss, *, banked: bool) -> Figures:
+        """The gradient and the figures of a loss on the images of a batch."""
         share = Share(batch, processes.share(len(batch.seeds)))
         originals = self.originals(share, banked=banked)
         noise = self._noise(share)
         cond, uncond = self._encode(share)
         if self.config.gradient.method != "replay":
             z = self._unroll(cond, uncond, noise, batch.steps)
-            v, figures = self._loss(z.detach(), originals, batch.prompts)
+            v, figures = self._loss(z.detach(), originals, loss)
             z.backward(v)
             return figures
         trajectory = self._sample(cond, uncond, noise, batch.steps, keep=True)
-        v, figures = self._loss(trajectory.latents, originals, batch.prompts)
+        v, figures = self._loss(trajectory.latents, originals, loss)
         gradients = self._replay(trajectory, cond, uncond, v, number, share)
         for embeddings, gradient in zip((cond, uncond), gradients, strict=True):
             if embeddings is not None and gradient is not None:
                 embeddings.backward(gradient.to(embeddings.dtype))  # once through the text encoder
         return figures
 
-    def originals(self, share: Share, *, banked: bool = True) -> Originals:
+    def originals(self, share: Share, *, banked: bool) -> Originals:
         """What the judges see in the original model's images.
 
         Args:
@@ -135,7 +157,7 @@ class BatchGradient:
             images = decode(self.pipe.vae, z, self.micro_batch).float()
             return self.objective.originals(images, self.micro_batch)
 
-        if self.config.train.distinct_iterations is None or not banked:
+        if not banked:
             return make()
         return self.bank.get(share.told(), make, self.pipe.device)
 
@@ -160,19 +182,15 @@ class BatchGradient:
             micro_batch=self.micro_batch,
         )
 
-    def _loss(
-        self, z: Tensor, originals: Originals, prompts: Sequence[str]
-    ) -> tuple[Tensor, Figures]:
+    def _loss(self, z: Tensor, originals: Originals, loss: Loss) -> tuple[Tensor, Figures]:
         """The gradient v of the loss on the final latents (n, c, h, w), and figures."""
         vae, micro_batch = self.pipe.vae, self.micro_batch
         with torch.no_grad():
             images = decode(vae, z, micro_batch).float()
         if processes.any_of(not images.isfinite().all()):
             raise NotFiniteError
-        loss, figures = self.objective(
-            images.requires_grad_(), originals, prompts, micro_batch=micro_batch
-        )
-        (gradient,) = torch.autograd.grad(loss, images)  # (n, 3, H, W)
+        total, figures = loss(images.requires_grad_(), originals)
+        (gradient,) = torch.autograd.grad(total, images)  # (n, 3, H, W)
         return decode_backward(vae, z, gradient, micro_batch), figures
 
     def _replay(

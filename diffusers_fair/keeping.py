@@ -1,19 +1,21 @@
-"""Kept prompts: what the adapter predicts for them is held to what the original model predicts.
+"""Kept prompts: those whose words settle who is to be seen, or that show nobody.
+
+They are trained on beside the others, in two ways. Some of their images are drawn and judged, as
+`Objective.keep` has it. And, for next to nothing, what the adapter predicts for them is held to
+what the original model predicts:
 
     L_keep = mean over kept prompts c, steps i of |eps(z_i, t_i, c) - eps_0(z_i, t_i, c)|^2
 
 eps is the guided prediction with the adapter, eps_0 without it, z_i are latents on the original
-model's own way from noise to image. Nothing is drawn with the adapter, decoded or judged: a kept
-prompt costs a few evaluations of the U-Net, where a drawn one would cost all steps twice. Summed
+model's own way from noise to image: nothing is drawn with the adapter, decoded or judged. Summed
 over the steps, and weighted by their noise, it would be the Kullback-Leibler divergence between the
-two models' images of the prompt.
-
-The ways of a few prompts are drawn in each iteration and stay in a pool for a while; pairs of
-prompt and step are taken from it.
+two models' images of the prompt. The ways of a few prompts are drawn in each iteration and stay in
+a pool for a while; pairs of prompt and step are taken from it.
 """
 
 from collections import deque
-from dataclasses import dataclass
+from collections.abc import Mapping
+from dataclasses import dataclass, replace
 from typing import Any
 
 import torch
@@ -21,6 +23,7 @@ from torch import Tensor
 
 from diffusers_fair import processes
 from diffusers_fair.adapters.trainable import TrainableAdapter
+from diffusers_fair.batches import Batch
 from diffusers_fair.conditioning import encode_prompts
 from diffusers_fair.config import KeepSection, RunConfig
 from diffusers_fair.prompts import prompt_set
@@ -28,9 +31,11 @@ from diffusers_fair.prompts.groups import (
     IMPLIED,
     NAMED,
     KeptPrompt,
+    asked,
     implied_prompts,
     named_prompts,
     untouched_prompts,
+    vocabulary,
 )
 from diffusers_fair.prompts.mixtures import PromptMixture, counts_per_cycle
 from diffusers_fair.replay import backward_step, leaf, trains
@@ -54,8 +59,8 @@ class KeptStep:
     """(c, h, w), the original model's guided prediction."""
 
 
-class KeptPredictions:
-    """Adds the gradient of L_keep to the parameters of an adapter.
+class KeptPrompts:
+    """The kept prompts of a recipe: batches of them to draw, and the gradient of L_keep.
 
     Args:
         config: a recipe with `prompts.keep`.
@@ -78,8 +83,22 @@ class KeptPredictions:
         self.adapter = adapter
         self.scheduler = scheduler
         self.prompts = kept_prompts(config)
+        self.drawn = replace(self.prompts, prompts=_without_negatives(self.prompts.prompts))
         self.pool: deque[list[KeptStep]] = deque(maxlen=self.options.pool)
         self.last = -1  # iteration that the pool is of
+
+    def batch(self, number: int) -> tuple[Batch, list[Mapping[str, str]]]:
+        """The kept images that an iteration draws, and what each of them is asked to show.
+
+        They come again after `distinct` images: their originals are then in the bank.
+        """
+        count = self.options.images
+        number %= max(1, self.options.distinct // count)
+        chosen = [self.drawn.prompt(number * count + i) for i in range(count)]
+        seeds = [self._seed(number) + 500 + i for i in range(count)]
+        steps = self.config.sampling.steps[1]
+        batch = Batch(tuple(prompt.text for prompt in chosen), tuple(seeds), steps)
+        return batch, [prompt.asks for prompt in chosen]
 
     def backward(self, number: int, size: int, *, split_guidance: bool = False) -> float:
         """Add this process's part of the gradient to the parameters; L_keep of all processes.
@@ -116,7 +135,7 @@ class KeptPredictions:
             outputs = [predict(unet, inputs, timesteps, x.to(inputs.dtype)) for x, _ in branches]
             guided = combine(outputs, self.config.sampling.guidance_scale)
             residual = (guided - wanted).float()
-        gradient = residual * (2 * self.options.weight / (count * wanted[0].numel()))
+        gradient = residual * (2 * self.options.prediction / (count * wanted[0].numel()))
         trainable = [branch for branch in branches if branch[0].requires_grad or trains(unet)]
         for group in [[branch] for branch in trainable] if split else [trainable]:
             backward_step(unet, inputs, timesteps, group, gradient)
@@ -185,13 +204,24 @@ def kept_prompts(config: RunConfig) -> PromptMixture[KeptPrompt]:
     return PromptMixture(pools, counts_per_cycle(list(sets.values())), config.train.seed)
 
 
+def _without_negatives(
+    pools: tuple[tuple[KeptPrompt, ...], ...],
+) -> tuple[tuple[KeptPrompt, ...], ...]:
+    return tuple(tuple(kept for kept in pool if not kept.negative) for pool in pools)
+
+
 def _kept_set(name: str, config: RunConfig) -> tuple[KeptPrompt, ...]:
     wordings = [section.wording() for section in config.attributes]
     if name == NAMED:
         split = config.prompts.train
         neutral = [p for s in config.prompts.sets for p in prompt_set(s).prompts(split)]
         return named_prompts(neutral, wordings, NAMED_PROMPTS)
-    found = implied_prompts(wordings) if name == IMPLIED else untouched_prompts(name, "train")
+    if name == IMPLIED:
+        found = implied_prompts(wordings)
+    else:
+        words = vocabulary(wordings)
+        own = untouched_prompts(name, "train")
+        found = tuple(replace(kept, asks=asked(kept.text, words)) for kept in own)
     if not found:
         raise ValueError(
             f"prompts.keep.sets names '{name}', and there are no such prompts for "

@@ -11,6 +11,7 @@ from typing import Any
 import numpy as np
 import torch
 from torch import Tensor
+from torch.nn import functional
 from torch.utils.checkpoint import checkpoint
 
 from diffusers_fair import processes
@@ -215,6 +216,65 @@ class Objective:
         logged = {name: x.mean().item() for name, x in ({"loss": whole} | every).items()}
         return total.mean() * (len(total) / len(whole)), logged | sought.figures
 
+    def keep(
+        self,
+        images: Tensor,
+        originals: Originals,
+        asked: Sequence[Mapping[str, str]],
+        micro_batch: int | None = None,
+    ) -> tuple[Tensor, dict[str, float]]:
+        """The loss of images of kept prompts (n, 3, h, w) in [-1, 1], and figures to log.
+
+        All of the semantics loss, as nothing is to change, and the alignment loss with a target of
+        one class, where the prompt asks for one.
+
+        Args:
+            images: of this process, each of a prompt of its own.
+            originals: of the same prompts and noise.
+            asked: for each of these images attribute -> the class that its prompt asks for.
+            micro_batch: as for the loss of the other images.
+        """
+        labels = [_asked_labels(aim.attribute, asked).to(images.device) for aim in self.aims]
+
+        def terms(x: Tensor) -> tuple[Tensor, Tensor]:
+            return self._keep_terms(images[x], originals[x], [label[x] for label in labels])
+
+        parts = torch.arange(len(images), device=images.device).split(micro_batch or len(images))
+        if len(parts) == 1:
+            found = [terms(parts[0])]
+        else:
+            found = [checkpoint(terms, x, use_reentrant=False) for x in parts]
+        total, obeyed = (torch.cat(x) for x in zip(*found, strict=True))  # (n,)
+        whole, every = (torch.cat(processes.gather(x)) for x in (total, obeyed))
+        figures = {"keep/loss": whole.mean().item()}
+        if every.isfinite().any():
+            figures["keep/obeyed"] = every.nanmean().item()
+        return total.mean() * (len(total) / len(whole)), figures
+
+    def _keep_terms(
+        self, images: Tensor, originals: Originals, labels: Sequence[Tensor]
+    ) -> tuple[Tensor, Tensor]:
+        """Each image's loss (n,), and whether it shows what is asked for (n,), NaN if nothing is.
+
+        Labels are the class numbers asked for, (n,) for each attribute, -1 where none is.
+        """
+        faces = self.judges.faces(images.detach())
+        nothing = faces.found.new_zeros(len(images), len(self.aims))
+        loss = self._semantics(images, faces, originals, nothing)
+        obeyed = images.new_full((len(images),), torch.inf)
+        every = zip(self.aims, self._perceived(images, faces), labels, strict=True)
+        for aim, p, label in every:
+            whole = not aim.attribute.of_faces
+            rows = label if whole else label[faces.owner[faces.found]]  # of each row of p
+            target = rows.clamp(min=0)
+            sure = (rows >= 0).to(p)
+            cross_entropy = alignment_loss(p, _certain(target, sure, p.shape[1]), 0.5)
+            right = (p.argmax(1) == target).to(p)
+            loss = loss + (cross_entropy if whole else _means(cross_entropy, faces))
+            right = right if whole else _means(right, faces)
+            obeyed = torch.where(label >= 0, obeyed.minimum(right.detach()), obeyed)
+        return loss, obeyed.masked_fill(obeyed.isinf(), torch.nan)
+
     def steer(self, figures: Mapping[str, float]) -> None:
         """Move the targets by what was logged of an iteration; without a face they stay."""
         for aim in self.aims:
@@ -404,6 +464,17 @@ class Objective:
 
     def _features(self, images: Tensor) -> tuple[Tensor, Tensor]:
         return self.judges.clip(images), self.judges.dino(images)
+
+
+def _asked_labels(attribute: Attribute, asked: Sequence[Mapping[str, str]]) -> Tensor:
+    """(n,) number of the class that each image's prompt asks for; -1 where it asks for none."""
+    names = [classes.get(attribute.name) for classes in asked]
+    return torch.tensor([-1 if name is None else attribute.classes.index(name) for name in names])
+
+
+def _certain(labels: Tensor, sure: Tensor, classes: int) -> Targets:
+    """Targets of one class each, (n,), as sure as is said (n,)."""
+    return Targets(labels, sure, functional.one_hot(labels, classes).to(sure), 0.0)
 
 
 def _smallest(factors: Sequence[float], differs: Tensor) -> Tensor:

@@ -9,12 +9,12 @@ from diffusers_fair.adapters.io import Lora, SoftTokens
 from diffusers_fair.adapters.trainable import TrainableAdapter
 from diffusers_fair.conditioning import encode_prompts
 from diffusers_fair.config import RunConfig
-from diffusers_fair.keeping import KeptPredictions, kept_prompts
+from diffusers_fair.keeping import KeptPrompts, kept_prompts
 from diffusers_fair.prompts import prompt_set
 from diffusers_fair.prompts.groups import vocabulary
 from diffusers_fair.scheduler import BiasedGradientScheduler
 
-KEEP = {"pairs": 7, "new_prompts": 2, "pool": 3, "weight": 2.5}
+KEEP = {"pairs": 7, "new_prompts": 2, "pool": 3, "prediction": 2.5, "images": 2}
 COMPONENTS = {
     "text_encoder": {"text_encoder": Lora(rank=2, alpha=2)},
     "unet": {"unet": Lora(rank=2, alpha=2)},
@@ -35,7 +35,7 @@ def config(scale=4.0, **keep) -> RunConfig:
     )
 
 
-def keeper(components, *, scale=4.0, moved=True) -> KeptPredictions:
+def keeper(components, *, scale=4.0, moved=True) -> KeptPrompts:
     """Of a tiny pipeline in float64 with an adapter that has moved already."""
     pipe = pipeline(torch.float64)
     adapter = TrainableAdapter(pipe, COMPONENTS[components])
@@ -44,7 +44,7 @@ def keeper(components, *, scale=4.0, moved=True) -> KeptPredictions:
         for parameter in adapter.parameters if moved else ():
             noise = torch.randn(parameter.shape, generator=g, dtype=torch.float64)
             parameter.data = parameter.double() + 0.3 * noise
-    return KeptPredictions(config(scale), pipe, adapter, BiasedGradientScheduler(pipe.scheduler))
+    return KeptPrompts(config(scale), pipe, adapter, BiasedGradientScheduler(pipe.scheduler))
 
 
 def gradients(kept) -> list[torch.Tensor]:
@@ -68,7 +68,7 @@ def by_autograd(kept, number, scale) -> float:
             empty = kept.pipe.unet(x, t, encoder_hidden_states=uncond).sample
             output = empty + scale * (output - empty)
         loss = loss + (output[0] - pair.output).square().mean() / len(pairs)
-    (KEEP["weight"] * loss).backward()
+    (KEEP["prediction"] * loss).backward()
     return loss.item()
 
 
@@ -125,6 +125,16 @@ def test_a_run_that_goes_on_has_the_same_pairs():
     assert len(resumed.pool) == KEEP["pool"]
 
 
+def test_kept_images_come_again():
+    kept = keeper("text_encoder")
+    kept.options = kept.options.model_copy(update={"distinct": 6})
+    batches = [kept.batch(number) for number in range(4)]
+    assert batches[3] == batches[0]
+    assert len({batch.seeds for batch, _ in batches[:3]}) == 3
+    assert [len(batch.seeds) for batch, _ in batches] == [2] * 4
+    assert all(len(asks) == 2 for _, asks in batches)
+
+
 def test_kept_prompts_come_in_the_shares_of_their_sets():
     mixture = kept_prompts(config(sets={"named": 2, "untouched": 1}))
     found = [mixture.prompt(i) for i in range(90)]
@@ -142,9 +152,12 @@ def test_kept_prompts_are_of_training_alone():
 
 def test_prompts_of_one_s_own_are_kept(tmp_path):
     file = tmp_path / "mine.txt"
-    file.write_text("a man and a woman\na chess board\n")
+    file.write_text("a man and a woman\na chess board\nan old woman\n")
     found = kept_prompts(config(sets=[str(file)])).prompts[0]
-    assert {"a man and a woman", "a chess board", ""} == {prompt.text for prompt in found}
+    assert {"a man and a woman", "a chess board", "an old woman", ""} == {p.text for p in found}
+    asks = {prompt.text: prompt.asks for prompt in found}
+    assert asks["an old woman"] == {"gender": "female"}
+    assert asks["a man and a woman"] == {}  # left as the base draws it
 
 
 @pytest.mark.parametrize(
@@ -154,6 +167,7 @@ def test_prompts_of_one_s_own_are_kept(tmp_path):
         ({"sets": []}, r"prompts\.keep\.sets: expected 1 or more, got 0"),
         ({"sets": {"named": 0}}, r"prompts\.keep\.sets\.named: expected greater than 0"),
         ({"weight": -1}, r"prompts\.keep\.weight: expected greater than 0"),
+        ({"prediction": -1}, r"prompts\.keep\.prediction: expected greater than or equal to 0"),
         ({"pairs": 0}, r"prompts\.keep\.pairs: expected greater than or equal to 1"),
         ({"pears": 3}, r"unknown key 'prompts\.keep\.pears': did you mean 'pairs'"),
     ],
@@ -194,8 +208,11 @@ def test_an_iteration_logs_and_trains_on_kept_prompts(tmp_path):
         "output": str(tmp_path / "run"),
     }
     finetuner = FairnessFinetuner.from_recipe("testbed-gender", **small)
-    assert finetuner.iteration(0)["keep"] == pytest.approx(0, abs=1e-10)
-    assert finetuner.iteration(1)["keep"] > 1e-8
+    first, second = finetuner.iteration(0), finetuner.iteration(1)
+    assert first["keep/prediction"] == pytest.approx(0, abs=1e-10)
+    assert second["keep/prediction"] > 1e-8
+    assert first["keep/loss"] >= 0
+    assert (tmp_path / "run" / "originals").is_dir()  # of kept images alone
 
 
 def test_the_words_of_kept_prompts_are_those_of_the_recipe():

@@ -308,3 +308,42 @@ def test_each_prompt_is_led_to_its_own_target():
     _, figures = aim(x, aim.originals(x), prompts=["night", "noon"])
     assert targets[0].labels.tolist() == [0] * 4 + [1] * 4
     assert figures["target/brightness/dark"] == figures["target/brightness/bright"] == 0.5
+
+
+# ---- kept prompts --------------------------------------------------------------------------------
+
+
+def test_kept_images_are_to_stay_and_to_show_what_is_asked_for():
+    aim = objective()
+    x = pictures([-0.3, 0.1, 0.2, 0.3])
+    x[3, :, 0, 0] = -2  # without a face
+    original = aim.originals(0.5 * x)
+    asked = [{"brightness": "bright"}, {}, {"brightness": "dark"}, {"brightness": "dark"}]
+    loss, figures = aim.keep(x, original, asked)
+    features = zip(aim._features(x), original.features, strict=True)
+    distance = sum(1 - (a * b).sum(1) for a, b in features)
+    p = aim.judges.probabilities(TOY, x, aim.judges.face_detector(x))  # (n, 2), dark and bright
+    expected = aim.weights.semantics * distance
+    expected[0] -= p[0, 1].log()
+    expected[2] -= p[2, 0].log()
+    assert loss.item() == pytest.approx(expected.mean().item(), rel=1e-5)
+    right = [float(p[0].argmax() == 1), float(p[2].argmax() == 0), 0.0]
+    assert figures["keep/obeyed"] == pytest.approx(sum(right) / 3)
+
+
+def test_kept_images_a_few_at_a_time_are_those_together():
+    aim = objective()
+    x = pictures([-0.3, 0.1, 0.2, 0.3]).requires_grad_()
+    original, asked = aim.originals(0.5 * x), [{"brightness": "bright"}, {}] * 2
+    whole, figures = aim.keep(x, original, asked)
+    parts, again = aim.keep(x, original, asked, micro_batch=3)
+    torch.testing.assert_close(*(torch.autograd.grad(loss, x)[0] for loss in (whole, parts)))
+    assert again == pytest.approx(figures)
+
+
+def test_kept_images_that_ask_for_nothing_have_no_share_that_obeys():
+    aim = objective()
+    x = pictures([-0.3, 0.1])
+    loss, figures = aim.keep(x, aim.originals(x), [{}, {}])
+    assert loss.item() == pytest.approx(0, abs=1e-6)
+    assert "keep/obeyed" not in figures
