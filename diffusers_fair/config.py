@@ -195,6 +195,12 @@ class KeepSection(Section):
     distinct: Positive = 96
     """Different images of kept prompts; then they come again, and what was seen in the original
     images comes from the disk."""
+    embedding: Annotated[float, Field(ge=0)] = 3.0
+    """Weight of the squared change of the embeddings of kept prompts, as a share of their squared
+    length. For an adapter with layers in the text encoder alone or beside the U-Net's; costs next
+    to nothing. 0 does without."""
+    texts: Positive = 32
+    """Kept prompts whose embeddings are compared in each iteration."""
     prediction: Annotated[float, Field(ge=0)] = 50.0
     """Weight of the squared difference between the U-Net's guided predictions with and without the
     adapter, on the original model's way to images of kept prompts. Costs little, as nothing is

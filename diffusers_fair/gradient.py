@@ -88,7 +88,7 @@ class BatchGradient:
             Means over the images: `loss`, `alignment`, `semantics`, `face` if it has a weight, and
             `faces`, the share with one; over the prompts: `bias/NAME`; over the faces, or the
             whole images: `share/NAME/CLASS`, that of each class. Of the kept prompts: `keep/loss`
-            and `keep/obeyed` of their images, `keep/prediction`.
+            and `keep/obeyed` of their images, `keep/embedding`, `keep/prediction`.
 
         Raises:
             NotFiniteError: an image is NaN or infinite, in any process.
@@ -115,6 +115,8 @@ class BatchGradient:
                 return kept.options.weight * total, found
 
             figures |= self._draw(batch, number, loss, banked=banked)
+        if kept.options.embedding and "text_encoder" in self.adapter.parts:
+            figures["keep/embedding"] = kept.embedding_backward(number)
         if kept.options.prediction:
             split = "split_guidance" in self.memory_options
             found = kept.backward(number, self.micro_batch or size, split_guidance=split)

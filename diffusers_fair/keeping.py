@@ -11,6 +11,10 @@ model's own way from noise to image: nothing is drawn with the adapter, decoded 
 over the steps, and weighted by their noise, it would be the Kullback-Leibler divergence between the
 two models' images of the prompt. The ways of a few prompts are drawn in each iteration and stay in
 a pool for a while; pairs of prompt and step are taken from it.
+
+Cheaper still, their embeddings e, of which no token should move from the original e_0:
+
+    L_embedding = mean over kept prompts, tokens of |e - e_0|^2 / |e_0|^2
 """
 
 from collections import deque
@@ -99,6 +103,21 @@ class KeptPrompts:
         steps = self.config.sampling.steps[1]
         batch = Batch(tuple(prompt.text for prompt in chosen), tuple(seeds), steps)
         return batch, [prompt.asks for prompt in chosen]
+
+    def embedding_backward(self, number: int) -> float:
+        """Add this process's part of the gradient of L_embedding; L_embedding of all processes."""
+        count = self.options.texts
+        chosen = [self.prompts.prompt(number * count + i) for i in range(count)]
+        mine = chosen[processes.share(count)]
+        texts = [kept.text for kept in mine]
+        empty = list(dict.fromkeys(kept.negative for kept in mine))
+        with torch.no_grad(), self.adapter.off():
+            before = torch.cat([self._encode_texts(texts), self._encode_texts(empty, prefix=False)])
+        after = torch.cat([self._encode_texts(texts), self._encode_texts(empty, prefix=False)])
+        change = (after - before).float().square().sum(2) / before.float().square().sum(2)  # (m, L)
+        loss = change.mean() * (len(mine) / count)
+        (self.options.embedding * loss).backward()
+        return torch.cat(processes.gather(loss[None])).sum().item()
 
     def backward(self, number: int, size: int, *, split_guidance: bool = False) -> float:
         """Add this process's part of the gradient to the parameters; L_keep of all processes.

@@ -29,6 +29,7 @@ def config(scale=4.0, **keep) -> RunConfig:
         {
             "sampling": {"steps": 3, "guidance_scale": scale},
             "gradient": {"replay_steps": None},
+            "prompts.keep": None,  # the recipe's own
             "prompts": {"keep": KEEP | keep},
             "output": "unused",
         },
@@ -82,6 +83,22 @@ def test_the_gradient_is_that_of_autograd(components, scale):
         assert kept.backward(2, size, split_guidance=split) == pytest.approx(expected, rel=1e-6)
         for got, exact in zip(gradients(kept), wanted, strict=True):
             torch.testing.assert_close(got, exact, rtol=1e-6, atol=1e-9)
+
+
+def test_the_change_of_embeddings_is_measured_token_by_token():
+    kept = keeper("text_encoder")
+    chosen = [kept.prompts.prompt(3 * kept.options.texts + i) for i in range(kept.options.texts)]
+    negatives = dict.fromkeys(prompt.negative for prompt in chosen)
+    texts = [*(prompt.text for prompt in chosen), *negatives]
+    with kept.adapter.off():
+        before = encode_prompts(kept.pipe, texts)
+    after = encode_prompts(kept.pipe, texts)
+    change = ((after - before).norm(dim=2) / before.norm(dim=2)).square().mean()
+    (kept.options.embedding * change).backward()
+    wanted = gradients(kept)
+    assert kept.embedding_backward(3) == pytest.approx(change.item(), rel=1e-6)
+    for got, exact in zip(gradients(kept), wanted, strict=True):
+        torch.testing.assert_close(got, exact, rtol=1e-6, atol=1e-9)
 
 
 @pytest.mark.parametrize("components", ["text_encoder", "unet", "both"])
@@ -211,6 +228,8 @@ def test_an_iteration_logs_and_trains_on_kept_prompts(tmp_path):
     first, second = finetuner.iteration(0), finetuner.iteration(1)
     assert first["keep/prediction"] == pytest.approx(0, abs=1e-10)
     assert second["keep/prediction"] > 1e-8
+    assert first["keep/embedding"] == pytest.approx(0, abs=1e-10)
+    assert second["keep/embedding"] > 1e-8
     assert first["keep/loss"] >= 0
     assert (tmp_path / "run" / "originals").is_dir()  # of kept images alone
 
