@@ -98,7 +98,7 @@ class BaseSection(Section):
     """Commit, tag or branch on the Hub."""
     dtype: Literal["auto", "float32", "bfloat16", "float16"] = "float32"
     """What the frozen parts compute in; the adapter's weights are float32. `auto` is bfloat16 where
-    the GPU or the processor has units for it, else float32."""
+    the GPU or the processor is faster in it, else float32."""
 
 
 class AttributeSection(Section):

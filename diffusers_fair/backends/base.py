@@ -54,8 +54,7 @@ def _precision(dtype: str, *, gpu: bool = True) -> "torch.dtype":
     if gpu and torch.cuda.is_available():
         fast = torch.cuda.is_bf16_supported(including_emulation=False)
     else:
-        units = torch.cpu.get_capabilities()
-        fast = units.get("amx_bf16", False) or units.get("avx512_bf16", False)
+        fast = torch.cpu.get_capabilities().get("amx_bf16", False)  # avx512_bf16 alone is slower
     return torch.bfloat16 if fast else torch.float32
 
 
