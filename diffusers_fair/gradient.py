@@ -142,7 +142,7 @@ class BatchGradient:
                 embeddings.backward(gradient.to(embeddings.dtype))  # once through the text encoder
         return figures
 
-    def originals(self, share: Share, *, banked: bool) -> Originals:
+    def originals(self, share: Share, *, banked: bool = True) -> Originals:
         """What the judges see in the original model's images.
 
         Args:

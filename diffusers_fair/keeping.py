@@ -108,14 +108,14 @@ class KeptPrompts:
         """Add this process's part of the gradient of L_embedding; L_embedding of all processes."""
         count = self.options.texts
         chosen = [self.prompts.prompt(number * count + i) for i in range(count)]
-        mine = chosen[processes.share(count)]
-        texts = [kept.text for kept in mine]
-        empty = list(dict.fromkeys(kept.negative for kept in mine))
+        texts = [kept.text for kept in chosen[processes.share(count)]]
+        empty = list(dict.fromkeys(kept.negative for kept in chosen))  # every process has all
         with torch.no_grad(), self.adapter.off():
             before = torch.cat([self._encode_texts(texts), self._encode_texts(empty, prefix=False)])
         after = torch.cat([self._encode_texts(texts), self._encode_texts(empty, prefix=False)])
         change = (after - before).float().square().sum(2) / before.float().square().sum(2)  # (m, L)
-        loss = change.mean() * (len(mine) / count)
+        own, shared = change.mean(1).split([len(texts), len(empty)])
+        loss = (own.sum() + shared.sum() / processes.count()) / (count + len(empty))
         (self.options.embedding * loss).backward()
         return torch.cat(processes.gather(loss[None])).sum().item()
 

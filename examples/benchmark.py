@@ -321,6 +321,7 @@ def training(*, gradient: dict[str, Any], bank: str, iterations: int, seed: int)
     with TemporaryDirectory() as folder:
         finetuner = FairnessFinetuner.from_recipe(
             "testbed-gender",
+            prompts={"keep": None},  # as published
             gradient=gradient,
             optimizer={"schedule": "constant"},
             train=TRAINING | lasts,
@@ -379,7 +380,11 @@ def gradients(drawn: int | None, number: int, turns: int = 1) -> list[Tensor]:
     from diffusers_fair.batches import draw_batch
 
     finetuner = FairnessFinetuner.from_recipe(
-        "testbed-gender", gradient={"replay_steps": drawn}, train=TRAINING, tracker="none"
+        "testbed-gender",
+        prompts={"keep": None},
+        gradient={"replay_steps": drawn},
+        train=TRAINING,
+        tracker="none",
     )
     batch, found = draw_batch(finetuner.config, finetuner.prompts, number), []
     for turn in range(turns):

@@ -227,7 +227,12 @@ def since(recipe: str, adapter: Path) -> list[str]:
     """What an adapter was trained with and is no more: of its recipe, as `key=value`, and the code."""
     run = RunConfig(**read_adapter(adapter)[0].recipe, output=str(adapter))
     found = run.differences(RunConfig.load(recipe))
-    then = [f"{key}={old}" for key, (old, _) in found.items() if key != "tracker"]
+    kept = [key for key in found if key.startswith("prompts.keep")]
+    then = [f"{key}={old}" for key, (old, _) in found.items() if key not in ("tracker", *kept)]
+    if kept and run.prompts.keep is None:
+        then.append("neutral prompts alone")
+    else:
+        then += [f"{key}={found[key][0]}" for key in kept]
     return [*then, THEN[recipe]] if recipe in THEN else then
 
 

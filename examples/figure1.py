@@ -133,7 +133,10 @@ def curve(name: str, seed: int, iterations: int) -> list[float]:
         trainer = FairnessFinetuner.from_recipe(
             RECIPE,
             base={"dtype": "float32"},  # the exact gradient needs it
-            prompts={"sets": [str(prompts)], "images_per_prompt": SETTINGS["images"]},
+            prompts={
+                **{"sets": [str(prompts)], "images_per_prompt": SETTINGS["images"]},
+                "keep": None,  # as published
+            },
             sampling={"steps": SETTINGS["steps"]},
             gradient={"replay_steps": None} | GRADIENTS[name],
             adapter={"components": ["text_encoder"], "rank": SETTINGS["rank"]},

@@ -620,6 +620,7 @@ def small(config: RunConfig, models, base) -> dict:
         return found
 
     values = {"base.model": str(base), "prompts.images_per_prompt": 2, "sampling.steps": 2}
+    values |= {"prompts.keep.images": 2, "prompts.keep.pairs": 2, "prompts.keep.texts": 2}
     values["gradient.replay_steps"] = 1
     for key, section in {
         "models": config.models,
@@ -682,6 +683,7 @@ def test_recipe_trains_one_iteration(name, models, stable_diffusion, monkeypatch
     values = small(RunConfig.load(name), models, stable_diffusion)
     values["models.face_embedder"] = f"timm:{models['timm']}"
     values["models.face_bank"] = str(stand_ins.picture_folder(tmp_path / "real", spots(0, 1)))
+    values["output"] = str(tmp_path / "run")
     trained = FairnessFinetuner.from_recipe(name, **values)
     assert trained.pipe.unet.dtype == torch.bfloat16
     assert type(trained.pipe.scheduler).__name__ == "DPMSolverMultistepScheduler"

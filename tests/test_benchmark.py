@@ -126,7 +126,7 @@ def test_a_warm_bank_holds_the_originals_of_every_iteration(tmp_path, monkeypatc
     finetuner = FairnessFinetuner.from_recipe(
         "testbed-gender",
         base={"dtype": "float32"},
-        prompts={"images_per_prompt": 2},
+        prompts={"images_per_prompt": 2, "keep": None},
         sampling={"steps": 2},
         gradient={"replay_steps": 1},
         train={"prompts_per_iteration": 1, "distinct_iterations": 3},

@@ -2,6 +2,7 @@
 
 import json
 
+import numpy as np
 import pytest
 import torch
 from accelerate import DistributedType
@@ -23,7 +24,7 @@ TRAIN = {
     # a gradient that does not nearly cancel: of one that does, rounding is what is left
     "attributes": [{"name": "gender", "classes": ["female", "male"], "threshold": 0.6}],
     "losses": {"semantics": 4},
-    "prompts": {"images_per_prompt": EACH},
+    "prompts": {"images_per_prompt": EACH, "keep": None},
     "sampling": {"steps": 2},
     # each process replays its images at the steps that they have in the whole batch
     "gradient": {"replay_steps": 1},
@@ -139,6 +140,25 @@ def test_judges_that_see_few_images_at_a_time_change_nothing(faceless):
     assert parts[2] == pytest.approx(figures, abs=1e-6)
 
 
+def kept_images(x: torch.Tensor, originals: torch.Tensor, asked: list[dict]) -> tuple:
+    """This process's part of the gradient of kept images, and the figures of all."""
+    aim, share = objective(), processes.share(len(x))
+    images = x[share].clone().requires_grad_()
+    loss, figures = aim.keep(images, aim.originals(originals[share]), asked[share])
+    return torch.autograd.grad(loss, images)[0].numpy(), figures
+
+
+@pytest.mark.parametrize("count", [2, 3])
+def test_the_loss_of_shares_of_kept_images_is_that_of_the_whole(count):
+    x, originals = example(slice(4, 6))
+    asked = [{"brightness": "bright"}, {}, {"brightness": "dark"}, {}] * 2
+    gradient, figures = kept_images(x, originals, asked)
+    parts = together(count, kept_images, x, originals, asked)
+    assert norm(np.concatenate([part[0] for part in parts]) - gradient) <= 1e-6 * norm(gradient)
+    for _, found in parts:
+        assert found == pytest.approx(figures, rel=1e-5)
+
+
 # ---- the training --------------------------------------------------------------------------------
 
 
@@ -171,6 +191,32 @@ def alone(tmp_path_factory):
     """Folder and outcome of a single process."""
     folder = tmp_path_factory.mktemp("alone") / "run"
     return folder, trained(str(folder))
+
+
+def kept(folder: str) -> tuple[np.ndarray, dict]:
+    """The gradient of the kept prompts of an adapter that has moved, and their figures."""
+    keep = {"images": 0, "pairs": 5, "prediction": 10, "texts": 6}
+    finetuner = FairnessFinetuner.from_recipe(
+        "testbed-gender",
+        **TRAIN | {"prompts": {"images_per_prompt": EACH, "keep": keep}},
+        train={"micro_batch": 1},
+        output=folder,
+    )
+    g = torch.Generator().manual_seed(0)
+    for parameter in finetuner.parameters:
+        parameter.data += 0.05 * torch.randn(parameter.shape, generator=g)
+    figures = finetuner.gradient._keep(finetuner.gradient.kept, 0, 1, False)
+    processes.add_up([parameter.grad for parameter in finetuner.parameters])
+    return torch.cat([p.grad.flatten() for p in finetuner.parameters]).numpy(), figures
+
+
+@pytest.mark.parametrize("count", [2, 4])
+def test_several_processes_share_the_kept_prompts(count, tmp_path):
+    gradient, figures = kept(str(tmp_path / "alone"))
+    assert set(figures) == {"keep/embedding", "keep/prediction"}
+    for theirs, found in together(count, kept, str(tmp_path / "run")):
+        assert norm(theirs - gradient) <= 1e-5 * norm(gradient)
+        assert found == pytest.approx(figures, rel=1e-4)
 
 
 @pytest.mark.parametrize("count", [2, 4])

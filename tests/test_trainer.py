@@ -27,7 +27,7 @@ SMALL = {
         {"name": "gender", "classes": ["female", "male"], "threshold": 0.6, "steering": 0.5}
     ],
     "adapter": {"rank": 2},
-    "prompts": {"images_per_prompt": 4},
+    "prompts": {"images_per_prompt": 4, "keep": {"images": 2, "distinct": 4, "texts": 4}},
     "sampling": {"steps": 3},
     "gradient": {"replay_steps": 2},
     "train": {
@@ -39,6 +39,7 @@ SMALL = {
     },
     "tracker": "none",
 }
+NEUTRAL = {"images_per_prompt": 4, "keep": None}  # prompts of training as published
 
 
 def finetuner(folder, **overrides) -> FairnessFinetuner:
@@ -217,10 +218,10 @@ def test_killed_trainings_end_as_if_nothing_had_been(tmp_path, monkeypatch):
 
 def test_a_run_may_be_looked_into_before_it_is_trained(tmp_path):
     train = SMALL["train"] | {"iterations": 1, "distinct_iterations": 1, "validate_every": None}
-    trainer = finetuner(tmp_path / "looked", train=train)
+    trainer = finetuner(tmp_path / "looked", train=train, prompts=NEUTRAL)
     figures = trainer.iteration(0)
     assert len(list((tmp_path / "looked" / "originals").iterdir())) == 1
-    again = finetuner(tmp_path / "looked", train=train)
+    again = finetuner(tmp_path / "looked", train=train, prompts=NEUTRAL)
     again.train(progress=False)
     event = json.loads((tmp_path / "looked" / "events.jsonl").read_text())
     assert event["loss"] == figures["loss"]
@@ -454,7 +455,7 @@ def compared(tmp_path_factory):
     for method, section in METHODS.items():
         trainer = finetuner(
             folder / method,
-            prompts={"images_per_prompt": 2},
+            prompts={"images_per_prompt": 2, "keep": None},
             sampling={"steps": 2},
             gradient={"replay_steps": None} | section,
             train=SMALL["train"] | {"prompts_per_iteration": 2},
@@ -485,7 +486,7 @@ def test_other_methods_give_another_gradient(compared, method):
 
 def test_micro_batches_change_nothing(compared, tmp_path):
     train = SMALL["train"] | {"prompts_per_iteration": 2, "micro_batch": 3}
-    settings = {"prompts": {"images_per_prompt": 2}, "sampling": {"steps": 2}}
+    settings = {"prompts": {"images_per_prompt": 2, "keep": None}, "sampling": {"steps": 2}}
     settings["gradient"] = {"replay_steps": None}
     trainer = finetuner(tmp_path / "parts", **settings, train=train)
     figures = trainer.iteration(0)
@@ -502,7 +503,7 @@ def test_batches_come_again_and_the_originals_from_the_disk(tmp_path, monkeypatc
     make = Objective.originals
     monkeypatch.setattr(Objective, "originals", lambda *args: drawn.append(1) or make(*args))
     for folder in folders:
-        trainer = finetuner(folder, train=train)
+        trainer = finetuner(folder, train=train, prompts=NEUTRAL)
         trainer.config.claim_output()
         for number in range(4):
             if folder == folders[1]:
