@@ -289,6 +289,11 @@ def _state(weights: Weights, part: str) -> dict[str, Tensor]:
     return {key[len(prefix) :]: value for key, value in weights.items() if key.startswith(prefix)}
 
 
+def _in_float32(state: dict[str, Tensor]) -> dict[str, Tensor]:
+    """The same as training has them: files in half precision save space, not digits of images."""
+    return {key: value.float() for key, value in state.items()}
+
+
 # ---- layers in and out ---------------------------------------------------------------------------
 
 
@@ -363,7 +368,9 @@ def _insert(model: Any, lora: Lora, state: dict[str, Tensor], adapter_name: str)
     with _trainable_kept(model):
         try:
             inject_adapter_in_model(config, model, adapter_name, low_cpu_mem_usage=True)
-            set_peft_model_state_dict(model, state, adapter_name, low_cpu_mem_usage=True)
+            set_peft_model_state_dict(
+                model, _in_float32(state), adapter_name, low_cpu_mem_usage=True
+            )
         finally:
             set_adapter(model, [*active, adapter_name], inference_mode=True)
     model._hf_peft_config_loaded = True  # what the hosts' own adapter methods look at

@@ -885,3 +885,15 @@ def test_what_is_read_from_the_hub_is_checked(hub, monkeypatch):
 def test_card_and_samples_are_not_needed(folder):
     assert {path.name for path in folder.iterdir()} == {io.INFO_FILE, io.WEIGHTS_FILE}
     assert read_adapter(folder)[0].base_model == "testbed"
+
+
+def test_weights_in_half_precision_compute_as_those_of_training(folder, tmp_path):
+    info, weights = read_adapter(folder)
+    half = {key: weight.half() for key, weight in weights.items()}
+    write_adapter(tmp_path / "half", half, info)
+    write_adapter(tmp_path / "whole", {key: weight.float() for key, weight in half.items()}, info)
+    pipes = [tiny.pipeline(), tiny.pipeline()]
+    for pipe, name in zip(pipes, ("half", "whole"), strict=True):
+        load_fair_adapter(pipe, tmp_path / name)
+        assert {w.dtype for w in pipe.text_encoder.parameters()} == {torch.float32}
+    assert torch.equal(*(images(pipe) for pipe in pipes))
