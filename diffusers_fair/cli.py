@@ -601,11 +601,11 @@ class _Asked:
 def _asked(base: str, recipe: str | None) -> _Asked:
     """The recipe's, or the testbed's."""
     from diffusers_fair import testbed
-    from diffusers_fair.backends import untouched_prompts
+    from diffusers_fair.backends import untouched_set
     from diffusers_fair.config import EvaluationSection, ModelsSection, RunConfig
     from diffusers_fair.testbed import world
 
-    empty = untouched_prompts(base)
+    empty = untouched_set(base)
     if recipe is not None:
         config = RunConfig.load(recipe)
         known = {attribute.name: attribute for attribute in config.balanced()}

@@ -54,7 +54,7 @@ def _printable(word: str) -> str:
 
 
 Word = Annotated[str, Field(max_length=300), AfterValidator(_printable)]
-Words = Annotated[tuple[Word, ...], Field(min_length=1, max_length=500)]
+Words = Annotated[tuple[Word, ...], Field(min_length=1, max_length=300)]
 
 
 def _weighted(sets: Any) -> Any:
@@ -118,9 +118,9 @@ class AttributeSection(Section):
     """What the classifier sees: `face`, a crop around the face, where images without one take no
     part; or `image`, the whole image squeezed to a square, where every image takes part."""
     words: dict[str, Words] = {}
-    """Class -> words that ask for it when they stand before the subject of a prompt, for the
-    methods that `evaluate --baseline` measures. A class that is left out is asked for by its
-    name."""
+    """Class -> words that ask for it before the subject of a prompt, as in "a female chef". Kept
+    prompts and `evaluate` use them, the methods of `evaluate --baseline`, and adapters that respect
+    words. A class that is left out is asked for by its name."""
     nouns: dict[str, Words] = {}
     """Class -> nouns that ask for it in place of "person", such as "woman". A class that is left
     out has none."""
@@ -144,7 +144,7 @@ class AttributeSection(Section):
     @classmethod
     def _read_table(cls, value: Any) -> Any:
         if isinstance(value, dict) and isinstance(value.get("targets"), str):
-            table = read_table(value["targets"], list(map(str, value.get("classes", ()))))
+            table = read_table(value["targets"], list(map(str, value.get("classes") or ())))
             return value | {"targets": table}
         return value
 
@@ -179,22 +179,21 @@ class AttributeSection(Section):
 class KeepSection(Section):
     """Prompts that the adapter has to leave as the base model draws them."""
 
-    sets: Annotated[dict[str, Weight], BeforeValidator(_weighted), Field(min_length=1)] = {
-        "named": 2.0,
-        "implied": 1.0,
-        "untouched": 1.0,
-    }
-    """`named`, prompts whose words name a class of an attribute; `implied`, prompts that imply one;
-    and prompt sets or files of one's own, such as `untouched`, prompts that show nobody. A list, or
-    a mapping of names to weights."""
+    sets: Annotated[dict[str, Weight], BeforeValidator(_weighted), Field(min_length=1)] | None = (
+        None
+    )
+    """`named`: prompts whose words name a class of an attribute. `implied`: prompts that imply one.
+    `untouched`, or on the testbed `testbed-untouched`: prompts that show nobody, the empty prompt,
+    and negative prompts. Or prompt sets and files of your own. A list, or a mapping of names to
+    weights. Null: twice as many of the first as of the second and the third."""
     images: Count = 8
-    """Images of kept prompts, each of another one, that are drawn in each iteration: they are to
-    look like the original ones, and to show the class that their prompt asks for."""
+    """Images of kept prompts in each iteration, one for each prompt. They have to look like the
+    original images, and to show the class that their prompt names."""
     weight: Weight = 1.0
-    """Weight of the loss of these images beside that of the others."""
+    """Weight of the loss of these images relative to the loss of the others."""
     distinct: Positive = 96
-    """Different images of kept prompts; then they come again, and what was seen in the original
-    images comes from the disk."""
+    """Number of different kept images. After that they repeat, and their originals come from the
+    cache."""
     embedding: Annotated[float, Field(ge=0)] = 3.0
     """Weight of the squared change of the embeddings of kept prompts, as a share of their squared
     length. For an adapter with layers in the text encoder alone or beside the U-Net's; costs next
@@ -208,9 +207,9 @@ class KeepSection(Section):
     pairs: Positive = 24
     """Pairs of kept prompt and sampling step whose predictions are compared in each iteration."""
     new_prompts: Positive = 2
-    """Kept prompts whose sampling steps come into the pool in each iteration."""
+    """Number of kept prompts whose sampling steps enter the pool in each iteration."""
     pool: Positive = 48
-    """Iterations that they stay in the pool."""
+    """Number of iterations for which sampled steps stay in the pool."""
 
 
 class PromptsSection(Section):
@@ -226,8 +225,9 @@ class PromptsSection(Section):
     images_per_prompt: Group = 24
     """N: images of one prompt whose distribution is compared with the target."""
     keep: KeepSection | None = None
-    """Prompts that leave the adapter nothing to change, since their words settle who is to be seen
-    or nobody is: trained beside the others. Null, as published: the adapter changes these, too."""
+    """Prompts whose images must stay those of the base model, since their words settle who is shown
+    or nobody is; trained beside the neutral ones. Null, as published: the adapter changes these,
+    too."""
 
 
 class ClassifierSection(Section):
@@ -570,7 +570,22 @@ class RunConfig(Section):
             )
         if any(attribute.targets for attribute in self.attributes):
             self.balanced()
+        if self.prompts.keep and not self._keeps_anything(self.prompts.keep):
+            raise ValueError(
+                "prompts.keep trains nothing: set prompts.keep.images or prompts.keep.prediction "
+                "above 0, or prompts.keep to null"
+            )
         return self
+
+    def _keeps_anything(self, keep: KeepSection) -> bool:
+        held = keep.embedding if self.embeddings_stay else 0
+        return bool(keep.images or keep.prediction or held)
+
+    @property
+    def embeddings_stay(self) -> bool:
+        """Whether the embeddings of kept prompts can stay: soft tokens shift them all."""
+        trained = self.adapter.components
+        return "text_encoder" in trained and "soft_tokens" not in trained
 
     def balanced(self) -> list[Attribute]:
         """The attributes, with the targets of each prompt's own.
@@ -710,7 +725,7 @@ def _set(tree: Any, path: list[str], value: Any, key: str) -> None:
 
     A mapping takes the place of a list.
     """
-    if isinstance(value, dict) and not isinstance(_get(tree, path), list):
+    if isinstance(value, dict) and value and not isinstance(_get(tree, path), list):
         for name, inner in value.items():
             _set(tree, [*path, str(name)], inner, key)
         return
@@ -721,6 +736,8 @@ def _set(tree: Any, path: list[str], value: Any, key: str) -> None:
             raise ValueError(f"override '{key}': '{'.'.join(path[:i])}' has no keys")
         place: Any = int(name) if isinstance(tree, list) else name
         if i == len(path) - 1:
+            if value == {} and isinstance(tree, dict) and isinstance(tree.get(place), dict):
+                return  # nothing to set in a section that is there
             tree[place] = value
         elif isinstance(tree, dict) and tree.get(place) is None:
             tree[place] = {}

@@ -115,7 +115,7 @@ class BatchGradient:
                 return kept.options.weight * total, found
 
             figures |= self._draw(batch, number, loss, banked=banked)
-        if kept.options.embedding and "text_encoder" in self.adapter.parts:
+        if kept.holds_embeddings:
             figures["keep/embedding"] = kept.embedding_backward(number)
         if kept.options.prediction:
             split = "split_guidance" in self.memory_options

@@ -18,7 +18,7 @@ Cheaper still, their embeddings e, of which no token should move from the origin
 """
 
 from collections import deque
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, replace
 from typing import Any
 
@@ -27,6 +27,7 @@ from torch import Tensor
 
 from diffusers_fair import processes
 from diffusers_fair.adapters.trainable import TrainableAdapter
+from diffusers_fair.backends import UNTOUCHED_SETS, untouched_set
 from diffusers_fair.batches import Batch
 from diffusers_fair.conditioning import encode_prompts
 from diffusers_fair.config import KeepSection, RunConfig
@@ -35,18 +36,19 @@ from diffusers_fair.prompts.groups import (
     IMPLIED,
     NAMED,
     KeptPrompt,
-    asked,
     implied_prompts,
     named_prompts,
+    requested_classes,
     untouched_prompts,
     vocabulary,
 )
 from diffusers_fair.prompts.mixtures import PromptMixture, counts_per_cycle
+from diffusers_fair.prompts.wording import Wording
 from diffusers_fair.replay import backward_step, leaf, trains
 from diffusers_fair.sampling import combine, denoise, guidance, guided_unet, initial_noise, predict
 from diffusers_fair.scheduler import BiasedGradientScheduler
 
-NAMED_PROMPTS = 240  # of an attribute alone
+NAMED_PROMPTS = 240  # of an attribute alone, at least
 SALT = 0x5EED  # keeps the noise and the pairs of kept prompts apart from those of the others
 
 
@@ -90,6 +92,26 @@ class KeptPrompts:
         self.drawn = replace(self.prompts, prompts=_without_negatives(self.prompts.prompts))
         self.pool: deque[list[KeptStep]] = deque(maxlen=self.options.pool)
         self.last = -1  # iteration that the pool is of
+        self._check_processes()
+
+    def _check_processes(self) -> None:
+        """Every process needs a part of whatever is shared."""
+        counts = {
+            "images": self.options.images,
+            "texts": self.options.texts * self.holds_embeddings,
+            "pairs": self.options.pairs * bool(self.options.prediction),
+        }
+        for key, count in counts.items():
+            if 0 < count < processes.count():
+                raise ValueError(
+                    f"prompts.keep.{key} is {count}, which cannot be shared by "
+                    f"{processes.count()} processes: raise it, or start fewer"
+                )
+
+    @property
+    def holds_embeddings(self) -> bool:
+        """Whether the embeddings of kept prompts are held to the original ones."""
+        return bool(self.options.embedding) and self.config.embeddings_stay
 
     def batch(self, number: int) -> tuple[Batch, list[Mapping[str, str]]]:
         """The kept images that an iteration draws, and what each of them is asked to show.
@@ -218,9 +240,16 @@ def kept_prompts(config: RunConfig) -> PromptMixture[KeptPrompt]:
         ValueError: an unknown set, or one without prompts.
     """
     assert config.prompts.keep is not None
-    sets = config.prompts.keep.sets
+    sets = config.prompts.keep.sets or usual_sets(config)
     pools = tuple(_kept_set(name, config) for name in sets)
     return PromptMixture(pools, counts_per_cycle(list(sets.values())), config.train.seed)
+
+
+def usual_sets(config: RunConfig) -> dict[str, float]:
+    """The sets of a recipe that names none: implied prompts only where there are any."""
+    wordings = [section.wording() for section in config.attributes]
+    implied = {IMPLIED: 1.0} if implied_prompts(wordings) else {}
+    return {NAMED: 2.0, **implied, untouched_set(config.base.model): 1.0}
 
 
 def _without_negatives(
@@ -234,16 +263,28 @@ def _kept_set(name: str, config: RunConfig) -> tuple[KeptPrompt, ...]:
     if name == NAMED:
         split = config.prompts.train
         neutral = [p for s in config.prompts.sets for p in prompt_set(s).prompts(split)]
-        return named_prompts(neutral, wordings, NAMED_PROMPTS)
-    if name == IMPLIED:
-        found = implied_prompts(wordings)
-    else:
-        words = vocabulary(wordings)
-        own = untouched_prompts(name, "train")
-        found = tuple(replace(kept, asks=asked(kept.text, words)) for kept in own)
+        return named_prompts(neutral, wordings, max(len(neutral), NAMED_PROMPTS))
+    if name != IMPLIED:
+        return _packaged_or_own(name, wordings)
+    found = implied_prompts(wordings)
     if not found:
         raise ValueError(
-            f"prompts.keep.sets names '{name}', and there are no such prompts for "
+            "prompts.keep.sets names 'implied', and there are no such prompts for "
             f"{', '.join(section.name for section in config.attributes)}: leave it out"
         )
     return found
+
+
+def _packaged_or_own(name: str, wordings: Sequence[Wording]) -> tuple[KeptPrompt, ...]:
+    """Prompts that show nobody, or prompts of one's own and what they ask for."""
+    if name in UNTOUCHED_SETS:
+        return untouched_prompts(name, "train")
+    try:
+        texts = prompt_set(name).prompts("train")
+    except ValueError as error:
+        raise ValueError(
+            f"prompts.keep.sets names '{name}': expected {NAMED}, {IMPLIED}, "
+            f"{', '.join(UNTOUCHED_SETS)}, a packaged prompt set or a file ({error})"
+        ) from None
+    words = vocabulary(wordings)
+    return tuple(KeptPrompt(text, requested_classes(text, words)) for text in texts)

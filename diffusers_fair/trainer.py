@@ -223,7 +223,9 @@ class FairnessFinetuner:
         def measure(images: int) -> int:
             seeds = batch.seeds[: images * processes.count()]
             few = Batch(batch.prompts[:1], seeds, batch.steps)
+            self.gradient.micro_batch = images  # also of the kept images, however many there are
             self.gradient.backward(few, 0, banked=False)
+            self.gradient.micro_batch = None
             self.optimizer.zero_grad()
             return processes.most(memory.peak(self.pipe.device))
 

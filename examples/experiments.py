@@ -27,7 +27,7 @@ from preview_card import preview
 from diffusers_fair import FairnessFinetuner, RunConfig, testbed
 from diffusers_fair.adapters.io import AdapterInfo, Weights, read_adapter, write_adapter
 from diffusers_fair.attributes import Attribute
-from diffusers_fair.backends import load_base, load_judges, untouched_prompts
+from diffusers_fair.backends import load_base, load_judges, untouched_set
 from diffusers_fair.card import write_card
 from diffusers_fair.evaluation import Report, evaluate, metrics, processes, with_groups
 from diffusers_fair.evaluation.comparison import markdown_table
@@ -132,7 +132,7 @@ def kept_alone(prompts: str, config: RunConfig) -> tuple[PromptGroup, ...]:
     sections = config.model_dump(mode="json")["attributes"]
     trained = [recipe_wording(section.attribute(), sections) for section in config.attributes]
     texts = prompt_set(prompts).prompts(config.evaluation.split)
-    return evaluation_groups(texts, trained, untouched=untouched_prompts(testbed.NAME))
+    return evaluation_groups(texts, trained, untouched=untouched_set(testbed.NAME))
 
 
 def drawer(config: RunConfig) -> Any:

@@ -8,11 +8,11 @@ from diffusers_fair.attributes import Attribute
 from diffusers_fair.prompts import names, prompt_set
 from diffusers_fair.prompts.groups import (
     NEGATIVES,
-    asked,
     classes_named,
     evaluation_groups,
     implied_prompts,
     named_prompts,
+    requested_classes,
     untouched_prompts,
     vocabulary,
 )
@@ -31,9 +31,9 @@ def test_named_prompts_ask_for_every_class_in_every_form():
         "a photo of the face of a female chef, a person",
         "a portrait of an actor, a woman",
         "a photo of the face of a chef, a female person",
-        "a portrait of a male actor",
+        "a photo of the face of a male chef, a person",
+        "a portrait of an actor, a male person",
         "a photo of the face of a chef, a male person",
-        "a portrait of a male actor",
     ]
     assert [p.asks["gender"] for p in found] == ["female"] * 3 + ["male"] * 3
     assert not any(p.unseen or p.negative for p in found)
@@ -142,7 +142,7 @@ def test_words_are_those_of_the_first_recipe_that_has_any():
     ],
 )
 def test_what_a_prompt_asks_for(text, expected):
-    assert asked(text, vocabulary([GENDER, HUE])) == expected
+    assert requested_classes(text, vocabulary([GENDER, HUE])) == expected
 
 
 def test_a_prompt_that_names_two_classes_names_both():

@@ -4,12 +4,12 @@ import pytest
 import torch
 from tiny import pipeline
 
-from diffusers_fair import FairnessFinetuner
+from diffusers_fair import FairnessFinetuner, processes
 from diffusers_fair.adapters.io import Lora, SoftTokens
 from diffusers_fair.adapters.trainable import TrainableAdapter
 from diffusers_fair.conditioning import encode_prompts
 from diffusers_fair.config import RunConfig
-from diffusers_fair.keeping import KeptPrompts, kept_prompts
+from diffusers_fair.keeping import KeptPrompts, kept_prompts, usual_sets
 from diffusers_fair.prompts import prompt_set
 from diffusers_fair.prompts.groups import vocabulary
 from diffusers_fair.scheduler import BiasedGradientScheduler
@@ -171,7 +171,7 @@ def test_prompts_of_one_s_own_are_kept(tmp_path):
     file = tmp_path / "mine.txt"
     file.write_text("a man and a woman\na chess board\nan old woman\n")
     found = kept_prompts(config(sets=[str(file)])).prompts[0]
-    assert {"a man and a woman", "a chess board", "an old woman", ""} == {p.text for p in found}
+    assert {"a man and a woman", "a chess board", "an old woman"} == {p.text for p in found}
     asks = {prompt.text: prompt.asks for prompt in found}
     assert asks["an old woman"] == {"gender": "female"}
     assert asks["a man and a woman"] == {}  # left as the base draws it
@@ -180,8 +180,12 @@ def test_prompts_of_one_s_own_are_kept(tmp_path):
 @pytest.mark.parametrize(
     ("keep", "message"),
     [
-        ({"sets": ["nemed"]}, "no prompt list and no file is called 'nemed'"),
-        ({"sets": []}, r"prompts\.keep\.sets: expected 1 or more, got 0"),
+        ({"sets": ["nemed"]}, "names 'nemed': expected named, implied, untouched, testbed-untouch"),
+        (
+            {"images": 0, "prediction": 0, "embedding": 0},
+            r"prompts\.keep trains nothing: set prompts\.keep\.images or",
+        ),
+        ({"sets": []}, r"prompts\.keep\.sets.*: expected 1 or more, got 0"),
         ({"sets": {"named": 0}}, r"prompts\.keep\.sets\.named: expected greater than 0"),
         ({"weight": -1}, r"prompts\.keep\.weight: expected greater than 0"),
         ({"prediction": -1}, r"prompts\.keep\.prediction: expected greater than or equal to 0"),
@@ -241,3 +245,45 @@ def test_the_words_of_kept_prompts_are_those_of_the_recipe():
         any(word in prompt.text for word in words["gender"][prompt.asks["gender"]])
         for prompt in found
     )
+
+
+def test_every_class_is_named_with_the_same_subjects():
+    (named,) = kept_prompts(config(sets=["named"])).prompts
+    texts = {
+        name: {prompt.text.replace(name, "") for prompt in named if prompt.asks["gender"] == name}
+        for name in ("female", "male")
+    }
+    assert texts["female"] == texts["male"]
+
+
+def test_a_recipe_that_names_no_sets_keeps_those_of_its_base():
+    plain = config()
+    assert usual_sets(plain) == {"named": 2, "implied": 1, "testbed-untouched": 1}
+    elsewhere = plain.model_copy(update={"base": plain.base.model_copy(update={"model": "a/b"})})
+    assert "untouched" in usual_sets(elsewhere)
+
+
+def test_soft_tokens_leave_no_embedding_to_hold():
+    for components, held in (
+        (["text_encoder"], True),
+        (["text_encoder", "soft_tokens"], False),
+        (["unet"], False),
+    ):
+        found = RunConfig.load("testbed-gender", {"adapter": {"components": components}})
+        assert found.embeddings_stay is held
+
+
+def test_too_many_processes_are_refused(monkeypatch):
+    monkeypatch.setattr(processes, "count", lambda: 3)
+    with pytest.raises(
+        ValueError, match=r"prompts\.keep\.images is 2, which cannot be shared by 3"
+    ):
+        keeper("unet")
+
+
+def test_an_empty_section_turns_it_on(tmp_path):
+    (tmp_path / "plain.yaml").write_text("extends: testbed-gender\nprompts: {keep: null}\n")
+    assert RunConfig.load(tmp_path / "plain.yaml").prompts.keep is None
+    for overrides in (["prompts.keep={}"], {"prompts": {"keep": {}}}):
+        assert RunConfig.load(tmp_path / "plain.yaml", overrides).prompts.keep is not None
+    assert RunConfig.load("testbed-gender", ["prompts.keep={}"]).prompts.keep.images == 12

@@ -128,3 +128,14 @@ def test_a_report_measures_each_prompt_by_its_own_target():
 def test_splits_other_than_training_s_count():
     title = prompt_set("testbed-occupations").train[0]
     assert targets_by_prompt({title: (1, 0)}, ["testbed-occupations"])
+
+
+def test_a_whole_prompt_counts_more_than_its_subject():
+    table = {SENATOR: (0.1, 0.9), "senator": (0.3, 0.7)}
+    assert targets_by_prompt(table, ["testbed-occupations"]) == {SENATOR: (0.1, 0.9)}
+
+
+def test_a_subject_that_comes_twice_is_refused(tmp_path):
+    (tmp_path / "a.csv").write_text("occupation,female,male\nsenator,.3,.7\nsenator,.4,.6\n")
+    with pytest.raises(ValueError, match="it has 'senator' twice"):
+        read_table(tmp_path / "a.csv", CLASSES)

@@ -9,7 +9,7 @@ from typing import TYPE_CHECKING, Any
 
 from diffusers_fair import testbed
 from diffusers_fair.attributes import Attribute, People
-from diffusers_fair.backends.base import load_base, untouched_prompts, usual_guidance
+from diffusers_fair.backends.base import UNTOUCHED_SETS, load_base, untouched_set, usual_guidance
 
 if TYPE_CHECKING:
     from diffusers_fair.backends.open_clip import OpenClipEncoder
@@ -21,11 +21,12 @@ if TYPE_CHECKING:
     from diffusers_fair.real_faces import RealFaces
 
 __all__ = [
+    "UNTOUCHED_SETS",
     "load_base",
     "load_evaluation_judges",
     "load_judges",
     "load_real_faces",
-    "untouched_prompts",
+    "untouched_set",
     "usual_guidance",
 ]
 

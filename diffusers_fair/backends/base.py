@@ -12,6 +12,10 @@ if TYPE_CHECKING:
 PARTS = ("unet", "text_encoder", "vae")
 
 
+UNTOUCHED_SETS = ("untouched", "testbed-untouched")
+"""Prompt sets of things and places without people; the second is the testbed's."""
+
+
 def load_base(model: str, revision: str | None = None, dtype: str = "float32") -> Any:
     """Load a text-to-image pipeline.
 
@@ -63,9 +67,9 @@ def usual_guidance(model: str) -> float:
     return testbed.GUIDANCE if model == testbed.NAME else 7.5  # section 5.1
 
 
-def untouched_prompts(model: str) -> str:
+def untouched_set(model: str) -> str:
     """The prompt set of things and places without people that a base model can draw."""
-    return "testbed-untouched" if model == testbed.NAME else "untouched"
+    return UNTOUCHED_SETS[model == testbed.NAME]
 
 
 def needs(model: str, revision: str | None = None) -> list[Need]:

@@ -12,6 +12,7 @@ import re
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
 from itertools import combinations, cycle, islice, zip_longest
+from math import lcm
 
 from diffusers_fair.prompts import prompt_set
 from diffusers_fair.prompts.lexicon import entry
@@ -95,24 +96,34 @@ def named_prompts(
     """Prompts with words that ask for a class of one attribute or of two at once.
 
     Args:
-        prompts: neutral ones, used in turn.
+        prompts: neutral ones; every class gets the same of them, so that words alone tell them
+            apart.
         wordings: each attribute with training's words.
         per_attribute: prompts of an attribute alone, spread over its classes; half as many for
             every two attributes.
         further: whether the lexicon's words come in, too, alternating with training's.
     """
-    neutral = cycle(prompts)
-    found = []
+    found: list[KeptPrompt] = []
     for wording in wordings:
         classes = wording.attribute.classes
         count = -(-per_attribute // len(classes))
         for name in classes:
-            asks = {wording.attribute.name: name}
-            phrases = islice(cycle(_phrases(wording, name, further)), count)
-            found += [KeptPrompt(p.put(next(neutral)), asks, unseen=p.unseen) for p in phrases]
+            found += _of_class(prompts, {wording.attribute.name: name}, wording, count, further)
     for pair in combinations(wordings, 2):
-        found += _pairs(pair, neutral, per_attribute // 2)
+        found += _pairs(pair, cycle(prompts), per_attribute // 2)
     return tuple(found)
+
+
+def _of_class(
+    prompts: Sequence[str], asks: Mapping[str, str], wording: Wording, count: int, further: bool
+) -> Iterator[KeptPrompt]:
+    """Prompts and phrases for a class, each in turn, until all combinations have come."""
+    (name,) = asks.values()
+    phrases = _phrases(wording, name, further)
+    for i in range(count):
+        shift = i // lcm(len(phrases), len(prompts))  # then the same pairs would come again
+        phrase = phrases[(i + shift) % len(phrases)]
+        yield KeptPrompt(phrase.put(prompts[i % len(prompts)]), asks, unseen=phrase.unseen)
 
 
 def implied_prompts(
@@ -256,7 +267,9 @@ def classes_named(
     return {attribute: names for attribute, names in found.items() if names}
 
 
-def asked(text: str, words: Mapping[str, Mapping[str, Sequence[str]]]) -> dict[str, str]:
+def requested_classes(
+    text: str, words: Mapping[str, Mapping[str, Sequence[str]]]
+) -> dict[str, str]:
     """Attribute -> the class that a prompt asks for; one that names two is left out."""
     found = classes_named(text, words)
     return {attribute: names[0] for attribute, names in found.items() if len(names) == 1}

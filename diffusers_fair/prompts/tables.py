@@ -26,6 +26,9 @@ def read_table(path: str | Path, classes: Sequence[str]) -> dict[str, tuple[floa
         raise ValueError(f"there is no table of targets '{path}': expected a CSV or JSON file")
     try:
         text = path.read_text("utf-8-sig")
+    except OSError as error:
+        raise ValueError(f"the table of targets '{path}' cannot be read: {error}") from None
+    try:
         found = json.loads(text) if path.suffix == ".json" else _from_csv(text, classes)
         return {str(name): tuple(map(float, shares)) for name, shares in dict(found).items()}
     except (ValueError, TypeError, KeyError) as error:
@@ -41,7 +44,13 @@ def _from_csv(text: str, classes: Sequence[str]) -> dict[str, list[float]]:
     head = list(rows.fieldnames or ())
     if sorted(head[1:]) != sorted(classes):
         raise ValueError(f"its columns are {head}")
-    return {row[head[0]].strip(): [float(row[name]) for name in classes] for row in rows}
+    found: dict[str, list[float]] = {}
+    for row in rows:
+        subject = row[head[0]].strip()
+        if subject in found:
+            raise ValueError(f"it has '{subject}' twice")
+        found[subject] = [float(row[name]) for name in classes]
+    return found
 
 
 def targets_by_prompt(table: Table, sets: Iterable[str]) -> dict[str, tuple[float, ...]]:
@@ -67,4 +76,5 @@ def targets_by_prompt(table: Table, sets: Iterable[str]) -> dict[str, tuple[floa
                 f"targets are given for '{name}', which is neither a prompt nor a subject of "
                 f"{', '.join(map(str, sets))}: take it out, or add the prompt set that has it"
             )
-    return {prompt: tuple(shares) for name, shares in table.items() for prompt in prompts[name]}
+    subjects_first = sorted(table.items(), key=lambda row: prompts[row[0]] == [row[0]])
+    return {prompt: tuple(shares) for name, shares in subjects_first for prompt in prompts[name]}
