@@ -59,7 +59,7 @@ def test_an_attribute_that_no_lexicon_knows_is_asked_for_by_its_words():
     found = named_prompts(NEUTRAL, [HUE], 3, further=True)
     assert [p.text for p in found][:2] == [
         "a photo of the face of a crimson chef, a person",
-        "a portrait of a green actor",
+        "a photo of the face of a green chef, a person",
     ]
     assert not implied_prompts([HUE], further=True)
 
