@@ -522,16 +522,29 @@ def _evaluate(
 def _groups(
     asked: "_Asked", attributes: list[Any], adapter: str | None, texts: list[str], images: int
 ) -> Any:
-    """Prompts that leave nothing to change, in words of the adapter's training and in others."""
+    """Prompts that leave nothing to change, in words of training and in others.
+
+    Words of training are those of the prompts that the adapter's recipe keeps; without an adapter,
+    those that --recipe keeps.
+    """
     from diffusers_fair.adapters.io import read_adapter
     from diffusers_fair.loading import local_folder
     from diffusers_fair.prompts.groups import evaluation_groups
-    from diffusers_fair.prompts.wording import recipe_wording
+    from diffusers_fair.prompts.training_words import kept_sets, mark_unseen
+    from diffusers_fair.prompts.wording import attribute_sections, recipe_wording
 
-    recipe = {} if adapter is None else read_adapter(local_folder(adapter))[0].recipe
-    sections = [*(recipe.get("attributes") or ()), *asked.sections]
-    trained = [recipe_wording(attribute, sections) for attribute in attributes]
-    return evaluation_groups(texts, trained, untouched=asked.untouched, images_per_prompt=images)
+    own, kept, balanced = list[Any](), asked.kept, {section["name"] for section in asked.sections}
+    if adapter is not None:
+        info = read_adapter(local_folder(adapter))[0]
+        own, kept = attribute_sections(info.recipe), kept_sets(info.recipe)
+        balanced = {attribute.name for attribute in info.attributes}
+    wordings = []
+    for attribute in attributes:
+        is_trained = bool(own and kept) and attribute.name in balanced
+        sections = own if is_trained else [*own, *asked.sections]
+        wordings.append(recipe_wording(attribute, sections))
+    made = evaluation_groups(texts, wordings, untouched=asked.untouched, images_per_prompt=images)
+    return mark_unseen(made, kept, balanced)
 
 
 def _audit(images: str, recipe: str | None, out: Path, attributes: list[str] | None) -> None:
@@ -596,6 +609,8 @@ class _Asked:
     """Prompt set of prompts that show nobody."""
     people: Any = "largest"
     """Which faces of an image count."""
+    kept: frozenset[str] = frozenset()
+    """Names of the prompt sets that a recipe keeps by `prompts.keep`."""
 
 
 def _asked(base: str, recipe: str | None) -> _Asked:
@@ -603,17 +618,19 @@ def _asked(base: str, recipe: str | None) -> _Asked:
     from diffusers_fair import testbed
     from diffusers_fair.backends import untouched_prompts
     from diffusers_fair.config import EvaluationSection, ModelsSection, RunConfig
+    from diffusers_fair.prompts.training_words import kept_sets
     from diffusers_fair.testbed import world
 
     empty = untouched_prompts(base)
     if recipe is not None:
         config = RunConfig.load(recipe)
         known = {attribute.name: attribute for attribute in config.balanced()}
-        told = config.model_dump(mode="json")["attributes"]
+        root = config.model_dump(mode="json")
+        told, kept = root["attributes"], kept_sets(root)
         sets, train = list(config.prompts.sets), config.prompts.train
         models, people = config.models, config.people
         return _Asked(
-            config.evaluation, known, list(known), sets, train, models, told, empty, people
+            config.evaluation, known, list(known), sets, train, models, told, empty, people, kept
         )
     if base != testbed.NAME:
         raise ValueError(

@@ -58,7 +58,8 @@ class GroupSummary:
     obeyed: Estimate | None
     """Share of images that show all that their prompt asks for."""
     seen: Estimate | None
-    """The same, of prompts with words of training."""
+    """The same, of prompts with words of training, which are those of the kept prompts that an
+    adapter was trained with."""
     unseen: Estimate | None
     """The same, of prompts with other words."""
     attributes: Mapping[str, Estimate]
