@@ -287,7 +287,10 @@ def test_what_a_classifier_sees_and_who_counts(tmp_path):
 
 @pytest.mark.parametrize(
     ("recipe", "said"),
-    [({}, "the largest counts. Words"), ({"people": "all"}, "every one counts, by its share. Words")],
+    [
+        ({}, "the largest counts. Words"),
+        ({"people": "all"}, "every one counts, by its share. Words"),
+    ],
 )
 def test_the_card_says_which_faces_obey(recipe, said, tmp_path, report):
     folder = lora(tmp_path / "a", attributes=(HUE,), recipe=recipe)

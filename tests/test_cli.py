@@ -218,6 +218,23 @@ def test_generate_draws_the_same_images_again(adapter, tmp_path, monkeypatch):
     assert (first == second).all()
 
 
+def test_generate_respects_words(adapter, tmp_path, monkeypatch):
+    words = ["a photo of a chef", "a photo of a woman", "--images", 1, "--steps", 2]
+    folders = {
+        "base": [],
+        "adapter": ["--adapter", adapter],
+        "respecting": ["--adapter", adapter, "--respect-words"],
+    }
+    for folder, more in folders.items():
+        assert run(monkeypatch, "generate", *words, *more, "--out", tmp_path / folder) == 0
+    chef, woman = (
+        {f: (tmp_path / f / f"a-photo-of-a-{name}-000.png").read_bytes() for f in folders}
+        for name in ("chef", "woman")
+    )
+    assert chef["respecting"] == chef["adapter"] != chef["base"]
+    assert woman["respecting"] == woman["base"] != woman["adapter"]
+
+
 def test_inspect_says_what_an_adapter_is(adapter, monkeypatch, capsys):
     assert run(monkeypatch, "inspect", adapter) == 0
     facts = json.loads(capsys.readouterr().out)
@@ -262,9 +279,10 @@ BAD = {
     "no images": (["evaluate", "--images", "0"], "images_per_prompt"),
     "no images of groups": (
         ["evaluate", "--group-images", "0"],
-        "images_per_prompt of the group 'named' must be 1 or more",
+        "--group-images must be 1 or more, got 0: leave the groups out with --no-groups",
     ),
     "no adapter's words": (["evaluate", "--respect-words"], "name one with --adapter"),
+    "no adapter's words to draw": (["generate", "x", "--respect-words"], "name one with --adapter"),
     "unknown option": (["evaluate", "--imges", "3"], "--imges"),
     "unknown command": (["trian"], "trian"),
 }
