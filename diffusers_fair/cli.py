@@ -25,6 +25,13 @@ app.add_typer(classifier, name="classifier")
 Base = Annotated[str, typer.Option(help="`testbed`, a Hub id or a folder.")]
 Adapter = Annotated[str | None, typer.Option(help="Adapter folder or Hub id.")]
 DEMO_IMAGES = 2  # of each prompt that leaves nothing to change
+RespectWords = Annotated[
+    bool,
+    typer.Option(
+        "--respect-words",
+        help="Disable the adapter for prompts that name a class it balances.",
+    ),
+]
 Out = Annotated[Path, typer.Option(help="Folder to write to.")]
 
 
@@ -182,27 +189,20 @@ def evaluate(
     reference: Annotated[
         Path | None,
         typer.Option(
-            help="Report folder of the base model with the same prompts, seed and sampling, and "
-            "as many images or more, to spare its half of the work. Prompts of --groups that it "
-            "lacks are drawn."
+            help="Report of the base model with the same prompts, seed and sampling and at least "
+            "as many images; the base is not measured again. Groups that it lacks are generated."
         ),
     ] = None,
     groups: Annotated[
         bool,
         typer.Option(
             "--groups/--no-groups",
-            help="Measure also whether images show what words in a prompt ask for, and whether "
-            "prompts without people stay as the base model draws them.",
+            help="Also measure whether images follow class words in a prompt, and whether prompts "
+            "without people stay unchanged. Not for a folder of --images.",
         ),
     ] = True,
     group_images: Annotated[int, typer.Option(help="Images of each prompt of --groups.")] = 4,
-    respect_words: Annotated[
-        bool,
-        typer.Option(
-            "--respect-words",
-            help="Leave the adapter out where a prompt names a class that it balances.",
-        ),
-    ] = False,
+    respect_words: RespectWords = False,
 ) -> None:
     """Measure a base model, and an adapter or a rival method against it, on unseen prompts.
 
@@ -211,11 +211,17 @@ def evaluate(
     """
     from diffusers_fair.prompts import prompt_set
 
+    if group_images < 1:
+        raise ValueError(
+            f"--group-images must be 1 or more, got {group_images}: leave the groups out with "
+            "--no-groups"
+        )
     if images is not None and not images.lstrip("-").isdigit():
-        if {adapter, baseline, reference, prompts} != {None}:
+        if respect_words or {adapter, baseline, reference, prompts} != {None}:
             raise ValueError(
                 f"the pictures in '{images}' are looked at as they are: leave out --adapter, "
-                "--baseline, --reference and --prompts, or give a number of --images"
+                "--baseline, --reference, --prompts and --respect-words, or give a number of "
+                "--images"
             )
         _audit(images, recipe, out, attribute)
         return
@@ -278,6 +284,7 @@ def generate(
         float | None, typer.Option(help="Left out: the base's usual.")
     ] = None,
     seed: Annotated[int, typer.Option(help="Of the noise.")] = 0,
+    respect_words: RespectWords = False,
 ) -> None:
     """Draw images with or without an adapter."""
     from PIL import Image
@@ -285,7 +292,7 @@ def generate(
     from diffusers_fair.backends import usual_guidance
     from diffusers_fair.evaluation.generate import generate as draw
 
-    pipe = _pipeline(base, adapter)
+    pipe = _pipeline(base, adapter, respect_words)
     out.mkdir(parents=True, exist_ok=True)
     for batch in draw(
         pipe,
@@ -434,14 +441,20 @@ def _train(recipe: str, overrides: list[str]) -> Path:
     return folder
 
 
-def _pipeline(base: str, adapter: str | None) -> Any:
+def _pipeline(base: str, adapter: str | None, respect_words: bool) -> Any:
     from diffusers_fair.backends import load_base
     from diffusers_fair.loading import load_fair_adapter
 
+    _check_respect_words(respect_words, adapter)
     pipe = load_base(base)
     if adapter is not None:
-        load_fair_adapter(pipe, adapter)
+        load_fair_adapter(pipe, adapter, respect_words=respect_words)
     return pipe
+
+
+def _check_respect_words(respect_words: bool, adapter: str | None) -> None:
+    if respect_words and adapter is None:
+        raise ValueError("--respect-words is for an adapter: name one with --adapter")
 
 
 def _evaluate(
@@ -480,8 +493,7 @@ def _evaluate(
         raise ValueError(
             "a reference is what an adapter is compared with: name an --adapter or a --baseline"
         )
-    if respect_words and adapter is None:
-        raise ValueError("--respect-words is for an adapter: name one with --adapter")
+    _check_respect_words(respect_words, adapter)
     method: Any = None if baseline is None else named(baseline)
     asked = _asked(base, recipe)
     section = asked.section
@@ -522,16 +534,29 @@ def _evaluate(
 def _groups(
     asked: "_Asked", attributes: list[Any], adapter: str | None, texts: list[str], images: int
 ) -> Any:
-    """Prompts that leave nothing to change, in words of the adapter's training and in others."""
+    """Prompts that leave nothing to change, in words of training and in others.
+
+    Words of training are those of the prompts that the adapter's recipe keeps; without an adapter,
+    those that --recipe keeps.
+    """
     from diffusers_fair.adapters.io import read_adapter
     from diffusers_fair.loading import local_folder
     from diffusers_fair.prompts.groups import evaluation_groups
-    from diffusers_fair.prompts.wording import recipe_wording
+    from diffusers_fair.prompts.training_words import kept_sets, mark_unseen
+    from diffusers_fair.prompts.wording import attribute_sections, recipe_wording
 
-    recipe = {} if adapter is None else read_adapter(local_folder(adapter))[0].recipe
-    sections = [*(recipe.get("attributes") or ()), *asked.sections]
-    trained = [recipe_wording(attribute, sections) for attribute in attributes]
-    return evaluation_groups(texts, trained, untouched=asked.untouched, images_per_prompt=images)
+    own, kept, balanced = list[Any](), asked.kept, {section["name"] for section in asked.sections}
+    if adapter is not None:
+        info = read_adapter(local_folder(adapter))[0]
+        own, kept = attribute_sections(info.recipe), kept_sets(info.recipe)
+        balanced = {attribute.name for attribute in info.attributes}
+    wordings = []
+    for attribute in attributes:
+        is_trained = bool(own and kept) and attribute.name in balanced
+        sections = own if is_trained else [*own, *asked.sections]
+        wordings.append(recipe_wording(attribute, sections))
+    made = evaluation_groups(texts, wordings, untouched=asked.untouched, images_per_prompt=images)
+    return mark_unseen(made, kept, balanced)
 
 
 def _audit(images: str, recipe: str | None, out: Path, attributes: list[str] | None) -> None:
@@ -596,6 +621,8 @@ class _Asked:
     """Prompt set of prompts that show nobody."""
     people: Any = "largest"
     """Which faces of an image count."""
+    kept: frozenset[str] = frozenset()
+    """Names of the prompt sets that a recipe keeps by `prompts.keep`."""
 
 
 def _asked(base: str, recipe: str | None) -> _Asked:
@@ -603,17 +630,19 @@ def _asked(base: str, recipe: str | None) -> _Asked:
     from diffusers_fair import testbed
     from diffusers_fair.backends import untouched_set
     from diffusers_fair.config import EvaluationSection, ModelsSection, RunConfig
+    from diffusers_fair.prompts.training_words import kept_sets
     from diffusers_fair.testbed import world
 
     empty = untouched_set(base)
     if recipe is not None:
         config = RunConfig.load(recipe)
         known = {attribute.name: attribute for attribute in config.balanced()}
-        told = config.model_dump(mode="json")["attributes"]
+        root = config.model_dump(mode="json")
+        told, kept = root["attributes"], kept_sets(root)
         sets, train = list(config.prompts.sets), config.prompts.train
         models, people = config.models, config.people
         return _Asked(
-            config.evaluation, known, list(known), sets, train, models, told, empty, people
+            config.evaluation, known, list(known), sets, train, models, told, empty, people, kept
         )
     if base != testbed.NAME:
         raise ValueError(

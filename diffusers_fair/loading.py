@@ -82,9 +82,10 @@ def load_fair_adapter(
             fine-tuned one, if the layers fit. What it does there has not been measured.
         respect_words: draw a prompt that names a class of a balanced attribute, as "a female chef",
             without the adapter; other prompts of the same batch are drawn with it. The words are
-            `words` of `fair_adapter.json`. Prompts must be text then, not `prompt_embeds`, and a
-            negative prompt's words do not count. A pipeline made from this one's parts does not
-            look at words.
+            `words` of `fair_adapter.json`; they count anywhere in the prompt and in any case. So
+            an adapter that balances an attribute with the word "white" is also off for "a doctor in
+            a white coat". Prompts must be text then, not `prompt_embeds`, and a negative prompt's
+            words do not count. A pipeline made from this one's parts does not look at words.
 
     Raises:
         ValueError: one sentence: not found, damaged, another format version, another base model, a

@@ -35,6 +35,7 @@ from diffusers_fair.evaluation.report import FILE, GAP, GROUPS_SHEET, PAIRS
 from diffusers_fair.loading import load_fair_adapter
 from diffusers_fair.prompts import prompt_set
 from diffusers_fair.prompts.groups import PromptGroup, evaluation_groups
+from diffusers_fair.prompts.training_words import kept_sets, mark_unseen
 from diffusers_fair.prompts.wording import recipe_wording
 from diffusers_fair.testbed import world
 
@@ -129,10 +130,12 @@ def measured(experiment: Experiment, runs: Path) -> Path:
 
 def kept_alone(prompts: str, config: RunConfig) -> tuple[PromptGroup, ...]:
     """Prompts that leave an adapter of that recipe nothing to change."""
-    sections = config.model_dump(mode="json")["attributes"]
+    recipe = config.model_dump(mode="json")
+    sections, balanced = recipe["attributes"], [section.name for section in config.attributes]
     trained = [recipe_wording(section.attribute(), sections) for section in config.attributes]
     texts = prompt_set(prompts).prompts(config.evaluation.split)
-    return evaluation_groups(texts, trained, untouched=untouched_set(testbed.NAME))
+    groups = evaluation_groups(texts, trained, untouched=untouched_set(testbed.NAME))
+    return mark_unseen(groups, kept_sets(recipe), balanced)
 
 
 def drawer(config: RunConfig) -> Any:

@@ -704,7 +704,7 @@ def test_recipe_evaluates(models, stable_diffusion, monkeypatch, tmp_path, capsy
     (tmp_path / "recipe.yaml").write_text(config.to_yaml())
     (tmp_path / "prompts.txt").write_text("a photo of a chef\n")
     words = ["--base", stable_diffusion, "--prompts", tmp_path / "prompts.txt", "--images", 2]
-    words += ["--steps", 2, "--out", tmp_path / "report"]
+    words += ["--steps", 2, "--group-images", 1, "--out", tmp_path / "report"]
     monkeypatch.setattr("sys.argv", ["diffusers-fair", "evaluate", *map(str, words)])
     with pytest.raises(SystemExit):
         cli.main()

@@ -285,6 +285,21 @@ def test_what_a_classifier_sees_and_who_counts(tmp_path):
     assert said not in texts["whole"]
 
 
+@pytest.mark.parametrize(
+    ("recipe", "said"),
+    [
+        ({}, "the largest counts. Words"),
+        ({"people": "all"}, "every one counts, by its share. Words"),
+    ],
+)
+def test_the_card_says_which_faces_obey(recipe, said, tmp_path, report):
+    folder = lora(tmp_path / "a", attributes=(HUE,), recipe=recipe)
+    add_groups(report, obeyed=0.75)
+    write_card(folder, report)
+    assert said in text_of(folder)
+    assert "those of the kept prompts that the adapter was trained with" in text_of(folder)
+
+
 def test_a_report_without_a_base_shows_gaps(adapter, report):
     edit_report(report, put(["reference"], None))
     write_card(adapter, report)

@@ -12,6 +12,8 @@ from diffusers_fair import cli
 from diffusers_fair.adapters.io import read_adapter, write_info
 from diffusers_fair.baselines import BASELINES
 from diffusers_fair.evaluation import Report
+from diffusers_fair.prompts.training_words import kept_sets
+from diffusers_fair.testbed import world
 
 TINY = [
     "adapter.rank=2",
@@ -128,20 +130,69 @@ def test_evaluate_a_base_model_alone(lines, tmp_path, monkeypatch):
     assert set(Report.load(tmp_path / "base").summary["bias"]) >= {"gender", "race"}
 
 
-def test_words_are_those_of_the_adapter_s_training(adapter, lines, tmp_path, monkeypatch):
-    """Told apart from those that it never saw, by the recipe in the adapter."""
-    folder = shutil.copytree(adapter, tmp_path / "mine")
+def with_recipe(adapter, folder, **prompts):
+    """A copy of an adapter whose recipe has a word of its own for one class, and these prompts."""
+    shutil.copytree(adapter, folder)
     info = read_adapter(folder)[0]
     section = info.recipe["attributes"][0] | {"words": {"female": ["womanly"]}}
-    write_info(folder, dataclasses.replace(info, recipe={"attributes": [section]}))
+    recipe = {"attributes": [section], "prompts": prompts}
+    write_info(folder, dataclasses.replace(info, recipe=recipe))
+    return folder
+
+
+def test_words_of_training_are_those_that_the_adapter_kept(adapter, lines, tmp_path, monkeypatch):
+    folder = with_recipe(adapter, tmp_path / "mine", keep={"sets": {"named": 1.0}})
     words = ["--adapter", folder, "--prompts", lines, "--images", 1, "--steps", 1]
     words += ["--group-images", 1, "--out", tmp_path / "r"]
     assert run(monkeypatch, "evaluate", *words) == 0
-    named = Report.load(tmp_path / "r").groups["named"].group.prompts
+    report = Report.load(tmp_path / "r")
+    named = report.groups["named"].group.prompts
     seen = {p.text for p in named if p.asks == {"gender": "female"} and not p.unseen}
     assert seen
     assert all(" womanly " in text for text in seen)
     assert any(p.unseen for p in named)
+    assert all(p.unseen for p in report.groups["implied"].group.prompts)
+    assert report.group_summaries()["implied"].seen is None
+
+
+KEEP = {"sets": {"named": 1.0, "implied": 1.0}}
+
+
+@pytest.mark.parametrize(
+    ("prompts", "recipe", "attributes", "expected"),
+    [
+        ({}, None, ["gender"], {"gender": 0}),
+        ({"keep": None}, "testbed-gender", ["gender"], {"gender": 0}),
+        ({"keep": KEEP}, None, ["gender", "race"], {"gender": 2, "race": 0}),
+        ({"keep": {"sets": {"implied": 1.0}}}, None, ["gender"], {"gender": 1}),
+        (None, None, ["gender"], {"gender": 0}),
+        (None, "testbed-gender", ["gender"], {"gender": 1}),
+    ],
+    ids=["older", "null", "balanced alone", "one group", "base", "recipe"],
+)
+def test_whose_words_are_words_of_training(
+    prompts, recipe, attributes, expected, adapter, tmp_path
+):
+    """In how many of the two groups with words an attribute has any of training."""
+    folder = None if prompts is None else str(with_recipe(adapter, tmp_path / "a", **prompts))
+    chosen = [world.ATTRIBUTES[name] for name in attributes]
+    made = cli._groups(cli._asked("testbed", recipe), chosen, folder, ["a chef"], 1)
+    found = {
+        name: sum(any(p.asks.keys() == {name} and not p.unseen for p in g.prompts) for g in made)
+        for name in attributes
+    }
+    assert found == expected
+    pairs = [p for p in made[0].prompts if len(p.asks) == 2]
+    assert len(pairs) == 8 * (len(attributes) == 2)
+    assert all(p.unseen for p in pairs)
+
+
+@pytest.mark.parametrize(
+    "recipe",
+    [{}, {"prompts": []}, {"prompts": {"keep": []}}, {"prompts": {"keep": {"sets": 3}}}],
+)
+def test_a_recipe_that_keeps_nothing(recipe):
+    assert kept_sets(recipe) == set()
 
 
 def test_an_adapter_that_draws_what_it_likes_is_warned_of(
@@ -165,6 +216,23 @@ def test_generate_draws_the_same_images_again(adapter, tmp_path, monkeypatch):
     first, second = (np.array(Image.open(tmp_path / f / names[1])) for f in ("a", "b"))
     assert first.shape == (64, 64, 3)
     assert (first == second).all()
+
+
+def test_generate_respects_words(adapter, tmp_path, monkeypatch):
+    words = ["a photo of a chef", "a photo of a woman", "--images", 1, "--steps", 2]
+    folders = {
+        "base": [],
+        "adapter": ["--adapter", adapter],
+        "respecting": ["--adapter", adapter, "--respect-words"],
+    }
+    for folder, more in folders.items():
+        assert run(monkeypatch, "generate", *words, *more, "--out", tmp_path / folder) == 0
+    chef, woman = (
+        {f: (tmp_path / f / f"a-photo-of-a-{name}-000.png").read_bytes() for f in folders}
+        for name in ("chef", "woman")
+    )
+    assert chef["respecting"] == chef["adapter"] != chef["base"]
+    assert woman["respecting"] == woman["base"] != woman["adapter"]
 
 
 def test_inspect_says_what_an_adapter_is(adapter, monkeypatch, capsys):
@@ -211,9 +279,10 @@ BAD = {
     "no images": (["evaluate", "--images", "0"], "images_per_prompt"),
     "no images of groups": (
         ["evaluate", "--group-images", "0"],
-        "images_per_prompt of the group 'named' must be 1 or more",
+        "--group-images must be 1 or more, got 0: leave the groups out with --no-groups",
     ),
     "no adapter's words": (["evaluate", "--respect-words"], "name one with --adapter"),
+    "no adapter's words to draw": (["generate", "x", "--respect-words"], "name one with --adapter"),
     "unknown option": (["evaluate", "--imges", "3"], "--imges"),
     "unknown command": (["trian"], "trian"),
 }

@@ -85,6 +85,10 @@ BAD = {
     "no folder": (["--images", "nowhere", "--recipe", "testbed-gender"], "no folder 'nowhere'"),
     "no models": (["--images", "nowhere"], "need models that look at them: name a recipe"),
     "an adapter, too": (["--images", "x", "--adapter", "y"], "leave out --adapter"),
+    "words, too": (
+        ["--images", "x", "--respect-words"],
+        "--prompts and --respect-words, or give a",
+    ),
 }
 
 

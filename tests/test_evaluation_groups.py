@@ -11,9 +11,14 @@ from reports import group, report
 from test_resuming import Counting, interrupt
 from tiny import pipeline
 
+from diffusers_fair.baselines.base import ChangedPipeline
 from diffusers_fair.evaluation import Estimate, Report, evaluate, with_groups
-from diffusers_fair.evaluation.generate import image_seed, prompt_key
-from diffusers_fair.evaluation.groups import pixel_change, summaries_from_json
+from diffusers_fair.evaluation.generate import (
+    image_seed,
+    prompt_key,
+    takes_negative_prompts,
+)
+from diffusers_fair.evaluation.groups import pixel_change, share_obeyed, summaries_from_json
 from diffusers_fair.evaluation.look import thumbnails
 from diffusers_fair.evaluation.obedience import MEASURES, Measure, warning
 from diffusers_fair.evaluation.pictures import groups_picture
@@ -106,6 +111,40 @@ def test_negative_prompts_are_given_only_where_there_is_one():
     assert given[4:] == [None, ["blurry"] * 3]
 
 
+class NoNegatives:
+    """A pipeline whose call has no parameter `negative_prompt`."""
+
+    def __init__(self, pipe):
+        self.pipe = pipe
+
+    def __call__(self, prompt, generator, num_inference_steps, guidance_scale, output_type):
+        return self.pipe(
+            prompt=prompt,
+            generator=generator,
+            num_inference_steps=num_inference_steps,
+            guidance_scale=guidance_scale,
+            output_type=output_type,
+        )
+
+    def __getattr__(self, name):
+        return getattr(self.pipe, name)
+
+
+def test_a_pipeline_without_negative_prompts_skips_prompts_that_have_one(base, tmp_path):
+    pipe, alone = NoNegatives(pipeline()), PromptGroup("implied", UNTOUCHED.prompts[2:])
+    out = tmp_path / "r"
+    report = measured(pipe, groups=[*GROUPS, alone], reference=base, out=out)
+    assert list(report.groups) == ["named", "untouched"]
+    assert [p.text for p in report.groups["untouched"].group.prompts] == ["", "a lamp"]
+    assert report.shortfalls() == []
+    measured(pipe, groups=[*GROUPS, alone], reference=base, out=out)  # the report that is there
+    plain = dataclasses.replace(base, groups={})
+    added = with_groups(plain, pipe, GROUPS, judges=judges(), progress=False)
+    assert added.groups["untouched"].group == report.groups["untouched"].group
+    asked = [takes_negative_prompts(p) for p in (pipe, pipeline(), ChangedPipeline(pipeline()))]
+    assert asked == [False, True, True]
+
+
 def test_a_negative_prompt_changes_the_image_and_its_noise_is_its_own(base):
     records = base.groups["untouched"].records
     assert len(set(records.seed.tolist())) == len(records.seed) == 9
@@ -147,6 +186,34 @@ def test_two_classes_asked_for_at_once_are_also_counted_apart():
     assert made.summary.obeyed.mean == 0.25
     found = {name: estimate.mean for name, estimate in made.summary.attributes.items()}
     assert found == {"hue": 0.75, "tone": 0.5}
+
+
+def test_where_every_face_counts_an_image_obeys_by_the_share_of_its_faces():
+    whole = dataclasses.replace(TONE, region="image")
+    prompts = [
+        KeptPrompt("a red hat", {"hue": "red"}),
+        KeptPrompt("a dark hat", {"tone": "dark"}),
+        KeptPrompt("a dark red hat", {"hue": "red", "tone": "dark"}),
+        KeptPrompt("a hat"),
+    ]
+    made = group(
+        prompts=prompts,
+        labels={"hue": [0, 0, 0, 0], "tone": [0, 0, 0, 0]},
+        attributes=(HUE, whole),
+        images=1,
+    )
+    records = dataclasses.replace(
+        made.records,
+        found=np.array([True, False, True, True]),
+        others_found=np.array([[True, True], [False] * 2, [True, False], [True, True]]),
+        others_boxes=np.zeros((4, 2, 4)),
+        others_probabilities={"hue": np.eye(3)[[[0, 1], [1, 1], [2, 0], [0, 0]]]},
+    )
+    expected = [2 / 3, 1, 1 / 2, np.nan]
+    found = share_obeyed(prompts, (HUE, whole), records)
+    np.testing.assert_allclose(found, expected, atol=1e-6)
+    alone = share_obeyed(prompts, (HUE, whole), made.records)
+    np.testing.assert_array_equal(alone, [1, 1, 1, np.nan])  # the largest faces
 
 
 def test_where_nothing_is_asked_there_is_nothing_to_obey(base):
@@ -397,6 +464,18 @@ def test_pictures_that_were_there_already_get_no_others(base):
     settings = dataclasses.replace(base.settings, seed=None)
     with pytest.raises(ValueError, match="images were not drawn here, so no others can be drawn"):
         with_groups(dataclasses.replace(base, settings=settings), None, GROUPS, judges=judges())
+
+
+def added(reference):
+    return with_groups(reference, None, [NAMED], judges=judges())
+
+
+@pytest.mark.parametrize("ask", [measured, added])
+def test_a_reference_that_counts_other_faces(ask, base):
+    settings = dataclasses.replace(base.settings, people="all")
+    message = "'base' counts the faces of an image by people 'all', the judges by 'largest': evalu"
+    with pytest.raises(ValueError, match=message):
+        ask(reference=dataclasses.replace(base, settings=settings))
 
 
 # ---- bad input -----------------------------------------------------------------------------------

@@ -17,7 +17,7 @@ from diffusers_fair.prompts.groups import (
     vocabulary,
 )
 from diffusers_fair.prompts.lexicon import entry
-from diffusers_fair.prompts.wording import Wording, recipe_wording
+from diffusers_fair.prompts.wording import Wording, attribute_sections, recipe_wording
 
 HUE = Wording(Attribute("hue", ("red", "green", "blue")), {"red": ("crimson",)})
 GENDER = Wording(Attribute("gender", ("female", "male")), {}, {"female": ("woman",)})
@@ -123,10 +123,32 @@ def test_words_are_those_of_the_first_recipe_that_has_any():
         {"name": "hue", "words": {"red": ["scarlet"]}},
     )
     found = recipe_wording(HUE.attribute, [GENDER_SECTION, blank, mine, other])
-    assert found == Wording(HUE.attribute, {}, {"red": ["a redhead"]})
+    assert found == Wording(HUE.attribute, {}, {"red": ("a redhead",)})
     assert recipe_wording(HUE.attribute, [GENDER_SECTION]) == Wording(HUE.attribute, {})
-    with pytest.raises(ValueError, match="has no class 'pink' to have words for"):
-        recipe_wording(HUE.attribute, [{"name": "hue", "words": {"pink": ["rose"]}}])
+
+
+@pytest.mark.parametrize(
+    "section",
+    [
+        "hue",
+        None,
+        {"name": "hue"},
+        {"name": "hue", "words": ["red"], "nouns": "red"},
+        {"name": "hue", "words": {"red": "scarlet"}},
+        {"name": "hue", "words": {"red": [3, None, " "]}, "nouns": {"red": []}},
+        {"name": "hue", "words": {"pink": ["rose"]}},
+    ],
+)
+def test_a_section_of_a_recipe_that_has_no_words(section):
+    after = {"name": "hue", "words": {"red": ["ruby", 3]}, "nouns": {"red": [None, "redhead"]}}
+    expected = Wording(HUE.attribute, {"red": ("ruby",)}, {"red": ("redhead",)})
+    assert recipe_wording(HUE.attribute, [section, after]) == expected
+    assert recipe_wording(HUE.attribute, [section]) == Wording(HUE.attribute, {})
+
+
+@pytest.mark.parametrize("sections", [None, "hue", {"name": "hue"}, 3])
+def test_a_recipe_without_a_list_of_attributes_has_no_sections(sections):
+    assert attribute_sections({"attributes": sections}) == []
 
 
 @pytest.mark.parametrize(

@@ -219,6 +219,8 @@ def test_what_is_obeyed_and_left_alone_stands_beside_the_base(pages):
     assert "untouched: DINO 1.000 compared with itself 0.810 ± 0.000" in text
     assert "untouched: pixel change 0.000 compared with itself 0.070" in text
     assert "implied words obeyed 1" not in text
+    assert "Of several faces in an image the largest counts." in text
+    assert "those of the kept prompts that the adapter was trained with" in text
 
 
 def test_falling_short_is_said_in_words(pages, kept):

@@ -306,6 +306,7 @@ def test_an_older_folder_goes_by_its_classes_and_its_recipe(tmp_path):
         {"attributes": ["shape", {"name": "size", "words": {"flat": ["big"]}}]},
         {"attributes": [{"name": "shape", "words": ["flat"]}]},
         {"attributes": [{"name": "shape", "words": {"flat": "level", "oval": ["egg"]}}]},
+        {"attributes": [{"name": "shape", "words": {"flat": [7, ""]}, "nouns": ["disc"]}]},
     ],
 )
 def test_a_recipe_that_says_nothing_of_words(recipe, tmp_path):
@@ -313,6 +314,12 @@ def test_a_recipe_that_says_nothing_of_words(recipe, tmp_path):
     info, _ = io.read_adapter(tmp_path / "old")
     found = adapter_words(info)
     assert found == {"shape": {name: (name,) for name in ("round", "square", "flat")}}
+
+
+def test_nouns_of_a_recipe_name_a_class_too(tmp_path):
+    recipe = {"attributes": [None, {"name": "shape", "nouns": {"flat": ["disc", 7]}}]}
+    save_trained(tmp_path / "old", {"unet": SIZES["unet"]}, recipe=recipe)
+    assert adapter_words(io.read_adapter(tmp_path / "old")[0])["shape"]["flat"] == ("flat", "disc")
 
 
 def test_older_folders_know_english(tmp_path):

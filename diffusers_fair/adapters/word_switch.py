@@ -13,9 +13,8 @@ import torch
 from torch import Tensor, nn
 
 from diffusers_fair.adapters.io import AdapterInfo
-from diffusers_fair.attributes import Attribute
 from diffusers_fair.prompts.groups import classes_named, vocabulary
-from diffusers_fair.prompts.wording import Wording
+from diffusers_fair.prompts.wording import attribute_sections, recipe_wording
 
 if TYPE_CHECKING:
     from peft.tuners.lora import LoraLayer
@@ -134,19 +133,5 @@ def adapter_words(info: AdapterInfo) -> Vocabulary:
     """Words that name an adapter's classes; those of its recipe and of English in older folders."""
     if info.words:
         return {name: dict(by_class) for name, by_class in info.words.items()}
-    return vocabulary([Wording(each, _recipe_words(info, each)) for each in info.attributes])
-
-
-def _recipe_words(info: AdapterInfo, attribute: Attribute) -> dict[str, tuple[str, ...]]:
-    """Class -> words in the recipe, which nobody has checked."""
-    sections = info.recipe.get("attributes")
-    for section in sections if isinstance(sections, list) else ():
-        if isinstance(section, dict) and section.get("name") == attribute.name:
-            words = section.get("words")
-            given = words if isinstance(words, dict) else {}
-            return {
-                name: tuple(word for word in given[name] if isinstance(word, str))
-                for name in attribute.classes
-                if isinstance(given.get(name), list)
-            }
-    return {}
+    sections = attribute_sections(info.recipe)
+    return vocabulary([recipe_wording(each, sections) for each in info.attributes])

@@ -9,10 +9,17 @@ from typing import Any
 
 import numpy as np
 
-from diffusers_fair.attributes import Attribute
+from diffusers_fair.attributes import Attribute, People
 from diffusers_fair.evaluation import processes
 from diffusers_fair.evaluation.folder import picture_folder
-from diffusers_fair.evaluation.generate import Pictures, bar, draw, pairs_of, prompt_key
+from diffusers_fair.evaluation.generate import (
+    Pictures,
+    bar,
+    draw,
+    pairs_of,
+    prompt_key,
+    takes_negative_prompts,
+)
 from diffusers_fair.evaluation.groups import Estimate, GroupReport, GroupSummary
 from diffusers_fair.evaluation.journal import Journal, Seen
 from diffusers_fair.evaluation.look import Judges, confusion_of, look, look_at_group
@@ -84,7 +91,8 @@ def evaluate(
         batch_size: images drawn and looked at together.
         groups: prompts that leave nothing to change, as `prompts.groups.evaluation_groups` makes
             them; () for none. Left out: those of the reference; without one, those made of
-            `prompts` and the names of the attributes' classes.
+            `prompts` and the names of the attributes' classes. Prompts with a negative prompt are
+            skipped if the pipeline has no parameter `negative_prompt`.
         reference: the base model's report with the same prompts, seed and sampling; needed for
             CLIP-I, DINO and the pictures of pairs. `with_groups` adds the groups that it lacks.
         label: what this is, as a column head; left out: "base", or "adapter" with a reference.
@@ -96,8 +104,8 @@ def evaluate(
     Raises:
         ValueError: no prompts, no attributes, no images; a classifier that is missing or has other
             classes than its attribute; a group of prompts that cannot be measured; a reference that
-            was not drawn from the same noise, or lacks a group; a folder that holds another
-            evaluation.
+            was not drawn from the same noise, counts other faces of an image, or lacks a group; a
+            folder that holds another evaluation.
     """
     settings = Settings(
         prompts=_checked_prompts(prompts),
@@ -110,6 +118,7 @@ def evaluate(
     )
     if groups is None:
         groups = _usual_groups(settings, reference)
+    groups = _accepted(groups, pipe)
     _check_groups(groups, settings.attributes)
     if reference is not None:
         _check_reference(reference, settings, groups)
@@ -151,7 +160,8 @@ def with_groups(
     Args:
         reference: the base model's report.
         pipe: the base model, without any adapter.
-        groups: what a later evaluation is to measure.
+        groups: what a later evaluation is to measure. Prompts with a negative prompt are skipped
+            if the pipeline has no parameter `negative_prompt`.
         judges: the models that look at the images.
         batch_size: images drawn and looked at together.
         out: the folder that the later evaluation is to save to; what is measured for it is kept
@@ -162,7 +172,8 @@ def with_groups(
         The report with these groups.
 
     Raises:
-        ValueError: images that were not drawn here; a group of prompts that cannot be measured.
+        ValueError: images that were not drawn here; judges that count other faces than the
+            reference's; a group of prompts that cannot be measured.
     """
     settings = reference.settings
     if settings.seed is None:
@@ -171,6 +182,8 @@ def with_groups(
             "way: evaluate the base model first"
         )
     _checked_attributes(settings.attributes, judges)
+    _check_people(reference, judges.people)
+    groups = _accepted(groups, pipe)
     _check_groups(groups, settings.attributes)
     folder = None if out is None else Path(out) / PARTIAL / "reference"
     run = _Run(
@@ -458,6 +471,20 @@ def _usual_groups(settings: Settings, reference: Report | None) -> tuple[PromptG
     return tuple(group.group for group in found if group is not None)
 
 
+def _accepted(groups: Sequence[PromptGroup], pipe: Any) -> tuple[PromptGroup, ...]:
+    """The groups without negative prompts, and those left empty, if the pipeline takes none."""
+    if not any(prompt.negative for group in groups for prompt in group.prompts):
+        return tuple(groups)
+    if takes_negative_prompts(pipe):
+        return tuple(groups)
+    plain = [tuple(p for p in group.prompts if not p.negative) for group in groups]
+    return tuple(
+        replace(group, prompts=prompts)
+        for group, prompts in zip(groups, plain, strict=True)
+        if prompts or not group.prompts
+    )
+
+
 def _check_groups(groups: Sequence[PromptGroup], attributes: Sequence[Attribute]) -> None:
     classes = {a.name: a.classes for a in attributes}
     names = [group.name for group in groups]
@@ -526,8 +553,17 @@ def _positive(value: int, name: str) -> int:
     return value
 
 
+def _check_people(reference: Report, people: People) -> None:
+    if reference.settings.people != people:
+        raise ValueError(
+            f"the reference '{reference.label}' counts the faces of an image by people "
+            f"'{reference.settings.people}', the judges by '{people}': evaluate one of them again"
+        )
+
+
 def _check_reference(reference: Report, settings: Settings, groups: Sequence[PromptGroup]) -> None:
     reference.settings.check_same_noise(settings)
+    _check_people(reference, settings.people)
     for group in groups:
         if not _has(reference, group):
             raise ValueError(

@@ -7,6 +7,7 @@ from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
 from hashlib import sha256
+from inspect import Parameter, signature
 from typing import Any
 
 import numpy as np
@@ -68,6 +69,14 @@ def pairs_of(images: Sequence[int], batch_size: int) -> list[np.ndarray]:
     return [pairs[start : start + batch_size] for start in range(0, len(pairs), batch_size)]
 
 
+def takes_negative_prompts(pipe: Any) -> bool:
+    """Whether the pipeline can be called with `negative_prompt`."""
+    parameters = signature(pipe.__call__).parameters
+    return "negative_prompt" in parameters or any(
+        parameter.kind is Parameter.VAR_KEYWORD for parameter in parameters.values()
+    )
+
+
 def draw(
     pipe: Any,
     prompts: Sequence[str],
@@ -92,7 +101,8 @@ def draw(
         steps: scheduler steps.
         guidance_scale: of classifier-free guidance.
         seed: >= 0.
-        negatives: negative prompt of each prompt; left out, none has one.
+        negatives: negative prompt of each prompt; left out, none has one. Only for a pipeline that
+            `takes_negative_prompts`.
         keys: what stands for each prompt in `image_seed`; left out, its index.
     """
     seeds = [image_seed(seed, keys[i] if keys else int(i), int(j)) for i, j in pairs]

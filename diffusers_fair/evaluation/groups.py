@@ -56,9 +56,11 @@ class GroupSummary:
     prompts: int
     images: int
     obeyed: Estimate | None
-    """Share of images that show all that their prompt asks for."""
+    """Share of images that show all that their prompt asks for, in the largest face; with people
+    "all", mean over images of the share of faces that show it."""
     seen: Estimate | None
-    """The same, of prompts with words of training."""
+    """The same, of prompts with words of training, which are those of the kept prompts that an
+    adapter was trained with."""
     unseen: Estimate | None
     """The same, of prompts with other words."""
     attributes: Mapping[str, Estimate]
@@ -203,30 +205,51 @@ def summaries_from_json(root: Mapping[str, Any]) -> dict[str, GroupSummary]:
 def obedience(
     prompts: Sequence[KeptPrompt], attributes: Sequence[Attribute], records: Records
 ) -> dict[str, np.ndarray]:
-    """Attribute -> whether each image shows the class asked for, (n,).
+    """Attribute -> how far each image shows the class asked for, (n,), as `share_obeyed` gives it.
 
-    1 if it is perceived as that class, else 0, also without a face where the attribute is of faces;
     NaN where the prompt asks for no class of the attribute.
     """
-    found = {}
+    return {a.name: share_obeyed(prompts, [a], records) for a in attributes}
+
+
+def share_obeyed(
+    prompts: Sequence[KeptPrompt], attributes: Sequence[Attribute], records: Records
+) -> np.ndarray:
+    """Share (n,) of an image's faces that are perceived as every class that its prompt asks for.
+
+    With people "largest" the largest face alone counts, so the share is 0 or 1; with "all" every
+    face does. The share is 0 without a face, if an attribute of faces is asked for. If only
+    attributes of whole images are, it is 1 or 0. NaN where the prompt asks for no class.
+    """
+    faces = _every_face(records.found, records.others_found)  # (n, 1 + k)
+    right = np.ones_like(faces)
+    is_asked, of_faces = np.zeros((2, len(faces)), bool)  # (n,) each
     for a in attributes:
-        asked = [a.classes.index(p.asks[a.name]) if a.name in p.asks else -1 for p in prompts]
-        label = np.array(asked)[records.prompt]  # (n,)
-        right = records.probabilities[a.name].argmax(-1) == label
-        right &= records.found | (not a.of_faces)
-        found[a.name] = np.where(label < 0, np.nan, right)
-    return found
+        classes = [a.classes.index(p.asks[a.name]) if a.name in p.asks else -1 for p in prompts]
+        label = np.array(classes)[records.prompt]  # (n,)
+        others = records.others_probabilities.get(a.name)
+        perceived = _every_face(
+            records.probabilities[a.name].argmax(-1), None if others is None else others.argmax(-1)
+        )  # (n, 1 + k), or (n, 1) of whole images
+        right &= (perceived == label[:, None]) | (label < 0)[:, None]
+        is_asked |= label >= 0
+        of_faces |= (label >= 0) & a.of_faces
+    counted = np.where(of_faces[:, None], faces, np.arange(faces.shape[1]) == 0)
+    share = (right & counted).sum(1) / np.maximum(counted.sum(1), 1)
+    return np.where(is_asked, np.round(share, 6), np.nan)
+
+
+def _every_face(largest: np.ndarray, others: np.ndarray | None) -> np.ndarray:
+    """Values (n,) of the largest faces before those (n, k) of the others, (n, 1 + k)."""
+    return np.column_stack([largest] if others is None else [largest, others])
 
 
 def with_obeyed(
     records: Records, prompts: Sequence[KeptPrompt], attributes: Sequence[Attribute]
 ) -> Records:
-    """The records with the score "obeyed": 1 if all is shown that is asked for, 0 if not.
-
-    It is NaN where nothing is asked for.
-    """
-    parts = list(obedience(prompts, attributes, records).values())
-    return replace(records, scores={**records.scores, OBEYED: np.fmin.reduce(parts)})
+    """The records with the score "obeyed", as `share_obeyed` gives it for all attributes."""
+    scores = {**records.scores, OBEYED: share_obeyed(prompts, attributes, records)}
+    return replace(records, scores=scores)
 
 
 def pixel_change(thumbnails: np.ndarray, reference: np.ndarray) -> np.ndarray:

@@ -68,22 +68,40 @@ class Wording:
         return found
 
 
-def recipe_wording(attribute: Attribute, sections: Iterable[Mapping[str, Any]]) -> Wording:
+def attribute_sections(recipe: Mapping[str, Any]) -> list[Any]:
+    """The attribute sections of a recipe from a file, unchecked; none if they are not a list."""
+    sections = recipe.get("attributes")
+    return sections if isinstance(sections, list) else []
+
+
+def recipe_wording(attribute: Attribute, sections: Iterable[Any]) -> Wording:
     """An attribute with the words that recipes have for it.
 
-    Args:
-        attribute: what is asked for.
-        sections: attributes of recipes, as JSON has them: the first one of that name with words or
-            nouns counts. Without any, classes are asked for by their names.
+    The recipe of an adapter comes from others and is not validated, so malformed sections, classes
+    that the attribute does not have, and words that are not text are skipped.
 
-    Raises:
-        ValueError: words for something that is no class of the attribute.
+    Args:
+        attribute: the attribute.
+        sections: attribute sections of recipes, as JSON has them. The first one of that name with
+            words or nouns counts. Without any, the words are the names of the classes.
     """
     for section in sections:
-        words, nouns = section.get("words") or {}, section.get("nouns") or {}
-        if section.get("name") == attribute.name and (words or nouns):
-            return Wording(attribute, words, nouns)
+        if isinstance(section, Mapping) and section.get("name") == attribute.name:
+            words, nouns = (_valid_words(section.get(key), attribute) for key in ("words", "nouns"))
+            if words or nouns:
+                return Wording(attribute, words, nouns)
     return Wording(attribute, {})
+
+
+def _valid_words(given: Any, attribute: Attribute) -> dict[str, tuple[str, ...]]:
+    """Class -> those of its words that are text; a class without any is left out."""
+    lists = given if isinstance(given, Mapping) else {}
+    found = {
+        name: tuple(word for word in lists[name] if isinstance(word, str) and word.strip())
+        for name in attribute.classes
+        if isinstance(lists.get(name), list | tuple)
+    }
+    return {name: words for name, words in found.items() if words}
 
 
 def draw_terms(wordings: Sequence[Wording], generator: torch.Generator) -> list[Term]:
