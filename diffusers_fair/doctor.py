@@ -20,6 +20,7 @@ from diffusers_fair.backends import timm as embedders
 from diffusers_fair.backends.labels import group
 from diffusers_fair.backends.needs import Need, package, pretrained
 from diffusers_fair.config import ClassifierSection, JudgesSection, ModelsSection, RunConfig
+from diffusers_fair.keeping import kept_prompts
 from diffusers_fair.prompts import prompt_set
 
 Parts = dict[str, list[Need]]
@@ -42,6 +43,7 @@ def examine(config: RunConfig) -> dict[Need, list[str]]:
         "base": base.needs(config.base.model, config.base.revision),
         "adapter.init_from": [pretrained(name)] if (name := config.adapter.init_from) else [],
         "prompts": [_prompts(name, splits) for name in config.prompts.sets],
+        "prompts.keep": [_kept_prompts(config)] if config.prompts.keep else [],
         **_judges(config.models, attributes, "models"),
         **(_real_faces(config.models) if config.losses.face else {}),
         **_judges(config.evaluation.models, attributes, "evaluation.models"),
@@ -107,3 +109,12 @@ def _prompts(name: str, splits: Sequence[str]) -> Need:
     except ValueError as error:
         return Need(name, False, str(error))
     return Need(name, True)
+
+
+def _kept_prompts(config: RunConfig) -> Need:
+    """The prompt sets that the adapter has to leave alone."""
+    try:
+        kept_prompts(config)
+    except ValueError as error:
+        return Need("kept prompts", False, str(error))
+    return Need("kept prompts", True)

@@ -201,3 +201,8 @@ def test_no_model_is_loaded(monkeypatch):
     before = set(sys.modules)
     doctor.examine(RunConfig.load("sd15-gender"))
     assert not {name for name in set(sys.modules) - before if name.startswith("diffusers.")}
+
+
+def test_unknown_sets_of_kept_prompts_are_noticed():
+    assert "kept prompts" not in gaps()
+    assert "names 'nowhere': expected named" in gaps("prompts.keep.sets=[nowhere]")["kept prompts"]
