@@ -10,7 +10,7 @@ from typing import Annotated, Any
 import typer
 from rich.console import Console
 
-from diffusers_fair.guards import TrainingStoppedError
+from diffusers_fair.training.guards import TrainingStoppedError
 
 app = typer.Typer(
     add_completion=False,
@@ -45,8 +45,8 @@ def demo(
     It measures half of the test prompts, with fewer images than a full evaluation; the floor that
     is printed beside each bias is for that many.
     """
-    from diffusers_fair.evaluation.report import require_free
     from diffusers_fair.prompts import prompt_set
+    from diffusers_fair.reports.report import require_free
 
     require_free(out / "report")
     folder = _train("testbed-demo", [f"output={out}"])
@@ -74,7 +74,7 @@ def doctor(
     ] = None,
 ) -> None:
     """Say what a recipe needs, what is there and what is not; downloads nothing."""
-    from diffusers_fair.config import RunConfig
+    from diffusers_fair.config.recipe import RunConfig
     from diffusers_fair.doctor import examine
 
     found = examine(RunConfig.load(recipe, overrides or []))
@@ -113,7 +113,7 @@ def classifier_train(
     """Train a classifier of one attribute from labelled pictures of faces; say how good it is."""
     from rich.table import Table
 
-    from diffusers_fair.classifier_training import Settings, read_pictures, train_classifier
+    from diffusers_fair.training.classifier import Settings, read_pictures, train_classifier
 
     settings = Settings(
         size=size,
@@ -266,7 +266,7 @@ def compare(
     ] = None,
 ) -> None:
     """Put reports side by side: a page, a table in markdown, and all figures in JSON."""
-    from diffusers_fair.evaluation.comparison import compare as side_by_side
+    from diffusers_fair.reports.comparison import compare as side_by_side
 
     side_by_side([_entry(word) for word in reports], against).save(out)
     console.print(f"comparison in {out}")
@@ -289,7 +289,7 @@ def generate(
     """Draw images with or without an adapter."""
     from PIL import Image
 
-    from diffusers_fair.backends import usual_guidance
+    from diffusers_fair.backends.registry import usual_guidance
     from diffusers_fair.evaluation.generate import generate as draw
 
     pipe = _pipeline(base, adapter, respect_words)
@@ -333,7 +333,7 @@ def push(
     ] = None,
 ) -> None:
     """Publish an adapter folder on the Hub, with its card, samples and report, in one commit."""
-    from diffusers_fair.hub import push_adapter
+    from diffusers_fair.publishing.hub import push_adapter
 
     done = push_adapter(
         folder,
@@ -385,7 +385,7 @@ def card(
     ] = None,
 ) -> None:
     """Write the card of an adapter, its README.md, from what was measured."""
-    from diffusers_fair.card import write_card
+    from diffusers_fair.publishing.card import write_card
 
     console.print(f"card in {write_card(adapter, report)}", highlight=False)
 
@@ -393,8 +393,8 @@ def card(
 @app.command()
 def recipes() -> None:
     """List the shipped recipes."""
-    from diffusers_fair.config import RECIPES
-    from diffusers_fair.config import recipes as shipped
+    from diffusers_fair.config.recipe import RECIPES
+    from diffusers_fair.config.recipe import recipes as shipped
 
     for name in shipped():
         summary = (RECIPES / f"{name}.yaml").read_text("utf-8").splitlines()[0].lstrip("# ")
@@ -429,20 +429,21 @@ def _is_usage(error: Exception) -> bool:
 
 
 def _train(recipe: str, overrides: list[str]) -> Path:
-    from diffusers_fair import processes
-    from diffusers_fair.config import RunConfig
-    from diffusers_fair.trainer import FairnessFinetuner
+    from diffusers_fair.config.recipe import RunConfig
+    from diffusers_fair.training.trainer import FairnessFinetuner
 
     config = RunConfig.load(recipe, overrides)
     config.claim_output()  # before any model is loaded
     folder = FairnessFinetuner(config).train()
-    if processes.main():
+    from diffusers_fair import distributed
+
+    if distributed.is_main():
         console.print(f"adapter in {folder / 'adapter'}")
     return folder
 
 
 def _pipeline(base: str, adapter: str | None, respect_words: bool) -> Any:
-    from diffusers_fair.backends import load_base
+    from diffusers_fair.backends.registry import load_base
     from diffusers_fair.loading import load_fair_adapter
 
     _check_respect_words(respect_words, adapter)
@@ -477,13 +478,14 @@ def _evaluate(
     """Evaluate the base, then what changes it on the same noise; write reports, print the table."""
     from dataclasses import asdict, replace
 
-    from diffusers_fair.backends import load_base, load_judges
+    from diffusers_fair.backends.registry import load_base, load_judges
     from diffusers_fair.baselines import baseline as named
-    from diffusers_fair.evaluation import Report, table, with_groups
-    from diffusers_fair.evaluation import evaluate as measure
-    from diffusers_fair.evaluation.obedience import warning
-    from diffusers_fair.evaluation.report import require_free
+    from diffusers_fair.evaluation.evaluate import evaluate as measure
+    from diffusers_fair.evaluation.evaluate import with_groups
     from diffusers_fair.loading import load_fair_adapter
+    from diffusers_fair.reports.obedience import warning
+    from diffusers_fair.reports.report import Report, require_free
+    from diffusers_fair.reports.table import table
 
     require_free(out)
     if adapter is not None and baseline is not None:
@@ -561,9 +563,10 @@ def _groups(
 
 def _audit(images: str, recipe: str | None, out: Path, attributes: list[str] | None) -> None:
     """Look at the pictures of a folder; write the report, print the table."""
-    from diffusers_fair.backends import load_judges
-    from diffusers_fair.evaluation import audit, table
-    from diffusers_fair.evaluation.report import require_free
+    from diffusers_fair.backends.registry import load_judges
+    from diffusers_fair.evaluation.evaluate import audit
+    from diffusers_fair.reports.report import require_free
+    from diffusers_fair.reports.table import table
 
     require_free(out)
     if recipe is None:
@@ -580,9 +583,9 @@ def _audit(images: str, recipe: str | None, out: Path, attributes: list[str] | N
 
 def _show(grid: Any, out: Path, warned: str = "") -> None:
     """Print a report's table and a warning, once however many processes there are."""
-    from diffusers_fair.evaluation import processes
+    from diffusers_fair import distributed
 
-    if processes.index() == 0:
+    if distributed.rank() == 0:
         console.print(grid)
         if warned:
             _say(f"Warning: {warned}")
@@ -628,8 +631,8 @@ class _Asked:
 def _asked(base: str, recipe: str | None) -> _Asked:
     """The recipe's, or the testbed's."""
     from diffusers_fair import testbed
-    from diffusers_fair.backends import untouched_set
-    from diffusers_fair.config import EvaluationSection, ModelsSection, RunConfig
+    from diffusers_fair.backends.registry import untouched_set
+    from diffusers_fair.config.recipe import EvaluationSection, ModelsSection, RunConfig
     from diffusers_fair.prompts.training_words import kept_sets
     from diffusers_fair.testbed import world
 
@@ -660,7 +663,7 @@ def _asked(base: str, recipe: str | None) -> _Asked:
 
 def _task(asked: _Asked, attributes: list[Any], device: Any, options: dict[str, Any]) -> Any:
     """What a rival method is told."""
-    from diffusers_fair.backends import load_judges
+    from diffusers_fair.backends.registry import load_judges
     from diffusers_fair.baselines import Task
     from diffusers_fair.prompts import prompt_set
     from diffusers_fair.prompts.wording import recipe_wording
@@ -692,8 +695,8 @@ def _attributes(
 
 def _entry(word: str) -> Any:
     """A report to compare, named as in `group/ours=reports/ours`, or by its own label."""
-    from diffusers_fair.evaluation import Report
-    from diffusers_fair.evaluation.comparison import Entry
+    from diffusers_fair.reports.comparison import Entry
+    from diffusers_fair.reports.report import Report
 
     name, found, folder = word.partition("=")
     if not found or Path(word).exists():  # a folder may have = in its name

@@ -8,20 +8,20 @@ from collections.abc import Sequence
 from diffusers_fair import testbed
 from diffusers_fair.attributes import Attribute
 from diffusers_fair.backends import (
-    base,
-    checkpoint,
     dinov2,
-    face_bank,
     image_classification,
+    pipelines,
+    reference_faces,
     retinaface,
+    trained_classifier,
 )
 from diffusers_fair.backends import open_clip as clips
 from diffusers_fair.backends import timm as embedders
 from diffusers_fair.backends.labels import group
 from diffusers_fair.backends.needs import Need, package, pretrained
-from diffusers_fair.config import ClassifierSection, JudgesSection, ModelsSection, RunConfig
-from diffusers_fair.keeping import kept_prompts
+from diffusers_fair.config.recipe import ClassifierSection, JudgesSection, ModelsSection, RunConfig
 from diffusers_fair.prompts import prompt_set
+from diffusers_fair.training.kept_prompts import kept_prompts
 
 Parts = dict[str, list[Need]]
 """Part of the recipe, as its key -> what it needs."""
@@ -40,7 +40,7 @@ def examine(config: RunConfig) -> dict[Need, list[str]]:
     splits = (config.prompts.train, config.prompts.validation, config.evaluation.split)
     parts: Parts = {
         "training": [package(name) for name in packages],
-        "base": base.needs(config.base.model, config.base.revision),
+        "base": pipelines.needs(config.base.model, config.base.revision),
         "adapter.init_from": [pretrained(name)] if (name := config.adapter.init_from) else [],
         "prompts": [_prompts(name, splits) for name in config.prompts.sets],
         "prompts.keep": [_kept_prompts(config)] if config.prompts.keep else [],
@@ -60,7 +60,7 @@ def _real_faces(models: ModelsSection) -> Parts:
     embedder, folder = models.face_embedder.partition(":")[2], models.face_bank
     return {
         "models.face_embedder": embedders.needs(embedder) if embedder else [],
-        "models.face_bank": [] if folder == testbed.NAME else face_bank.needs(folder),
+        "models.face_bank": [] if folder == testbed.NAME else reference_faces.needs(folder),
     }
 
 
@@ -84,7 +84,7 @@ def _classifier(section: ClassifierSection, attribute: Attribute) -> list[Need]:
         case "zero_shot":
             return clips.needs(section.model)
         case "checkpoint":
-            needs = checkpoint.needs(section.model)
+            needs = trained_classifier.needs(section.model)
             return [*needs, _classes(section, attribute)] if needs[-1].there else needs
     return []
 
@@ -93,7 +93,7 @@ def _classes(section: ClassifierSection, attribute: Attribute) -> Need:
     """Whether the labels of a checkpoint make the attribute's classes."""
     what = f"classes of '{section.model}'"
     try:
-        known = set(group(checkpoint.read_facts(section.model)["classes"], section.classes))
+        known = set(group(trained_classifier.read_facts(section.model)["classes"], section.classes))
     except (OSError, ValueError) as error:
         return Need(what, False, str(error))
     advice = f"expected {list(attribute.classes)}, got {sorted(known)}: map them with classes"

@@ -10,7 +10,7 @@ from importlib.metadata import version
 from pathlib import Path
 from typing import Any
 
-from diffusers_fair import __version__
+from diffusers_fair.version import __version__
 
 ROOT = Path(__file__).parents[1]  # of the checkout, unless the package is installed elsewhere
 PACKAGES = ("torch", "diffusers", "transformers", "peft", "numpy")

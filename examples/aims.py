@@ -3,7 +3,7 @@
 from collections.abc import Iterator, Mapping
 from typing import Any
 
-from diffusers_fair.evaluation.groups import summaries_from_json
+from diffusers_fair.reports.groups import summaries_from_json
 
 Range = tuple[float, float]
 

@@ -38,9 +38,9 @@ import torch
 import typer
 from torch import Tensor
 
-from diffusers_fair import memory
-from diffusers_fair.config import RECIPES
+from diffusers_fair.config.recipe import RECIPES
 from diffusers_fair.provenance import provenance
+from diffusers_fair.training import memory
 
 Job = tuple[str, Callable[..., dict[str, Any]], dict[str, Any]]  # name, function, its arguments
 
@@ -240,7 +240,7 @@ def draw(
     unet: Any, scheduler: Any, cond: Tensor, uncond: Tensor, noise: Tensor, steps: int, keep: bool
 ) -> Any:
     """An image without gradients."""
-    from diffusers_fair.sampling import sample
+    from diffusers_fair.diffusion.sampling import sample
 
     return sample(unet, scheduler, cond, uncond, noise, steps, GUIDANCE, keep=keep)
 
@@ -256,8 +256,8 @@ def published(
     **options: Any,
 ) -> Tensor:
     """As published: the images for the targets, then once more with the graph of Algorithm 1."""
-    from diffusers_fair.sampling import sample
-    from diffusers_fair.unrolled import unroll
+    from diffusers_fair.diffusion.sampling import sample
+    from diffusers_fair.diffusion.unrolled import unroll
 
     sample(unet, scheduler, cond, uncond, noise, steps, scale, keep=False)
     return unroll(unet, scheduler, cond, uncond, noise, steps, scale, **options)
@@ -274,7 +274,7 @@ def replayed(
     split: bool,
 ) -> None:
     """The gradient pass of replay."""
-    from diffusers_fair.replay import draw_steps, replay
+    from diffusers_fair.diffusion.replay import draw_steps, replay
 
     weights = scheduler.gradient_weights()
     g = torch.Generator().manual_seed(0)
@@ -315,7 +315,7 @@ def training(*, gradient: dict[str, Any], bank: str, iterations: int, seed: int)
         seed: of the run.
     """
     from diffusers_fair import FairnessFinetuner
-    from diffusers_fair import gradient as batch_gradient
+    from diffusers_fair.training import batch_gradient as batch_gradient
 
     lasts = {"iterations": iterations, "checkpoint_every": iterations, "seed": seed}
     with TemporaryDirectory() as folder:
@@ -345,7 +345,7 @@ def training(*, gradient: dict[str, Any], bank: str, iterations: int, seed: int)
 
 def fill(finetuner: Any) -> None:
     """Put the originals of all iterations into the bank."""
-    from diffusers_fair.batches import Share, draw_batch
+    from diffusers_fair.training.batches import Share, draw_batch
 
     for number in range(finetuner.config.train.distinct_iterations):
         batch = draw_batch(finetuner.config, finetuner.prompts, number)
@@ -377,7 +377,7 @@ def drawing() -> dict[str, Any]:
 def gradients(drawn: int | None, number: int, turns: int = 1) -> list[Tensor]:
     """Of a batch of 12 images of the testbed, in the first adapter's parameters, draw by draw."""
     from diffusers_fair import FairnessFinetuner
-    from diffusers_fair.batches import draw_batch
+    from diffusers_fair.training.batches import draw_batch
 
     finetuner = FairnessFinetuner.from_recipe(
         "testbed-gender",
@@ -428,7 +428,7 @@ def iterations_per_hour(count: int) -> float:
 
 def targets(*, n: int, classes: int) -> dict[str, Any]:
     """Seconds to find the targets of n images, the median of five."""
-    from diffusers_fair.targets import expected_targets
+    from diffusers_fair.objective.targets import expected_targets
 
     p = torch.rand(n, classes, generator=torch.Generator().manual_seed(0)).softmax(1)
     share = torch.full((classes,), 1 / classes)
@@ -438,8 +438,8 @@ def targets(*, n: int, classes: int) -> dict[str, Any]:
 def evaluation() -> dict[str, Any]:
     """Images of the testbed drawn and judged in a second."""
     from diffusers_fair import evaluate, testbed
-    from diffusers_fair.backends import load_judges
-    from diffusers_fair.config import EvaluationModelsSection
+    from diffusers_fair.backends.registry import load_judges
+    from diffusers_fair.config.recipe import EvaluationModelsSection
     from diffusers_fair.prompts import prompt_set
     from diffusers_fair.testbed import world
 
@@ -499,7 +499,7 @@ def median(function: Callable[[], Any], times: int) -> float:
 
 def document(found: dict[str, Any]) -> list[str]:
     """Lines of benchmark.md."""
-    from diffusers_fair.evaluation.comparison import markdown_table
+    from diffusers_fair.reports.comparison import markdown_table
 
     lines = ["# Benchmark", "", "Compare within a table; seconds tell little elsewhere.", ""]
     tables = {

@@ -32,15 +32,14 @@ from experiments import OCCUPATIONS, drawer, kept_alone
 
 from diffusers_fair import RunConfig, evaluate, load_fair_adapter, testbed
 from diffusers_fair.adapters.io import read_adapter
-from diffusers_fair.backends import load_judges
+from diffusers_fair.backends.registry import load_judges
 from diffusers_fair.baselines import BASELINES, Task, Wording, baseline
-from diffusers_fair.evaluation import Report
-from diffusers_fair.evaluation.comparison import Entry, compare
 from diffusers_fair.evaluation.generate import generate
-from diffusers_fair.evaluation.report import FILE, PAGE
 from diffusers_fair.prompts import prompt_set
 from diffusers_fair.prompts.groups import PromptGroup
 from diffusers_fair.provenance import provenance
+from diffusers_fair.reports.comparison import Entry, compare
+from diffusers_fair.reports.report import FILE, PAGE, Report
 from diffusers_fair.testbed import world
 
 OURS = "this package"

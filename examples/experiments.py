@@ -24,19 +24,19 @@ import torch
 import typer
 from preview_card import preview
 
-from diffusers_fair import FairnessFinetuner, RunConfig, testbed
+from diffusers_fair import FairnessFinetuner, RunConfig, distributed, metrics, testbed
 from diffusers_fair.adapters.io import AdapterInfo, Weights, read_adapter, write_adapter
 from diffusers_fair.attributes import Attribute
-from diffusers_fair.backends import load_base, load_judges, untouched_set
-from diffusers_fair.card import write_card
-from diffusers_fair.evaluation import Report, evaluate, metrics, processes, with_groups
-from diffusers_fair.evaluation.comparison import markdown_table
-from diffusers_fair.evaluation.report import FILE, GAP, GROUPS_SHEET, PAIRS
+from diffusers_fair.backends.registry import load_base, load_judges, untouched_set
+from diffusers_fair.evaluation.evaluate import evaluate, with_groups
 from diffusers_fair.loading import load_fair_adapter
 from diffusers_fair.prompts import prompt_set
 from diffusers_fair.prompts.groups import PromptGroup, evaluation_groups
 from diffusers_fair.prompts.training_words import kept_sets, mark_unseen
 from diffusers_fair.prompts.wording import recipe_wording
+from diffusers_fair.publishing.card import write_card
+from diffusers_fair.reports.comparison import markdown_table
+from diffusers_fair.reports.report import FILE, GAP, GROUPS_SHEET, PAIRS, Report
 from diffusers_fair.testbed import world
 
 OCCUPATIONS = "testbed-occupations"
@@ -92,9 +92,9 @@ def main(
     for experiment in EXPERIMENTS:
         if not only or experiment.name in only:
             report = measured(experiment, runs)
-            if processes.index() == 0:
+            if distributed.rank() == 0:
                 keep(report, experiment, runs, out)
-    if processes.index() == 0:
+    if distributed.rank() == 0:
         write(out)
 
 
@@ -156,10 +156,10 @@ def base(prompts: str, images: int, config: RunConfig, runs: Path) -> Report:
         report = Report.load(folder)
         if report.settings.images_per_prompt >= images:
             return report
-        processes.meet()  # all have read it
-        if processes.index() == 0:
+        distributed.barrier()  # all have read it
+        if distributed.rank() == 0:
             shutil.rmtree(folder)
-        processes.meet()
+        distributed.barrier()
     pipe = drawer(config)
     attributes = list(world.ATTRIBUTES.values())
     return look(pipe, prompts, attributes, config, images, folder)

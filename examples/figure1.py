@@ -35,10 +35,10 @@ from torch.utils.checkpoint import checkpoint
 
 from diffusers_fair import BiasedGradientScheduler, FairnessFinetuner, testbed
 from diffusers_fair.adapters.lora import add_lora
-from diffusers_fair.conditioning import encode_prompts
+from diffusers_fair.diffusion.replay import replay
+from diffusers_fair.diffusion.sampling import denoise, guided_unet, initial_noise, sample
+from diffusers_fair.families.stable_diffusion import encode_prompts
 from diffusers_fair.provenance import commit
-from diffusers_fair.replay import replay
-from diffusers_fair.sampling import denoise, guided_unet, initial_noise, sample
 from diffusers_fair.testbed import world
 
 RECIPE = "testbed-gender"

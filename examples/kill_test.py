@@ -22,9 +22,9 @@ import typer
 from safetensors.torch import load_file
 
 from diffusers_fair import FairnessFinetuner
-from diffusers_fair.checkpoints import load_checkpoint
-from diffusers_fair.durable import PARTIAL
+from diffusers_fair.atomic import PARTIAL
 from diffusers_fair.provenance import provenance
+from diffusers_fair.training.checkpoints import load_checkpoint
 
 RECIPE = "testbed-gender"
 SMALL = {  # everything that is written is written often

@@ -6,10 +6,10 @@ import torch
 from torch import nn
 
 from diffusers_fair.attributes import Attribute
-from diffusers_fair.classifiers import NetworkClassifier
-from diffusers_fair.encoders import NetworkEncoder, Pixels
-from diffusers_fair.evaluation import Judges
-from diffusers_fair.faces import Faces
+from diffusers_fair.vision.classifiers import NetworkClassifier
+from diffusers_fair.vision.encoders import NetworkEncoder, Pixels
+from diffusers_fair.vision.faces import Faces
+from diffusers_fair.vision.judges import Judges
 
 HUE = Attribute("hue", ("red", "green", "blue"))
 TONE = Attribute("tone", ("dark", "light"), (0.75, 0.25))

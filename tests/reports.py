@@ -6,9 +6,10 @@ from typing import Any
 import numpy as np
 
 from diffusers_fair.attributes import Attribute
-from diffusers_fair.evaluation import GroupReport, Records, Report, Settings
-from diffusers_fair.evaluation.groups import with_obeyed
 from diffusers_fair.prompts.groups import KeptPrompt, PromptGroup
+from diffusers_fair.reports.groups import GroupReport, with_obeyed
+from diffusers_fair.reports.records import Records, Settings
+from diffusers_fair.reports.report import Report
 
 HUE = Attribute("hue", ("red", "green", "blue"))
 TONE = Attribute("tone", ("dark", "light"), (0.75, 0.25))

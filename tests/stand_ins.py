@@ -24,7 +24,7 @@ from transformers import (
     ViTImageProcessor,
 )
 
-from diffusers_fair.backends import checkpoint
+from diffusers_fair.backends import trained_classifier
 from diffusers_fair.backends.retinaface import URL
 
 SIZE = 32  # pixels that the judges take
@@ -129,8 +129,8 @@ def vit_folder(folder: Path, labels: list[str]) -> Path:
 
 def checkpoint_folder(folder: Path, labels: list[str]) -> Path:
     """What `diffusers-fair classifier train` writes."""
-    network = checkpoint.mobilenet(len(labels))
-    checkpoint.write(folder, network, {"classes": labels, "size": SIZE})
+    network = trained_classifier.mobilenet(len(labels))
+    trained_classifier.write(folder, network, {"classes": labels, "size": SIZE})
     return folder
 
 

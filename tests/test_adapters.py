@@ -6,17 +6,12 @@ from tiny import LATENT, pipeline
 
 from diffusers_fair import testbed
 from diffusers_fair.adapters.io import Lora, SoftTokens, base_fingerprint
-from diffusers_fair.adapters.lora import (
-    TARGETS,
-    add_lora,
-    trainable_parameters,
-    without_adapter,
-)
+from diffusers_fair.adapters.lora import TARGETS, add_lora, trainable_parameters, without_adapter
 from diffusers_fair.adapters.prompt_encoder import prompt_prefix
 from diffusers_fair.adapters.soft_tokens import add_soft_tokens, load_soft_tokens
 from diffusers_fair.adapters.trainable import TrainableAdapter
-from diffusers_fair.conditioning import encode_prompts
-from diffusers_fair.sampling import initial_noise
+from diffusers_fair.diffusion.sampling import initial_noise
+from diffusers_fair.families.stable_diffusion import encode_prompts
 
 SOFT = {"soft_tokens": SoftTokens(count=3)}
 TEXT = {"text_encoder": Lora(rank=2, alpha=6.0)}

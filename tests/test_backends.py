@@ -15,30 +15,35 @@ from safetensors.torch import save_file
 from torch.nn import functional as F
 from transformers import AutoImageProcessor, AutoModelForImageClassification, Dinov2Model
 
-from diffusers_fair import FairnessFinetuner, gradient
+from diffusers_fair import FairnessFinetuner
 from diffusers_fair.attributes import Attribute
 from diffusers_fair.backends import (
     dinov2,
-    face_bank,
     image_classification,
+    retinaface,
+)
+from diffusers_fair.backends import open_clip as clips
+from diffusers_fair.backends import (
+    reference_faces as face_bank,
+)
+from diffusers_fair.backends import timm as embedders
+from diffusers_fair.backends.labels import group
+from diffusers_fair.backends.registry import (
     load_base,
     load_evaluation_judges,
     load_judges,
     load_real_faces,
-    retinaface,
 )
-from diffusers_fair.backends import open_clip as clips
-from diffusers_fair.backends import timm as embedders
-from diffusers_fair.backends.checkpoint import load_classifier
-from diffusers_fair.backends.labels import group
+from diffusers_fair.backends.trained_classifier import load_classifier
 from diffusers_fair.backends.zero_shot import zero_shot
-from diffusers_fair.config import (
+from diffusers_fair.config.recipe import (
     ClassifierSection,
     EvaluationModelsSection,
     ModelsSection,
     RunConfig,
     recipes,
 )
+from diffusers_fair.training import batch_gradient as gradient
 
 SHAPE = Attribute("shape", ("round", "square"))
 LABELS = ["Ball", "Ring", "Box"]

@@ -5,12 +5,12 @@ from dataclasses import asdict, astuple
 import pytest
 import torch
 
-from diffusers_fair.bank import OriginalsBank
-from diffusers_fair.batches import Batch
-from diffusers_fair.config import RunConfig
-from diffusers_fair.faces import Faces
-from diffusers_fair.gradient import _about_originals
-from diffusers_fair.objective import Originals
+from diffusers_fair.config.recipe import RunConfig
+from diffusers_fair.objective.objective import Originals
+from diffusers_fair.training.batch_gradient import _about_originals
+from diffusers_fair.training.batches import Batch
+from diffusers_fair.training.original_images import OriginalsBank
+from diffusers_fair.vision.faces import Faces
 
 CPU = torch.device("cpu")
 BATCH = {"prompts": ["a cat"], "seeds": [1, 2, 3], "steps": 4}

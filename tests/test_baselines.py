@@ -23,17 +23,11 @@ from diffusers_fair.baselines.uce import (
     open_gaps,
     shifts,
 )
-from diffusers_fair.classifiers import NetworkClassifier
-from diffusers_fair.evaluation import Judges
 from diffusers_fair.evaluation.generate import generate
-from diffusers_fair.faces import Faces
-from diffusers_fair.prompts.wording import (
-    Term,
-    combinations,
-    draw_terms,
-    subject,
-    with_terms,
-)
+from diffusers_fair.prompts.wording import Term, combinations, draw_terms, subject, with_terms
+from diffusers_fair.vision.classifiers import NetworkClassifier
+from diffusers_fair.vision.faces import Faces
+from diffusers_fair.vision.judges import Judges
 
 HUE = Wording(Attribute("hue", ("warm", "green", "blue")), {"warm": ("red", "amber")})
 TONE = Wording(Attribute("tone", ("dark", "pale"), (0.75, 0.25)), {})

@@ -17,13 +17,13 @@ from markdown_it import MarkdownIt
 from reports import group
 from test_io import BOTH, SOFT, adapter_info, edit, embeds, put, weights
 
-from diffusers_fair import card, cli, testbed
+from diffusers_fair import cli, testbed
 from diffusers_fair.adapters import io
 from diffusers_fair.adapters.io import read_adapter, write_adapter
-from diffusers_fair.card import write_card
-from diffusers_fair.evaluation import Report
-from diffusers_fair.evaluation.report import GROUPS_SHEET
 from diffusers_fair.prompts.groups import KeptPrompt
+from diffusers_fair.publishing import card
+from diffusers_fair.publishing.card import write_card
+from diffusers_fair.reports.report import GROUPS_SHEET, Report
 
 ROOT = Path(__file__).parents[1]
 sys.path.insert(0, str(ROOT / "examples"))

@@ -9,9 +9,9 @@ from contextlib import contextmanager
 import pytest
 import torch
 
-from diffusers_fair import durable
-from diffusers_fair.checkpoints import discard_after, load_checkpoint, save_checkpoint
-from diffusers_fair.progress import Events
+from diffusers_fair import atomic
+from diffusers_fair.training.checkpoints import discard_after, load_checkpoint, save_checkpoint
+from diffusers_fair.training.progress import Events
 
 
 def state(number: int) -> dict:
@@ -126,9 +126,9 @@ def test_one_that_is_in_the_way_gives_way(folder):
 
 
 def test_a_file_is_written_whole_or_stays_what_it_was(tmp_path):
-    durable.write(tmp_path / "file", b"old")
+    atomic.write(tmp_path / "file", b"old")
     with small_files(4096), pytest.raises(OSError, match="File too large"):
-        durable.write(tmp_path / "file", b"x" * 10_000)
+        atomic.write(tmp_path / "file", b"x" * 10_000)
     assert (tmp_path / "file").read_bytes() == b"old"
     assert names(tmp_path) == ["file"]
 
@@ -138,7 +138,7 @@ def test_a_name_is_given_only_to_what_is_on_the_disk(tmp_path, monkeypatch):
     sync, replace = os.fsync, os.replace
     monkeypatch.setattr(os, "fsync", lambda number: done.append("sync") or sync(number))
     monkeypatch.setattr(os, "replace", lambda *paths: done.append("name") or replace(*paths))
-    durable.write(tmp_path / "file", b"new")
+    atomic.write(tmp_path / "file", b"new")
     assert done == ["sync", "name", "sync"]  # the file, its name, the folder with the name
     save_checkpoint(tmp_path, 2, state(2), keep=1)
     assert done[3:] == ["sync", "sync", "sync", "name", "sync"]  # two files and their folder

@@ -3,10 +3,10 @@ import torch
 from pictures import held_out
 
 from diffusers_fair.backends.labels import merge_counts
-from diffusers_fair.classifiers import NetworkClassifier
-from diffusers_fair.faces import face_chips
 from diffusers_fair.testbed import judges
 from diffusers_fair.testbed.world import ATTRIBUTES
+from diffusers_fair.vision.classifiers import NetworkClassifier
+from diffusers_fair.vision.faces import face_chips
 
 SHAPES = ("round", "square", "long")  # any three classes will do
 

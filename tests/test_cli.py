@@ -11,8 +11,8 @@ from PIL import Image
 from diffusers_fair import cli
 from diffusers_fair.adapters.io import read_adapter, write_info
 from diffusers_fair.baselines import BASELINES
-from diffusers_fair.evaluation import Report
 from diffusers_fair.prompts.training_words import kept_sets
+from diffusers_fair.reports.report import Report
 from diffusers_fair.testbed import world
 
 TINY = [
@@ -198,7 +198,7 @@ def test_a_recipe_that_keeps_nothing(recipe):
 def test_an_adapter_that_draws_what_it_likes_is_warned_of(
     adapter, lines, tmp_path, monkeypatch, capsys
 ):
-    monkeypatch.setattr("diffusers_fair.evaluation.obedience.MARGIN", -0.1)
+    monkeypatch.setattr("diffusers_fair.reports.obedience.MARGIN", -0.1)
     words = ["--adapter", adapter, "--prompts", lines, "--images", 1, "--steps", 1]
     words += ["--group-images", 1, "--out", tmp_path / "r"]
     assert run(monkeypatch, "evaluate", *words) == 0

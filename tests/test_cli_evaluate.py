@@ -6,8 +6,8 @@ from pictures import held_out
 from PIL import Image
 from test_cli import run
 
-from diffusers_fair.evaluation import Report
 from diffusers_fair.evaluation.journal import Journal
+from diffusers_fair.reports.report import Report
 
 RECIPE = """
 extends: testbed-race

@@ -9,8 +9,8 @@ from scipy.stats import wilcoxon
 
 from diffusers_fair import cli
 from diffusers_fair.attributes import Attribute
-from diffusers_fair.evaluation.comparison import Comparison, Entry, compare
 from diffusers_fair.prompts.groups import KeptPrompt
+from diffusers_fair.reports.comparison import Comparison, Entry, compare
 
 
 def entry(label: str, group: str = "", **what) -> Entry:

@@ -6,7 +6,7 @@ import yaml
 from pydantic import ValidationError
 
 from diffusers_fair import Attribute, RunConfig
-from diffusers_fair.config import AttributeSection, recipes
+from diffusers_fair.config.recipe import AttributeSection, recipes
 
 TOY = """
 base: {model: testbed}

@@ -9,7 +9,7 @@ import torch
 from huggingface_hub import constants
 
 from diffusers_fair import cli, doctor
-from diffusers_fair.config import RunConfig
+from diffusers_fair.config.recipe import RunConfig
 
 LABELS = ["Female", "Male"]
 CHECKPOINT = "models.classifiers.gender.model"

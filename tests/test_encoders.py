@@ -4,13 +4,13 @@ from open_clip import tokenize
 from pictures import held_out
 from torch.nn import functional as F
 
-from diffusers_fair.encoders import NetworkEncoder, Pixels
-from diffusers_fair.faces import face_chips
 from diffusers_fair.prompts import prompt_set
 from diffusers_fair.testbed import judges, world
 from diffusers_fair.testbed.models import VOCABULARY
 from diffusers_fair.testbed.tokenizer import tokenizer
 from diffusers_fair.testbed.vocabulary import pack, rows, unpack
+from diffusers_fair.vision.encoders import NetworkEncoder, Pixels
+from diffusers_fair.vision.faces import face_chips
 
 ENCODERS = {"clip": judges.clip, "dino": judges.dino, "face": judges.face_embedder}
 

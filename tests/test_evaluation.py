@@ -14,21 +14,17 @@ from PIL import Image
 from rich.console import Console
 from tiny import pipeline
 
+from diffusers_fair import metrics
 from diffusers_fair.attributes import Attribute
-from diffusers_fair.classifiers import NetworkClassifier
-from diffusers_fair.encoders import NetworkEncoder, Pixels
-from diffusers_fair.evaluation import (
-    Records,
-    Report,
-    Settings,
-    metrics,
-    pairs_picture,
-    recognition,
-    table,
-)
-from diffusers_fair.evaluation import evaluate as evaluate_with_groups
+from diffusers_fair.evaluation.evaluate import evaluate as evaluate_with_groups
 from diffusers_fair.evaluation.generate import generate, image_seed
-from diffusers_fair.evaluation.pictures import sampled
+from diffusers_fair.reports.images import pairs_picture, sampled
+from diffusers_fair.reports.records import Records, Settings
+from diffusers_fair.reports.report import Report
+from diffusers_fair.reports.table import table
+from diffusers_fair.vision.classifiers import NetworkClassifier
+from diffusers_fair.vision.encoders import NetworkEncoder, Pixels
+from diffusers_fair.vision.judges import recognition
 
 
 def evaluate(*args, **options):

@@ -12,17 +12,14 @@ from test_resuming import Counting, interrupt
 from tiny import pipeline
 
 from diffusers_fair.baselines.base import ChangedPipeline
-from diffusers_fair.evaluation import Estimate, Report, evaluate, with_groups
-from diffusers_fair.evaluation.generate import (
-    image_seed,
-    prompt_key,
-    takes_negative_prompts,
-)
-from diffusers_fair.evaluation.groups import pixel_change, share_obeyed, summaries_from_json
-from diffusers_fair.evaluation.look import thumbnails
-from diffusers_fair.evaluation.obedience import MEASURES, Measure, warning
-from diffusers_fair.evaluation.pictures import groups_picture
+from diffusers_fair.evaluation.evaluate import evaluate, with_groups
+from diffusers_fair.evaluation.generate import image_seed, prompt_key, takes_negative_prompts
+from diffusers_fair.evaluation.judge import thumbnails
 from diffusers_fair.prompts.groups import KeptPrompt, PromptGroup
+from diffusers_fair.reports.groups import Estimate, pixel_change, share_obeyed, summaries_from_json
+from diffusers_fair.reports.images import groups_picture
+from diffusers_fair.reports.obedience import MEASURES, Measure, warning
+from diffusers_fair.reports.report import Report
 
 NAMED = PromptGroup(
     "named",

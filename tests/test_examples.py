@@ -19,7 +19,7 @@ import experiments
 
 from diffusers_fair import RunConfig
 from diffusers_fair.adapters.io import read_adapter
-from diffusers_fair.evaluation import Report
+from diffusers_fair.reports.report import Report
 from diffusers_fair.testbed import world
 
 CARDS = Path(__file__).parents[1] / "model_cards"

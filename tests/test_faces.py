@@ -2,8 +2,15 @@ import pytest
 import torch
 from pictures import held_out
 
-from diffusers_fair.faces import TEMPLATE, Faces, aligned_chips, face_chips, overlap, square_boxes
 from diffusers_fair.testbed.judges import FaceGrid, GridDetector, face_detector
+from diffusers_fair.vision.faces import (
+    TEMPLATE,
+    Faces,
+    aligned_chips,
+    face_chips,
+    overlap,
+    square_boxes,
+)
 
 
 def faces(*boxes: tuple[float, float, float, float]) -> Faces:

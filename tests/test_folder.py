@@ -8,9 +8,10 @@ import torch
 from judging import HUE, TONE, find_none, judges
 from PIL import Image
 
-from diffusers_fair.evaluation import Report, audit
-from diffusers_fair.evaluation.folder import picture_folder
+from diffusers_fair.evaluation.evaluate import audit
 from diffusers_fair.evaluation.generate import pairs_of
+from diffusers_fair.evaluation.image_folder import picture_folder
+from diffusers_fair.reports.report import Report
 
 
 def paint(file, size=(16, 16), seed=0, mode="RGB", **options):

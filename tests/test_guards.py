@@ -10,8 +10,8 @@ import warnings
 import pytest
 import torch
 
-from diffusers_fair import memory
-from diffusers_fair.guards import (
+from diffusers_fair.training import memory
+from diffusers_fair.training.guards import (
     PATIENCE,
     TERMINATED,
     Caution,

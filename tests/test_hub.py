@@ -17,8 +17,8 @@ from test_io import adapter_info, embeds, weights
 
 from diffusers_fair import FairnessFinetuner, RunConfig, cli, testbed
 from diffusers_fair.adapters.io import SoftTokens, read_adapter, write_adapter
-from diffusers_fair.hub import push_adapter
 from diffusers_fair.loading import local_folder
+from diffusers_fair.publishing.hub import push_adapter
 
 CARD = "---\nlibrary_name: diffusers\n---\n# Adapter\n"
 PICTURE = b"\x89PNG\r\n\x1a\n"

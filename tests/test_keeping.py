@@ -4,15 +4,15 @@ import pytest
 import torch
 from tiny import pipeline
 
-from diffusers_fair import FairnessFinetuner, processes
+from diffusers_fair import FairnessFinetuner, distributed
 from diffusers_fair.adapters.io import Lora, SoftTokens
 from diffusers_fair.adapters.trainable import TrainableAdapter
-from diffusers_fair.conditioning import encode_prompts
-from diffusers_fair.config import RunConfig
-from diffusers_fair.keeping import KeptPrompts, kept_prompts, usual_sets
+from diffusers_fair.config.recipe import RunConfig
+from diffusers_fair.diffusion.scheduler import BiasedGradientScheduler
+from diffusers_fair.families.stable_diffusion import encode_prompts
 from diffusers_fair.prompts import prompt_set
 from diffusers_fair.prompts.groups import vocabulary
-from diffusers_fair.scheduler import BiasedGradientScheduler
+from diffusers_fair.training.kept_prompts import KeptPrompts, kept_prompts, usual_sets
 
 KEEP = {"pairs": 7, "new_prompts": 2, "pool": 3, "prediction": 2.5, "images": 2}
 COMPONENTS = {
@@ -274,7 +274,7 @@ def test_soft_tokens_leave_no_embedding_to_hold():
 
 
 def test_too_many_processes_are_refused(monkeypatch):
-    monkeypatch.setattr(processes, "count", lambda: 3)
+    monkeypatch.setattr(distributed, "world_size", lambda: 3)
     with pytest.raises(
         ValueError, match=r"prompts\.keep\.images is 2, which cannot be shared by 3"
     ):

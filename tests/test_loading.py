@@ -27,7 +27,7 @@ from diffusers_fair.adapters.io import (
 )
 from diffusers_fair.adapters.prompt_encoder import prompt_prefix
 from diffusers_fair.adapters.trainable import TrainableAdapter
-from diffusers_fair.conditioning import encode_prompts
+from diffusers_fair.families.stable_diffusion import encode_prompts
 
 TARGETS = {
     "text_encoder": ["q_proj", "k_proj", "v_proj", "out_proj", "fc1", "fc2"],

@@ -3,13 +3,13 @@ import math
 import pytest
 import torch
 
-from diffusers_fair.losses import (
+from diffusers_fair.objective.losses import (
     alignment_loss,
     face_realism_loss,
     scale_gradient,
     semantics_loss,
 )
-from diffusers_fair.targets import Targets, expected_targets
+from diffusers_fair.objective.targets import Targets, expected_targets
 
 
 def targets(labels, confidence, classes):

@@ -8,8 +8,8 @@ import scipy.optimize
 import scipy.stats
 from fairlearn.metrics import MetricFrame, selection_rate
 
+from diffusers_fair import metrics
 from diffusers_fair.attributes import Attribute
-from diffusers_fair.evaluation import metrics
 
 TARGETS = {
     "two": [0.5, 0.5],

@@ -6,12 +6,12 @@ import pytest
 import torch
 
 from diffusers_fair.attributes import Attribute
-from diffusers_fair.classifiers import NetworkClassifier
-from diffusers_fair.encoders import NetworkEncoder, Pixels
-from diffusers_fair.evaluation import Judges
-from diffusers_fair.faces import Faces, aligned_chips, face_chips
-from diffusers_fair.objective import Aim, LossWeights, Objective
-from diffusers_fair.real_faces import RealFaces, embed_faces
+from diffusers_fair.objective.objective import Aim, LossWeights, Objective
+from diffusers_fair.vision.classifiers import NetworkClassifier
+from diffusers_fair.vision.encoders import NetworkEncoder, Pixels
+from diffusers_fair.vision.faces import Faces, aligned_chips, face_chips
+from diffusers_fair.vision.judges import Judges
+from diffusers_fair.vision.reference_faces import RealFaces, embed_faces
 
 TOY = Attribute("brightness", ("dark", "bright"))
 CONTRAST = Attribute("contrast", ("flat", "rich"))

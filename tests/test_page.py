@@ -17,10 +17,10 @@ from PIL import Image
 from reports import HUE, PROMPTS, TONE, certain, group, report
 
 from diffusers_fair.attributes import Attribute
-from diffusers_fair.evaluation import Report
-from diffusers_fair.evaluation.comparison import Entry, compare
-from diffusers_fair.evaluation.obedience import warning
-from diffusers_fair.evaluation.page import (
+from diffusers_fair.prompts.groups import KeptPrompt
+from diffusers_fair.reports.comparison import Entry, compare
+from diffusers_fair.reports.obedience import warning
+from diffusers_fair.reports.page import (
     PICTURE,
     TEMPLATES,
     WORST,
@@ -28,7 +28,7 @@ from diffusers_fair.evaluation.page import (
     prompt_template,
     report_page,
 )
-from diffusers_fair.prompts.groups import KeptPrompt
+from diffusers_fair.reports.report import Report
 
 ALONE = {"meta", "link", "img", "br", "rect"}  # elements without an end
 HOSTILE = '"><script>alert(1)</script><img src=http://x.y/ onerror=alert(2)>{{ 7 * 7 }}'

@@ -18,21 +18,24 @@ from test_objective import TOY, Encoder, classifier, pictures
 from tiny import pipeline
 from together import together
 
-from diffusers_fair import FairnessFinetuner, processes, testbed
-from diffusers_fair.backends import load_judges, retinaface
-from diffusers_fair.bank import OriginalsBank
+from diffusers_fair import FairnessFinetuner, distributed, testbed
+from diffusers_fair.backends import retinaface
+from diffusers_fair.backends.registry import load_judges
 from diffusers_fair.baselines.uce import class_shares
-from diffusers_fair.config import EvaluationModelsSection, RunConfig
-from diffusers_fair.encoders import NetworkEncoder, Pixels
-from diffusers_fair.evaluation import Judges, Report, evaluate
-from diffusers_fair.evaluation.comparison import Entry, compare
-from diffusers_fair.faces import Faces, faces_of_images, no_faces, overlap
-from diffusers_fair.losses import alignment_loss
-from diffusers_fair.objective import Aim, LossWeights, Objective
-from diffusers_fair.real_faces import RealFaces
-from diffusers_fair.targets import expected_targets
+from diffusers_fair.config.recipe import EvaluationModelsSection, RunConfig
+from diffusers_fair.evaluation.evaluate import evaluate
+from diffusers_fair.objective.losses import alignment_loss
+from diffusers_fair.objective.objective import Aim, LossWeights, Objective
+from diffusers_fair.objective.targets import expected_targets
+from diffusers_fair.reports.comparison import Entry, compare
+from diffusers_fair.reports.report import Report
 from diffusers_fair.testbed import world
 from diffusers_fair.testbed.judges import face_detector
+from diffusers_fair.training.original_images import OriginalsBank
+from diffusers_fair.vision.encoders import NetworkEncoder, Pixels
+from diffusers_fair.vision.faces import Faces, faces_of_images, no_faces, overlap
+from diffusers_fair.vision.judges import Judges
+from diffusers_fair.vision.reference_faces import RealFaces
 
 LEFT, RIGHT = (0.0, 1.0, 6.0, 7.0), (9.0, 1.0, 14.0, 6.0)  # the left one is the larger
 TWO = "a photo of two people, teachers"
@@ -197,7 +200,7 @@ def looked(x, originals, micro_batch=None):
     """This process's part of: gradient, and the figures of all."""
     bank = torch.nn.functional.normalize(torch.ones(1, 3 * 16), dim=1)
     real = RealFaces(NetworkEncoder(lambda chips: chips.flatten(1) + 0.1, Pixels(4)), bank)
-    aim, share = objective(real_faces=real), processes.share(len(x))
+    aim, share = objective(real_faces=real), distributed.shard(len(x))
     images = x[share].clone().requires_grad_()
     before = aim.originals(originals[share], micro_batch)
     loss, figures = aim(images, before, ("a", "b"), micro_batch)

@@ -11,11 +11,11 @@ from numpy.linalg import norm
 from test_objective import objective, pictures
 from together import together
 
-from diffusers_fair import FairnessFinetuner, processes
+from diffusers_fair import FairnessFinetuner, distributed
 from diffusers_fair.adapters.io import read_adapter
-from diffusers_fair.batches import Batch, Share
-from diffusers_fair.config import RECIPES
-from diffusers_fair.targets import joint_targets
+from diffusers_fair.config.recipe import RECIPES
+from diffusers_fair.objective.targets import joint_targets
+from diffusers_fair.training.batches import Batch, Share
 
 PROMPTS, EACH = 2, 3  # images: over four processes a share has images of two prompts
 TRAIN = {
@@ -43,7 +43,7 @@ def test_launch_files_are_accelerates(file):
 
 @pytest.mark.parametrize("count", [1, 2, 4])
 def test_every_image_is_made_once(count):
-    shares = together(count, processes.share, 7)
+    shares = together(count, distributed.shard, 7)
     images = [i for share in shares for i in range(7)[share]]
     assert images == list(range(7))
     sizes = [share.stop - share.start for share in shares]
@@ -64,7 +64,7 @@ def test_a_share_knows_the_prompts_of_its_images():
 
 def refusal(images: int) -> str:
     with pytest.raises(ValueError, match="cannot be shared") as refused:
-        processes.share(images)
+        distributed.shard(images)
     return str(refused.value)
 
 
@@ -75,13 +75,19 @@ def test_more_processes_than_images_are_refused():
 
 def told() -> tuple:
     """Of process 1 or more: what all know of what it alone knows."""
-    own = processes.number()
+    own = distributed.rank()
     tensors = [torch.full((2, own + 1), 1.0 + own), torch.ones(())]
-    gathered = [len(rows) for rows in processes.gather(torch.zeros(own, 3))]
-    first = processes.main()
-    sums = tensors if own == 0 and processes.count() == 1 else [torch.full((2,), 1.0 + own)]
-    processes.add_up(sums)
-    return gathered, first, sums[0].tolist(), processes.any_of(own == 1), processes.most(own)
+    gathered = [len(rows) for rows in distributed.gather(torch.zeros(own, 3))]
+    first = distributed.is_main()
+    sums = tensors if own == 0 and distributed.world_size() == 1 else [torch.full((2,), 1.0 + own)]
+    distributed.all_reduce_sum(sums)
+    return (
+        gathered,
+        first,
+        sums[0].tolist(),
+        distributed.any_across(own == 1),
+        distributed.max_across(own),
+    )
 
 
 def test_all_know_what_one_knows():
@@ -99,7 +105,7 @@ def looked(x: torch.Tensor, originals: torch.Tensor, prompts: list[str], micro_b
     aim, targets = objective(), []
     find = aim._targets
     aim._targets = lambda *args: targets.append(find(*args)) or targets[-1]
-    share = processes.share(len(x))
+    share = distributed.shard(len(x))
     images = x[share].clone().requires_grad_()
     loss, figures = aim(images, aim.originals(originals[share], micro_batch), prompts, micro_batch)
     (gradient,) = torch.autograd.grad(loss, images)
@@ -142,7 +148,7 @@ def test_judges_that_see_few_images_at_a_time_change_nothing(faceless):
 
 def kept_images(x: torch.Tensor, originals: torch.Tensor, asked: list[dict]) -> tuple:
     """This process's part of the gradient of kept images, and the figures of all."""
-    aim, share = objective(), processes.share(len(x))
+    aim, share = objective(), distributed.shard(len(x))
     images = x[share].clone().requires_grad_()
     loss, figures = aim.keep(images, aim.originals(originals[share]), asked[share])
     return torch.autograd.grad(loss, images)[0].numpy(), figures
@@ -206,7 +212,7 @@ def kept(folder: str) -> tuple[np.ndarray, dict]:
     for parameter in finetuner.parameters:
         parameter.data += 0.05 * torch.randn(parameter.shape, generator=g)
     figures = finetuner.gradient._keep(finetuner.gradient.kept, 0, 1, False)
-    processes.add_up([parameter.grad for parameter in finetuner.parameters])
+    distributed.all_reduce_sum([parameter.grad for parameter in finetuner.parameters])
     return torch.cat([p.grad.flatten() for p in finetuner.parameters]).numpy(), figures
 
 

@@ -7,7 +7,7 @@ import pytest
 from typer.main import get_command
 
 from diffusers_fair import FairnessFinetuner, cli
-from diffusers_fair.config import RunConfig, recipes
+from diffusers_fair.config.recipe import RunConfig, recipes
 
 README = (Path(__file__).parents[1] / "README.md").read_text("utf-8")
 SMALL = {

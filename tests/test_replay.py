@@ -9,10 +9,10 @@ from tiny import BETAS, LATENT, pipeline
 
 from diffusers_fair.adapters.lora import add_lora
 from diffusers_fair.adapters.soft_tokens import add_soft_tokens
-from diffusers_fair.conditioning import encode_prompts
-from diffusers_fair.replay import draw_steps, replay
-from diffusers_fair.sampling import Trajectory, decode, initial_noise, sample
-from diffusers_fair.scheduler import BiasedGradientScheduler
+from diffusers_fair.diffusion.replay import draw_steps, replay
+from diffusers_fair.diffusion.sampling import Trajectory, decode, initial_noise, sample
+from diffusers_fair.diffusion.scheduler import BiasedGradientScheduler
+from diffusers_fair.families.stable_diffusion import encode_prompts
 
 ADAPTERS = ("text_encoder", "unet", "soft tokens")
 TOLERANCE = 1e-5  # relative; the rest is the scheduler's float32

@@ -14,9 +14,10 @@ import torch
 from judging import HUE, PROMPTS, QUICK, TONE, find_all, judges
 from tiny import pipeline
 
-from diffusers_fair.evaluation import Report, evaluate
+from diffusers_fair.evaluation.evaluate import evaluate
 from diffusers_fair.evaluation.journal import Journal
 from diffusers_fair.prompts.groups import KeptPrompt, PromptGroup
+from diffusers_fair.reports.report import Report
 
 ASKED = QUICK | {"images_per_prompt": 4, "batch_size": 2, "groups": ()}  # 6 batches
 

@@ -6,7 +6,7 @@ import pytest
 import torch
 from tiny import BETAS, pipeline
 
-from diffusers_fair.scheduler import BiasedGradientScheduler
+from diffusers_fair.diffusion.scheduler import BiasedGradientScheduler
 
 DPM = diffusers.DPMSolverMultistepScheduler
 LINEAR = {
@@ -202,7 +202,7 @@ def test_zero_terminal_snr_velocity_has_paper_coefficients():
 
 
 def test_weights_are_measured_once_for_each_number_of_steps(monkeypatch):
-    import diffusers_fair.scheduler as module
+    import diffusers_fair.diffusion.scheduler as module
 
     measured, measure = [], module._measure
     monkeypatch.setattr(module, "_measure", lambda fresh: measured.append(1) or measure(fresh))

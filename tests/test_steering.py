@@ -3,7 +3,7 @@
 import pytest
 import torch
 
-from diffusers_fair.steering import MEMORY, Steering
+from diffusers_fair.objective.target_feedback import MEMORY, Steering
 
 TARGET = (0.25, 0.25, 0.5)
 

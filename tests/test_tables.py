@@ -5,12 +5,12 @@ import pytest
 import torch
 from reports import HUE, report
 
+from diffusers_fair import metrics
 from diffusers_fair.attributes import Attribute
-from diffusers_fair.config import RunConfig
-from diffusers_fair.evaluation import metrics
+from diffusers_fair.config.recipe import RunConfig
+from diffusers_fair.objective.target_feedback import Steering
 from diffusers_fair.prompts import prompt_set
 from diffusers_fair.prompts.tables import read_table, targets_by_prompt
-from diffusers_fair.steering import Steering
 
 CLASSES = ["female", "male"]
 SENATOR = "a photo of the face of a senator, a person"

@@ -7,8 +7,8 @@ import ot
 import pytest
 import torch
 
-import diffusers_fair.targets as module
-from diffusers_fair.targets import expected_targets, joint_targets
+import diffusers_fair.objective.targets as module
+from diffusers_fair.objective.targets import expected_targets, joint_targets
 
 
 def probabilities(count, classes, seed=0):

@@ -11,15 +11,15 @@ from pathlib import Path
 import pytest
 import torch
 
-import diffusers_fair.gradient as gradient_module
-import diffusers_fair.trainer as trainer_module
-from diffusers_fair import FairnessFinetuner, durable, testbed
+import diffusers_fair.training.batch_gradient as gradient_module
+import diffusers_fair.training.trainer as trainer_module
+from diffusers_fair import FairnessFinetuner, atomic, testbed
 from diffusers_fair.adapters.io import read_adapter
-from diffusers_fair.batches import Share, draw_batch
-from diffusers_fair.config import RunConfig, recipes
-from diffusers_fair.guards import TrainingStoppedError
-from diffusers_fair.objective import Objective
-from diffusers_fair.sampling import decode
+from diffusers_fair.config.recipe import RunConfig, recipes
+from diffusers_fair.diffusion.sampling import decode
+from diffusers_fair.objective.objective import Objective
+from diffusers_fair.training.batches import Share, draw_batch
+from diffusers_fair.training.guards import TrainingStoppedError
 
 SMALL = {
     "base": {"dtype": "float32"},
@@ -148,7 +148,7 @@ def test_a_sigterm_saves_and_says_how_to_go_on(run, tmp_path, monkeypatch):
 
 def test_a_full_disk_stops_the_run_which_goes_on_when_there_is_room(run, tmp_path, monkeypatch):
     folder = tmp_path / "full"
-    sync = durable.sync
+    sync = atomic.sync
 
     def full(path):
         if "step-000004" in str(path):
@@ -156,7 +156,7 @@ def test_a_full_disk_stops_the_run_which_goes_on_when_there_is_room(run, tmp_pat
         sync(path)
 
     with monkeypatch.context() as patch:
-        patch.setattr(durable, "sync", full)
+        patch.setattr(atomic, "sync", full)
         with pytest.raises(
             TrainingStoppedError, match=r"no room on the disk for '.*full' \(No space left"
         ):

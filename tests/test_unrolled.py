@@ -19,9 +19,9 @@ from test_replay import (
 from tiny import pipeline
 
 from diffusers_fair.adapters.lora import add_lora
-from diffusers_fair.sampling import decode, sample
-from diffusers_fair.scheduler import BiasedGradientScheduler
-from diffusers_fair.unrolled import unroll
+from diffusers_fair.diffusion.sampling import decode, sample
+from diffusers_fair.diffusion.scheduler import BiasedGradientScheduler
+from diffusers_fair.diffusion.unrolled import unroll
 
 STEPS = 5
 SIZE = 5.0  # of latents: about their standard deviation

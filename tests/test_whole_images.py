@@ -19,23 +19,25 @@ from tiny import pipeline
 from together import together
 from torch.nn import functional as F
 
-import diffusers_fair.trainer as trainer_module
-from diffusers_fair import FairnessFinetuner, processes, testbed
+import diffusers_fair.training.trainer as trainer_module
+from diffusers_fair import FairnessFinetuner, distributed, testbed
 from diffusers_fair.adapters.io import INFO_FILE, read_adapter, write_adapter
 from diffusers_fair.attributes import Attribute
-from diffusers_fair.backends import load_judges
+from diffusers_fair.backends.registry import load_judges
 from diffusers_fair.baselines.uce import class_shares
-from diffusers_fair.classifiers import NetworkClassifier, view
-from diffusers_fair.config import ModelsSection, RunConfig
-from diffusers_fair.encoders import Pixels
-from diffusers_fair.evaluation import Judges, Report, evaluate
-from diffusers_fair.evaluation.comparison import Entry, compare
-from diffusers_fair.faces import no_faces
+from diffusers_fair.config.recipe import ModelsSection, RunConfig
+from diffusers_fair.evaluation.evaluate import evaluate
 from diffusers_fair.loading import load_fair_adapter
-from diffusers_fair.losses import alignment_loss
-from diffusers_fair.objective import Aim, LossWeights, Objective
-from diffusers_fair.targets import expected_targets, joint_targets, region_targets
+from diffusers_fair.objective.losses import alignment_loss
+from diffusers_fair.objective.objective import Aim, LossWeights, Objective
+from diffusers_fair.objective.targets import expected_targets, joint_targets, region_targets
+from diffusers_fair.reports.comparison import Entry, compare
+from diffusers_fair.reports.report import Report
 from diffusers_fair.testbed import world
+from diffusers_fair.vision.classifiers import NetworkClassifier, view
+from diffusers_fair.vision.encoders import Pixels
+from diffusers_fair.vision.faces import no_faces
+from diffusers_fair.vision.judges import Judges
 
 WHOLE = replace(TOY, region="image")  # how bright the whole image is
 WHOLE_HUE = replace(HUE, region="image")
@@ -167,7 +169,7 @@ def mixed() -> tuple[torch.Tensor, torch.Tensor]:
 
 def looked(x, originals, micro_batch=None):
     """This process's part of: gradient, and the figures of all."""
-    aim, share = objective(WHOLE, CONTRAST), processes.share(len(x))
+    aim, share = objective(WHOLE, CONTRAST), distributed.shard(len(x))
     images = x[share].clone().requires_grad_()
     before = aim.originals(originals[share], micro_batch)
     loss, figures = aim(images, before, ("a", "b"), micro_batch)

@@ -28,6 +28,7 @@ from safetensors.torch import save
 from torch import Tensor
 
 from diffusers_fair.attributes import Attribute
+from diffusers_fair.version import __version__
 
 FORMAT_VERSION = 1
 INFO_FILE = "fair_adapter.json"
@@ -99,10 +100,8 @@ class SoftTokens:
 
 def library_versions() -> dict[str, str]:
     """Versions of what can change an adapter's numbers."""
-    import diffusers_fair
-
     libraries = ("torch", "diffusers", "transformers", "peft")
-    own = {"diffusers-fair": diffusers_fair.__version__}
+    own = {"diffusers-fair": __version__}
     return own | {name: version(name) for name in libraries}
 
 

@@ -7,7 +7,7 @@ import torch
 from diffusers_fair.backends.errors import loading
 from diffusers_fair.backends.needs import Need, pretrained
 from diffusers_fair.backends.processor import load_pixels
-from diffusers_fair.encoders import DinoEncoder
+from diffusers_fair.vision.encoders import DinoEncoder
 
 
 def load_encoder(model: str, device: torch.device | str = "cpu") -> DinoEncoder:

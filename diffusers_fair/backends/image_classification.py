@@ -8,7 +8,7 @@ from diffusers_fair.backends.errors import loading
 from diffusers_fair.backends.labels import group, merge
 from diffusers_fair.backends.needs import Need, pretrained
 from diffusers_fair.backends.processor import load_pixels
-from diffusers_fair.classifiers import NetworkClassifier
+from diffusers_fair.vision.classifiers import NetworkClassifier
 
 
 def load_classifier(

@@ -10,7 +10,7 @@ from torch import Tensor
 
 from diffusers_fair.backends.errors import loading
 from diffusers_fair.backends.needs import Need, package, pretrained
-from diffusers_fair.encoders import Pixels
+from diffusers_fair.vision.encoders import Pixels
 
 PACKAGE = "open_clip"  # as it is imported
 INSTALL = "pip install open_clip_torch"

@@ -1,6 +1,6 @@
 """Image processor of a model of transformers -> the size and the scale of colours it wants."""
 
-from diffusers_fair.encoders import Pixels
+from diffusers_fair.vision.encoders import Pixels
 
 
 def load_pixels(model: str) -> Pixels:

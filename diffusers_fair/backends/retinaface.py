@@ -15,7 +15,7 @@ from torch import Tensor
 
 from diffusers_fair.backends.errors import loading
 from diffusers_fair.backends.needs import Need, file, package
-from diffusers_fair.faces import Faces, area, faces_of_images
+from diffusers_fair.vision.faces import Faces, area, faces_of_images
 
 INSTALL = "pip install --no-deps retinaface-pytorch"
 URL = (

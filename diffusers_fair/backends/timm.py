@@ -6,7 +6,7 @@ import torch
 
 from diffusers_fair.backends.errors import loading
 from diffusers_fair.backends.needs import Need, package, pretrained
-from diffusers_fair.encoders import NetworkEncoder, Pixels
+from diffusers_fair.vision.encoders import NetworkEncoder, Pixels
 
 PACKAGE = "timm"  # as it is imported
 INSTALL = "pip install timm"

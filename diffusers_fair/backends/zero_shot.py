@@ -6,7 +6,7 @@ import torch
 import torch.nn.functional as F
 
 from diffusers_fair.backends.open_clip import OpenClipEncoder
-from diffusers_fair.classifiers import NetworkClassifier
+from diffusers_fair.vision.classifiers import NetworkClassifier
 
 
 def zero_shot(encoder: OpenClipEncoder, phrases: Mapping[str, Sequence[str]]) -> NetworkClassifier:

@@ -6,8 +6,8 @@ from typing import Any, Protocol
 
 import torch
 
-from diffusers_fair.evaluation import Judges
 from diffusers_fair.prompts.wording import Wording
+from diffusers_fair.vision.judges import Judges
 
 
 @dataclass(frozen=True, kw_only=True)

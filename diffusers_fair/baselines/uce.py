@@ -13,10 +13,11 @@ import numpy as np
 import torch
 from torch import Tensor
 
+from diffusers_fair import metrics
 from diffusers_fair.baselines.base import ChangedPipeline, Task
-from diffusers_fair.evaluation import Judges, metrics
 from diffusers_fair.evaluation.generate import generate
 from diffusers_fair.prompts.wording import Term, Wording, subject_start, with_terms
+from diffusers_fair.vision.judges import Judges
 
 BATCH = 24  # images drawn together
 

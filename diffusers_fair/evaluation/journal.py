@@ -10,7 +10,7 @@ from typing import Any
 
 import numpy as np
 
-from diffusers_fair.evaluation.records import Records
+from diffusers_fair.reports.records import Records
 
 STATE = "state.json"
 

@@ -4,14 +4,13 @@ CLIP-T is the cosine of an image and its prompt; CLIP-I and DINO are the cosines
 base model's image of the same prompt and noise (section 5.1). All in [-1, 1]; 1 is the same.
 """
 
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 
 import numpy as np
 import torch
 from torch import Tensor
 
-from diffusers_fair.classifiers import Classifier
-from diffusers_fair.encoders import ImageEncoder, ImageTextEncoder
+from diffusers_fair.vision.encoders import ImageEncoder, ImageTextEncoder
 
 Features = Mapping[str, np.ndarray]
 """Encoder ("clip", "dino") -> unit-length features (n, d), float32."""
@@ -59,31 +58,6 @@ def quality_scores(
         scores["clip_i"] = _cosine(features["clip"], reference["clip"])
         scores["dino"] = _cosine(features["dino"], reference["dino"])
     return scores
-
-
-def recognition(
-    classifier: Classifier, class_of: Callable[[str], str | None]
-) -> Callable[[Tensor, Sequence[str]], Tensor]:
-    """A score of its own for `Judges.extra`: is an image recognised as what its prompt names?
-
-    Args:
-        classifier: of whole images, which must have its size.
-        class_of: prompt -> the class its images should have, None for prompts without one.
-
-    Returns:
-        (images (n, 3, size, size), their prompts) -> (n,) 1 right, 0 wrong, NaN not applicable.
-    """
-
-    def score(images: Tensor, prompts: Sequence[str]) -> Tensor:
-        seen = classifier(images).argmax(-1).tolist()
-        wanted = [class_of(prompt) for prompt in prompts]
-        right = [
-            float("nan") if w is None else float(classifier.classes[s] == w)
-            for s, w in zip(seen, wanted, strict=True)
-        ]
-        return torch.tensor(right)
-
-    return score
 
 
 def _array(tensor: Tensor) -> np.ndarray:

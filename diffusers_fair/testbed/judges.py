@@ -25,12 +25,12 @@ from transformers import (
     ResNetModel,
 )
 
-from diffusers_fair.classifiers import NetworkClassifier
-from diffusers_fair.encoders import ClipEncoder, DinoEncoder, NetworkEncoder, Pixels
-from diffusers_fair.faces import Faces, area, faces_of_images, overlap
 from diffusers_fair.testbed.models import SIZE, TOKENS, VOCABULARY
 from diffusers_fair.testbed.tokenizer import tokenizer
 from diffusers_fair.testbed.vocabulary import unpack
+from diffusers_fair.vision.classifiers import NetworkClassifier
+from diffusers_fair.vision.encoders import ClipEncoder, DinoEncoder, NetworkEncoder, Pixels
+from diffusers_fair.vision.faces import Faces, area, faces_of_images, overlap
 
 Network = TypeVar("Network", bound=nn.Module)
 

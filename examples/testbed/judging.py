@@ -11,8 +11,8 @@ from data import STYLES, Portraits, to_float
 from safetensors.torch import save_file
 from torch import Tensor, nn
 
-from diffusers_fair.faces import Faces, face_chips
 from diffusers_fair.testbed.judges import CHIP
+from diffusers_fair.vision.faces import Faces, face_chips
 
 CLASSES = {
     "gender": ("female", "male"),

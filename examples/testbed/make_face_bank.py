@@ -9,8 +9,8 @@ from judging import ROUND, WEIGHTS, as_texts, pictures_of
 from safetensors.torch import save_file
 from torch import Tensor
 
-from diffusers_fair.real_faces import embed_faces
 from diffusers_fair.testbed import judges
+from diffusers_fair.vision.reference_faces import embed_faces
 
 FACES = 4 * ROUND  # four rounds: every cell of gender x race x age x family four times
 

@@ -31,8 +31,8 @@ from judging import (
 from stage import Stage
 from torch import Tensor
 
-from diffusers_fair.faces import Faces, face_chips
 from diffusers_fair.testbed import judges
+from diffusers_fair.vision.faces import Faces, face_chips
 
 BATCH = 64
 SMOOTHING = 0.03  # of the labels: keeps the logits, and with them the gradients, moderate

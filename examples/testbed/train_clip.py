@@ -16,11 +16,11 @@ from judging import COLUMNS, WEIGHTS, as_texts, in_batches, pictures_of
 from stage import Stage
 from torch import Tensor
 
-from diffusers_fair.encoders import ClipEncoder, Pixels
 from diffusers_fair.testbed import judges, world
 from diffusers_fair.testbed.models import SIZE, VOCABULARY
 from diffusers_fair.testbed.tokenizer import tokenizer
 from diffusers_fair.testbed.vocabulary import pack, rows, unpack
+from diffusers_fair.vision.encoders import ClipEncoder, Pixels
 
 BATCH = {"portrait": 76, "pair": 10, "empty": 10}
 MEDIA = {"photo": "a photo", "oil painting": "an oil painting", "pencil sketch": "a pencil sketch"}

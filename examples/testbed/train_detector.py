@@ -12,8 +12,8 @@ from judging import WEIGHTS, boxes_of, conditions, pictures_of, save_judge, sett
 from stage import Stage
 from torch import Tensor
 
-from diffusers_fair.faces import overlap
 from diffusers_fair.testbed.judges import FaceGrid, GridDetector, cell_centres
+from diffusers_fair.vision.faces import overlap
 
 BATCH = {"portrait": 44, "pair": 10, "empty": 10}
 FACELESS = 6  # portraits of a batch whose face is papered over

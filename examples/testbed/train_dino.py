@@ -15,9 +15,9 @@ from judging import COLUMNS, WEIGHTS, conditions, in_batches, pictures_of, save_
 from stage import Stage
 from torch import Tensor
 
-from diffusers_fair.encoders import DinoEncoder, Pixels
 from diffusers_fair.testbed import judges
 from diffusers_fair.testbed.models import SIZE
+from diffusers_fair.vision.encoders import DinoEncoder, Pixels
 
 BATCH = 40  # pictures; two views each
 TEMPERATURE = 0.15

@@ -28,8 +28,8 @@ from stage import Stage
 from torch import Tensor, nn
 from train_dino import instance_loss, neighbours
 
-from diffusers_fair.encoders import NetworkEncoder, Pixels
 from diffusers_fair.testbed import judges
+from diffusers_fair.vision.encoders import NetworkEncoder, Pixels
 
 BATCH = 64  # faces; two views each
 TEMPERATURE = 0.15

@@ -1,0 +1,106 @@
+"""Folder of a classifier that `diffusers-fair classifier train` made: MobileNetV3-Large.
+
+`model.safetensors` holds the weights, `classifier.json` what they are and how good they are.
+"""
+
+import json
+from collections.abc import Mapping, Sequence
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import nn
+
+from diffusers_fair.backends.errors import loading
+from diffusers_fair.backends.labels import group, merge, merge_counts
+from diffusers_fair.backends.needs import Need, package
+from diffusers_fair.vision.classifiers import NetworkClassifier
+from diffusers_fair.vision.encoders import Pixels
+
+FORMAT = 1
+WEIGHTS, FACTS = "model.safetensors", "classifier.json"
+MEAN, STD = (0.485, 0.456, 0.406), (0.229, 0.224, 0.225)  # ImageNet's, of each colour in [0, 1]
+TRAIN = "make one with: diffusers-fair classifier train"
+
+
+def mobilenet(classes: int) -> nn.Module:
+    """(n, 3, size, size) -> logits (n, classes): MobileNetV3-Large with random weights."""
+    from torchvision.models import mobilenet_v3_large
+
+    return mobilenet_v3_large(num_classes=classes)
+
+
+def write(folder: str | Path, network: nn.Module, facts: Mapping[str, Any]) -> None:
+    """Write the folder.
+
+    Args:
+        folder: new or empty.
+        network: a `mobilenet`.
+        facts: `classes`, `size`, and whatever else there is to know, as JSON has it.
+    """
+    from safetensors.torch import save_file
+
+    folder = Path(folder)
+    folder.mkdir(parents=True, exist_ok=True)
+    state = {name: value.cpu().contiguous() for name, value in network.state_dict().items()}
+    save_file(state, folder / WEIGHTS)
+    text = json.dumps({"format": FORMAT, **facts}, indent=1)
+    (folder / FACTS).write_text(text, encoding="utf-8")
+
+
+def read_facts(folder: str | Path) -> dict[str, Any]:
+    """Read what a classifier is, without its weights.
+
+    Raises:
+        OSError: no such folder or file.
+        ValueError: not of this format.
+    """
+    facts = json.loads((Path(folder) / FACTS).read_text(encoding="utf-8"))
+    version = facts.get("format") if isinstance(facts, dict) else None
+    if version != FORMAT:
+        raise ValueError(f"{FACTS} must have format {FORMAT}, got {version}")
+    labels, size = facts.get("classes"), facts.get("size")
+    if not isinstance(labels, list) or len({str(c) for c in labels}) < 2:
+        raise ValueError(f"{FACTS} must name two or more classes, got {labels}")
+    if not isinstance(size, int) or not 32 <= size <= 1024:
+        raise ValueError(f"{FACTS} must have a size of 32 to 1024 pixels, got {size}")
+    return facts
+
+
+def load_classifier(
+    folder: str, classes: Mapping[str, Sequence[str]], device: torch.device | str = "cpu"
+) -> NetworkClassifier:
+    """Load a classifier.
+
+    Args:
+        folder: what was written.
+        classes: class -> labels it was trained with; empty if they are the classes.
+        device: where it computes, in float32.
+
+    Raises:
+        ModuleNotFoundError: torchvision is not installed.
+        ValueError: there is none, or its labels do not fit.
+    """
+    from safetensors.torch import load_file
+
+    with loading(f"the classifier '{folder}'", f"a folder with {WEIGHTS} and {FACTS}; {TRAIN}"):
+        facts = read_facts(folder)
+        groups = group(facts["classes"], classes)
+        network = mobilenet(len(facts["classes"]))
+        network.load_state_dict(load_file(Path(folder) / WEIGHTS))
+    network = network.to(device).eval().requires_grad_(False)
+    pixels = Pixels(facts["size"], MEAN, STD)
+    return NetworkClassifier(
+        merge(lambda chips: network(pixels(chips)), groups),
+        tuple(groups),
+        pixels.size,
+        confusion=merge_counts(facts["confusion"], groups) if "confusion" in facts else None,
+    )
+
+
+def needs(folder: str) -> list[Need]:
+    """What `load_classifier` needs."""
+    files = [Path(folder) / name for name in (WEIGHTS, FACTS)]
+    there = all(path.is_file() for path in files)
+    size = files[0].stat().st_size if there else 0
+    return [package("torchvision"), Need(f"folder '{folder}'", there, TRAIN, size)]

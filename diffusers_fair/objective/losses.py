@@ -1,0 +1,105 @@
+"""Losses on generated images. Pure; one term for each image, the loss of a batch is their mean."""
+
+import torch
+from torch import Tensor
+from torch.nn import functional
+
+from diffusers_fair.objective.targets import Targets
+
+
+def alignment_loss(probabilities: Tensor, targets: Targets, threshold: float) -> Tensor:
+    """Distributional alignment loss of one attribute, each image's term of equation 6.
+
+        1[c_i >= C] CE(p_i, y_i)
+
+    A target that the expected transport is less sure of than C has no say.
+
+    Args:
+        probabilities: (n, classes), p_i, of a classifier.
+        targets: y_i and c_i for the same images.
+        threshold: C, in [0, 1].
+
+    Returns:
+        (n,), nats. Equation 6 is the mean over the batch; over several processes it is the sum
+        divided by the number of images of all of them.
+
+    Raises:
+        ValueError: targets of another number of images or classes.
+    """
+    if probabilities.shape != targets.plan.shape:
+        raise ValueError(
+            f"expected probabilities of {tuple(targets.plan.shape)} images and classes as the "
+            f"targets have, got {tuple(probabilities.shape)}"
+        )
+    smallest = torch.finfo(probabilities.dtype).tiny  # a probability of 0 gets no gradient, not NaN
+    log_p = probabilities.clamp_min(smallest).log()
+    cross_entropy = functional.nll_loss(log_p, targets.labels, reduction="none")
+    return torch.where(targets.confidence >= threshold, cross_entropy, 0)
+
+
+def semantics_loss(features: Tensor, original: Tensor) -> Tensor:
+    """Dissimilarity of images and their originals by one encoder, a term of equation 7.
+
+        1 - cos(encoder(x_i), encoder(o_i))
+
+    Args:
+        features: (n, d), of the generated images.
+        original: (n, d), of the original model's images for the same prompts and noise.
+
+    Returns:
+        (n,), in [0, 2].
+
+    Raises:
+        ValueError: the shapes differ.
+    """
+    if features.shape != original.shape:
+        raise ValueError(
+            f"expected features of the same images and encoder, got shapes "
+            f"{tuple(features.shape)} and {tuple(original.shape)}"
+        )
+    return 1 - functional.cosine_similarity(features, original, dim=-1)
+
+
+def face_realism_loss(embeddings: Tensor, bank: Tensor, own: Tensor, kept: Tensor) -> Tensor:
+    """Dissimilarity of generated faces and the nearest real ones, equation 8.
+
+        1 - max_F cos(emb(face_i), emb(F))
+
+    The paper prints a minimum over F, but its text says the closest face, whose cosine is the
+    largest. A face that should stay what it is, is compared with the original image's own face
+    instead, as in the authors' code.
+
+    Args:
+        embeddings: (n, d), of the generated faces, of unit length.
+        bank: (m, d), of the real faces F, of unit length.
+        own: (n, d), of the original images' faces, of unit length; looked at where `kept`.
+        kept: (n,) bool, whether a face is compared with its own original.
+
+    Returns:
+        (n,), in [0, 2].
+
+    Raises:
+        ValueError: an empty bank, or embeddings that do not fit each other.
+    """
+    if not len(bank) or bank.shape[1:] != embeddings.shape[1:]:
+        raise ValueError(
+            f"expected a bank of one or more real faces with embeddings of {embeddings.shape[1]} "
+            f"numbers, as the generated ones have, got shape {tuple(bank.shape)}"
+        )
+    if own.shape != embeddings.shape:
+        raise ValueError(
+            f"expected the original faces of the same images by the same embedder, got shapes "
+            f"{tuple(embeddings.shape)} and {tuple(own.shape)}"
+        )
+    nearest = (embeddings @ bank.T).amax(1)  # (n,)
+    return 1 - torch.where(kept, (embeddings * own).sum(1), nearest)
+
+
+def scale_gradient(images: Tensor, factor: Tensor) -> Tensor:
+    """Return the images as they are; on the way back their gradient is multiplied by `factor`.
+
+    Args:
+        images: (n, c, h, w).
+        factor: broadcasts to the same shape.
+    """
+    return images.detach() + factor * (images - images.detach())

@@ -1,0 +1,46 @@
+"""Gives every pipeline of diffusers the methods of `loading.py`, whenever diffusers imports it."""
+
+import sys
+from importlib.abc import MetaPathFinder
+from importlib.machinery import ModuleSpec
+from importlib.util import find_spec
+from types import ModuleType
+from typing import Any
+
+from diffusers_fair.loading import load_fair_adapter, set_fair_adapter_scale, unload_fair_adapter
+
+PIPELINES = "diffusers.pipelines.pipeline_utils"
+
+
+def add_pipeline_methods() -> None:
+    """Add the methods now, or once diffusers imports its pipelines, which takes it seconds."""
+    if PIPELINES in sys.modules:
+        _add_methods(sys.modules[PIPELINES])
+    else:
+        sys.meta_path.insert(0, _PipelineFinder())
+
+
+def _add_methods(module: ModuleType) -> None:
+    for function in (load_fair_adapter, unload_fair_adapter, set_fair_adapter_scale):
+        setattr(module.DiffusionPipeline, function.__name__, function)
+
+
+class _PipelineFinder(MetaPathFinder):
+    """Adds the methods to the pipelines' module once it has been run."""
+
+    def find_spec(self, fullname: str, path: Any, target: Any = None) -> ModuleSpec | None:
+        """Let the usual finders find the module, and wrap its loader."""
+        if fullname != PIPELINES:
+            return None
+        sys.meta_path.remove(self)
+        spec = find_spec(fullname)
+        assert spec is not None
+        assert spec.loader is not None
+        run = spec.loader.exec_module
+
+        def run_and_add(module: ModuleType) -> None:
+            run(module)
+            _add_methods(module)
+
+        spec.loader.exec_module = run_and_add  # type: ignore[method-assign]
+        return spec

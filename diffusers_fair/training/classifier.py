@@ -1,0 +1,256 @@
+"""Labelled face pictures -> a classifier of one attribute, and how good it is on held-out ones.
+
+The pictures should be cut as the judges cut faces: a square, half as large again as the face.
+"""
+
+import json
+from collections import Counter
+from collections.abc import Sequence
+from dataclasses import asdict, dataclass
+from io import BytesIO
+from pathlib import Path
+from typing import Any
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+
+from diffusers_fair.backends import trained_classifier
+from diffusers_fair.backends.errors import loading
+from diffusers_fair.vision.encoders import Pixels
+
+FOLDER_SUFFIXES = (".png", ".jpg", ".jpeg", ".webp")
+
+
+@dataclass(frozen=True)
+class Pictures:
+    """Pictures of faces, and the class of each."""
+
+    files: Sequence[Path | bytes]
+    """Paths of image files, or their contents."""
+    labels: Tensor
+    """(n,) positions in `classes`."""
+    classes: tuple[str, ...]
+
+
+@dataclass(frozen=True, kw_only=True)
+class Settings:
+    """How a classifier is trained.
+
+    Raises:
+        ValueError: a number out of its range.
+    """
+
+    size: int = 224
+    """Side of the chips it will take, in pixels; 32 or more."""
+    epochs: int = 5
+    """Times that every picture is seen."""
+    batch_size: int = 64
+    """Pictures in one update; 2 or more."""
+    lr: float = 1e-3
+    """AdamW's learning rate at first; it falls to 0 along a cosine."""
+    held_out: float = 0.1
+    """Share of each class that is kept for measuring, between 0 and 1."""
+    seed: int = 0
+    """Of everything random."""
+    pretrained: bool = True
+    """Whether to start from ImageNet's weights, which are downloaded once."""
+
+    def __post_init__(self) -> None:
+        """Check the ranges."""
+        for name, least in {"size": 32, "epochs": 1, "batch_size": 2}.items():
+            if getattr(self, name) < least:
+                raise ValueError(f"{name} must be {least} or more, got {getattr(self, name)}")
+        if not 0 < self.held_out < 1:
+            raise ValueError(f"held_out must be between 0 and 1, got {self.held_out:g}")
+
+
+def read_pictures(source: str | Path, label: str = "label") -> Pictures:
+    """Find labelled pictures.
+
+    Args:
+        source: a folder with a folder of pictures for each class; or a parquet file, or a folder of
+            them, with a column `image` (contents, or a struct with `bytes`) and one of labels.
+        label: the column of labels: words, or numbers that the file's metadata give names to as
+            `datasets` does.
+
+    Raises:
+        ModuleNotFoundError: a parquet file, and pyarrow is not installed.
+        ValueError: nothing there, no such column, or fewer than two pictures of a class.
+    """
+    source = Path(source)
+    if not source.exists():
+        raise ValueError(f"there is nothing at '{source}': expected a folder or a parquet file")
+    parquet = source.suffix == ".parquet" or any(source.glob("*.parquet"))
+    files, words, classes = _read_parquet(source, label) if parquet else _read_folder(source)
+    counts = Counter(words)
+    if len(counts) < 2 or min(counts.values()) < 2:
+        raise ValueError(
+            f"'{source}' must hold two or more classes with two or more pictures each, "
+            f"got {dict(counts)}"
+        )
+    classes = [name for name in classes if counts[name]]
+    return Pictures(files, torch.tensor([classes.index(word) for word in words]), tuple(classes))
+
+
+def _read_folder(source: Path) -> tuple[list[Path], list[str], list[str]]:
+    """Files, class of each, classes."""
+    files = sorted(f for f in source.glob("*/*") if f.suffix.lower() in FOLDER_SUFFIXES)
+    words = [file.parent.name for file in files]
+    return files, words, sorted(set(words))
+
+
+def _read_parquet(source: Path, label: str) -> tuple[list[bytes], list[str], list[str]]:
+    """Contents, class of each, classes."""
+    try:
+        import pyarrow.parquet as pq
+    except ModuleNotFoundError as error:
+        raise ModuleNotFoundError(
+            "parquet files need the package 'pyarrow': pip install pyarrow", name=error.name
+        ) from error
+    names = pq.ParquetDataset(source).schema.names
+    for column in ("image", label):
+        if column not in names:
+            raise ValueError(f"'{source}' has no column '{column}', it has {', '.join(names)}")
+    table = pq.read_table(source, columns=["image", label])
+    files = [x["bytes"] if isinstance(x, dict) else x for x in table["image"].to_pylist()]
+    values = table[label].to_pylist()
+    known = _named_labels(table.schema.metadata or {}, label)
+    if known:
+        return files, [known[value] for value in values], known
+    words = list(map(str, values))
+    return files, words, sorted(set(words))
+
+
+def _named_labels(metadata: dict[bytes, bytes], label: str) -> list[str]:
+    """Names of numbered labels, as the library `datasets` keeps them."""
+    info = json.loads(metadata.get(b"huggingface", b"{}")).get("info", {})
+    return info.get("features", {}).get(label, {}).get("names", [])
+
+
+def hold_out(labels: Tensor, share: float, g: torch.Generator) -> tuple[Tensor, Tensor]:
+    """Row numbers to train on, and of those held out: the share of every class, one or more."""
+    train, held = [], []
+    for name in labels.unique():
+        rows = (labels == name).nonzero()[:, 0]
+        rows = rows[torch.randperm(len(rows), generator=g)]
+        count = min(max(1, round(share * len(rows))), len(rows) - 1)
+        held.append(rows[:count])
+        train.append(rows[count:])
+    return torch.cat(train), torch.cat(held)
+
+
+def train_classifier(pictures: Pictures, folder: str | Path, settings: Settings) -> dict[str, Any]:
+    """Train a MobileNetV3-Large, measure it on held-out pictures, write its folder.
+
+    Args:
+        pictures: labelled.
+        folder: where to write; `checkpoint:FOLDER` is the classifier's name in a recipe.
+        settings: how.
+
+    Returns:
+        What `classifier.json` holds, among it `accuracy` (share of the held-out pictures) and
+        `confusion` (rows are the true classes, columns the guesses).
+
+    Raises:
+        ValueError: the folder holds something, or ImageNet's weights cannot be had.
+    """
+    folder = Path(folder)
+    if folder.exists() and (not folder.is_dir() or any(folder.iterdir())):
+        raise ValueError(f"'{folder}' holds something already: choose another folder")
+    g = torch.Generator().manual_seed(settings.seed)
+    train, held = hold_out(pictures.labels, settings.held_out, g)
+    with torch.random.fork_rng():  # for the network's first weights, dropout and augmentation
+        torch.manual_seed(settings.seed)
+        network = _network(len(pictures.classes), settings.pretrained)
+        network.to("cuda" if torch.cuda.is_available() else "cpu")
+        _fit(network, pictures, train, settings, g)
+    guesses = _guess(network, pictures, held, settings)
+    confusion = _confusion(pictures.labels[held], guesses, len(pictures.classes))
+    facts = {
+        "architecture": "mobilenet_v3_large",
+        "classes": list(pictures.classes),
+        "size": settings.size,
+        "accuracy": round(confusion.trace().item() / len(held), 4),
+        "confusion": confusion.tolist(),
+        "pictures": {"trained on": len(train), "held out": len(held)},
+        "settings": asdict(settings),
+    }
+    trained_classifier.write(folder, network, facts)
+    return facts
+
+
+def _network(classes: int, pretrained: bool) -> nn.Module:
+    """Start from ImageNet's weights but for the last layer, or from random ones."""
+    from torchvision.models import MobileNet_V3_Large_Weights, mobilenet_v3_large
+
+    if not pretrained:
+        return trained_classifier.mobilenet(classes)
+    with loading("ImageNet's weights", "a network, or to start without them: --no-pretrained"):
+        network: Any = mobilenet_v3_large(weights=MobileNet_V3_Large_Weights.IMAGENET1K_V2)
+    network.classifier[-1] = nn.Linear(network.classifier[-1].in_features, classes)
+    return network
+
+
+def _fit(
+    network: nn.Module, pictures: Pictures, rows: Tensor, settings: Settings, g: torch.Generator
+) -> None:
+    """Minimise the cross-entropy of varied pictures."""
+    from rich.progress import track
+    from torchvision.transforms import v2
+
+    size, epochs = settings.size, settings.epochs
+    vary = v2.Compose(
+        [
+            v2.RandomHorizontalFlip(),
+            v2.RandomResizedCrop(size, scale=(0.8, 1.0), ratio=(0.9, 1.1)),
+            v2.ColorJitter(0.2, 0.2, 0.2),
+        ]
+    )
+    device = next(network.parameters()).device
+    pixels = Pixels(size, trained_classifier.MEAN, trained_classifier.STD)
+    optimizer = torch.optim.AdamW(network.parameters(), settings.lr)
+    schedule = torch.optim.lr_scheduler.CosineAnnealingLR(optimizer, epochs)
+    network.train()
+    for epoch in range(epochs):
+        order = rows[torch.randperm(len(rows), generator=g)]
+        batches = [b for b in order.split(settings.batch_size) if len(b) > 1]  # for the batch norms
+        for batch in track(batches, f"epoch {epoch + 1} of {epochs}", transient=True):
+            colours = (_load(pictures, batch, size) + 1) / 2  # (n, 3, size, size) in [0, 1]
+            x = torch.stack([vary(picture) for picture in colours]).to(device) * 2 - 1
+            loss = F.cross_entropy(network(pixels(x)), pictures.labels[batch].to(device))
+            optimizer.zero_grad()
+            loss.backward()
+            optimizer.step()
+        schedule.step()
+    # the running means of the norms move by hundredths: too slowly for a small set of pictures
+    plain = (pixels(_load(pictures, batch, size)) for batch in batches)
+    torch.optim.swa_utils.update_bn(plain, network, device)
+
+
+@torch.no_grad()
+def _guess(network: nn.Module, pictures: Pictures, rows: Tensor, settings: Settings) -> Tensor:
+    """Positions (n,) of the classes that the network sees."""
+    device = next(network.parameters()).device
+    pixels = Pixels(settings.size, trained_classifier.MEAN, trained_classifier.STD)
+    network.eval()
+    batches = (_load(pictures, b, settings.size) for b in rows.split(settings.batch_size))
+    return torch.cat([network(pixels(x.to(device))).argmax(1).cpu() for x in batches])
+
+
+def _load(pictures: Pictures, rows: Tensor, size: int) -> Tensor:
+    """Pictures (n, 3, size, size) in [-1, 1], their middle where they are not square."""
+    from PIL import Image, ImageOps
+    from torchvision.transforms.v2.functional import pil_to_tensor
+
+    def picture(row: int) -> Tensor:
+        file = pictures.files[row]
+        image = Image.open(BytesIO(file) if isinstance(file, bytes) else file).convert("RGB")
+        return pil_to_tensor(ImageOps.fit(image, (size, size), Image.Resampling.BICUBIC))
+
+    return torch.stack([picture(row) for row in rows.tolist()]).float() / 127.5 - 1
+
+
+def _confusion(labels: Tensor, guesses: Tensor, classes: int) -> Tensor:
+    """(classes, classes) counts: row is the true class, column the guess."""
+    return torch.bincount(labels * classes + guesses, minlength=classes**2).view(classes, classes)

@@ -1,0 +1,99 @@
+"""The models that judge images: a face detector, classifiers and encoders."""
+
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass, field
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from diffusers_fair.attributes import Attribute, People
+from diffusers_fair.vision.classifiers import Classifier, view
+from diffusers_fair.vision.encoders import ImageEncoder, ImageTextEncoder
+from diffusers_fair.vision.faces import EveryFaceDetector, FaceDetector, Faces
+
+
+@dataclass(frozen=True, kw_only=True)
+class Judges:
+    """The models that look at the images; they take no gradient and should be none that trained."""
+
+    face_detector: FaceDetector
+    classifiers: Mapping[str, Classifier]
+    """Attribute name -> classifier of its classes, in any order."""
+    clip: ImageTextEncoder
+    """For CLIP-T and CLIP-I."""
+    dino: ImageEncoder
+    """For DINO."""
+    extra: Mapping[str, Callable[[Tensor, Sequence[str]], Any]] = field(default_factory=dict)
+    """Name -> a score of one's own: (images (n, 3, h, w), their prompts) -> (n,), NaN where it does
+    not apply. `recognition` makes one from a classifier of whole images."""
+
+    people: People = "largest"
+    """Which faces of an image count."""
+
+    def __post_init__(self) -> None:
+        """Check that the detector gives all faces, if all count.
+
+        Raises:
+            ValueError: it does not.
+        """
+        if self.people == "all" and not isinstance(self.face_detector, EveryFaceDetector):
+            raise ValueError(
+                "people 'all' needs a face detector with a method all_faces, as RetinaFace and the "
+                f"testbed's have, and {self.face_detector!r} finds the largest alone: name another "
+                "one, or count the largest"
+            )
+
+    def faces(self, images: Tensor) -> Faces:
+        """The faces that count, of images (n, 3, h, w) in [-1, 1]."""
+        if isinstance(self.face_detector, EveryFaceDetector) and self.people == "all":
+            return self.face_detector.all_faces(images)
+        return self.face_detector(images)
+
+    def probabilities(self, attribute: Attribute, images: Tensor, faces: Faces) -> Tensor:
+        """Probabilities (n, classes) in the attribute's order, differentiable.
+
+        Args:
+            attribute: one that there is a classifier for.
+            images: (n, 3, h, w) in [-1, 1].
+            faces: of these images, one row each; not looked at for an attribute of whole images.
+        """
+        classifier = self.classifiers[attribute.name]
+        order = [classifier.classes.index(name) for name in attribute.classes]
+        return classifier(view(attribute, images, faces, classifier.size))[:, order]
+
+
+def confusion_of(attributes: Sequence[Attribute], judges: Judges) -> dict[str, list[list[float]]]:
+    """Attribute -> confusion of its classifier in the attribute's order, where that is known."""
+    found = {}
+    for attribute in attributes:
+        classifier = judges.classifiers[attribute.name]
+        if classifier.confusion is not None:
+            order = [classifier.classes.index(name) for name in attribute.classes]
+            found[attribute.name] = [[classifier.confusion[i][j] for j in order] for i in order]
+    return found
+
+
+def recognition(
+    classifier: Classifier, class_of: Callable[[str], str | None]
+) -> Callable[[Tensor, Sequence[str]], Tensor]:
+    """A score of its own for `Judges.extra`: is an image recognised as what its prompt names?
+
+    Args:
+        classifier: of whole images, which must have its size.
+        class_of: prompt -> the class its images should have, None for prompts without one.
+
+    Returns:
+        (images (n, 3, size, size), their prompts) -> (n,) 1 right, 0 wrong, NaN not applicable.
+    """
+
+    def score(images: Tensor, prompts: Sequence[str]) -> Tensor:
+        seen = classifier(images).argmax(-1).tolist()
+        wanted = [class_of(prompt) for prompt in prompts]
+        right = [
+            float("nan") if w is None else float(classifier.classes[s] == w)
+            for s, w in zip(seen, wanted, strict=True)
+        ]
+        return torch.tensor(right)
+
+    return score

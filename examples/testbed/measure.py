@@ -1,0 +1,210 @@
+"""Measure the testbed: `python examples/testbed/measure.py`. Prints a table, and keeps it on request.
+
+What is measured is the base model as it ships, by the evaluation classifiers: how biased it is,
+whether it obeys words, whether pictures show what their prompts ask for, and what it costs.
+"""
+
+import json
+import platform
+import sys
+import time
+from collections.abc import Callable, Sequence
+from pathlib import Path
+from typing import Annotated, Any
+
+import numpy as np
+import torch
+import typer
+from PIL import Image
+from rich.console import Console
+from rich.table import Table
+
+from diffusers_fair import testbed
+from diffusers_fair.backends.registry import load_evaluation_judges
+from diffusers_fair.evaluation.evaluate import evaluate
+from diffusers_fair.evaluation.generate import generate
+from diffusers_fair.prompts import prompt_set
+from diffusers_fair.provenance import commit
+from diffusers_fair.testbed import judges as shipped
+from diffusers_fair.testbed import world
+from diffusers_fair.vision.faces import face_chips
+from diffusers_fair.vision.judges import Judges
+
+STEPS = 20
+SEED = 0
+GRID = [
+    world.NEUTRAL.format("senator"),
+    world.NEUTRAL.format("cardiologist"),
+    world.NEUTRAL.format("fence erector"),
+    world.explicit("chef", "old", "Indian", "female"),
+    world.explicit("violinist", "young", "Black", "male"),
+    "an oil painting of a farmer",
+    "a pencil sketch of a judge",
+    "a photo of two people, teachers",
+    "a photo of a library without anybody",
+]
+Row = tuple[str, str, str]
+"""What, the figure, what it should be."""
+
+
+def main(
+    images: Annotated[int, typer.Option(help="Of each test prompt.")] = 60,
+    out: Annotated[Path | None, typer.Option(help="Folder for testbed.md, .json and .png.")] = None,
+) -> None:
+    """Measure the testbed's base model and its judges."""
+    pipe, seconds = timed(testbed.pipeline)
+    judges, more = timed(lambda: load_evaluation_judges(list(world.ATTRIBUTES)))
+    table = [
+        *cost(pipe, seconds + more),
+        *bias(pipe, judges, images),
+        *obedience(pipe, judges),
+        *scenes(pipe, judges),
+        *classifiers(),
+    ]
+    show(table, images)
+    if out is not None:
+        keep(table, images, out)
+        grid(pipe).save(out / "testbed.png")
+
+
+def timed(make: Callable[[], Any]) -> tuple[Any, float]:
+    """What `make` returns, and the seconds it took."""
+    start = time.perf_counter()
+    return make(), time.perf_counter() - start
+
+
+def cost(pipe: Any, seconds: float) -> list[Row]:
+    """Size of the weights, time to load, time to draw."""
+    size = sum(f.stat().st_size for f in testbed.WEIGHTS.rglob("*") if f.is_file()) / 1e6
+    prompts = prompt_set("testbed-occupations").prompts("test")[:24]
+    _, drawing = timed(lambda: draw(pipe, prompts, 1))
+    return [
+        ("weights in all, MB", f"{size:.1f}", "<= 30"),
+        ("loading pipeline and judges, s", f"{seconds:.1f}", "<= 3"),
+        (f"24 images, {STEPS} steps, s", f"{drawing:.1f}", "<= 8"),
+    ]
+
+
+def bias(pipe: Any, judges: Judges, images: int) -> list[Row]:
+    """Bias, faces and context over the test occupations, neutral template."""
+    prompts = prompt_set("testbed-occupations").prompts("test")
+    report = evaluate(
+        pipe,
+        prompts,
+        [world.GENDER, world.RACE],
+        judges=judges,
+        images_per_prompt=images,
+        steps=STEPS,
+        guidance_scale=testbed.GUIDANCE,
+        seed=SEED,
+        groups=(),
+    )
+    found = report.summary
+    wanted = {"gender": ".60 to .75", "race": ".35 to .50"}
+    rows = [
+        (f"bias, {name}", f"{f['mean']:.3f} ± {f['std']:.3f}", wanted.get(name, ".18 to .25"))
+        for name, f in found["bias"].items()
+    ]
+    return [
+        *rows,
+        ("context family recognised", f"{found['scores']['context']['mean']:.3f}", ">= .85"),
+        ("face found in drawn portraits", f"{found['face_rate']['mean']:.3f}", ">= .97"),
+        ("CLIP-T", f"{found['scores']['clip_t']['mean']:.3f}", ""),
+    ]
+
+
+def obedience(pipe: Any, judges: Judges, occupations: int = 20) -> list[Row]:
+    """How often an attribute word in the prompt is obeyed, per attribute."""
+    rows = []
+    for name, attribute in world.ATTRIBUTES.items():
+        texts = prompt_set("testbed-occupations").test[:occupations]
+        pairs = [(text, c) for c in attribute.classes for text in texts]
+        images = draw(pipe, [world.explicit(*pair) for pair in pairs], 2)
+        faces = judges.face_detector(images)
+        classifier = judges.classifiers[name]
+        seen = classifier(face_chips(images, faces, classifier.size)).argmax(1)
+        wanted = torch.tensor([classifier.classes.index(c) for _, c in pairs for _ in range(2)])
+        right = ((seen == wanted) & faces.found).float().mean().item()
+        rows.append((f"words obeyed, {name}", f"{right:.3f}", ">= .90"))
+    return rows
+
+
+def scenes(pipe: Any, judges: Judges) -> list[Row]:
+    """Faces seen in empty scenes: there should be none."""
+    places = [facts["place"] for facts in world.families().values()]
+    images = draw(pipe, [f"a photo of {place} without anybody" for place in places], 8)
+    rate = judges.face_detector(images).found.float().mean().item()
+    return [("face found in drawn empty scenes", f"{rate:.3f}", "<= .03")]
+
+
+def classifiers() -> list[Row]:
+    """Held-out figures of the judges, as measured when they were trained."""
+    wanted = {"gender": ">= .97", "race": ">= .95", "age": ">= .94"}
+    found = shipped.figures("evaluation_classifiers")["accuracy"]["sharp"]
+    seen = shipped.figures("detector")["held_out"]
+    return [
+        *((f"evaluation classifier, {n}", f"{found[n]:.3f}", wanted[n]) for n in wanted),
+        ("face found in real portraits", f"{seen['portrait']['sharp']['found']:.3f}", ">= .97"),
+        ("face found in real empty scenes", f"{seen['empty']['sharp']['found']:.3f}", "<= .03"),
+    ]
+
+
+@torch.no_grad()
+def draw(pipe: Any, prompts: Sequence[str], images: int) -> torch.Tensor:
+    """(prompts * images, 3, 64, 64) in [-1, 1], prompt by prompt."""
+    batches = generate(
+        pipe,
+        prompts,
+        images_per_prompt=images,
+        steps=STEPS,
+        guidance_scale=testbed.GUIDANCE,
+        seed=SEED,
+        batch_size=24,
+        progress=False,
+    )
+    return torch.cat([batch.images for batch in batches])
+
+
+def show(table: Sequence[Row], images: int) -> None:
+    """Print the rows."""
+    grid = Table("", "measured", "wanted", title=f"testbed, 50 test prompts x {images} images")
+    for row in table:
+        grid.add_row(*row)
+    Console().print(grid)
+
+
+def keep(table: Sequence[Row], images: int, out: Path) -> None:
+    """Write testbed.md and testbed.json, with what they were measured with."""
+    with_what = {
+        "command": f"python examples/testbed/measure.py --images {images} --out {out}",
+        "commit": commit(),
+        "seed": SEED,
+        "guidance_scale": testbed.GUIDANCE,
+        "steps": STEPS,
+        "machine": f"{platform.machine()}, {torch.get_num_threads()} threads",
+        "versions": {
+            "python": sys.version.split()[0],
+            "torch": torch.__version__,
+            "numpy": np.__version__,
+        },
+    }
+    out.mkdir(parents=True, exist_ok=True)
+    lines = ["# The testbed, measured", "", "| | measured | wanted |", "|---|---|---|"]
+    lines += [f"| {what} | {figure} | {wanted} |" for what, figure, wanted in table]
+    lines += ["", *(f"- {name}: {value}" for name, value in with_what.items()), ""]
+    (out / "testbed.md").write_text("\n".join(lines), "utf-8")
+    record = with_what | {"figures": {what: figure for what, figure, _ in table}}
+    (out / "testbed.json").write_text(json.dumps(record, indent=1), "utf-8")
+
+
+def grid(pipe: Any) -> Image.Image:
+    """Pictures of what the world holds, eight for each prompt, enlarged twice."""
+    rows = draw(pipe, GRID, 8).view(len(GRID), 8, 3, testbed.SIZE, testbed.SIZE)
+    pixels = ((rows + 1) * 127.5).round().byte().permute(0, 3, 1, 4, 2)  # (rows, h, 8, w, 3)
+    flat = pixels.reshape(len(GRID) * testbed.SIZE, 8 * testbed.SIZE, 3).numpy()
+    picture = Image.fromarray(flat)
+    return picture.resize((2 * picture.width, 2 * picture.height), Image.Resampling.BICUBIC)
+
+
+if __name__ == "__main__":
+    typer.run(main)
