@@ -11,7 +11,7 @@ import torch
 from PIL import Image
 from torch import Tensor
 
-FILE = Path(__file__).parents[1] / "examples" / "testbed" / "portraits64.parquet"
+FILE = Path(__file__).parents[2] / "examples" / "testbed" / "portraits64.parquet"
 
 
 @cache

@@ -25,7 +25,7 @@ from diffusers_fair.publishing import card
 from diffusers_fair.publishing.card import write_card
 from diffusers_fair.reports.report import GROUPS_SHEET, Report
 
-ROOT = Path(__file__).parents[1]
+ROOT = Path(__file__).parents[2]
 sys.path.insert(0, str(ROOT / "examples"))
 CARDS = sorted(path.parents[1] for path in (ROOT / "model_cards").glob("*/adapter/README.md"))
 HUE = evaluated.HUE

@@ -629,7 +629,7 @@ def test_folders_from_before_training_was_noted_are_read(folder):
 # ---- the schema ----------------------------------------------------------------------------------
 
 schema = jsonschema.Draft202012Validator(json.loads(io.SCHEMA.read_text("utf-8")))
-CARDS = sorted((Path(__file__).parents[1] / "model_cards").glob("*/adapter"))
+CARDS = sorted((Path(__file__).parents[2] / "model_cards").glob("*/adapter"))
 
 
 def test_the_schema_is_one():

@@ -9,7 +9,7 @@ from typer.main import get_command
 from diffusers_fair import FairnessFinetuner, cli
 from diffusers_fair.config.recipe import RunConfig, recipes
 
-README = (Path(__file__).parents[1] / "README.md").read_text("utf-8")
+README = (Path(__file__).parents[2] / "README.md").read_text("utf-8")
 SMALL = {
     "adapter.rank": 2,
     "prompts.images_per_prompt": 4,

@@ -11,7 +11,7 @@ from time import sleep
 import pytest
 from reports import report
 
-sys.path.insert(0, str(Path(__file__).parents[1] / "examples"))
+sys.path.insert(0, str(Path(__file__).parents[2] / "examples"))
 
 import aims
 import comparison
@@ -22,7 +22,7 @@ from diffusers_fair.adapters.io import read_adapter
 from diffusers_fair.reports.report import Report
 from diffusers_fair.testbed import world
 
-CARDS = Path(__file__).parents[1] / "model_cards"
+CARDS = Path(__file__).parents[2] / "model_cards"
 GOALS = ["testbed-gender", "testbed-race", "testbed-gender-race"]
 
 
