@@ -547,6 +547,11 @@ def _check_people(reference: Report, people: People) -> None:
 def _check_reference(reference: Report, settings: Settings, groups: Sequence[PromptGroup]) -> None:
     reference.settings.check_same_noise(settings)
     _check_people(reference, settings.people)
+    if not reference.records.features:
+        raise ValueError(
+            f"the reference '{reference.label}' has no image features to compare with: evaluate "
+            "it again"
+        )
     for group in groups:
         if not _has(reference, group):
             raise ValueError(

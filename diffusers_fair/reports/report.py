@@ -154,7 +154,8 @@ class Report:
         for name, group in self.groups.items():
             features |= {f"{name}/{key}": x for key, x in group.records.features.items()}
             strips |= {_strip_name(i, name): images for i, images in group.samples.items()}
-        np.savez(folder / FEATURES, **features)  # type: ignore[arg-type]
+        if features:
+            np.savez(folder / FEATURES, **features)  # type: ignore[arg-type]
         for file, images in strips.items():
             Image.fromarray(np.concatenate(list(images), axis=1)).save(folder / file)
         if self.reference is not None:
@@ -215,8 +216,10 @@ class Report:
         prompts = tuple(asked.pop("prompts"))
         settings = Settings(prompts=prompts, attributes=attributes, **asked)
         lines = [json.loads(x) for x in (folder / RECORDS).read_text("utf-8").splitlines()]
-        with np.load(folder / FEATURES, allow_pickle=False) as stored:
-            features = dict(stored)
+        features: dict[str, np.ndarray] = {}
+        if (folder / FEATURES).exists():
+            with np.load(folder / FEATURES, allow_pickle=False) as stored:
+                features = dict(stored)
 
         def part(name: str | None, facts: Mapping[str, Any]) -> Any:
             """Records and samples of a group, or of the neutral prompts."""

@@ -490,6 +490,16 @@ def test_folders_that_do_not_work(base, tmp_path):
         Report.load(tmp_path / "nowhere")
 
 
+def test_a_report_without_features_is_read_but_is_no_reference(pipe, base, tmp_path):
+    records = dataclasses.replace(base.records, features={})
+    dataclasses.replace(base, records=records).save(tmp_path)
+    assert not (tmp_path / "features.npz").exists()
+    plain = Report.load(tmp_path)
+    assert plain.summary == base.summary
+    with pytest.raises(ValueError, match="'base' has no image features to compare with: evaluate"):
+        evaluate(pipe, PROMPTS, [HUE, TONE], judges=judges(), reference=plain, **QUICK)
+
+
 @pytest.mark.parametrize("name", ["report.json", "records.jsonl", "features.npz"])
 def test_a_truncated_report(base, tmp_path, name):
     base.save(tmp_path)
