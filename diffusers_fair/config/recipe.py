@@ -393,7 +393,7 @@ class GradientSection(Section):
     All but `replay` are for comparison: their memory grows with the steps."""
     standardize: Literal["paper", "exact", "none"] = "exact"
     """Weights of the steps in the biased gradient: the paper's coefficients, all equal, or the
-    scheduler's own. All equal left the least bias of the three in model_cards/benchmark-avx2."""
+    scheduler's own. All equal left the least bias of the three in model_cards/benchmarks."""
     replay_steps: Positive | None = None
     """Of `replay`: steps drawn for each image's gradient, inversely weighted; null is all."""
     truncated_steps: Positive | None = None

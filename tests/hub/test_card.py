@@ -4,10 +4,10 @@ import dataclasses
 import json
 import re
 import shutil
-import sys
 from pathlib import Path
 
 import numpy as np
+import preview_card
 import pytest
 import test_evaluation as evaluated
 import torch
@@ -26,8 +26,7 @@ from diffusers_fair.publishing.card import write_card
 from diffusers_fair.reports.report import GROUPS_SHEET, Report
 
 ROOT = Path(__file__).parents[2]
-sys.path.insert(0, str(ROOT / "examples"))
-CARDS = sorted(path.parents[1] for path in (ROOT / "model_cards").glob("*/adapter/README.md"))
+CARDS = sorted(path.parent for path in (ROOT / "model_cards/adapters").glob("*/README.md"))
 HUE = evaluated.HUE
 TONE = evaluated.TONE
 
@@ -80,29 +79,34 @@ def test_there_are_cards():
 def test_kept_cards_follow_from_their_reports(kept, tmp_path):
     """Byte for byte: neither the card nor what the adapter says of itself is typed."""
     names = [io.README_FILE, io.INFO_FILE, "report.json", f"samples/{card.PAIRS}"]
-    old = {name: (kept / "adapter" / name).read_bytes() for name in names}
+    old = {name: (kept / name).read_bytes() for name in names}
+    report = shutil.copytree(kept / io.SAMPLES_FOLDER, tmp_path / "report")
+    shutil.copy(kept / "report.json", report)
     fresh = shutil.copytree(
-        kept / "adapter", tmp_path / "adapter", ignore=shutil.ignore_patterns("README*", "*.png")
+        kept, tmp_path / "adapter", ignore=shutil.ignore_patterns("README*", "*.png", "report.json")
     )
     io.write_info(fresh, dataclasses.replace(read_adapter(fresh)[0], evaluation=None))
-    write_card(fresh, kept)
+    write_card(fresh, report)
     assert {name: (fresh / name).read_bytes() for name in names} == old
 
 
 @pytest.mark.parametrize("kept", CARDS, ids=lambda path: path.name)
-def test_kept_previews_follow_from_their_cards(kept):
-    from preview_card import preview
-
-    assert preview(kept / "adapter") == (kept / "preview.html").read_text("utf-8")
+def test_kept_cards_are_shown_with_their_images_and_tables(kept, tmp_path):
+    preview_card.main(kept, tmp_path / "preview.html")
+    page = (tmp_path / "preview.html").read_text("utf-8")
+    title = next(line for line in text_of(kept).splitlines() if line.startswith("# "))
+    assert f"<title>{title.removeprefix('# ')}</title>" in page
+    assert f'src="{(kept / io.SAMPLES_FOLDER / card.PAIRS).as_uri()}"' in page
+    assert page.count("<table>") == page.count('<div class="scroll" tabindex="0"><table>') >= 3
 
 
 @pytest.mark.parametrize("kept", CARDS[:1], ids=lambda path: path.name)
 def test_what_a_kept_card_says_loads_the_adapter(kept, monkeypatch):
     """Its Python, run on the testbed: with this package and with diffusers alone, the same."""
-    tokens = MarkdownIt().parse(ModelCard.load(kept / "adapter" / "README.md").text)
+    tokens = MarkdownIt().parse(ModelCard.load(kept / "README.md").text)
     blocks = [token.content for token in tokens if token.info == "python"]
     assert len(blocks) == 2
-    monkeypatch.chdir(kept / "adapter")
+    monkeypatch.chdir(kept)
     names, drawn = {}, []
     for block in blocks:
         code = block.replace("path/of/this/folder", ".")

@@ -1,13 +1,7 @@
 """The benchmark's small parts run, and its tables say what was measured."""
 
-import sys
-from pathlib import Path
-
-import pytest
-
-sys.path.insert(0, str(Path(__file__).parents[2] / "examples"))
-
 import benchmark
+import pytest
 
 from diffusers_fair import FairnessFinetuner
 

@@ -1,21 +1,17 @@
 """The tables of the examples follow from what was measured, and their loops measure it once."""
 
 import json
-import sys
 from concurrent.futures import ThreadPoolExecutor
 from contextvars import ContextVar
 from pathlib import Path
 from threading import Barrier
 from time import sleep
 
-import pytest
-from reports import report
-
-sys.path.insert(0, str(Path(__file__).parents[2] / "examples"))
-
 import aims
 import comparison
 import experiments
+import pytest
+from reports import report
 
 from diffusers_fair import RunConfig
 from diffusers_fair.adapters.io import read_adapter
@@ -27,7 +23,7 @@ GOALS = ["testbed-gender", "testbed-race", "testbed-gender-race"]
 
 
 def test_the_table_of_experiments_is_what_its_reports_and_recipes_say():
-    assert (CARDS / "experiments.md").read_text("utf-8") == experiments.table(CARDS)
+    assert (CARDS / "experiments" / "experiments.md").read_text("utf-8") == experiments.table(CARDS)
 
 
 def test_an_adapter_that_starts_from_another_is_trained_after_it(monkeypatch, tmp_path):
@@ -71,8 +67,8 @@ def test_processes_remove_a_base_report_with_fewer_images_once_all_have_read_it(
         index.set(number)
         return experiments.base("sports", 10**6, RunConfig.load("testbed-gender"), tmp_path)
 
-    monkeypatch.setattr(experiments.processes, "meet", lambda: barrier.wait(timeout=10))
-    monkeypatch.setattr(experiments.processes, "index", index.get)
+    monkeypatch.setattr(experiments.distributed, "barrier", lambda: barrier.wait(timeout=10))
+    monkeypatch.setattr(experiments.distributed, "rank", index.get)
     monkeypatch.setattr(experiments.Report, "load", slow)
     monkeypatch.setattr(experiments, "drawer", lambda config: None)
     monkeypatch.setattr(experiments, "look", lambda *_: folder.exists())
@@ -81,7 +77,7 @@ def test_processes_remove_a_base_report_with_fewer_images_once_all_have_read_it(
 
 
 def test_a_recipe_that_changed_since_is_told():
-    adapter = CARDS / "testbed-prefix" / "adapter"
+    adapter = CARDS / "adapters" / "testbed-prefix"
     origin = experiments.since("testbed-gender", adapter)
     trained = read_adapter(adapter)[0].recipe
     assert "adapter.components.0=soft_tokens" in origin
@@ -202,9 +198,9 @@ def test_a_range_is_told_in_words():
 
 
 def test_every_aim_is_of_an_experiment_and_every_reason_of_a_shortfall():
-    names = [experiment.name for experiment in experiments.EXPERIMENTS]
-    assert aims.BIAS.keys() | aims.OLD.keys() <= set(names)
-    found = {name: json.loads((CARDS / name / "report.json").read_text("utf-8")) for name in names}
+    kept = {e.name: e.kept(CARDS) / "report.json" for e in experiments.EXPERIMENTS}
+    assert aims.BIAS.keys() | aims.OLD.keys() <= kept.keys()
+    found = {name: json.loads(file.read_text("utf-8")) for name, file in kept.items()}
     assert aims.STOPS.keys() == {(row[0], row[1]) for row in experiments.shortfalls(found)}
 
 
@@ -253,12 +249,12 @@ def test_every_method_for_every_goal_is_compared_and_measured_once(drawn, tmp_pa
 
 def test_an_adapter_costs_what_it_and_its_start_took():
     own, start = (
-        read_adapter(CARDS / name / "adapter")[0].training["seconds"]
+        read_adapter(CARDS / "adapters" / name)[0].training["seconds"]
         for name in ("testbed-gender-race", "testbed-race")
     )
-    took = comparison.training_seconds(CARDS / "testbed-gender-race" / "adapter")
+    took = comparison.training_seconds(CARDS / "adapters" / "testbed-gender-race")
     assert took == pytest.approx(own + start)
-    assert comparison.training_seconds(CARDS / "testbed-race" / "adapter") == start
+    assert comparison.training_seconds(CARDS / "adapters" / "testbed-race") == start
 
 
 def test_some_methods_of_some_goals(drawn, tmp_path):

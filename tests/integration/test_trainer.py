@@ -206,7 +206,7 @@ def same_outcome(expected, folder):
 
 
 def test_killed_trainings_end_as_if_nothing_had_been(tmp_path, monkeypatch):
-    monkeypatch.syspath_prepend(Path(__file__).parents[2] / "examples")
+    monkeypatch.syspath_prepend(Path(__file__).parents[2] / "examples" / "reproduction")
     import kill_test
 
     train = kill_test.SMALL["train"] | {"iterations": 3, "checkpoint_every": 1}

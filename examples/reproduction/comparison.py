@@ -1,6 +1,6 @@
 """All rival methods and our adapters on the testbed, in one table.
 
-    python examples/comparison.py --out model_cards/comparison
+    python examples/reproduction/comparison.py --out model_cards/comparison
 
 For each of three goals (one attribute, another, both jointly) every method of
 `diffusers_fair.baselines` and the adapter of the shipped recipe draw the same unseen prompts from
@@ -43,6 +43,7 @@ from diffusers_fair.reports.report import FILE, PAGE, Report
 from diffusers_fair.testbed import world
 
 OURS = "this package"
+FOLDERS = {OURS: "ours"}  # method -> name of its folders, where it is another
 RECIPES = ("testbed-gender", "testbed-race", "testbed-gender-race")
 COUNTED = [world.GENDER, world.RACE]
 COST = "cost.json"
@@ -52,7 +53,9 @@ TIMED, TURNS = 12, 3  # images of the drawing that is timed, and how often it is
 def main(
     out: Annotated[Path, typer.Option(help="Folder for the tables and the page.")],
     runs: Annotated[Path, typer.Option(help="Folder for whole reports.")] = Path("runs/comparison"),
-    adapters: Annotated[Path, typer.Option(help="Where RECIPE/adapter is.")] = Path("model_cards"),
+    adapters: Annotated[Path, typer.Option(help="Folder that holds RECIPE's adapter.")] = Path(
+        "model_cards/adapters"
+    ),
     images: Annotated[int, typer.Option(help="Of each prompt.")] = 10,
     only: Annotated[list[str] | None, typer.Option(help="Recipe; may be repeated.")] = None,
     method: Annotated[list[str] | None, typer.Option(help="Method; may be repeated.")] = None,
@@ -71,8 +74,9 @@ def main(
         goal = " x ".join(section.name for section in config.attributes)
         rows = []
         for name in method or (OURS, *BASELINES):
-            places = runs / recipe / name, kept / recipe / name
-            report, cost = done(name, config, adapters / recipe / "adapter", places, images, base)
+            place = Path(recipe, FOLDERS.get(name, name))
+            places = runs / place, kept / place
+            report, cost = done(name, config, adapters / recipe, places, images, base)
             rows.append(Entry(label=f"{name}, {goal}", report=report, group=goal))
             costs[rows[-1].label] = cost
         if len(rows) > 1:
@@ -138,11 +142,11 @@ def applied(method: str, config: RunConfig, adapter: Path) -> tuple[Any, float]:
 
 
 def training_seconds(adapter: Path) -> float:
-    """Of RECIPE/adapter and of those that it started from, which are kept beside it."""
+    """Of an adapter and of those that it started from, which are kept beside it."""
     info = read_adapter(adapter)[0]
     seconds = (info.training or {})["seconds"]
     if first := info.recipe["adapter"]["init_from"]:  # runs/RECIPE/adapter
-        seconds += training_seconds(adapter.parents[1] / Path(first).parent.name / "adapter")
+        seconds += training_seconds(adapter.parent / Path(first).parent.name)
     return round(seconds, 1)  # as each is written
 
 

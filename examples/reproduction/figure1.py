@@ -1,6 +1,6 @@
 """The paper's Figure 1 on the testbed: which gradient of the sampling process to train with.
 
-    python examples/figure1.py --out model_cards
+    python examples/reproduction/figure1.py --out model_cards/figure1
 
 Left, the loss while a text encoder's adapter is trained with the exact gradient of all steps, of the
 last step alone, and with the biased gradient by each standardisation; the same prompt, noise and

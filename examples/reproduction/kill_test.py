@@ -1,6 +1,6 @@
 """Kill a training at random moments, let it go on, and compare with one that was left alone.
 
-    python examples/kill_test.py --kills 40 --seed 0 --out model_cards/kill_test.json
+    python examples/reproduction/kill_test.py --kills 40 --seed 0 --out model_cards/kill_test.json
 
 Trains a small adapter on the testbed once without disturbance. Then, as often as asked: starts the
 same training in a process of its own, kills it (SIGKILL) after a random time, starts it again, and

@@ -1,12 +1,12 @@
 """Every experiment of the paper on the testbed: train, measure on unseen prompts, one table.
 
-    python examples/experiments.py --out model_cards
-    python examples/experiments.py --only testbed-gender --out model_cards
+    python examples/reproduction/experiments.py --out model_cards
+    python examples/reproduction/experiments.py --only testbed-gender --out model_cards
 
 Trains the adapters of the shipped recipes and measures each on prompts that its training never saw,
-by classifiers that its training never saw, beside the base model on the same noise. Writes
-experiments.md, each report's figures and each adapter with its card below `--out`; all pictures are
-in the reports below `--runs`. What is in `--runs` already is not done again: stop it and start it as
+by classifiers that its training never saw, beside the base model on the same noise. Writes,
+below `--out`, each adapter with its card to `adapters`, and experiments.md and the figures of the
+reports on other prompts to `experiments`; all images are in the reports below `--runs`. What is in `--runs` already is not done again: stop it and start it as
 you like. An experiment takes minutes to hours on 2 cores, by its prompts and the machine; processes
 that `torchrun` starts share the pictures.
 """
@@ -22,7 +22,6 @@ from typing import Annotated, Any
 import aims
 import torch
 import typer
-from preview_card import preview
 
 from diffusers_fair import FairnessFinetuner, RunConfig, distributed, metrics, testbed
 from diffusers_fair.adapters.io import AdapterInfo, Weights, read_adapter, write_adapter
@@ -61,6 +60,10 @@ class Experiment:
     def name(self) -> str:
         """As in `testbed-gender-race-on-sports`."""
         return self.recipe if self.prompts == OCCUPATIONS else f"{self.recipe}-on-{self.prompts}"
+
+    def kept(self, out: Path) -> Path:
+        """The folder of its report.json: the adapter's own, if it is what the card shows."""
+        return out / ("adapters" if self.prompts == OCCUPATIONS else "experiments") / self.name
 
 
 EXPERIMENTS = [
@@ -197,24 +200,30 @@ def look(
 
 
 def keep(report: Path, experiment: Experiment, runs: Path, out: Path) -> None:
-    """Copy a report's figures; where an adapter has its card, the card's pictures and the adapter."""
-    kept = out / experiment.name
-    kept.mkdir(parents=True, exist_ok=True)
-    shutil.copy(report / FILE, kept / FILE)
+    """Copy a report's figures; of one on the usual prompts, with its adapter and the card."""
+    kept = experiment.kept(out)
     if experiment.prompts == OCCUPATIONS:
-        for name in (PAIRS, GROUPS_SHEET):
-            if (report / name).exists():  # older reports have no groups
-                shutil.copy(report / name, kept / name)
-        keep_adapter(runs / experiment.recipe / "adapter", kept)
+        keep_adapter(runs / experiment.recipe / "adapter", report, kept)
+    else:
+        copy_files(report, kept, (FILE,))
 
 
-def keep_adapter(adapter: Path, out: Path) -> None:
-    """Copy an adapter beside its report, with its card and what the card looks like."""
+def keep_adapter(adapter: Path, report: Path, out: Path) -> None:
+    """Copy an adapter, with its card, the report's figures and the images that the card shows."""
     info, weights = read_adapter(adapter)
     half = {key: weight.half() for key, weight in weights.items()}
-    write_adapter(out / "adapter", half if alike(adapter, half, info) else weights, info)
-    write_card(out / "adapter", out)
-    (out / "preview.html").write_text(preview(out / "adapter"), "utf-8")
+    write_adapter(out, half if alike(adapter, half, info) else weights, info)
+    with TemporaryDirectory() as small:
+        copy_files(report, Path(small), (FILE, PAIRS, GROUPS_SHEET))
+        write_card(out, small)
+
+
+def copy_files(source: Path, target: Path, names: tuple[str, ...]) -> None:
+    """Copy those of the named files that there are: older reports have no groups."""
+    target.mkdir(parents=True, exist_ok=True)
+    for name in names:
+        if (source / name).exists():
+            shutil.copy(source / name, target / name)
 
 
 def alike(adapter: Path, half: Weights, info: AdapterInfo) -> bool:
@@ -239,14 +248,14 @@ def alike(adapter: Path, half: Weights, info: AdapterInfo) -> bool:
 
 def write(out: Path) -> None:
     """experiments.md, of all reports that are kept."""
-    (out / "experiments.md").write_text(table(out), "utf-8")
+    (out / "experiments" / "experiments.md").write_text(table(out), "utf-8")
 
 
 def table(out: Path) -> str:
     """What experiments.md has to say, by the reports and adapters beside it."""
-    there = [experiment for experiment in EXPERIMENTS if (out / experiment.name / FILE).exists()]
-    found = {e.name: json.loads((out / e.name / FILE).read_text("utf-8")) for e in there}
-    changed = {e.name: since(e.recipe, out / e.recipe / "adapter") for e in there}
+    there = [experiment for experiment in EXPERIMENTS if (experiment.kept(out) / FILE).exists()]
+    found = {e.name: json.loads((e.kept(out) / FILE).read_text("utf-8")) for e in there}
+    changed = {e.name: since(e.recipe, out / "adapters" / e.recipe) for e in there}
     return "\n".join(document(found, changed))
 
 
@@ -293,13 +302,13 @@ def document(found: Mapping[str, dict[str, Any]], changed: Mapping[str, list[str
         "",
         *markdown_table(["", "", "bias", "interval", "prompts alike", "floor"], parts(found)),
         "",
-        "What falls short of what examples/aims.py asks for. Where that lies in the interval above, other",
+        "What falls short of what examples/reproduction/aims.py asks for. Where that lies in the interval above, other",
         "prompts might have met it. The reasons are what trainings with other settings, whose reports are",
         "not kept, have shown:",
         "",
         *markdown_table(["", "", "found", "asked", "what stops it"], shortfalls(found)),
         "",
-        "`python examples/experiments.py --out model_cards` makes them all; how each was made, on",
+        "`python examples/reproduction/experiments.py --out model_cards` makes them all; how each was made, on",
         "which machine and by which versions, is in its report.json. What a recipe, or the code, had",
         "when an adapter was trained and has no more is named:",
         "",

@@ -1,8 +1,8 @@
-"""A card as a page, to look at before it is pushed: the Hub and GitHub show it much alike.
+"""Render a model card as a web page, to read it before it is pushed.
 
-    python examples/preview_card.py model_cards/testbed-gender/adapter
+    python examples/reproduction/preview_card.py model_cards/adapters/testbed-gender preview.html
 
-Writes `preview.html` beside the adapter folder.
+The Hub and GitHub render a card much the same way.
 """
 
 import html
@@ -31,21 +31,23 @@ summary { cursor: pointer; }
 """
 
 
-def main(adapter: Annotated[Path, typer.Argument(help="Adapter folder with a card.")]) -> None:
-    """Write the page."""
-    page = adapter.resolve().with_name("preview.html")
+def main(
+    adapter: Annotated[Path, typer.Argument(help="Adapter folder with a card.")],
+    page: Annotated[Path, typer.Argument(help="HTML file to write.")],
+) -> None:
+    """Render the card of an adapter folder as a page."""
     page.write_text(preview(adapter), "utf-8")
-    print(page)
 
 
 def preview(adapter: Path) -> str:
-    """The page of an adapter's card; pictures are where they are."""
+    """Return the page of an adapter's card; its images stay in the adapter folder."""
     card = ModelCard.load(adapter / "README.md")
     body = MarkdownIt("commonmark", {"html": True}).enable("table").render(card.text)
     for part in ("pre", "table"):  # wide ones scroll by themselves, also by keyboard
         body = body.replace(f"<{part}>", f'<div class="scroll" tabindex="0"><{part}>')
         body = body.replace(f"</{part}>", f"</{part}></div>")
-    body = body.replace("<th>", '<th scope="col">').replace('src="', f'src="{adapter.name}/')
+    body = body.replace("<th>", '<th scope="col">')
+    body = body.replace('src="', f'src="{adapter.resolve().as_uri()}/')
     title = html.escape(card.text.strip().splitlines()[0].lstrip("# "))
     return f"""<!DOCTYPE html>
 <html lang="en">
@@ -65,7 +67,7 @@ def preview(adapter: Path) -> str:
 
 
 def facts(card: ModelCard) -> list[str]:
-    """What the Hub shows above a card."""
+    """Return the metadata that the Hub shows above a card."""
     data = card.data.to_dict()
     kept = ("license", "library_name", "pipeline_tag", "base_model")
     return [f"{name}: {data[name]}" for name in kept if name in data] + data["tags"]

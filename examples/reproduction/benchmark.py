@@ -1,7 +1,7 @@
 """What the method costs here: time, memory, bias against time.
 
-    python examples/benchmark.py --out model_cards
-    python examples/benchmark.py --out model_cards --only iteration --only targets
+    python examples/reproduction/benchmark.py --out model_cards/benchmarks/MACHINE
+    python examples/reproduction/benchmark.py --out OUT --only iteration --only targets
 
 Parts, each job in a process of its own with all cores, or two at a time with one core each (*):
 
