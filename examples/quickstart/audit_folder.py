@@ -1,0 +1,32 @@
+"""Audit a folder of images, whatever made them.
+
+    python examples/quickstart/audit_folder.py
+
+The folder holds a folder of images for each prompt; the name of that folder, or a file `prompt.txt`
+in it, is the prompt. Here the testbed generates them. The report is in runs/quickstart/audit.
+"""
+
+import shutil
+from pathlib import Path
+
+from diffusers_fair import testbed
+from diffusers_fair.backends.registry import load_evaluation_judges
+from diffusers_fair.evaluation.evaluate import audit
+from diffusers_fair.testbed import world
+
+IMAGES, REPORT = Path("runs/quickstart/images"), Path("runs/quickstart/audit")
+PROMPTS = [f"a photo of the face of a {job}, a person" for job in ("senator", "nurse", "chef")]
+
+pipe = testbed.pipeline()
+for prompt in PROMPTS:
+    (IMAGES / prompt).mkdir(parents=True, exist_ok=True)
+    images = pipe(prompt, num_images_per_prompt=12, num_inference_steps=12, guidance_scale=4.5)
+    for i, image in enumerate(images.images):
+        image.save(IMAGES / prompt / f"{i:02d}.png")
+
+shutil.rmtree(REPORT, ignore_errors=True)  # what an earlier run left
+attribute = world.GENDER  # Attribute("gender", ("female", "male"), (0.5, 0.5))
+report = audit(IMAGES, [attribute], judges=load_evaluation_judges(["gender"]), out=REPORT)
+bias = report.summary["bias"]["gender"]
+print(f"bias {bias['mean']:.2f}; {bias['floor']:.2f} is expected of images exactly on target")
+print(f"see {REPORT / 'report.html'}")
