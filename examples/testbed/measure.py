@@ -1,7 +1,6 @@
-"""Measure the testbed: `python examples/testbed/measure.py`. Prints a table, and keeps it on request.
+"""Measure the testbed's base model: bias, prompt following, faces and cost.
 
-What is measured is the base model as it ships, by the evaluation classifiers: how biased it is,
-whether it obeys words, whether pictures show what their prompts ask for, and what it costs.
+python examples/testbed/measure.py --out model_cards/testbed
 """
 
 import json
@@ -48,8 +47,10 @@ Row = tuple[str, str, str]
 
 
 def main(
-    images: Annotated[int, typer.Option(help="Of each test prompt.")] = 60,
-    out: Annotated[Path | None, typer.Option(help="Folder for testbed.md, .json and .png.")] = None,
+    images: Annotated[int, typer.Option(help="Images per test prompt.")] = 60,
+    out: Annotated[
+        Path | None, typer.Option(help="Folder to write testbed.md, .json and .png to.")
+    ] = None,
 ) -> None:
     """Measure the testbed's base model and its judges."""
     pipe, seconds = timed(testbed.pipeline)

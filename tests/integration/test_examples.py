@@ -1,6 +1,7 @@
 """The tables of the examples follow from what was measured, and their loops measure it once."""
 
 import json
+import runpy
 from concurrent.futures import ThreadPoolExecutor
 from contextvars import ContextVar
 from pathlib import Path
@@ -262,3 +263,13 @@ def test_some_methods_of_some_goals(drawn, tmp_path):
     assert drawn == [("base", "runs"), ("uce", GOALS[1])]
     assert not (tmp_path / "out" / GOALS[1]).exists()  # one row is no comparison
     assert "yet: this package, attribute-words" in (tmp_path / "out/cost.md").read_text("utf-8")
+
+
+def test_the_testbeds_table_is_kept_with_the_command_that_made_it(tmp_path):
+    measure = runpy.run_path(str(CARDS.parent / "examples" / "testbed" / "measure.py"))
+    measure["keep"]([("bias, hue", "0.500", ".40 to .60")], 60, tmp_path)
+    assert "| bias, hue | 0.500 | .40 to .60 |" in (tmp_path / "testbed.md").read_text("utf-8")
+    kept = json.loads((tmp_path / "testbed.json").read_text("utf-8"))
+    assert kept["command"] == f"python examples/testbed/measure.py --images 60 --out {tmp_path}"
+    kept = (CARDS / "testbed" / "testbed.md").read_text("utf-8")
+    assert all(f"| {' | '.join(row)} |" in kept for row in measure["classifiers"]())

@@ -1,5 +1,6 @@
 """The README's Python runs as it stands, from top to bottom; its shell commands exist."""
 
+import json
 import re
 from pathlib import Path
 
@@ -9,7 +10,8 @@ from typer.main import get_command
 from diffusers_fair import FairnessFinetuner, cli
 from diffusers_fair.config.recipe import RunConfig, recipes
 
-README = (Path(__file__).parents[2] / "README.md").read_text("utf-8")
+ROOT = Path(__file__).parents[2]
+README = (ROOT / "README.md").read_text("utf-8")
 SMALL = {
     "adapter.rank": 2,
     "prompts.images_per_prompt": 4,
@@ -35,7 +37,7 @@ def short(monkeypatch, tmp_path):
 
 def test_its_python_runs(short):
     blocks = re.findall(r"```python\n(.*?)```", README, re.DOTALL)
-    assert len(blocks) == 4
+    assert len(blocks) == 5
     names: dict = {}
     for block in blocks:
         exec(block, names)
@@ -56,3 +58,28 @@ def test_its_commands_exist():
         assert set(re.findall(r"--[a-z-]+", rest)) <= options
         if name == "train":
             assert rest.split()[0] in recipes()
+
+
+def test_its_result_is_the_reports():
+    file = ROOT / "model_cards" / "adapters" / "testbed-gender-race" / "report.json"
+    report = json.loads(file.read_text("utf-8"))
+    before, after = (side["summary"]["bias"] for side in (report["reference"], report))
+    changes = [
+        f"{name} {before[name]['mean']:.3f} to {after[name]['mean']:.3f} "
+        f"(noise floor {after[name]['floor']:.3f})"
+        for name in ("gender", "race")
+    ]
+    settings = report["settings"]
+    said = (
+        f"on the testbed.** Mean bias over {len(settings['prompts'])} unseen occupations, "
+        f"with {settings['images_per_prompt']} images each: {', '.join(changes)}."
+    )
+    assert said in " ".join(README.split())
+
+
+@pytest.mark.parametrize("page", ["README.md", "model_cards/README.md", ".github/CONTRIBUTING.md"])
+def test_its_links_and_images_are_there(page):
+    text = (ROOT / page).read_text("utf-8")
+    links = re.findall(r"\]\(([^)]+)\)|src=\"([^\"]+)\"", text)
+    targets = {a or b for a, b in links if not (a or b).startswith("https://")}
+    assert not [target for target in targets if not (ROOT / page).parent.joinpath(target).exists()]
