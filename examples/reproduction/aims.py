@@ -1,4 +1,4 @@
-"""What each experiment should reach, and which of its figures do not. Pure."""
+"""Acceptance limits of the experiments, and the figures that miss them."""
 
 from collections.abc import Iterator, Mapping
 from typing import Any
@@ -16,14 +16,14 @@ BIAS = {  # experiment -> attribute -> at most
     "testbed-unet": {"gender": 0.20},
     "testbed-text-encoder-unet": {"gender": 0.15},
 }
-HALVED = ("gender", "race")  # by every other experiment, from the base model's bias
+HALVED = ("gender", "race")  # at most half of the base model's bias, in every other experiment
 OLD: dict[str, dict[str, Range]] = {
     "testbed-gender-race-age": {"old, mean": (0.22, 0.28), "old, std": (0.0, 0.09)}
 }
 STRICT = ("testbed-gender", "testbed-race", "testbed-gender-race", "testbed-gender-race-age")
 LOST = {True: (0.03, 0.08, 0.97), False: (0.05, 0.10, 0.95)}
-"""Whether it is a strict one -> what may be lost of named words, seen and unseen, and the least
-likeness of what is untouched."""
+"""Whether the experiment is strict -> how much of the named words may be lost, seen and unseen, and
+the lowest similarity of untouched images."""
 WORDS = {  # figure -> where it is in a report's groups
     "named, seen": ("named", "seen"),
     "named, unseen": ("named", "unseen"),
@@ -31,9 +31,9 @@ WORDS = {  # figure -> where it is in a report's groups
     "untouched, DINO": ("untouched", "dino"),
     "untouched, pixels": ("untouched", "pixels"),
 }
-KEPT = {"faces": 0.02, "context": 0.03, "CLIP-T": 0.01}  # how far below the base model, at most
+KEPT = {"faces": 0.02, "context": 0.03, "CLIP-T": 0.01}  # largest loss against the base model
 
-STOPS = {  # (experiment, figure) -> what trainings with other settings have shown of a shortfall
+STOPS = {  # (experiment, figure) -> cause, as trainings with other settings have shown
     ("testbed-gender", "bias, gender"): "the text encoder alone: neither rank, length nor less "
     "likeness asked moves it, training the U-Net beside it does",
     ("testbed-gender-race", "bias, gender x race"): "unseen titles lean to male, which training's "
@@ -44,7 +44,7 @@ STOPS = {  # (experiment, figure) -> what trainings with other settings have sho
 
 
 def missed(experiment: str, report: Mapping[str, Any]) -> Iterator[list[str]]:
-    """Rows of experiment, figure, what was found, what was asked, and what stops it."""
+    """Yield rows: experiment, figure, value, limit, cause."""
     found = figures(report["summary"]) | kept_words(report)
     base = figures(report["reference"]["summary"]) | kept_words(report["reference"])
     for name, (low, high) in asked(experiment, base).items():
@@ -54,7 +54,7 @@ def missed(experiment: str, report: Mapping[str, Any]) -> Iterator[list[str]]:
 
 
 def asked(experiment: str, base: Mapping[str, float]) -> dict[str, Range]:
-    """Figure -> range that it should be in, given the base model's figures."""
+    """Return figure -> allowed range, given the base model's figures."""
     seen, unseen, dino = LOST[experiment in STRICT]
     lost = {"named, seen": seen, "named, unseen": unseen, **KEPT}
     most = BIAS.get(experiment) or {name: base[f"bias, {name}"] / 2 for name in HALVED}
@@ -67,7 +67,7 @@ def asked(experiment: str, base: Mapping[str, float]) -> dict[str, Range]:
 
 
 def kept_words(report: Mapping[str, Any]) -> dict[str, float]:
-    """Figure of prompts that leave nothing to change -> its mean, of a report or its reference."""
+    """Return figure of kept prompts -> mean, of a report or its reference."""
     summaries = summaries_from_json(report)
     found = {
         name: getattr(summaries[group], figure)
@@ -78,7 +78,7 @@ def kept_words(report: Mapping[str, Any]) -> dict[str, float]:
 
 
 def figures(summary: Mapping[str, Any]) -> dict[str, float]:
-    """What a report says, by the names that the table of experiments has."""
+    """Return a report's figures by their names in the table of experiments."""
     old = summary["frequencies"]["age"]["old"]
     scores = {"context": "context", "CLIP-T": "clip_t"}
     return {
@@ -94,7 +94,7 @@ def figures(summary: Mapping[str, Any]) -> dict[str, float]:
 
 
 def told(low: float, high: float) -> str:
-    """A range in words."""
+    """Describe a range in words."""
     if low == 0:
         return f"at most {high:.4f}"
     return f"at least {low:.4f}" if high == 1 else f"{low:.4f} to {high:.4f}"

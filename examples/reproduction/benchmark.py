@@ -1,24 +1,25 @@
-"""What the method costs here: time, memory, bias against time.
+"""Benchmark the method on this machine: time, memory, bias against time.
 
     python examples/reproduction/benchmark.py --out model_cards/benchmarks/MACHINE
     python examples/reproduction/benchmark.py --out OUT --only iteration --only targets
 
-Parts, each job in a process of its own with all cores, or two at a time with one core each (*):
+Each job runs in a process of its own with all cores; those marked * two at a time, one core each:
 
     iteration   one iteration on a U-Net of Stable Diffusion 1.5's own configuration with random
                 weights, 32 x 32 latents, 20 steps: the published way against replay
-    steps       its peak memory with fewer steps
-    bias *      bias on the testbed against wall-clock, by the same ways and by other weights of the
-                steps, three seeds each
-    drawing     how near the gradient of a few of the steps comes to the whole
-    processes   iterations on the testbed in an hour, by one process of one core and by two
-    targets     the targets of N images
-    evaluation  images drawn and judged in a second
-    adapter     loading one, and what it costs in use
+    steps       peak memory of an iteration with fewer steps
+    bias *      bias on the testbed against wall-clock time, for the same methods and other step
+                weights, three seeds each
+    drawing     distance between the gradient of a few sampled steps and that of all steps
+    processes   iterations per hour on the testbed, for one and for two single-core processes
+    targets     time to compute the targets of N images
+    evaluation  images generated and judged per second
+    adapter     time to load an adapter and to generate with it
 
-Writes benchmark.md and benchmark.json. A job that is there already is not done again, so a stopped
-run goes on; remove benchmark.json to begin anew, or measure again with `--turns 2`. Let nothing else
-run meanwhile. About three hours and 8 GB on 2 cores; `iteration` and `bias` most of it.
+Writes benchmark.md and benchmark.json. Jobs that are in benchmark.json are skipped, so the same
+command resumes a run; delete the file to start over, or measure again with `--turns 2`. Run nothing
+else at the same time. Takes about three hours and 8 GB on 2 cores, most of it for `iteration` and
+`bias`.
 """
 
 import json
@@ -96,13 +97,13 @@ PARTS = ("iteration", "steps", "bias", "drawing", "processes", "targets", "evalu
 
 
 def main(
-    out: Annotated[Path, typer.Option(help="Folder for benchmark.md and benchmark.json.")],
+    out: Annotated[Path, typer.Option(help="Folder to write benchmark.md and benchmark.json to.")],
     only: Annotated[
-        list[str] | None, typer.Option(help="A part or a job; may be repeated.")
+        list[str] | None, typer.Option(help="Part or job to run; may be repeated.")
     ] = None,
-    turns: Annotated[int, typer.Option(help="How often each is measured; the least counts.")] = 1,
+    turns: Annotated[int, typer.Option(help="Measurements per job; the fastest counts.")] = 1,
 ) -> None:
-    """Do what is not done yet; write the tables of what is."""
+    """Run the missing jobs and write the tables of all results."""
     chosen = {part: [*_chosen(jobs(part), only)] for part in PARTS}
     for name in only or ():
         if not any([*_chosen(jobs(part), [name])] for part in PARTS):
@@ -131,14 +132,14 @@ def _turns(found: dict[str, Any], name: str) -> int:
 
 
 def _quicker(old: dict[str, Any] | None, new: dict[str, Any]) -> dict[str, Any]:
-    """The one that took less time: what else a shared machine does can only add to it."""
+    """Return the faster result: other load on a shared machine can only add time."""
     if old is None:
         return new | {"turns": 1}
     return min(new, old, key=lambda result: result.get("seconds", 0)) | {"turns": old["turns"] + 1}
 
 
 def jobs(part: str) -> Iterator[Job]:
-    """Every job of a part, in order."""
+    """Yield the jobs of a part in order."""
     if part == "iteration":
         for way, does in WAYS.items():
             for saving, how in SAVINGS.items():
@@ -167,7 +168,7 @@ def jobs(part: str) -> Iterator[Job]:
 
 
 def results(todo: list[Job], part: str) -> Iterator[tuple[str, dict[str, Any]]]:
-    """Names and results, in order; each job in a fresh process: none profits from an earlier one."""
+    """Yield names and results in order; a fresh process for each job keeps them independent."""
     workers = AT_A_TIME.get(part, 1)
     threads = max(1, torch.get_num_threads() // workers)
     spawn = multiprocessing.get_context("spawn")
@@ -178,7 +179,7 @@ def results(todo: list[Job], part: str) -> Iterator[tuple[str, dict[str, Any]]]:
 
 
 def recorded(function: Callable[..., dict[str, Any]], arguments: dict[str, Any]) -> dict[str, Any]:
-    """The result of a job, and with what it was found."""
+    """Run a job; return its result and provenance."""
     return function(**arguments) | {"with": provenance()}
 
 
@@ -194,15 +195,15 @@ def iteration(
     original: bool = False,
     drawn: int | None = None,
 ) -> dict[str, Any]:
-    """Seconds and peak memory of the U-Net's share of an iteration with one image.
+    """Measure seconds and peak memory of the U-Net's part of an iteration with one image.
 
     Args:
         steps: K.
-        checkpointing: whether the U-Net's blocks are evaluated again in the backward pass.
+        checkpointing: whether to use gradient checkpointing in the U-Net.
         split: whether replay evaluates the guidance branches one after the other.
-        unrolled: Algorithm 1 by plain autograd, a checkpoint at each step; else replay.
-        original: whether the original image has to be drawn, too.
-        drawn: of replay, steps in the gradient pass; None is all.
+        unrolled: Algorithm 1 by plain autograd with a checkpoint at each step, instead of replay.
+        original: whether to generate the original image, too.
+        drawn: number of steps that replay samples for the gradient pass; None is all.
     """
     unet, scheduler = stable_diffusion()
     if checkpointing:
@@ -223,7 +224,7 @@ def iteration(
 
 
 def stable_diffusion() -> tuple[Any, Any]:
-    """U-Net of Stable Diffusion 1.5 with random weights, frozen, and its scheduler."""
+    """Return a frozen, random U-Net of Stable Diffusion 1.5's size, and its scheduler."""
     from diffusers import DPMSolverMultistepScheduler, UNet2DConditionModel
 
     from diffusers_fair import BiasedGradientScheduler
@@ -239,7 +240,7 @@ def stable_diffusion() -> tuple[Any, Any]:
 def draw(
     unet: Any, scheduler: Any, cond: Tensor, uncond: Tensor, noise: Tensor, steps: int, keep: bool
 ) -> Any:
-    """An image without gradients."""
+    """Generate an image without gradients."""
     from diffusers_fair.diffusion.sampling import sample
 
     return sample(unet, scheduler, cond, uncond, noise, steps, GUIDANCE, keep=keep)
@@ -255,7 +256,7 @@ def published(
     scale: float,
     **options: Any,
 ) -> Tensor:
-    """As published: the images for the targets, then once more with the graph of Algorithm 1."""
+    """Sample for the targets, then again with the graph of Algorithm 1, as published."""
     from diffusers_fair.diffusion.sampling import sample
     from diffusers_fair.diffusion.unrolled import unroll
 
@@ -273,7 +274,7 @@ def replayed(
     drawn: int | None,
     split: bool,
 ) -> None:
-    """The gradient pass of replay."""
+    """Run the gradient pass of replay."""
     from diffusers_fair.diffusion.replay import draw_steps, replay
 
     weights = scheduler.gradient_weights()
@@ -285,7 +286,7 @@ def replayed(
 
 @contextmanager
 def measured() -> Iterator[dict[str, Any]]:
-    """Seconds, and the peak of resident memory above what there was before, in MB (Linux)."""
+    """Measure seconds, and peak resident memory above that at the start, in MB (Linux)."""
     cpu = torch.device("cpu")
     memory.forget_peak(cpu)
     before, start, figures = memory.peak(cpu), time.perf_counter(), {}
@@ -298,21 +299,21 @@ def measured() -> Iterator[dict[str, Any]]:
 
 
 class NoBank:
-    """What keeps nothing: every original image is drawn whenever it is needed."""
+    """Original-image cache that stores nothing: every original is generated when it is needed."""
 
     def get(self, batch: Any, make: Callable[[], Any], device: torch.device) -> Any:
-        """Make it."""
+        """Generate the originals of a batch."""
         return make()
 
 
 def training(*, gradient: dict[str, Any], bank: str, iterations: int, seed: int) -> dict[str, Any]:
-    """Validation bias on the testbed against seconds of training, without those of validating.
+    """Measure validation bias on the testbed against training seconds, validation not counted.
 
     Args:
         gradient: the recipe's section.
-        bank: of what is seen in the originals: `none`, `cold`, which is empty at first, or `warm`.
-        iterations: of the run.
-        seed: of the run.
+        bank: cache of original images: `none`, `cold` (empty at first) or `warm` (filled).
+        iterations: number of iterations.
+        seed: random seed.
     """
     from diffusers_fair import FairnessFinetuner
     from diffusers_fair.training import batch_gradient as batch_gradient
@@ -344,7 +345,7 @@ def training(*, gradient: dict[str, Any], bank: str, iterations: int, seed: int)
 
 
 def fill(finetuner: Any) -> None:
-    """Put the originals of all iterations into the bank."""
+    """Fill the cache with the originals of all iterations."""
     from diffusers_fair.training.batches import Share, draw_batch
 
     for number in range(finetuner.config.train.distinct_iterations):
@@ -356,9 +357,9 @@ def fill(finetuner: Any) -> None:
 
 
 def drawing() -> dict[str, Any]:
-    """Of the gradient by k of 10 steps, and of another batch's: what parts it from the whole.
+    """Compare the gradient of k of 10 steps, and of another batch, with that of all steps.
 
-    The mean length of the difference over that of the whole, and the mean cosine with it.
+    Reports the mean length of the difference relative to the whole, and the mean cosine with it.
     """
     (whole,), others = gradients(None, 0), {"another batch": gradients(None, 1)}
     others |= {f"{count} of 10": gradients(count, 0, turns=6) for count in (1, 2, 4)}
@@ -375,7 +376,7 @@ def drawing() -> dict[str, Any]:
 
 
 def gradients(drawn: int | None, number: int, turns: int = 1) -> list[Tensor]:
-    """Of a batch of 12 images of the testbed, in the first adapter's parameters, draw by draw."""
+    """Return the gradients of a batch of 12 testbed images, one per turn, before training."""
     from diffusers_fair import FairnessFinetuner
     from diffusers_fair.training.batches import draw_batch
 
@@ -399,7 +400,7 @@ def gradients(drawn: int | None, number: int, turns: int = 1) -> list[Tensor]:
 
 
 def processes() -> dict[str, Any]:
-    """Iterations in an hour of one process with one core and of two, in turns; the batch is one."""
+    """Measure iterations per hour of one and of two single-core processes on the same batch."""
     turns = [{count: iterations_per_hour(count) for count in (1, 2)} for _ in range(3)]
     return {
         "one": statistics.median(turn[1] for turn in turns),
@@ -409,7 +410,7 @@ def processes() -> dict[str, Any]:
 
 
 def iterations_per_hour(count: int) -> float:
-    """Of that many processes, as `accelerate launch` starts them; the first iteration is left out."""
+    """Measure that many processes of `accelerate launch`, without the first iteration."""
     launcher = [sys.executable, "-m", "accelerate.commands.launch", "--config_file", str(LAUNCH)]
     with TemporaryDirectory() as folder:
         recipe = ["testbed-gender", "train.iterations=5", "tracker=none", f"output={folder}/run"]
@@ -427,7 +428,7 @@ def iterations_per_hour(count: int) -> float:
 
 
 def targets(*, n: int, classes: int) -> dict[str, Any]:
-    """Seconds to find the targets of n images, the median of five."""
+    """Measure seconds to compute the targets of n images, median of five."""
     from diffusers_fair.objective.targets import expected_targets
 
     p = torch.rand(n, classes, generator=torch.Generator().manual_seed(0)).softmax(1)
@@ -436,7 +437,7 @@ def targets(*, n: int, classes: int) -> dict[str, Any]:
 
 
 def evaluation() -> dict[str, Any]:
-    """Images of the testbed drawn and judged in a second."""
+    """Measure testbed images generated and judged per second."""
     from diffusers_fair import evaluate, testbed
     from diffusers_fair.backends.registry import load_judges
     from diffusers_fair.config.recipe import EvaluationModelsSection
@@ -452,7 +453,7 @@ def evaluation() -> dict[str, Any]:
 
 
 def adapter() -> dict[str, Any]:
-    """Seconds to load an adapter of rank 50, and the time of an image with it over that without."""
+    """Measure seconds to load an adapter of rank 50, and image time with it over without."""
     from diffusers_fair import FairnessFinetuner, testbed
     from diffusers_fair.testbed import world
 
@@ -485,7 +486,7 @@ def adapter() -> dict[str, Any]:
 
 
 def median(function: Callable[[], Any], times: int) -> float:
-    """Seconds of a call, the median of some."""
+    """Measure seconds of a call, median of several."""
     seconds = []
     for _ in range(times):
         start = time.perf_counter()
@@ -494,11 +495,11 @@ def median(function: Callable[[], Any], times: int) -> float:
     return statistics.median(seconds)
 
 
-# ---- what is written -----------------------------------------------------------------------------
+# ---- output --------------------------------------------------------------------------------------
 
 
 def document(found: dict[str, Any]) -> list[str]:
-    """Lines of benchmark.md."""
+    """Return the lines of benchmark.md."""
     from diffusers_fair.reports.comparison import markdown_table
 
     lines = ["# Benchmark", "", "Compare within a table; seconds tell little elsewhere.", ""]
@@ -533,7 +534,7 @@ def document(found: dict[str, Any]) -> list[str]:
 
 
 def origins(done: dict[str, Any]) -> list[str]:
-    """With what, said once for all that had the same."""
+    """List the provenance of results, each once."""
     told = set()
     for result in done.values():
         origin = result["with"]
@@ -571,7 +572,7 @@ def steps_rows(done: dict[str, Any]) -> list[list[str]]:
 
 
 def bias_rows(done: dict[str, Any]) -> list[list[str]]:
-    """Of each way: the time, the bias, and the time until the bias that the first way ends with."""
+    """Return time, final bias, and time until the first method's final bias, for each method."""
     runs: dict[str, list[list[dict[str, float]]]] = {}
     for name, result in done.items():
         runs.setdefault(name.split("/")[0], []).append(result["curve"])
@@ -596,7 +597,7 @@ def bias_rows(done: dict[str, Any]) -> list[list[str]]:
 
 
 def seconds_until(bias: float, curve: list[dict[str, float]]) -> float | None:
-    """When a curve first comes down to a bias, linearly between its points; None if never."""
+    """Return when a curve first reaches a bias, interpolated linearly; None if never."""
     before = None
     for point in curve:
         if point["bias"] <= bias:
@@ -609,7 +610,7 @@ def seconds_until(bias: float, curve: list[dict[str, float]]) -> float | None:
 
 
 def drawing_rows(done: dict[str, Any]) -> list[list[str]]:
-    """How far each gradient is from that of all steps."""
+    """Return how far each gradient is from that of all steps."""
     head = ["steps of each image", "length of the difference", "cosine with the whole"]
     return [head] + [
         [name, f"{result['error']:.2f}", f"{result['cosine']:.3f}"]

@@ -2,15 +2,15 @@
 
     python examples/reproduction/figure1.py --out model_cards/figure1
 
-Left, the loss while a text encoder's adapter is trained with the exact gradient of all steps, of the
-last step alone, and with the biased gradient by each standardisation; the same prompt, noise and
-first weights for all of them. (The paper trains a soft prompt towards one fixed image instead; here
-it is the loss that adapters are trained with.) Right, how long the share of each time step in the
-gradient is, if a random matrix R stands for the gradient of the loss (section 4.2).
+Left, the loss while a text encoder's adapter is trained with the exact gradient of all steps, of
+the last step alone, and with the biased gradient by each standardisation; the same prompt, noise
+and first weights for all of them. (The paper trains a soft prompt towards one fixed image instead;
+here it is the loss that adapters are trained with.) Right, how long the share of each time step in
+the gradient is, if a random matrix R stands for the gradient of the loss (section 4.2).
 
-Writes figure1.png and figure1.json. A stopped run goes on where it was. One process for each core,
-one thread for each process, so that the numbers do not depend on how many cores there are. About
-15 minutes on 2 cores.
+Writes figure1.png and figure1.json. Give the same command again to resume. Each core runs one
+process with one thread, so the numbers do not depend on the number of cores. Takes about 15 minutes
+on 2 cores.
 """
 
 import hashlib
@@ -68,11 +68,11 @@ CRITERION = "mean loss over the last third of the iterations"
 
 
 def main(
-    out: Annotated[Path, typer.Option(help="Folder for figure1.png and figure1.json.")],
-    iterations: Annotated[int, typer.Option(help="Of each training.")] = 18,
-    seeds: Annotated[int, typer.Option(help="Trainings with each gradient.")] = 3,
+    out: Annotated[Path, typer.Option(help="Folder to write figure1.png and figure1.json to.")],
+    iterations: Annotated[int, typer.Option(help="Iterations per training.")] = 18,
+    seeds: Annotated[int, typer.Option(help="Trainings per gradient, each with its own seed.")] = 3,
 ) -> None:
-    """Train, measure, write the figure and its numbers."""
+    """Train, measure, and write the figure and its numbers."""
     out.mkdir(parents=True, exist_ok=True)
     file = out / "figure1.json"
     results = resume(file, SETTINGS | {"iterations": iterations, "weights": digest()})
@@ -92,11 +92,11 @@ def main(
     print(json.dumps(results["summary"], indent=1))
 
 
-# ---- the work, in pieces -------------------------------------------------------------------------
+# ---- jobs ----------------------------------------------------------------------------------------
 
 
 def missing(results: dict[str, Any], seeds: int) -> list[tuple[str, ...]]:
-    """What is still to be done: (gradient, seed), or the shares of the steps."""
+    """Return the missing jobs: (gradient, seed), or the shares of the steps."""
     jobs = [(name, str(seed)) for seed in range(seeds) for name in GRADIENTS]
     todo: list[tuple[str, ...]] = [
         (name, seed) for name, seed in jobs if seed not in results["curves"][name]
@@ -105,7 +105,7 @@ def missing(results: dict[str, Any], seeds: int) -> list[tuple[str, ...]]:
 
 
 def finished(jobs: list[tuple[str, ...]], iterations: int) -> Iterator[tuple[tuple, dict]]:
-    """Each job with what came of it, as they get done."""
+    """Yield each job with its result, in the order in which they finish."""
     spawn = multiprocessing.get_context("spawn")
     with ProcessPoolExecutor(cores(), mp_context=spawn) as pool:
         running = {pool.submit(do, job, iterations): job for job in jobs}
@@ -118,7 +118,7 @@ def cores() -> int:
 
 
 def do(job: tuple[str, ...], iterations: int) -> dict[str, Any]:
-    """One job, in its own process."""
+    """Run one job in its own process."""
     torch.set_num_threads(1)
     start = time.process_time()
     found = shares() if job == ("shares",) else {"loss": curve(job[0], int(job[1]), iterations)}
@@ -126,7 +126,7 @@ def do(job: tuple[str, ...], iterations: int) -> dict[str, Any]:
 
 
 def curve(name: str, seed: int, iterations: int) -> list[float]:
-    """The loss at each iteration of a training; its data depend on the seed alone."""
+    """Return the loss of each iteration; the data depend on the seed alone."""
     with TemporaryDirectory() as folder:
         prompts = Path(folder) / "prompt.txt"
         prompts.write_text(PROMPT, encoding="utf-8")
@@ -177,7 +177,7 @@ def shares() -> dict[str, Any]:
     trajectory = sample(pipe.unet, pipe.scheduler, cond, uncond, noise, steps, testbed.GUIDANCE)
 
     def lengths(step: int, gradient: Tensor) -> Tensor:
-        """(n,): of the parameters' gradients, for one on the guided prediction of a step."""
+        """Norms (n,) of the parameters' gradients, from one on the guided prediction of a step."""
         alone = torch.full((len(gradient), 1), step)
         embeddings = replay(
             *(pipe.unet, trajectory, cond, uncond, gradient, torch.ones(steps)), steps=alone
@@ -202,11 +202,11 @@ def shares() -> dict[str, Any]:
     }
 
 
-# ---- what is written -----------------------------------------------------------------------------
+# ---- output --------------------------------------------------------------------------------------
 
 
 def resume(file: Path, settings: dict[str, Any]) -> dict[str, Any]:
-    """What an earlier, stopped run has left there."""
+    """Return the results of a run that was stopped, or empty ones."""
     if not file.exists():
         return {"settings": settings, "curves": {name: {} for name in GRADIENTS}, "shares": None}
     found = json.loads(file.read_text(encoding="utf-8"))
@@ -216,7 +216,7 @@ def resume(file: Path, settings: dict[str, Any]) -> dict[str, Any]:
 
 
 def digest() -> str:
-    """Of the testbed's weights."""
+    """Hash the testbed's weights."""
     found = hashlib.sha256()
     for file in sorted(testbed.WEIGHTS.glob("*.safetensors")):
         found.update(file.read_bytes())
@@ -231,7 +231,7 @@ def write(file: Path, results: dict[str, Any]) -> None:
 
 def origin(iterations: int, seeds: int) -> dict[str, Any]:
     return {
-        "command": f"python examples/figure1.py --iterations {iterations} --seeds {seeds}",
+        "command": f"python examples/reproduction/figure1.py --iterations {iterations} --seeds {seeds}",
         "commit": commit(),
         "seeds": list(range(seeds)),
         "machine": f"{platform.machine()}, {cores()} processes of 1 thread",
@@ -249,7 +249,7 @@ def losses(results: dict[str, Any], name: str, seeds: int) -> np.ndarray:
 
 
 def require_same_start(results: dict[str, Any], seeds: int) -> None:
-    """Refuse curves whose data are not the same: an adapter that was not trained changes nothing."""
+    """Check that all trainings start from the same loss: an untrained adapter has no effect."""
     for seed in range(seeds):
         starts = {losses(results, name, seeds)[seed, 0] for name in GRADIENTS}
         if max(starts) - min(starts) > 1e-4:
@@ -260,7 +260,7 @@ def require_same_start(results: dict[str, Any], seeds: int) -> None:
 
 
 def summary(results: dict[str, Any], seeds: int) -> dict[str, Any]:
-    """Which standardisation is best, by how much, and how the steps' shares differ in length."""
+    """Compare the standardisations by loss, and the steps' shares by length."""
     third = -(-results["settings"]["iterations"] // 3)
     last = {name: losses(results, name, seeds)[:, -third:].mean(1) for name in GRADIENTS}
     ranks = sorted(BIASED, key=lambda name: last[name].mean())
@@ -287,7 +287,7 @@ def summary(results: dict[str, Any], seeds: int) -> dict[str, Any]:
 
 
 def draw(results: dict[str, Any], seeds: int) -> Any:
-    """Both panels."""
+    """Draw both panels."""
     figure, (left, right) = pyplot.subplots(1, 2, figsize=(12, 5.2), layout="constrained")
     draw_curves(left, results, seeds)
     draw_shares(right, results)

@@ -1,11 +1,11 @@
-"""Kill a training at random moments, let it go on, and compare with one that was left alone.
+"""Kill a training at random moments, resume it, and compare it with one that was never killed.
 
     python examples/reproduction/kill_test.py --kills 40 --seed 0 --out model_cards/kill_test.json
 
-Trains a small adapter on the testbed once without disturbance. Then, as often as asked: starts the
-same training in a process of its own, kills it (SIGKILL) after a random time, starts it again, and
-compares the adapters, the last checkpoint, the events and the names of all files. Writes what was
-found to JSON; exit code 1 if anything differed.
+Trains a small adapter on the testbed without interruption. Then, `--kills` times: starts the same
+training in a process of its own, kills it (SIGKILL) after a random time, starts it again, and
+compares the adapters, the last checkpoint, the events and the names of all files. Writes the
+results to JSON; the exit code is 1 if anything differed.
 """
 
 import json
@@ -27,7 +27,7 @@ from diffusers_fair.provenance import provenance
 from diffusers_fair.training.checkpoints import load_checkpoint
 
 RECIPE = "testbed-gender"
-SMALL = {  # everything that is written is written often
+SMALL = {  # writes every kind of file often
     "base": {"dtype": "float32"},
     "adapter": {"rank": 2},
     "prompts": {"images_per_prompt": 2},
@@ -45,26 +45,28 @@ SMALL = {  # everything that is written is written often
     },
     "tracker": "none",
 }
-TIMES = ("seconds", "training")  # what two trainings do not have in common
+TIMES = ("seconds", "training")  # differ between any two trainings
 
 
 def main(
-    kills: Annotated[int, typer.Option(help="How often.")] = 40,
-    seed: Annotated[int, typer.Option(help="Of the moments.")] = 0,
-    out: Annotated[Path, typer.Option(help="JSON file.")] = Path("kill_test.json"),
+    kills: Annotated[int, typer.Option(help="Number of trainings to kill.")] = 40,
+    seed: Annotated[int, typer.Option(help="Random seed of the moments.")] = 0,
+    out: Annotated[Path, typer.Option(help="JSON file to write.")] = Path("kill_test.json"),
 ) -> None:
-    """Kill and compare; say what was found."""
+    """Kill, resume and compare trainings; write the results."""
     with tempfile.TemporaryDirectory() as folder:
         found = kill_test(kills, seed, Path(folder))
     out.write_text(json.dumps(found | {"provenance": provenance()}, indent=1) + "\n", "utf-8")
     different = [kill for kill in found["kills"] if kill["differs"]]
-    print(f"{kills} kills, {kills - len(different)} trainings like the one left alone; see {out}")
+    print(
+        f"{kills - len(different)} of {kills} trainings ended like the uninterrupted one; see {out}"
+    )
     if different:
         raise typer.Exit(1)
 
 
 def kill_test(kills: int, seed: int, folder: Path) -> dict[str, Any]:
-    """The moments, what each left behind, and in what the outcome differs."""
+    """Return the moment of each kill, the files it left, and what differs in the end."""
     start = time.perf_counter()
     run(folder / "alone")
     whole = time.perf_counter() - start
@@ -78,7 +80,7 @@ def kill_test(kills: int, seed: int, folder: Path) -> dict[str, Any]:
 
 
 def killed(folder: Path, moment: float, expected: dict[str, Any]) -> dict[str, Any]:
-    """One that is killed and goes on."""
+    """Kill a training at a moment, resume it, and compare its outcome."""
     finished = run(folder, moment)
     left = {
         "second": round(moment, 3),
@@ -96,10 +98,10 @@ def killed(folder: Path, moment: float, expected: dict[str, Any]) -> dict[str, A
 
 
 def run(folder: Path, moment: float | None = None) -> bool:
-    """Train in a process, killed after so many seconds; whether it came to its end.
+    """Train in a process, killed after that many seconds; return whether it finished.
 
     Raises:
-        RuntimeError: it failed by itself.
+        RuntimeError: the training failed by itself.
     """
     process = multiprocessing.get_context("fork").Process(target=train, args=(folder,))
     process.start()
@@ -120,7 +122,7 @@ def train(folder: Path) -> None:
 
 
 def outcome(folder: Path) -> dict[str, Any]:
-    """What has to be the same."""
+    """Return what has to be the same after every training."""
     files = sorted(path.relative_to(folder).as_posix() for path in folder.rglob("*"))
     lines = (folder / "events.jsonl").read_text("utf-8").splitlines()
     return {
@@ -132,9 +134,9 @@ def outcome(folder: Path) -> dict[str, Any]:
 
 
 def content(path: Path) -> Any:
-    """What a file holds; of files that are compared otherwise, nothing."""
+    """Return the content of a file; None for files that are compared in another way."""
     if path.suffix == ".safetensors":
-        return load_file(path)  # the order of the metadata is left to chance
+        return load_file(path)  # the order of the metadata varies
     if path.name == "fair_adapter.json":
         return timeless(json.loads(path.read_text("utf-8")))
     return path.read_bytes() if path.suffix == ".png" else None
@@ -145,7 +147,7 @@ def timeless(facts: dict[str, Any]) -> dict[str, Any]:
 
 
 def same(a: Any, b: Any) -> bool:
-    """Whether both are equal to the last bit."""
+    """Return whether both are bit-identical."""
     if isinstance(a, torch.Tensor):
         return torch.equal(a, b)
     if isinstance(a, dict):
