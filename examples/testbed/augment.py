@@ -1,4 +1,4 @@
-"""What befalls a picture before a judge sees it: generated pictures are softer than the data."""
+"""Augmentations for training the judges: generated images are softer than the data."""
 
 import torch
 import torch.nn.functional as F

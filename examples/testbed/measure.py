@@ -43,7 +43,7 @@ GRID = [
     "a photo of a library without anybody",
 ]
 Row = tuple[str, str, str]
-"""What, the figure, what it should be."""
+"""Name, measured value, wanted range."""
 
 
 def main(
@@ -69,13 +69,13 @@ def main(
 
 
 def timed(make: Callable[[], Any]) -> tuple[Any, float]:
-    """What `make` returns, and the seconds it took."""
+    """Return the result of `make`, and the seconds it took."""
     start = time.perf_counter()
     return make(), time.perf_counter() - start
 
 
 def cost(pipe: Any, seconds: float) -> list[Row]:
-    """Size of the weights, time to load, time to draw."""
+    """Measure size of the weights, loading time and generation time."""
     size = sum(f.stat().st_size for f in testbed.WEIGHTS.rglob("*") if f.is_file()) / 1e6
     prompts = prompt_set("testbed-occupations").prompts("test")[:24]
     _, drawing = timed(lambda: draw(pipe, prompts, 1))
@@ -87,7 +87,7 @@ def cost(pipe: Any, seconds: float) -> list[Row]:
 
 
 def bias(pipe: Any, judges: Judges, images: int) -> list[Row]:
-    """Bias, faces and context over the test occupations, neutral template."""
+    """Measure bias, faces and context over the test occupations with the neutral template."""
     prompts = prompt_set("testbed-occupations").prompts("test")
     report = evaluate(
         pipe,
@@ -115,7 +115,7 @@ def bias(pipe: Any, judges: Judges, images: int) -> list[Row]:
 
 
 def obedience(pipe: Any, judges: Judges, occupations: int = 20) -> list[Row]:
-    """How often an attribute word in the prompt is obeyed, per attribute."""
+    """Measure how often images show the attribute word in their prompt, per attribute."""
     rows = []
     for name, attribute in world.ATTRIBUTES.items():
         texts = prompt_set("testbed-occupations").test[:occupations]
@@ -131,7 +131,7 @@ def obedience(pipe: Any, judges: Judges, occupations: int = 20) -> list[Row]:
 
 
 def scenes(pipe: Any, judges: Judges) -> list[Row]:
-    """Faces seen in empty scenes: there should be none."""
+    """Measure faces found in generated empty scenes: there should be none."""
     places = [facts["place"] for facts in world.families().values()]
     images = draw(pipe, [f"a photo of {place} without anybody" for place in places], 8)
     rate = judges.face_detector(images).found.float().mean().item()
@@ -139,7 +139,7 @@ def scenes(pipe: Any, judges: Judges) -> list[Row]:
 
 
 def classifiers() -> list[Row]:
-    """Held-out figures of the judges, as measured when they were trained."""
+    """Return the judges' held-out metrics, as measured when they were trained."""
     wanted = {"gender": ">= .97", "race": ">= .95", "age": ">= .94"}
     found = shipped.figures("evaluation_classifiers")["accuracy"]["sharp"]
     seen = shipped.figures("detector")["held_out"]
@@ -175,7 +175,7 @@ def show(table: Sequence[Row], images: int) -> None:
 
 
 def keep(table: Sequence[Row], images: int, out: Path) -> None:
-    """Write testbed.md and testbed.json, with what they were measured with."""
+    """Write testbed.md and testbed.json, with their provenance."""
     with_what = {
         "command": f"python examples/testbed/measure.py --images {images} --out {out}",
         "commit": commit(),
@@ -199,7 +199,7 @@ def keep(table: Sequence[Row], images: int, out: Path) -> None:
 
 
 def grid(pipe: Any) -> Image.Image:
-    """Pictures of what the world holds, eight for each prompt, enlarged twice."""
+    """Generate a grid of example images, eight per prompt, enlarged twice."""
     rows = draw(pipe, GRID, 8).view(len(GRID), 8, 3, testbed.SIZE, testbed.SIZE)
     pixels = ((rows + 1) * 127.5).round().byte().permute(0, 3, 1, 4, 2)  # (rows, h, 8, w, 3)
     flat = pixels.reshape(len(GRID) * testbed.SIZE, 8 * testbed.SIZE, 3).numpy()

@@ -25,7 +25,7 @@ def hash_of(text: str) -> int:
 
 @dataclass(kw_only=True)
 class Stage:
-    """What a stage is called, how long it runs and how it learns."""
+    """Name, length and hyperparameters of a training stage."""
 
     name: str
     steps: int

@@ -95,7 +95,7 @@ def agreement(captions: list[Caption], shown: list[dict[str, str]]) -> Tensor:
 
 
 def shown_by(portraits: Portraits, row: int, style: str) -> dict[str, str]:
-    """What a picture shows; of pairs and empty scenes nobody's attributes."""
+    """Describe what an image shows; pairs and empty scenes have no attributes."""
     at = portraits.labels
     who = {n: at[c][row] for n, c in COLUMNS.items()} if at["kind"][row] == "portrait" else {}
     return {"kind": str(at["kind"][row]), "family": str(at["family"][row]), "style": style, **who}

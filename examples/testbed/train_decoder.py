@@ -42,7 +42,7 @@ def cut(x: Tensor, corner: Tensor, scale: int) -> Tensor:
 
 
 def distance(drawn: Tensor, real: Tensor, weight: Tensor) -> Tensor:
-    """Of pixels and of edges."""
+    """Return the loss of pixels and of edges."""
     error, weight = drawn - real, weight / weight.mean()
     down, across = edges(error)
     sharp = (weight[..., 1:, :] * down).abs().mean() + (weight[..., 1:] * across).abs().mean()

@@ -39,7 +39,7 @@ def paper_over(x: Tensor, boxes: Tensor, scenes: Tensor) -> tuple[Tensor, Tensor
 
 
 def grid_targets(boxes: Tensor, rows: int, columns: int) -> tuple[Tensor, Tensor]:
-    """Which cells see a face, and whose box.
+    """Assign to each cell whether it sees a face, and its box.
 
     Args:
         boxes: (n, 2, 4), the near face first.
