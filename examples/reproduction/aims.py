@@ -78,7 +78,7 @@ def kept_words(report: Mapping[str, Any]) -> dict[str, float]:
 
 
 def figures(summary: Mapping[str, Any]) -> dict[str, float]:
-    """Return a report's figures by their names in the table of experiments."""
+    """What a report says, by the names that the table of experiments has."""
     old = summary["frequencies"]["age"]["old"]
     scores = {"context": "context", "CLIP-T": "clip_t"}
     return {

@@ -499,7 +499,7 @@ def median(function: Callable[[], Any], times: int) -> float:
 
 
 def document(found: dict[str, Any]) -> list[str]:
-    """Return the lines of benchmark.md."""
+    """Lines of benchmark.md."""
     from diffusers_fair.reports.comparison import markdown_table
 
     lines = ["# Benchmark", "", "Compare within a table; seconds tell little elsewhere.", ""]

@@ -80,7 +80,7 @@ def test_kept_cards_follow_from_their_reports(kept, tmp_path):
     """Byte for byte: neither the card nor what the adapter says of itself is typed."""
     names = [io.README_FILE, io.INFO_FILE, "report.json", f"samples/{card.PAIRS}"]
     old = {name: (kept / name).read_bytes() for name in names}
-    report = shutil.copytree(kept / io.SAMPLES_FOLDER, tmp_path / "report")
+    report = shutil.copytree(kept / "samples", tmp_path / "report")
     shutil.copy(kept / "report.json", report)
     fresh = shutil.copytree(
         kept, tmp_path / "adapter", ignore=shutil.ignore_patterns("README*", "*.png", "report.json")
@@ -96,7 +96,7 @@ def test_kept_cards_are_shown_with_their_images_and_tables(kept, tmp_path):
     page = (tmp_path / "preview.html").read_text("utf-8")
     title = next(line for line in text_of(kept).splitlines() if line.startswith("# "))
     assert f"<title>{title.removeprefix('# ')}</title>" in page
-    assert f'src="{(kept / io.SAMPLES_FOLDER / card.PAIRS).as_uri()}"' in page
+    assert f'src="{(kept / "samples" / card.PAIRS).as_uri()}"' in page
     assert page.count("<table>") == page.count('<div class="scroll" tabindex="0"><table>') >= 3
 
 
