@@ -291,6 +291,7 @@ def generate(
 
     from diffusers_fair.backends.registry import usual_guidance
     from diffusers_fair.evaluation.generate import generate as draw
+    from diffusers_fair.vision.images import to_arrays
 
     pipe = _pipeline(base, adapter, respect_words)
     out.mkdir(parents=True, exist_ok=True)
@@ -304,8 +305,7 @@ def generate(
         batch_size=min(24, images),
         progress=True,
     ):
-        pictures = ((batch.images + 1) * 127.5).round().byte().permute(0, 2, 3, 1).cpu().numpy()
-        for picture, i, j in zip(pictures, batch.prompt, batch.image, strict=True):
+        for picture, i, j in zip(to_arrays(batch.images), batch.prompt, batch.image, strict=True):
             file = out / f"{_slug(prompt[int(i)])}-{int(j):03d}.png"
             Image.fromarray(picture).save(file)
     console.print(f"{len(prompt) * images} images in {out}")

@@ -18,11 +18,9 @@ from torch import Tensor, nn
 
 from diffusers_fair.adapters.io import (
     MAX_BYTES,
-    PREFIXES,
     AdapterInfo,
     Lora,
     Weights,
-    base_fingerprint,
     check_size,
     read_adapter,
 )
@@ -34,10 +32,13 @@ from diffusers_fair.adapters.prompt_encoder import (
 )
 from diffusers_fair.adapters.soft_tokens import (
     check_soft_tokens,
+    embedding_width,
     load_soft_tokens,
     unload_soft_tokens,
 )
 from diffusers_fair.adapters.word_switch import WordSwitch, adapter_words
+from diffusers_fair.families import LORA_PREFIXES, family_of
+from diffusers_fair.families.fingerprint import base_fingerprint
 
 if TYPE_CHECKING:
     from diffusers import DiffusionPipeline
@@ -119,7 +120,7 @@ def load_fair_adapter(
         for part, lora in info.lora.items():
             _insert(getattr(pipe, part), lora, _state(weights, part), adapter_name)
         if respect_words:
-            _add_switch(pipe, WordSwitch(adapter_name, adapter_words(info)))
+            _add_switch(pipe, WordSwitch(adapter_name, adapter_words(info), family_of(pipe)))
         set_fair_adapter_scale(pipe, scale, adapter_name=adapter_name)
     except BaseException:
         _remove(pipe, adapter_name)
@@ -258,9 +259,10 @@ def _check_base(pipe: "DiffusionPipeline", info: AdapterInfo) -> None:
 
 def _check_words(pipe: "DiffusionPipeline") -> None:
     """The pipeline has the method that reads the prompts."""
-    if not hasattr(type(pipe), "encode_prompt"):
+    method = family_of(pipe).encode_method
+    if not hasattr(type(pipe), method):
         raise ValueError(
-            f"respect_words needs a pipeline with encode_prompt, and {type(pipe).__name__} has none"
+            f"respect_words needs a pipeline with {method}, and {type(pipe).__name__} has none"
         )
 
 
@@ -268,7 +270,7 @@ def _check_fit(pipe: "DiffusionPipeline", info: AdapterInfo, weights: Weights) -
     """Every weight has its layer, and there is room for soft tokens."""
     if info.soft_tokens:
         check_soft_tokens(pipe, info.soft_tokens)
-        width = pipe.text_encoder.get_input_embeddings().embedding_dim
+        width = embedding_width(pipe)
         if (got := weights[info.soft_tokens.token].shape[1]) != width:
             raise ValueError(
                 f"the adapter's soft tokens are {got} numbers wide, and this text encoder's {width}"
@@ -286,7 +288,7 @@ def _check_fit(pipe: "DiffusionPipeline", info: AdapterInfo, weights: Weights) -
 
 def _state(weights: Weights, part: str) -> dict[str, Tensor]:
     """The weights of one part by peft's names: `module.lora_A.weight`."""
-    prefix = PREFIXES[part]
+    prefix = LORA_PREFIXES[part]
     return {key[len(prefix) :]: value for key, value in weights.items() if key.startswith(prefix)}
 
 
@@ -300,7 +302,8 @@ def _in_float32(state: dict[str, Tensor]) -> dict[str, Tensor]:
 
 def _parts(pipe: "DiffusionPipeline") -> dict[str, Any]:
     """The pipeline's models that may carry low-rank layers."""
-    return {part: model for part in PREFIXES if (model := getattr(pipe, part, None)) is not None}
+    parts = {part: getattr(pipe, part, None) for part in family_of(pipe).targets}
+    return {part: model for part, model in parts.items() if model is not None}
 
 
 def _adapter_names(pipe: "DiffusionPipeline") -> set[str]:

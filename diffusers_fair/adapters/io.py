@@ -28,6 +28,7 @@ from safetensors.torch import save
 from torch import Tensor
 
 from diffusers_fair.attributes import Attribute
+from diffusers_fair.families import LORA_PREFIXES as PREFIXES
 from diffusers_fair.version import __version__
 
 FORMAT_VERSION = 1
@@ -39,9 +40,6 @@ SAMPLES_FOLDER = "samples"
 REPORT_FILES = ("report.json", "report.html", "records.jsonl")
 SCHEMA = Path(__file__).with_name("fair_adapter.schema.json")
 
-# Parts of a pipeline that may carry low-rank layers, and what stands before a module's name in the
-# file. `text_model.` is a level that transformers 5 dropped and that older versions still need.
-PREFIXES = {"text_encoder": "text_encoder.text_model.", "unet": "unet."}
 SOFT_TOKENS = "soft_tokens"  # the component that is no part of the pipeline
 METADATA_KEY = "lora_adapter_metadata"  # where diffusers looks for rank and alpha in the header
 
@@ -57,8 +55,8 @@ OPTIONAL: dict[str, Any] = {"words": {}, "training": None, "checksums": None}
 """Keys of `fair_adapter.json` that older folders lack, and what they stand for there."""
 
 Weights = dict[str, Tensor]
-"""All of an adapter's: `unet.module.lora_A.weight` (rank, in), `.lora_B.` (out, rank), ..., and the
-placeholder of the soft tokens (m, d)."""
+"""All tensors of an adapter: `COMPONENT.module.lora_A.weight` (rank, in), `.lora_B.` (out, rank),
+..., and the placeholder of the soft tokens (m, d)."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -143,33 +141,6 @@ class AdapterInfo:
         """The prompt prefix, if it has one."""
         found = self.components.get(SOFT_TOKENS)
         return found if isinstance(found, SoftTokens) else None
-
-
-def base_fingerprint(pipe: Any) -> str:
-    """Digest of the parameter shapes of a pipeline's text encoder and U-Net.
-
-    The same with and without low-rank layers, soft tokens or textual inversions on them, in every
-    dtype and under every version's names; another for every other architecture. Weights of one
-    architecture share it.
-    """
-    shapes = sorted(
-        f"{part} {shape}"
-        for part in PREFIXES
-        if getattr(pipe, part, None) is not None
-        for shape in _own_shapes(pipe, getattr(pipe, part))
-    )
-    return hashlib.sha256("\n".join(shapes).encode()).hexdigest()
-
-
-def _own_shapes(pipe: Any, model: Any) -> Iterator[tuple[int, ...]]:
-    """Shapes of a model's own parameters; tokens that were added to its vocabulary do not count."""
-    words: list[Any] = []  # the vocabulary, and soft tokens in training
-    if model is pipe.text_encoder:
-        words = list(model.get_input_embeddings().parameters())
-        yield pipe.tokenizer.vocab_size, words[0].shape[1]
-    for name, parameter in model.named_parameters():
-        if ".lora_" not in name and not any(parameter is word for word in words):
-            yield tuple(parameter.shape)
 
 
 def write_adapter(folder: str | Path, weights: Mapping[str, Tensor], info: AdapterInfo) -> None:

@@ -1,4 +1,4 @@
-"""Low-rank adapters in a text encoder and a U-Net, and their weights in diffusers' layout."""
+"""LoRA in training: layers in a pipeline's components, and their weights in diffusers' layout."""
 
 from collections.abc import Iterator
 from contextlib import contextmanager
@@ -7,13 +7,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from diffusers_fair.adapters.io import PREFIXES
-
-TARGETS = {
-    "text_encoder": ("q_proj", "k_proj", "v_proj", "out_proj", "fc1", "fc2"),  # attention, MLP
-    "unet": ("to_q", "to_k", "to_v", "to_out.0"),  # attention
-}
-"""Layers that get an adapter, by component of the pipeline."""
+from diffusers_fair.families import family_of
 
 
 def add_lora(
@@ -28,12 +22,12 @@ def add_lora(
     """Freeze a component of a pipeline and add a trainable LoRA to it, which changes nothing yet.
 
     Args:
-        pipe: a Stable Diffusion pipeline.
-        component: `"text_encoder"` or `"unet"`.
-        rank: of the adapter's matrices.
-        alpha: their product is scaled by alpha / rank; the rank itself by default.
-        seed: of their initial values.
-        adapter_name: what peft calls it.
+        pipe: a pipeline of a known family.
+        component: one of the family's `targets`.
+        rank: rank of the LoRA matrices.
+        alpha: their product is scaled by alpha / rank; the rank by default.
+        seed: random seed of the initial values.
+        adapter_name: name of the adapter in peft.
 
     Returns:
         The adapter's parameters, in float32 or better whatever the component is in.
@@ -43,8 +37,9 @@ def add_lora(
     """
     from peft import LoraConfig
 
-    if component not in TARGETS:
-        raise ValueError(f"LoRA goes into one of {sorted(TARGETS)}, got {component!r}")
+    targets = family_of(pipe).targets
+    if component not in targets:
+        raise ValueError(f"LoRA goes into one of {sorted(targets)}, got {component!r}")
     module = getattr(pipe, component)
     if adapter_name in getattr(module, "peft_config", {}):
         raise ValueError(
@@ -57,7 +52,7 @@ def add_lora(
         config = LoraConfig(
             r=rank,
             lora_alpha=alpha or rank,  # type: ignore[arg-type]  # peft divides it, any number will do
-            target_modules=list(TARGETS[component]),
+            target_modules=list(targets[component]),
         )
         module.add_adapter(config, adapter_name=adapter_name)
     parameters = trainable_parameters(module)
@@ -73,12 +68,12 @@ def trainable_parameters(module: nn.Module) -> list[nn.Parameter]:
 
 @contextmanager
 def without_adapter(pipe: Any) -> Iterator[None]:
-    """Switch every low-rank layer of the pipeline off: the original model, for the time being."""
+    """Disable every LoRA layer of the pipeline in this context: the original model."""
     from peft.tuners.lora import LoraLayer
 
     layers: list[Any] = [  # peft does not type them as modules
         layer
-        for component in TARGETS
+        for component in family_of(pipe).targets
         for layer in getattr(pipe, component).modules()
         if isinstance(layer, LoraLayer)
     ]
@@ -95,20 +90,19 @@ def without_adapter(pipe: Any) -> Iterator[None]:
 
 
 def lora_tensors(pipe: Any, *, adapter_name: str = "fair") -> dict[str, Tensor]:
-    """Return the adapter's weights themselves, from every component that has it; empty if none has.
+    """Return the adapter's own tensors from every component that has it; empty if none has.
 
     Returns:
-        Keys in diffusers' own layout, so that `pipe.load_lora_weights` takes it, in any version:
-        transformers 5 dropped the `text_model` level of the text encoder, the layout has it.
+        Keys in diffusers' layout, which `pipe.load_lora_weights` reads in any version.
     """
     from peft import get_peft_model_state_dict
 
     weights = {}
-    for component, prefix in PREFIXES.items():
+    for component, prefix in family_of(pipe).lora_prefixes.items():
         module = getattr(pipe, component)
         if adapter_name not in getattr(module, "peft_config", {}):
             continue
-        found = get_peft_model_state_dict(module, adapter_name=adapter_name)
-        for key, weight in found.items():
+        state = get_peft_model_state_dict(module, adapter_name=adapter_name)
+        for key, weight in state.items():  # transformers 4 has the level `text_model.`, 5 has not
             weights[prefix + key.removeprefix("text_model.")] = weight.detach()
     return weights

@@ -1,21 +1,22 @@
-"""The prompt prefix: an adapter's soft tokens, written before the prompts of a pipeline."""
+"""The prompt prefix: an adapter's soft tokens, placed before the prompts of a pipeline."""
 
 import re
 import warnings
 from typing import Any
 
 from diffusers_fair.adapters.io import SoftTokens
+from diffusers_fair.families import family_of
 
 
 class PromptPrefix:
-    """Writes the placeholder of soft tokens before prompts, as one would for a textual inversion.
+    """Adds the placeholder of soft tokens to prompts, as a user types it for a textual inversion.
 
-    A prompt that has the placeholder in it stays as it is.
+    A prompt that contains the placeholder stays as it is.
 
     Args:
-        pipe: whose tokenizer knows the soft tokens.
-        tokens: what they are called.
-        adapter_name: the adapter they belong to.
+        pipe: a pipeline whose tokenizer knows the soft tokens.
+        tokens: number and placeholder.
+        adapter_name: adapter that they belong to.
     """
 
     def __init__(self, pipe: Any, tokens: SoftTokens, adapter_name: str):
@@ -25,15 +26,16 @@ class PromptPrefix:
         self.on = True
 
     def before(self, prompt: str) -> str:
-        """The prompt with the placeholder, once."""
+        """Return the prompt with the placeholder in it, once."""
         token = self.tokens.token
         typed, times = re.subn(re.escape(token), token, prompt, flags=re.IGNORECASE)
         self._warn_if_cut_off(typed.replace(token, ""))
         return typed if times else f"{token} {prompt}"
 
     def _warn_if_cut_off(self, prompt: str) -> None:
-        """Warn if the prompt would fit in the text encoder without the prefix."""
-        tokenizer = self.pipe.tokenizer
+        """Warn if the prompt is truncated only because of the prefix."""
+        (name,) = family_of(self.pipe).inversions.values()
+        tokenizer = getattr(self.pipe, name)
         text = self.pipe.maybe_convert_prompt(prompt, tokenizer)
         length = len(tokenizer(text).input_ids)  # with start and end
         limit, count = tokenizer.model_max_length, self.tokens.count

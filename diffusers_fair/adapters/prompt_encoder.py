@@ -1,4 +1,4 @@
-"""The one method of a pipeline that adapters replace: `encode_prompt`, for all of them at once."""
+"""Wraps the method of a pipeline that encodes prompts, once for all adapters."""
 
 import inspect
 from collections.abc import Iterator
@@ -7,13 +7,14 @@ from typing import Any
 
 from diffusers_fair.adapters.prefix import PromptPrefix
 from diffusers_fair.adapters.word_switch import WordSwitch
+from diffusers_fair.families import family_of
 
 
 class PromptEncoder:
-    """Takes the place of one pipeline's `encode_prompt`: the host's own, with what adapters do.
+    """Replaces one pipeline's method that encodes prompts; calls it with what adapters change.
 
-    Soft tokens go before the prompts, not before the negative ones; adapters that respect words are
-    off for the prompts that have such words, and for their negative ones.
+    Soft tokens precede the prompts, but not the negative prompts. Adapters that respect words are
+    off for prompts that contain such words, and for the negative prompts of these.
 
     Args:
         pipe: the pipeline.
@@ -26,23 +27,23 @@ class PromptEncoder:
         """Name of an adapter that respects words -> its switch."""
 
     def __call__(self, *args: Any, **kwargs: Any) -> Any:
-        """Encode prompts as the host does, from the same arguments.
+        """Encode prompts as the pipeline's class does, from the same arguments.
 
         Raises:
             ValueError: embeddings are given in place of a prompt, or an adapter that has to be
                 switched off for a prompt is fused into the weights.
         """
-        host = type(self.pipe).encode_prompt
+        host = getattr(type(self.pipe), _method(self.pipe))
         call = inspect.signature(host).bind(self.pipe, *args, **kwargs)
         if call.arguments.get("prompt_embeds") is not None:
             self._check_needs_no_text()
             return host(*call.args, **call.kwargs)
         prompt = call.arguments["prompt"]
-        several = isinstance(prompt, list)
-        prompts = prompt if several else [prompt]
+        is_list = isinstance(prompt, list)
+        prompts = prompt if is_list else [prompt]
         named = {name: switch.named(prompts) for name, switch in self.switches.items()}
         prompts = self._with_prefix(prompts, named)
-        call.arguments["prompt"] = prompts if several else prompts[0]
+        call.arguments["prompt"] = prompts if is_list else prompts[0]
         with ExitStack() as stack:
             for name, switch in self.switches.items():
                 stack.enter_context(switch.encoding(named[name]))
@@ -53,17 +54,17 @@ class PromptEncoder:
 
     @property
     def adapter_names(self) -> set[str]:
-        """The adapters that it serves."""
+        """Names of the adapters that use it."""
         return {*self.switches} | ({self.prefix.adapter_name} if self.prefix else set())
 
     def drop(self, adapter_name: str) -> None:
-        """Forget an adapter; with the last one goes the encoder."""
+        """Remove an adapter; after the last one, give the pipeline its own method back."""
         if self.prefix is not None and self.prefix.adapter_name == adapter_name:
             self.prefix = None
         if switch := self.switches.pop(adapter_name, None):
             switch.detach()
         if self.prefix is None and not self.switches:
-            del self.pipe.encode_prompt
+            delattr(self.pipe, _method(self.pipe))
 
     def _with_prefix(self, prompts: list[str], named: dict[str, list[bool]]) -> list[str]:
         prefix = self.prefix
@@ -76,7 +77,7 @@ class PromptEncoder:
         ]
 
     def _check_needs_no_text(self) -> None:
-        """Embeddings do not tell what was said."""
+        """Refuse embeddings if an adapter has to read or to change the prompt."""
         if self.prefix is not None and self.prefix.on:
             raise ValueError(
                 f"the soft tokens of the adapter '{self.prefix.adapter_name}' cannot be put before "
@@ -84,24 +85,25 @@ class PromptEncoder:
             )
         if on := [name for name, switch in self.switches.items() if switch.on]:
             raise ValueError(
-                f"the adapter '{on[0]}' is to respect words, and prompt_embeds do not tell them: "
+                f"the adapter '{on[0]}' respects words, which prompt_embeds do not contain: "
                 "pass the prompt as text, set the adapter's scale to 0, or load it without "
                 "respect_words"
             )
 
 
 def prompt_encoder(pipe: Any) -> PromptEncoder | None:
-    """Return what has taken the place of a pipeline's `encode_prompt`, if something has."""
-    method = vars(pipe).get("encode_prompt")
+    """Return the prompt encoder of a pipeline, if it has one."""
+    method = vars(pipe).get(_method(pipe))
     return method if isinstance(method, PromptEncoder) else None
 
 
 def ensure_prompt_encoder(pipe: Any) -> PromptEncoder:
-    """Return a pipeline's prompt encoder, put there if need be."""
-    found = prompt_encoder(pipe)
-    if found is None:
-        found = pipe.encode_prompt = PromptEncoder(pipe)
-    return found
+    """Return the prompt encoder of a pipeline, after adding one if it has none."""
+    encoder = prompt_encoder(pipe)
+    if encoder is None:
+        encoder = PromptEncoder(pipe)
+        setattr(pipe, _method(pipe), encoder)
+    return encoder
 
 
 def prompt_prefix(pipe: Any) -> PromptPrefix | None:
@@ -112,7 +114,7 @@ def prompt_prefix(pipe: Any) -> PromptPrefix | None:
 
 @contextmanager
 def without_prefix(pipe: Any) -> Iterator[None]:
-    """Encode the pipeline's prompts as they are, for the time being."""
+    """Encode the pipeline's prompts without the prefix in this context."""
     prefix = prompt_prefix(pipe)
     if prefix is None:
         yield
@@ -122,3 +124,8 @@ def without_prefix(pipe: Any) -> Iterator[None]:
         yield
     finally:
         prefix.on = before
+
+
+def _method(pipe: Any) -> str:
+    """Name of the method that encodes prompts."""
+    return family_of(pipe).encode_method

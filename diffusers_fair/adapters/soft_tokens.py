@@ -1,4 +1,4 @@
-"""Soft tokens: trainable input embeddings that stand before the prompt, after the start token."""
+"""Soft tokens: trainable input embeddings that precede the prompt, after the start token."""
 
 from collections.abc import Iterator
 from contextlib import contextmanager
@@ -11,26 +11,27 @@ from torch.nn import functional
 from diffusers_fair.adapters.io import SoftTokens
 from diffusers_fair.adapters.prefix import PromptPrefix
 from diffusers_fair.adapters.prompt_encoder import ensure_prompt_encoder, prompt_prefix
+from diffusers_fair.families import family_of
 
 # ---- in training ---------------------------------------------------------------------------------
 
 
 class SoftTokenEmbedding(nn.Module):
-    """A token embedding whose vocabulary goes on with trainable rows.
+    """A token embedding that is extended by trainable rows.
 
-    Ids below the size of the vocabulary are looked up there, the ids after it are the soft tokens:
-    the ids that they get when they are loaded as a textual inversion.
+    Ids below the size of the vocabulary are looked up in it. The ids after it are the soft tokens;
+    they get the same ids when they are loaded as a textual inversion.
 
     Args:
-        vocabulary: the text encoder's own embedding; used as it is.
-        rows: of the vocabulary to start from.
+        vocabulary: the text encoder's own embedding, which is not copied.
+        rows: rows of the vocabulary that the soft tokens start from, (m,).
     """
 
     def __init__(self, vocabulary: nn.Embedding, rows: Tensor):
         super().__init__()
         start = vocabulary.weight.detach()[rows.to(vocabulary.weight.device)]  # (m, d)
         dtype = torch.promote_types(start.dtype, torch.float32)
-        self.vocabulary = vocabulary  # the first: hosts take their dtype from the first parameter
+        self.vocabulary = vocabulary  # first: hosts take their dtype from the first parameter
         self.soft = nn.Embedding.from_pretrained(start.to(dtype, copy=True), freeze=False)
 
     @property
@@ -42,7 +43,7 @@ class SoftTokenEmbedding(nn.Module):
         """Embed ids, (n, L) -> (n, L, d)."""
         soft = ids >= self.vocabulary.num_embeddings
         fixed = self.vocabulary(ids.masked_fill(soft, 0))
-        if not soft.any():  # the empty prompt of guidance: not trainable
+        if not soft.any():  # the empty prompt of guidance: nothing to train
             return fixed
         rows = (ids - self.vocabulary.num_embeddings).clamp(min=0)
         trained = functional.embedding(rows, self.tokens).to(fixed.dtype)
@@ -57,14 +58,14 @@ def add_soft_tokens(
     token: str = "<fair>",
     adapter_name: str = "fair",
 ) -> nn.Parameter:
-    """Freeze the text encoder and put trainable soft tokens before every prompt it encodes.
+    """Freeze the text encoder and add trainable soft tokens before every prompt it encodes.
 
     Args:
-        pipe: a Stable Diffusion pipeline.
+        pipe: a pipeline of a known family.
         count: m, number of soft tokens.
-        generator: on the CPU; draws the rows of the vocabulary that they start from.
-        token: the placeholder that stands for them all.
-        adapter_name: the adapter that they belong to.
+        generator: a CPU generator; draws the rows of the vocabulary that they start from.
+        token: placeholder for all of them in a prompt.
+        adapter_name: adapter that they belong to.
 
     Returns:
         The soft tokens, (m, d).
@@ -74,19 +75,20 @@ def add_soft_tokens(
     """
     tokens = SoftTokens(count=count, token=token)
     check_soft_tokens(pipe, tokens)
-    pipe.text_encoder.requires_grad_(False)
-    vocabulary = pipe.text_encoder.get_input_embeddings()
+    encoder, tokenizer = _encoder(pipe), _tokenizer(pipe)
+    encoder.requires_grad_(False)
+    vocabulary = encoder.get_input_embeddings()
     rows = torch.randint(vocabulary.num_embeddings, (count,), generator=generator)
     embedding = SoftTokenEmbedding(vocabulary, rows)
-    pipe.tokenizer.add_tokens(list(tokens.names))
-    pipe.text_encoder.set_input_embeddings(embedding)
+    tokenizer.add_tokens(list(tokens.names))
+    encoder.set_input_embeddings(embedding)
     ensure_prompt_encoder(pipe).prefix = PromptPrefix(pipe, tokens, adapter_name)
     return embedding.tokens
 
 
-def soft_tokens(text_encoder: Any) -> nn.Parameter:
-    """Return the trainable soft tokens of a text encoder that has some, (m, d)."""
-    embedding = text_encoder.get_input_embeddings()
+def soft_tokens(pipe: Any) -> nn.Parameter:
+    """Return the trainable soft tokens (m, d) that were added to a pipeline."""
+    embedding = _encoder(pipe).get_input_embeddings()
     assert isinstance(embedding, SoftTokenEmbedding)
     return embedding.tokens
 
@@ -95,15 +97,17 @@ def check_soft_tokens(pipe: Any, tokens: SoftTokens) -> None:
     """Refuse soft tokens that a pipeline cannot have.
 
     Raises:
-        ValueError: the prompt has no room for so many, their names are taken, there are soft tokens
-            already, or the pipeline's prompts cannot be given a prefix.
+        ValueError: too many for the prompt, names in use, other soft tokens in the pipeline, or a
+            pipeline whose prompts cannot have a prefix.
     """
-    if not (hasattr(type(pipe), "encode_prompt") and hasattr(type(pipe), "load_textual_inversion")):
+    method = family_of(pipe).encode_method
+    if not (hasattr(type(pipe), method) and hasattr(type(pipe), "load_textual_inversion")):
         raise ValueError(
-            f"soft tokens need a pipeline with encode_prompt and load_textual_inversion, and "
+            f"soft tokens need a pipeline with {method} and load_textual_inversion, and "
             f"{type(pipe).__name__} is none"
         )
-    room = pipe.tokenizer.model_max_length - 2  # start and end
+    encoder, tokenizer = _encoder(pipe), _tokenizer(pipe)
+    room = tokenizer.model_max_length - 2  # start and end
     if tokens.count > room:
         raise ValueError(f"a prompt has room for 1 to {room} soft tokens, got {tokens.count}")
     if (prefix := prompt_prefix(pipe)) is not None:
@@ -111,35 +115,52 @@ def check_soft_tokens(pipe: Any, tokens: SoftTokens) -> None:
             f"the pipeline has soft tokens already, those of the adapter '{prefix.adapter_name}', "
             "and a prefix is trained to stand alone before the prompt: unload that adapter first"
         )
-    vocabulary = pipe.tokenizer.get_vocab()
+    vocabulary = tokenizer.get_vocab()
     if taken := [name for name in tokens.names if name in vocabulary]:
         raise ValueError(
             f"the pipeline's tokenizer has a token '{taken[0]}' already: unload that textual "
             "inversion first"
         )
-    rows = pipe.text_encoder.get_input_embeddings().num_embeddings
-    if rows != len(pipe.tokenizer):  # new rows would not get the ids of the new tokens
+    rows = encoder.get_input_embeddings().num_embeddings
+    if rows != len(tokenizer):  # new rows would not get the ids of the new tokens
         raise ValueError(
             f"soft tokens need a text encoder with one embedding for each of the tokenizer's "
-            f"{len(pipe.tokenizer)} tokens, this one has {rows}"
+            f"{len(tokenizer)} tokens, this one has {rows}"
         )
 
 
-# ---- trained ones, in and out of a pipeline ------------------------------------------------------
+def embedding_width(pipe: Any) -> int:
+    """Return the size d of the text encoder's input embeddings."""
+    return _encoder(pipe).get_input_embeddings().embedding_dim
+
+
+def _encoder(pipe: Any) -> Any:
+    """The text encoder that can have soft tokens."""
+    (name,) = family_of(pipe).inversions
+    return getattr(pipe, name)
+
+
+def _tokenizer(pipe: Any) -> Any:
+    """The tokenizer of this text encoder."""
+    (name,) = family_of(pipe).inversions.values()
+    return getattr(pipe, name)
+
+
+# ---- trained soft tokens -------------------------------------------------------------------------
 
 
 def load_soft_tokens(pipe: Any, tokens: SoftTokens, weight: Tensor, adapter_name: str) -> None:
-    """Put trained soft tokens into a pipeline as a textual inversion, and before every prompt.
+    """Load trained soft tokens into a pipeline as a textual inversion, and prefix every prompt.
 
-    Upon any error the pipeline is as it was.
+    After an error the pipeline is as it was.
 
     Args:
-        pipe: a pipeline that `check_soft_tokens` accepts them for.
-        tokens: what they are called.
-        weight: their embeddings, (m, d).
-        adapter_name: the adapter that they belong to.
+        pipe: a pipeline that `check_soft_tokens` accepts.
+        tokens: number and placeholder.
+        weight: embeddings, (m, d).
+        adapter_name: adapter that they belong to.
     """
-    rows = pipe.text_encoder.get_input_embeddings().weight.data  # stays whole: hosts make a new one
+    rows = _encoder(pipe).get_input_embeddings().weight.data  # not changed: hosts make a new one
     try:
         with _random_state_kept(pipe):
             pipe.load_textual_inversion({tokens.token: weight})
@@ -151,32 +172,33 @@ def load_soft_tokens(pipe: Any, tokens: SoftTokens, weight: Tensor, adapter_name
 
 
 def unload_soft_tokens(pipe: Any, tokens: SoftTokens) -> None:
-    """Take soft tokens, or those of them that are there, out again; other added tokens stay."""
+    """Remove soft tokens, even if only some were added; tokens of others stay."""
     from transformers import CLIPTokenizer
 
-    vocabulary = pipe.tokenizer.get_vocab()
+    encoder, tokenizer = _encoder(pipe), _tokenizer(pipe)
+    vocabulary = tokenizer.get_vocab()
     names = [name for name in tokens.names if name in vocabulary]
     if not names:
         return
-    embedding = pipe.text_encoder.get_input_embeddings()
+    embedding = encoder.get_input_embeddings()
     with _random_state_kept(pipe):
         pipe.unload_textual_inversion(names)
-    rows = pipe.text_encoder.get_input_embeddings().weight.data
-    pipe.text_encoder.set_input_embeddings(embedding)  # the host made a new one, of other settings
+    rows = encoder.get_input_embeddings().weight.data
+    encoder.set_input_embeddings(embedding)  # the host's new one has other settings
     _set_rows(pipe, rows)
-    if isinstance(pipe.tokenizer, CLIPTokenizer):  # the host forgot how it decodes
-        pipe.tokenizer._wrap_decode_method_backend_tokenizer()
+    if isinstance(tokenizer, CLIPTokenizer):  # the host lost its way of decoding
+        tokenizer._wrap_decode_method_backend_tokenizer()
 
 
 def _set_rows(pipe: Any, rows: Tensor) -> None:
-    """Give the text encoder's embedding other rows, (V, d)."""
-    pipe.text_encoder.get_input_embeddings().weight.data = rows
-    pipe.text_encoder.resize_token_embeddings(len(rows))  # the sizes that it has noted down
+    """Replace the rows of the text encoder's embedding, (V, d)."""
+    _encoder(pipe).get_input_embeddings().weight.data = rows
+    _encoder(pipe).resize_token_embeddings(len(rows))  # updates the sizes in its config
 
 
 @contextmanager
 def _random_state_kept(pipe: Any) -> Iterator[None]:
-    """Hosts draw numbers for embeddings that they overwrite at once."""
-    device = pipe.text_encoder.device
+    """Keep torch's random state: hosts draw embeddings that they overwrite at once."""
+    device = _encoder(pipe).device
     with torch.random.fork_rng([device] if device.type == "cuda" else []):
         yield

@@ -1,4 +1,4 @@
-"""An adapter in training: all its parts, low-rank layers and soft tokens alike, as one thing."""
+"""An adapter in training: LoRA layers and soft tokens behind one interface."""
 
 from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
@@ -8,32 +8,33 @@ import torch
 from torch import Tensor, nn
 
 from diffusers_fair.adapters.io import SOFT_TOKENS, Lora, SoftTokens, Weights
-from diffusers_fair.adapters.lora import TARGETS, add_lora, lora_tensors, without_adapter
+from diffusers_fair.adapters.lora import add_lora, lora_tensors, without_adapter
 from diffusers_fair.adapters.prompt_encoder import without_prefix
 from diffusers_fair.adapters.soft_tokens import add_soft_tokens, soft_tokens
+from diffusers_fair.families import family_of
 
 
 class TrainableAdapter:
-    """Freezes a pipeline and puts an adapter into it, the only thing in it that can be trained.
+    """A trainable adapter in a frozen pipeline.
 
-    Low-rank layers change nothing yet; soft tokens start from rows of the vocabulary, and stand
-    before every prompt that the pipeline encodes from then on.
+    New LoRA layers change nothing yet. Soft tokens start from random rows of the vocabulary, and
+    precede every prompt that the pipeline encodes from then on.
 
     Args:
-        pipe: a Stable Diffusion pipeline.
-        components: what the adapter is made of, as in `AdapterInfo`.
-        seed: of the initial values.
+        pipe: a pipeline of a known family; all its weights are frozen.
+        components: components of the adapter, as in `AdapterInfo`.
+        seed: random seed of the initial values.
 
     Raises:
         ValueError: no component, an unknown one, or one that the pipeline cannot have.
     """
 
     def __init__(self, pipe: Any, components: Mapping[str, Lora | SoftTokens], seed: int = 0):
-        _check_components(components)
+        _check_components(components, list(family_of(pipe).targets))
         self.pipe = pipe
         self.components = dict(components)
         self.parts: dict[str, list[nn.Parameter]] = {}
-        """Component -> its parameters, in float32 or better whatever the pipeline is in."""
+        """Component -> its parameters, in float32 or better regardless of the pipeline's dtype."""
         for module in pipe.components.values():
             if isinstance(module, nn.Module):
                 module.requires_grad_(False)
@@ -44,23 +45,23 @@ class TrainableAdapter:
 
     @property
     def parameters(self) -> list[nn.Parameter]:
-        """Of all components, one after the other."""
+        """Parameters of all components, one component after the other."""
         return [parameter for part in self.parts.values() for parameter in part]
 
     def weights(self) -> Weights:
-        """Copy the weights out, on the CPU: what `write_adapter` takes."""
+        """Copy the weights to the CPU, as `write_adapter` takes them."""
         return {
             key: tensor.to("cpu", copy=True).contiguous() for key, tensor in self._tensors().items()
         }
 
     def load(self, weights: Mapping[str, Tensor]) -> None:
-        """Take over the weights of a saved adapter.
+        """Load the weights of a saved adapter.
 
         Args:
-            weights: as `read_adapter` gives them.
+            weights: as `read_adapter` returns them.
 
         Raises:
-            ValueError: they are those of other components or of other sizes; nothing has changed.
+            ValueError: weights of other components or other sizes; nothing has changed.
         """
         tensors = self._tensors()
         for key in sorted(tensors.keys() | weights.keys()):
@@ -76,31 +77,31 @@ class TrainableAdapter:
 
     @contextmanager
     def off(self) -> Iterator[None]:
-        """Switch the adapter off: the original model, for the time being."""
+        """Disable the adapter in this context: the original model."""
         with without_adapter(self.pipe), without_prefix(self.pipe):
             yield
 
     def _tensors(self) -> Weights:
-        """The parameters by the names they are saved under; to write into, not to train."""
+        """The parameters by their names in the adapter folder, detached."""
         tensors = lora_tensors(self.pipe)
         soft = self.components.get(SOFT_TOKENS)
         if isinstance(soft, SoftTokens):
-            tensors[soft.token] = soft_tokens(self.pipe.text_encoder).detach()  # (m, d)
+            tensors[soft.token] = soft_tokens(self.pipe).detach()  # (m, d)
         return tensors
 
 
-def _check_components(components: Mapping[str, Lora | SoftTokens]) -> None:
-    kinds = {**dict.fromkeys(TARGETS, Lora), SOFT_TOKENS: SoftTokens}
+def _check_components(components: Mapping[str, Lora | SoftTokens], targets: list[str]) -> None:
+    kinds = {**dict.fromkeys(targets, Lora), SOFT_TOKENS: SoftTokens}
     fitting = [isinstance(size, kinds.get(name, ())) for name, size in components.items()]
     if not fitting or not all(fitting):
         raise ValueError(
-            f"an adapter is made of Lora for {list(TARGETS)} and SoftTokens for '{SOFT_TOKENS}', "
+            f"an adapter is made of Lora for {targets} and SoftTokens for '{SOFT_TOKENS}', "
             f"got {dict(components)}"
         )
 
 
 def _add(pipe: Any, name: str, component: Lora | SoftTokens, seed: int) -> list[nn.Parameter]:
-    """Put one component into the pipeline; return its parameters."""
+    """Add one component to the pipeline; return its parameters."""
     if isinstance(component, Lora):
         return add_lora(pipe, name, component.rank, alpha=component.alpha, seed=seed)
     generator = torch.Generator().manual_seed(seed)

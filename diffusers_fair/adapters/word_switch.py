@@ -1,8 +1,8 @@
-"""The word switch: prompts that name a class are drawn without the adapter, one by one.
+"""The word switch: images of prompts that name a class are generated without the adapter.
 
-Low-rank layers add their output to that of the base model's layer. A hook sets it to zero for some
-rows of the batch, which gives these rows the base model's numbers to the bit. Other adapters, and
-the other rows, do not notice.
+LoRA layers add their output to that of the base model's layer. A hook sets it to zero for some rows
+of the batch, which gives these rows the base model's numbers bit for bit. It does not affect other
+adapters or the other rows.
 """
 
 from collections.abc import Iterator, Sequence
@@ -13,6 +13,7 @@ import torch
 from torch import Tensor, nn
 
 from diffusers_fair.adapters.io import AdapterInfo
+from diffusers_fair.families.base import Family
 from diffusers_fair.prompts.groups import classes_named, vocabulary
 from diffusers_fair.prompts.wording import attribute_sections, recipe_wording
 
@@ -24,24 +25,28 @@ Vocabulary = dict[str, dict[str, tuple[str, ...]]]
 
 
 class RowMask:
-    """Silences the low-rank layers of one model for some rows of its batches."""
+    """Silences the LoRA layers of one model for some rows of its batches."""
 
     rows: Tensor | None = None
-    """(n,), True where the adapter is off; None is nowhere. Batches have a multiple of n rows."""
+    """(n,), True where the adapter is off; None if it is on everywhere. Batches have a multiple of
+    n rows."""
 
     def silence(self, _module: nn.Module, _args: Any, output: Tensor) -> Tensor | None:
-        """Forward hook of the last module of a low-rank layer."""
+        """Forward hook of the last module of a LoRA layer."""
         if self.rows is None:
             return None
         rows = self.rows.to(output.device).repeat(len(output) // len(self.rows))
         return output.masked_fill(rows.view(-1, *[1] * (output.ndim - 1)), 0)
 
 
-class UNetRowMask(RowMask):
-    """The same for a U-Net, whose rows are known by the prompt embeddings that they are given.
+class DenoiserRowMask(RowMask):
+    """The same for a denoiser, whose rows are identified by the prompt embeddings it is given.
 
-    Pipelines that share the U-Net have embeddings of their own, and keep the adapter. So does a
+    Other pipelines that share the denoiser have other embeddings, and keep the adapter. So does a
     pipeline whose callback changes the embeddings between two steps.
+
+    Args:
+        family: the pipeline's family, which finds the embeddings in a call of the denoiser.
     """
 
     named: Tensor | None = None
@@ -49,43 +54,49 @@ class UNetRowMask(RowMask):
     embeds: Tensor
     """Embeddings of the prompts, (m, L, d)."""
 
+    def __init__(self, family: Family):
+        self.family = family
+
     def note(self, named: Tensor | None, embeds: Tensor) -> None:
-        """Take the prompts of the images to come."""
+        """Remember the prompts of the next images."""
         self.named, self.embeds = named, embeds.detach()
 
     def find_rows(self, _module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
-        """Forward pre-hook of the U-Net; guidance gives it several rows for each prompt."""
+        """Forward pre-hook of the denoiser; guidance gives it several rows for each prompt."""
         self.rows = None
         if self.named is None:
             return
-        hidden = args[2] if len(args) > 2 else kwargs["encoder_hidden_states"]
-        embeds = self.embeds.to(hidden)
-        blocks = hidden.split(len(embeds))  # [negative prompts, prompts] under guidance
-        if len(hidden) % len(embeds) == 0 and any(torch.equal(block, embeds) for block in blocks):
-            self.rows = self.named.to(hidden.device)
+        given = self.family.prompt_embeddings(args, kwargs)
+        embeds = self.embeds.to(given)
+        blocks = given.split(len(embeds))  # [negative prompts, prompts] under guidance
+        if len(given) % len(embeds) == 0 and any(torch.equal(block, embeds) for block in blocks):
+            self.rows = self.named.to(given.device)
 
 
 class WordSwitch:
-    """Switches an adapter off for the prompts that name a class of what it balances.
+    """Switches an adapter off for prompts that name a class of an attribute that it balances.
 
     Args:
         adapter_name: the adapter.
-        words: that name the classes.
+        words: words that name the classes.
+        family: the family of the pipeline.
     """
 
-    def __init__(self, adapter_name: str, words: Vocabulary):
+    def __init__(self, adapter_name: str, words: Vocabulary, family: Family):
         self.adapter_name = adapter_name
         self.words = words
+        self.family = family
         self.on = True
-        self.text_encoder, self.unet = RowMask(), UNetRowMask()
+        self.encoder_mask, self.denoiser_mask = RowMask(), DenoiserRowMask(family)
         self._layers: list[LoraLayer] = []
         self._handles: list[Any] = []
 
-    def attach(self, part: str, model: nn.Module, layers: "Sequence[LoraLayer]") -> None:
-        """Put hooks on the adapter's layers in one part of the pipeline."""
-        mask = self.unet if part == "unet" else self.text_encoder
-        if part == "unet":
-            hook = model.register_forward_pre_hook(self.unet.find_rows, with_kwargs=True)
+    def attach(self, component: str, model: nn.Module, layers: "Sequence[LoraLayer]") -> None:
+        """Add hooks to the adapter's layers in one component of the pipeline."""
+        mask: RowMask = self.encoder_mask
+        if component == self.family.denoiser:
+            mask = self.denoiser_mask
+            hook = model.register_forward_pre_hook(self.denoiser_mask.find_rows, with_kwargs=True)
             self._handles.append(hook)
         for layer in layers:
             last = layer.lora_B[self.adapter_name]
@@ -93,44 +104,50 @@ class WordSwitch:
         self._layers += layers
 
     def detach(self) -> None:
-        """Take the hooks off again."""
+        """Remove the hooks."""
         for handle in self._handles:
             handle.remove()
 
     def named(self, prompts: Sequence[str]) -> list[bool]:
-        """Whether each prompt is to be drawn without the adapter.
+        """Whether each prompt names a class, so that the adapter is off for it.
 
         Raises:
-            ValueError: one is, and the adapter is fused into the weights.
+            ValueError: a prompt does, and the adapter is fused into the weights.
         """
-        found = [self.on and bool(classes_named(prompt, self.words)) for prompt in prompts]
+        named = [self.on and bool(classes_named(prompt, self.words)) for prompt in prompts]
         fused = any(self.adapter_name in layer.merged_adapters for layer in self._layers)
-        if fused and any(found):
+        if fused and any(named):
             raise ValueError(
-                f"the adapter '{self.adapter_name}' is to respect words, and fused into the "
-                "pipeline's weights it cannot be switched off for one prompt: call "
+                f"the adapter '{self.adapter_name}' respects words, but it is fused into the "
+                "pipeline's weights and cannot be switched off for one prompt: call "
                 "pipe.unfuse_lora() first"
             )
-        return found
+        return named
 
     @contextmanager
     def encoding(self, named: Sequence[bool]) -> Iterator[None]:
         """Silence the text encoder's layers while these prompts and their negatives are encoded."""
-        self.text_encoder.rows = torch.tensor(named) if any(named) else None
+        self.encoder_mask.rows = torch.tensor(named) if any(named) else None
         try:
             yield
         finally:
-            self.text_encoder.rows = None
+            self.encoder_mask.rows = None
 
     def encoded(self, named: Sequence[bool], embeds: Tensor) -> None:
-        """Note for the U-Net what became of the prompts, each one or more rows of (m, L, d)."""
-        each = len(embeds) // len(named)  # images per prompt
-        rows = torch.tensor(named).repeat_interleave(each)
-        self.unet.note(rows if any(named) else None, embeds)
+        """Pass the prompts' embeddings (m, L, d) on to the denoiser's mask.
+
+        Each prompt has one row or more.
+        """
+        images_per_prompt = len(embeds) // len(named)
+        rows = torch.tensor(named).repeat_interleave(images_per_prompt)
+        self.denoiser_mask.note(rows if any(named) else None, embeds)
 
 
 def adapter_words(info: AdapterInfo) -> Vocabulary:
-    """Words that name an adapter's classes; those of its recipe and of English in older folders."""
+    """Return the words that name an adapter's classes.
+
+    Older folders do not contain them: there they come from the recipe and from English.
+    """
     if info.words:
         return {name: dict(by_class) for name, by_class in info.words.items()}
     sections = attribute_sections(info.recipe)

@@ -1,42 +1,39 @@
-"""The text-to-image pipeline that is aligned or measured."""
+"""The text-to-image pipeline that is trained or evaluated."""
 
 from typing import TYPE_CHECKING, Any
 
 from diffusers_fair import testbed
 from diffusers_fair.backends.errors import loading
 from diffusers_fair.backends.needs import Need, pretrained
+from diffusers_fair.families.stable_diffusion import STABLE_DIFFUSION
 
 if TYPE_CHECKING:
     import torch
 
-PARTS = ("unet", "text_encoder", "vae")
-
-
 UNTOUCHED_SETS = ("untouched", "testbed-untouched")
-"""Prompt sets of things and places without people; the second is the testbed's."""
+"""Prompt sets of things and places without people; the second is for the testbed."""
 
 
 def load_base(model: str, revision: str | None = None, dtype: str = "float32") -> Any:
     """Load a text-to-image pipeline.
 
-    A PNDM scheduler, which Stable Diffusion 1 ships with, gives way to DPM-Solver++ 2M, by which
-    the paper samples (section 5.1).
+    A PNDM scheduler, which Stable Diffusion 1 ships with, is replaced by DPM-Solver++ 2M, the
+    paper's sampler (section 5.1).
 
     Args:
         model: `testbed`, a folder or a Hub id.
         revision: commit, tag or branch on the Hub.
-        dtype: what it computes in: float32, bfloat16, float16, or auto: bfloat16 where that is
-            fast, else float32.
+        dtype: float32, bfloat16, float16, or auto: bfloat16 where that is fast, else float32.
 
     Raises:
-        ValueError: there is no such model, or it cannot be reached.
+        ValueError: the model does not exist or cannot be reached.
     """
     import torch
 
     if model == testbed.NAME:
         pipe = testbed.pipeline()
-        for part in PARTS:  # `pipe.to` would warn of layers to keep in float32: there are none
-            torch.nn.Module.to(getattr(pipe, part), _precision(dtype, gpu=False))
+        for name in STABLE_DIFFUSION.components:  # `pipe.to` warns of layers to keep in float32
+            torch.nn.Module.to(getattr(pipe, name), _precision(dtype, gpu=False))
         return pipe
     from diffusers import DiffusionPipeline, DPMSolverMultistepScheduler, PNDMScheduler
 
@@ -50,7 +47,7 @@ def load_base(model: str, revision: str | None = None, dtype: str = "float32") -
 
 
 def _precision(dtype: str, *, gpu: bool = True) -> "torch.dtype":
-    """The torch dtype of that name; of `auto`, the one that suits the GPU, or the processor."""
+    """The torch dtype of that name; for `auto`, the one that suits the GPU or the CPU."""
     import torch
 
     if dtype != "auto":
@@ -63,15 +60,17 @@ def _precision(dtype: str, *, gpu: bool = True) -> "torch.dtype":
 
 
 def usual_guidance(model: str) -> float:
-    """The guidance scale that a base model is usually sampled with."""
-    return testbed.GUIDANCE if model == testbed.NAME else 7.5  # section 5.1
+    """Return the usual guidance scale of a base model."""
+    return testbed.GUIDANCE if model == testbed.NAME else STABLE_DIFFUSION.guidance_scale
 
 
 def untouched_set(model: str) -> str:
-    """The prompt set of things and places without people that a base model can draw."""
+    """Return the prompt set of things and places without people that suits a base model."""
     return UNTOUCHED_SETS[model == testbed.NAME]
 
 
 def needs(model: str, revision: str | None = None) -> list[Need]:
-    """What `load_base` needs."""
-    return [] if model == testbed.NAME else [pretrained(model, revision, PARTS)]
+    """List what `load_base` needs."""
+    if model == testbed.NAME:
+        return []
+    return [pretrained(model, revision, STABLE_DIFFUSION.components)]

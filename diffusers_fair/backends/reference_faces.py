@@ -2,13 +2,13 @@
 
 from pathlib import Path
 
-import numpy as np
 import torch
 from torch import Tensor
 
 from diffusers_fair.backends.needs import Need
 from diffusers_fair.vision.encoders import NetworkEncoder
 from diffusers_fair.vision.faces import FaceDetector
+from diffusers_fair.vision.images import from_pillow
 from diffusers_fair.vision.reference_faces import embed_faces
 
 SUFFIXES = (".png", ".jpg", ".jpeg", ".webp")
@@ -71,4 +71,4 @@ def _read(file: Path) -> Tensor:
     except OSError as error:
         raise ValueError(f"'{file}' of the face_bank is no picture: remove it") from error
     picture.thumbnail((LARGEST, LARGEST))
-    return torch.from_numpy(np.array(picture)).permute(2, 0, 1)[None].float() / 127.5 - 1
+    return from_pillow(picture)[None]

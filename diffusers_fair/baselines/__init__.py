@@ -1,7 +1,7 @@
-"""Published methods to hold an adapter against, one in each file, all through one protocol.
+"""Published methods to compare an adapter with, one per file, all behind one protocol.
 
-Each is a dataclass of its hyperparameters, by default the published ones, whose `apply(pipe, task)`
-gives a pipeline that draws by the method and can be restored:
+Each is a dataclass of its hyperparameters, by default the published ones. Its `apply(pipe, task)`
+returns a pipeline that uses the method and can be restored:
 
     with BASELINES["fair-diffusion"]().apply(pipe, task) as changed:
         report = evaluate(changed, prompts, attributes, judges=judges)
@@ -29,7 +29,7 @@ BASELINES: dict[str, type[Baseline]] = {
 
 
 def baseline(name: str) -> Baseline:
-    """The method of that name with its usual hyperparameters.
+    """Return the method of that name with its usual hyperparameters.
 
     Raises:
         ValueError: there is no such method.

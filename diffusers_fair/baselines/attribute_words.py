@@ -1,4 +1,4 @@
-"""Attribute words at random: each image's prompt asks for classes drawn from the target."""
+"""Random attribute words: each image's prompt names classes drawn from the target."""
 
 from dataclasses import dataclass
 from typing import Any
@@ -9,20 +9,20 @@ from diffusers_fair.prompts.wording import draw_terms, with_terms
 
 @dataclass(frozen=True)
 class AttributeWords:
-    """Says in the prompt who is to be seen, drawn for each image by the target.
+    """Adds to each image's prompt one word per attribute, drawn from the target.
 
-    The strongest simple rival. It needs a subject to put the words before, asks for one word of
-    one class of each attribute, and cannot help where the model does not obey the words.
+    The strongest simple baseline. It needs a subject to place the words before, and has no effect
+    where the model does not follow the words.
     """
 
     def apply(self, pipe: Any, task: Task) -> ChangedPipeline:
-        """Put words into every prompt."""
+        """Add words to every prompt."""
 
-        def draw(prompts, generators, **options):
+        def generate(prompts, generators, **options):
             worded = [
                 with_terms(prompt, draw_terms(task.wordings, generator))
                 for prompt, generator in zip(prompts, generators, strict=True)
             ]
             return pipe(prompt=worded, generator=generators, **options)
 
-        return ChangedPipeline(pipe, draw)
+        return ChangedPipeline(pipe, generate)

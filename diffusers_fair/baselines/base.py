@@ -1,4 +1,4 @@
-"""What a method is told, and what it makes of a pipeline."""
+"""The protocol of a baseline: its task, and the pipeline that it returns."""
 
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
@@ -6,49 +6,53 @@ from typing import Any, Protocol
 
 import torch
 
+from diffusers_fair.families.stable_diffusion import STABLE_DIFFUSION
 from diffusers_fair.prompts.wording import Wording
 from diffusers_fair.vision.judges import Judges
 
 
 @dataclass(frozen=True, kw_only=True)
 class Task:
-    """What is to be balanced, and what there is to work with."""
+    """The attributes to balance, and the means to work out how."""
 
     wordings: Sequence[Wording]
     """The attributes with their targets and words."""
     prompts: Sequence[str]
-    """Neutral prompts to work out a change with; none that is evaluated on."""
+    """Neutral prompts to work out a change with, apart from those of the evaluation."""
     judges: Callable[[], Judges]
-    """Loads what may look at images meanwhile: the models of training, not those of evaluation."""
-    steps: int = 20
-    """Scheduler steps of those images."""
-    guidance_scale: float = 7.5
-    """Of those images."""
+    """Loads the judges that a method may use: those of training, not those of the evaluation."""
+    steps: int = STABLE_DIFFUSION.steps
+    """Scheduler steps of the images that a method generates to work out its change."""
+    guidance_scale: float = STABLE_DIFFUSION.guidance_scale
+    """Guidance scale of these images."""
     seed: int = 0
-    """Of everything random in working out the change."""
+    """Random seed of these images."""
 
 
-Draw = Callable[..., Any]
+Generate = Callable[..., Any]
 """(prompts, generators, **options of the pipeline) -> what the pipeline returns."""
 
 
 class ChangedPipeline:
-    """A pipeline with a method in it: called like the pipeline, whose attributes it has.
+    """A pipeline with a method applied, which is called like the pipeline and has its attributes.
 
-    Also a context manager, which restores the pipeline at its end.
+    Also a context manager, which restores the pipeline on exit.
 
     Args:
         pipe: a Stable Diffusion pipeline.
-        draw: calls it for prompts and as many generators; left out, as it is.
-        restore: takes back what was changed in the pipeline itself.
+        generate: calls it for prompts and as many generators; None to call it directly.
+        restore: undoes what was changed in the pipeline itself.
     """
 
     def __init__(
-        self, pipe: Any, draw: Draw | None = None, restore: Callable[[], None] = lambda: None
+        self,
+        pipe: Any,
+        generate: Generate | None = None,
+        restore: Callable[[], None] = lambda: None,
     ):
         self.pipe = pipe
         self.restore = restore
-        self._draw = draw or (
+        self._generate = generate or (
             lambda prompts, generators, **options: pipe(
                 prompt=prompts, generator=generators, **options
             )
@@ -61,12 +65,12 @@ class ChangedPipeline:
         generator: torch.Generator | Sequence[torch.Generator],
         **options: Any,
     ) -> Any:
-        """Draw one image for each prompt, each decided by its generator alone.
+        """Generate one image for each prompt, determined by its generator alone.
 
         Args:
-            prompt: one or several.
+            prompt: one prompt or several.
             generator: one for each prompt.
-            options: of the pipeline's own call.
+            options: arguments of the pipeline's own call.
 
         Raises:
             ValueError: not one generator for each prompt.
@@ -79,14 +83,14 @@ class ChangedPipeline:
                 f"expected one generator for each of {len(prompts)} prompts, got "
                 f"{len(generators)}: give a list"
             )
-        return self._draw(prompts, generators, **options)
+        return self._generate(prompts, generators, **options)
 
     def __getattr__(self, name: str) -> Any:
-        """Everything else is the pipeline's."""
+        """Look everything else up in the pipeline."""
         return getattr(self.pipe, name)
 
     def __enter__(self) -> "ChangedPipeline":
-        """The pipeline is changed already."""
+        """Return the pipeline, which is changed already."""
         return self
 
     def __exit__(self, *problem: object) -> None:
@@ -95,13 +99,13 @@ class ChangedPipeline:
 
 
 class Baseline(Protocol):
-    """A published method: a dataclass of hyperparameters, and what it does to a pipeline."""
+    """A published method: a dataclass of hyperparameters that can be applied to a pipeline."""
 
     def apply(self, pipe: Any, task: Task) -> ChangedPipeline:
-        """Make a pipeline that draws by the method.
+        """Return a pipeline that generates images by the method.
 
         Args:
-            pipe: a Stable Diffusion 1.x or 2.x pipeline; whatever is changed in it, `restore` of
-                the result takes back.
-            task: what is to be balanced.
+            pipe: a Stable Diffusion 1 or 2 pipeline. `restore` of the result undoes every change
+                to it.
+            task: the attributes to balance.
         """

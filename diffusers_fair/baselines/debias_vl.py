@@ -13,29 +13,28 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from diffusers_fair.baselines.base import ChangedPipeline, Task
+from diffusers_fair.families.stable_diffusion import guided_embeddings, token_embeddings
 from diffusers_fair.prompts.wording import Wording, with_terms
 from diffusers_fair.prompts.wording import combinations as combined
 
 
 @dataclass(frozen=True)
 class DebiasVL:
-    """Makes embeddings of prompts alike that differ in the attributes alone."""
+    """Makes embeddings similar whose prompts differ only in the attributes."""
 
     strength: float = 500.0
-    """lambda, by which alikeness outweighs staying near the identity."""
+    """lambda, weight of the similarity against staying near the identity."""
 
     def apply(self, pipe: Any, task: Task) -> ChangedPipeline:
-        """Project the embeddings of every prompt, not that of the negative one."""
+        """Project the embeddings of every prompt, but not those of negative prompts."""
         first, second = (
             F.normalize(last_tokens(pipe, texts).double(), dim=-1)
             for texts in pairs(task.prompts, task.wordings)
         )  # (m, d) each
         projection = calibration(first - second, self.strength)  # (d, d)
 
-        def draw(prompts, generators, negative_prompt=None, **options):
-            plain, negative = pipe.encode_prompt(
-                prompts, pipe.device, 1, True, negative_prompt
-            )  # (n, L, d) each
+        def generate(prompts, generators, negative_prompt=None, **options):
+            plain, negative = guided_embeddings(pipe, prompts, negative_prompt)  # (n, L, d) each
             return pipe(
                 prompt_embeds=plain @ projection.T.to(plain),
                 negative_prompt_embeds=negative,
@@ -43,14 +42,14 @@ class DebiasVL:
                 **options,
             )
 
-        return ChangedPipeline(pipe, draw)
+        return ChangedPipeline(pipe, generate)
 
 
 def calibration(differences: Tensor, strength: float) -> Tensor:
-    """The minimiser P of |P - I|^2 + lambda / m * sum over pairs |P z_i - P z_j|^2.
+    """Return the minimiser P of |P - I|^2 + lambda / m * sum over pairs |P z_i - P z_j|^2.
 
-    It is (I + lambda / m * sum (z_i - z_j)(z_i - z_j)^T)^-1: the paper's calibration, without its
-    first projection P_0, which its text-to-image experiments leave out.
+    It is (I + lambda / m * sum (z_i - z_j)(z_i - z_j)^T)^-1: the paper's calibration without the
+    first projection P_0, which the paper's text-to-image experiments leave out.
 
     Args:
         differences: z_i - z_j of m pairs, (m, d).
@@ -64,7 +63,7 @@ def calibration(differences: Tensor, strength: float) -> Tensor:
 
 
 def pairs(prompts: Sequence[str], wordings: Sequence[Wording]) -> tuple[list[str], list[str]]:
-    """Every prompt with every two combinations of words, one in each list."""
+    """Return every prompt with every two combinations of words, one in each list."""
     terms = [words for words, _ in combined(wordings)]
     both = [
         (with_terms(p, a), with_terms(p, b)) for p in prompts for a, b in combinations(terms, 2)
@@ -73,12 +72,12 @@ def pairs(prompts: Sequence[str], wordings: Sequence[Wording]) -> tuple[list[str
 
 
 def last_tokens(pipe: Any, texts: Sequence[str], batch: int = 64) -> Tensor:
-    """Embeddings of texts (m, d): those of their end tokens."""
+    """Return the embeddings of the texts' end tokens, (m, d)."""
     known: dict[str, Tensor] = {}
     unique = list(dict.fromkeys(texts))
     for start in range(0, len(unique), batch):
         part = unique[start : start + batch]
-        embeddings = pipe.encode_prompt(part, pipe.device, 1, False)[0]  # (b, L, d)
+        embeddings = token_embeddings(pipe, part)  # (b, L, d)
         limit = pipe.tokenizer.model_max_length
         ends = [
             len(ids) - 1

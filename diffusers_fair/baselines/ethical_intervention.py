@@ -1,4 +1,4 @@
-"""Ethical intervention: every prompt ends in a clause that calls for fairness.
+"""Ethical intervention: every prompt ends with a clause that asks for fairness.
 
 Bansal, Yin, Monajatipoor, Chang: How well can text-to-image generative models understand ethical
 natural language interventions? EMNLP 2022.
@@ -13,20 +13,20 @@ from diffusers_fair.prompts.wording import subject
 
 @dataclass(frozen=True)
 class EthicalIntervention:
-    """Adds the clause of section 1 of the paper to every prompt, with the attributes' names."""
+    """Appends the clause of section 1 of the paper to every prompt."""
 
     clause: str = "if all individuals can be a {subject} irrespective of their {attributes}"
-    """What is added; `{subject}` is that of the prompt, `{attributes}` the names."""
+    """`{subject}` is the subject of the prompt, `{attributes}` the names of the attributes."""
 
     def apply(self, pipe: Any, task: Task) -> ChangedPipeline:
-        """Add the clause to every prompt."""
+        """Append the clause to every prompt."""
         attributes = " and ".join(wording.attribute.name for wording in task.wordings)
 
-        def draw(prompts, generators, **options):
+        def generate(prompts, generators, **options):
             longer = [
                 f"{p.rstrip('. ')} {self.clause.format(subject=subject(p), attributes=attributes)}"
                 for p in prompts
             ]
             return pipe(prompt=longer, generator=generators, **options)
 
-        return ChangedPipeline(pipe, draw)
+        return ChangedPipeline(pipe, generate)

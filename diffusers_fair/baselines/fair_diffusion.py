@@ -13,6 +13,7 @@ from torch import Tensor
 
 from diffusers_fair.baselines.base import ChangedPipeline, Task
 from diffusers_fair.baselines.score import edited_score
+from diffusers_fair.families import family_of
 from diffusers_fair.prompts.wording import Term, Wording, draw_terms
 
 
@@ -21,62 +22,62 @@ class FairDiffusion:
     """Guides each image towards the phrase of its drawn class and away from those of the others."""
 
     phrase: str = "{} person"
-    """What is guided to or from, with the class's word."""
+    """Phrase to guide towards or away from; `{}` is the word of a class."""
     scale: float = 4.0
     """s_e of the semantic guidance."""
     threshold: float = 0.95
-    """lambda: quantile, within a channel, from which a number of the guidance counts."""
+    """lambda: quantile, within a channel, below which elements of the guidance are dropped."""
     momentum: float = 0.5
     """s_m, share of the momentum that is added."""
     momentum_decay: float = 0.6
-    """beta, share of the momentum that a step keeps."""
+    """beta, share of the momentum that each step keeps."""
     warmup: float = 0.1
-    """delta as a share of the steps: those before gather momentum only. 5 of 50 are published."""
+    """delta as a share of the steps; earlier steps only build up momentum. Published: 5 of 50."""
 
     def apply(self, pipe: Any, task: Task) -> ChangedPipeline:
         """Guide at every step after the warm-up."""
         terms = [wording.terms for wording in task.wordings]
         phrases = [self.phrase.format(term.word) for group in terms for term in group]
-        embeddings = pipe.encode_prompt(phrases, pipe.device, 1, False)[0]  # (k, L, d)
+        conditioning = family_of(pipe).encode(pipe, phrases)  # k rows
 
-        def draw(prompts, generators, **options):
+        def generate(prompts, generators, **options):
             chosen = [draw_terms(task.wordings, generator) for generator in generators]
             signs = torch.stack([directions(task.wordings, terms) for terms in chosen], 1)  # (k, n)
-            guide = _Guide(self, signs.to(embeddings))
+            guide = _Guide(self, signs.to(pipe.device))
 
             def edit(uncond, text, predict):
                 _check_guided(uncond)
                 warm = guide.step >= self.warmup * pipe.num_timesteps
-                guidance = guide(predict(embeddings) - uncond)
+                guidance = guide(predict(conditioning) - uncond)
                 return text + guidance / pipe.guidance_scale if warm else text
 
             with edited_score(pipe, edit):
                 return pipe(prompt=prompts, generator=generators, **options)
 
-        return ChangedPipeline(pipe, draw)
+        return ChangedPipeline(pipe, generate)
 
 
 def directions(wordings: Sequence[Wording], chosen: Sequence[Term]) -> Tensor:
-    """Weights of all phrases for one image, (k,): towards the drawn class, away from the others.
+    """Return the weights (k,) of all phrases for one image.
 
-    Of each attribute 1 for the drawn word and -1 in all for the words of other classes; for two
-    classes of one word each the published pair of directions.
+    For each attribute, the drawn word weighs 1 and the words of the other classes -1 together. With
+    two classes of one word each, this is the published pair of directions.
     """
-    found = []
+    weights: list[float] = []
     for wording, term in zip(wordings, chosen, strict=True):
         others = sum(other.label != term.label for other in wording.terms)
-        found += [
+        weights += [
             1.0 if other == term else -(other.label != term.label) / others
             for other in wording.terms
         ]
-    return torch.tensor(found)
+    return torch.tensor(weights)
 
 
 def semantic_guidance(differences: Tensor, signs: Tensor, scale: float, threshold: float) -> Tensor:
-    """The sum over phrases of SEGA's gamma = mu * psi, (n, c, h, w).
+    """Return SEGA's gamma = mu * psi, summed over the phrases: (n, c, h, w).
 
-    psi is the difference between a phrase's prediction and the unconditional one, turned round for
-    phrases to go away from; mu is the scale where |psi| reaches its channel's quantile, else 0.
+    psi is the difference between a phrase's prediction and the unconditional one, negated for
+    phrases to guide away from; mu is the scale where |psi| reaches its channel's quantile, else 0.
 
     Args:
         differences: (k, n, c, h, w).
@@ -92,7 +93,7 @@ def semantic_guidance(differences: Tensor, signs: Tensor, scale: float, threshol
 
 
 class _Guide:
-    """The guidance of one sampling: counts its steps and owns its momentum."""
+    """The guidance of one image batch: counts the steps and holds the momentum."""
 
     def __init__(self, settings: FairDiffusion, signs: Tensor):
         self.settings = settings
@@ -101,11 +102,12 @@ class _Guide:
         self.step = 0
 
     def __call__(self, differences: Tensor) -> Tensor:
-        """Guidance of this step from (k, n, c, h, w): gamma + s_m nu, which nu then follows."""
-        own = self.settings
-        gamma = semantic_guidance(differences, self.signs, own.scale, own.threshold)
-        gamma = gamma + own.momentum * self.momentum
-        self.momentum = own.momentum_decay * self.momentum + (1 - own.momentum_decay) * gamma
+        """Return the guidance of this step, gamma + s_m nu, from (k, n, c, h, w); update nu."""
+        settings = self.settings
+        gamma = semantic_guidance(differences, self.signs, settings.scale, settings.threshold)
+        gamma = gamma + settings.momentum * self.momentum
+        kept = settings.momentum_decay
+        self.momentum = kept * self.momentum + (1 - kept) * gamma
         self.step += 1
         return gamma
 

@@ -1,8 +1,8 @@
-"""Unified concept editing: keys and values of the cross-attention, edited in closed form.
+"""Unified concept editing: edits keys and values of the cross-attention in closed form.
 
 Gandikota, Orgad, Belinkov, Materzynska, Bau: Unified concept editing in diffusion models, WACV
-2024. What a prompt's tokens are turned into is moved along the attributes' directions until the
-images of that prompt are perceived as the target wants.
+2024. The projections of a prompt's tokens are moved along the attributes' directions until the
+perceived attributes of the prompt's images match the target.
 """
 
 from collections.abc import Sequence
@@ -16,39 +16,40 @@ from torch import Tensor
 from diffusers_fair import metrics
 from diffusers_fair.baselines.base import ChangedPipeline, Task
 from diffusers_fair.evaluation.generate import generate
+from diffusers_fair.families.stable_diffusion import cross_attention, token_embeddings
 from diffusers_fair.prompts.wording import Term, Wording, subject_start, with_terms
 from diffusers_fair.vision.judges import Judges
 
-BATCH = 24  # images drawn together
+BATCH = 24  # images generated at once
 
 
 @dataclass(frozen=True)
 class UCE:
-    """Edits the weights of the U-Net's cross-attention, in turn with counting classes."""
+    """Alternates between counting perceived classes and editing the U-Net's cross-attention."""
 
     concepts: int = 37
-    """Prompts that are edited: as many of the task's, evenly spaced."""
+    """Number of edited prompts, evenly spaced among those of the task."""
     images_per_prompt: int = 10
-    """Images of each in which classes are counted."""
+    """Images per edited prompt in which classes are counted."""
     iterations: int = 30
-    """Edits at the most."""
+    """Maximum number of edits."""
     tolerance: float = 0.05
-    """Prompts whose every class is this near to its target are left as they are."""
+    """Prompts whose classes are all this close to the target are not edited further."""
     step: float = 0.5
-    """How far a prompt is moved for a gap of 1 between target and count; 1 overshoots on the
+    """Distance that a prompt is moved for a gap of 1 between target and count; 1 overshoots on the
     testbed."""
     edit_scale: float = 1.0
     """Weight of the edited prompts in the least squares."""
     preserve_scale: float = 1.0
-    """Weight of the preserved ones: the empty prompt, and the words by themselves."""
+    """Weight of the preserved prompts: the empty prompt, and the neutral phrase with each word."""
     regularization: float = 0.5
-    """lambda: weight of staying near the old weights."""
+    """lambda: weight of staying near the original weights."""
     phrase: str = "a photo of the face of a person"
     """Neutral prompt that is preserved, with every word."""
 
     def apply(self, pipe: Any, task: Task) -> ChangedPipeline:
-        """Edit the weights; `restore` puts the old ones back, bit for bit."""
-        layers = cross_attention(pipe.unet)
+        """Edit the weights; `restore` puts the original ones back, bit for bit."""
+        layers = cross_attention(pipe)
         old = [layer.weight.detach().clone() for layer in layers]
         prompts = _spaced(task.prompts, self.concepts)
         judges = task.judges()
@@ -90,16 +91,16 @@ def closed_form(
     preserve_scale: float,
     regularization: float,
 ) -> Tensor:
-    """E, by which W_old E are the edited weights of every layer: the paper's closed form.
+    """Return E such that W_old E are the edited weights of every layer: the paper's closed form.
 
     W minimises sum |W c - W_old c*|^2 + sum |W r - W_old r|^2 + lambda |W - W_old|^2 over edited
-    tokens c and preserved ones r. As everything wanted is W_old times something, all layers share
+    tokens c and preserved ones r. Every target is W_old times something, so all layers share
 
         E = (sum c* c^T + sum r r^T + lambda I) (sum c c^T + sum r r^T + lambda I)^-1
 
     Args:
         concepts: c of m tokens, (m, d).
-        wanted: c* of the same, (m, d).
+        wanted: c* of the same tokens, (m, d).
         kept: r, (r, d).
         edit_scale: weight of the first sum.
         preserve_scale: weight of the second sum.
@@ -115,10 +116,10 @@ def closed_form(
 
 
 def shifts(pipe: Any, prompt: str, wordings: Sequence[Wording]) -> tuple[Tensor, Tensor]:
-    """Tokens of a prompt from its subject on, (t, d), and those with each class's words, (K, t, d).
+    """Return a prompt's tokens from its subject on (t, d), and those with class words (K, t, d).
 
-    Words before the subject push the tokens along: they are aligned again. A class with several
-    words has the mean.
+    Words before the subject shift the tokens, which are aligned again here. A class with several
+    words gets the mean.
     """
     neutral = _ids(pipe, prompt)
     start = len(_ids(pipe, prompt[: subject_start(prompt)])) - 1  # without its end token
@@ -138,7 +139,7 @@ def shifts(pipe: Any, prompt: str, wordings: Sequence[Wording]) -> tuple[Tensor,
 def class_shares(
     pipe: Any, prompts: Sequence[str], task: Task, judges: Judges, images: int
 ) -> np.ndarray:
-    """Shares of the classes perceived, (P, K), attributes side by side; NaN where none was."""
+    """Return the shares of perceived classes, (P, K), attributes side by side; NaN if none was."""
     counts = [np.zeros((len(prompts), _classes(wording))) for wording in task.wordings]
     for batch in generate(
         pipe,
@@ -151,13 +152,15 @@ def class_shares(
         progress=False,
     ):
         faces = judges.faces(batch.images)
-        shown, there = faces.owner[faces.found], faces[faces.found]
+        images_with_face, found = faces.owner[faces.found], faces[faces.found]
         for wording, count in zip(task.wordings, counts, strict=True):
             attribute = wording.attribute
-            rows = shown if attribute.of_faces else torch.arange(len(batch.images)).to(shown)
+            rows = images_with_face
+            if not attribute.of_faces:
+                rows = torch.arange(len(batch.images)).to(images_with_face)
             if not len(rows):
                 continue
-            labels = judges.probabilities(attribute, batch.images[rows], there).argmax(1)
+            labels = judges.probabilities(attribute, batch.images[rows], found).argmax(1)
             prompt = batch.prompt[rows.cpu().numpy()]
             count += metrics.class_counts(labels.cpu().numpy(), prompt, *count.shape)
     with np.errstate(invalid="ignore"):
@@ -165,7 +168,7 @@ def class_shares(
 
 
 def open_gaps(shares: np.ndarray, wordings: Sequence[Wording], tolerance: float) -> np.ndarray:
-    """Target minus share, (P, K); 0 where all of an attribute is near enough, or unknown."""
+    """Return target minus share, (P, K); 0 where an attribute is within tolerance or unknown."""
     gaps, start = np.zeros_like(shares), 0
     for wording in wordings:
         columns = slice(start, start := start + _classes(wording))
@@ -174,25 +177,19 @@ def open_gaps(shares: np.ndarray, wordings: Sequence[Wording], tolerance: float)
     return gaps
 
 
-def cross_attention(unet: Any) -> list[Any]:
-    """The linear layers of keys and values of the prompt."""
-    ends = ("attn2.to_k", "attn2.to_v")
-    return [layer for name, layer in unet.named_modules() if name.endswith(ends)]
-
-
 def _kept(pipe: Any, phrase: str, wordings: Sequence[Wording]) -> Tensor:
-    """Tokens that are preserved, (r, d)."""
+    """The preserved tokens, (r, d)."""
     terms: list[Term] = [term for wording in wordings for term in wording.terms]
     return _embed(pipe, ["", *(with_terms(phrase, [term]) for term in terms)]).flatten(0, 1)
 
 
 def _embed(pipe: Any, texts: list[str]) -> Tensor:
     """Embeddings (n, L, d) in float64."""
-    return pipe.encode_prompt(texts, pipe.device, 1, False)[0].double()
+    return token_embeddings(pipe, texts).double()
 
 
 def _ids(pipe: Any, text: str) -> list[int]:
-    """Token numbers, start and end included."""
+    """Token ids, with the start and end tokens."""
     return pipe.tokenizer(text).input_ids
 
 

@@ -1,12 +1,13 @@
-"""Gradient on the final latents -> gradients of embeddings and U-Net parameters, step by step.
+"""Gradient on the final latents -> gradients of conditioning and denoiser, step by step.
 
-With the U-Net input held fixed at each step, the final latents are a linear function of the model
-outputs, z_K = ... + sum_i a_i output_i, so
+With the denoiser's input held fixed at each step, the final latents are a linear function of the
+model outputs, z_K = ... + sum_i a_i output_i, so
 
     d loss / d output_i = C_i a_i v,    v = d loss / d z_K
 
-and the biased gradient is a sum over steps that do not need one another: the memory of one U-Net
-evaluation serves any number of steps, in micro-batches or a random subset of the steps if wanted.
+and the biased gradient is a sum over steps that do not depend on one another. The memory of one
+evaluation of the denoiser is enough for any number of steps, in micro-batches or for a random
+subset of the steps.
 """
 
 from contextlib import AbstractContextManager, nullcontext
@@ -16,23 +17,35 @@ import torch
 from torch import Tensor
 from torch.nn.attention import SDPBackend, sdpa_kernel
 
-from diffusers_fair.diffusion.sampling import Trajectory, guidance, predict, rows
+from diffusers_fair.diffusion.sampling import NOTHING_TO_TRAIN, Trajectory, weighted_branches
+from diffusers_fair.families import denoiser_of, family_of
+from diffusers_fair.families.conditioning import (
+    Branches,
+    Conditioning,
+    cast,
+    concatenate,
+    expand,
+    gradients,
+    leaves,
+    requires_grad,
+    select,
+)
 
 
 def draw_steps(
     total: int, count: int, images: int, generator: torch.Generator
 ) -> tuple[Tensor, Tensor]:
-    """Draw steps for an unbiased estimate of the sum over all of them, spread over time and images.
+    """Draw steps for an unbiased estimate of the sum over all steps.
 
-    The steps are cut into `count` parts, as equal as can be. Each image has one step of each part;
-    over the images, the steps of a part come equally often, but for one: with images enough, the
-    estimate of a batch has a share of every step.
+    The steps are cut into `count` parts of equal length, give or take one. Each image gets one step
+    of each part. Over the images, the steps of a part occur equally often, give or take one, so
+    that the estimate of a large batch covers every step.
 
     Args:
-        total: K, number of steps there are.
-        count: how many to draw for each image.
+        total: K, the number of steps.
+        count: number of steps to draw for each image.
         images: n.
-        generator: on the CPU.
+        generator: a CPU generator.
 
     Returns:
         The steps (n, count), and the inverse of the probability of each to be drawn (count,).
@@ -48,160 +61,168 @@ def draw_steps(
 
 
 def _spread(steps: Tensor, images: int, generator: torch.Generator) -> Tensor:
-    """(images,): one of the steps each, all equally likely, and equally often but for one."""
+    """Draw one step per image, (images,): each equally likely, and equally often give or take 1."""
     first = torch.randint(len(steps), (), generator=generator)
     return steps[(first + torch.randperm(images, generator=generator)) % len(steps)]
 
 
 @torch.enable_grad()
 def replay(
-    unet: Any,
+    pipe: Any,
     trajectory: Trajectory,
-    cond: Tensor,
-    uncond: Tensor | None,
-    grad_z: Tensor,
-    gradient_weights: Tensor,
+    branches: Branches,
+    grad_latents: Tensor,
+    step_weights: Tensor,
     *,
     steps: Tensor | None = None,
-    weights: Tensor | None = None,
+    inverse_probabilities: Tensor | None = None,
     micro_batch: int | None = None,
     split_guidance: bool = False,
-) -> tuple[Tensor | None, Tensor | None]:
+) -> dict[str, dict[str, Tensor]]:
     """Back-propagate a gradient on the final latents through every step of a trajectory.
 
-    Adds to `.grad` of the U-Net's trainable parameters. The gradients returned are for the caller
-    to send on, once: `cond.backward(gradient)`. A guidance branch in which nothing is trainable
-    is not evaluated.
+    Adds to `.grad` of the denoiser's trainable parameters. Pass the returned gradients on to the
+    text encoder with `conditioning.backward`, once for each branch. A guidance branch in which
+    nothing is trainable is not evaluated.
 
     Args:
-        unet: the U-Net of the trajectory, unchanged since.
-        trajectory: with its U-Net inputs kept.
-        cond: prompt embeddings as they were sampled with, (n, L, d) or (1, L, d) for all images;
-            trainable if it requires a gradient.
-        uncond: the same of the empty prompt; not needed without guidance.
-        grad_z: (n, c, h, w), v = d loss / d z_K.
-        gradient_weights: (K,), C_i a_i, from `BiasedGradientScheduler.gradient_weights()`.
-        steps: (n, k), which ones to replay of each image; left out, all.
-        weights: (k,), a factor for each column of `steps`, as `draw_steps` gives it; left out, 1.
-        micro_batch: images at a time; left out, all. Makes no difference to the result.
-        split_guidance: whether the guidance branches are evaluated one after the other, in half the
-            memory. Makes none, either.
+        pipe: the pipeline of the trajectory, unchanged since.
+        trajectory: a trajectory that kept the inputs of the denoiser.
+        branches: the conditioning that the trajectory was sampled with. Tensors that require a
+            gradient are trainable.
+        grad_latents: (n, c, h, w), v = d loss / d z_K.
+        step_weights: (K,), C_i a_i, from `BiasedGradientScheduler.gradient_weights()`.
+        steps: (n, k), steps to replay of each image; None for all.
+        inverse_probabilities: (k,), factor for each column of `steps`, from `draw_steps`; None
+            for 1.
+        micro_batch: images per evaluation of the denoiser; None for all. Does not change the
+            result.
+        split_guidance: whether to evaluate the guidance branches one after the other, in half the
+            memory. Does not change the result.
 
     Returns:
-        Gradients of `cond` and `uncond` in their shapes, in float32 or better; None for the one
-        that requires no gradient or was not used.
+        Branch -> name -> gradient of this trainable tensor, in its shape and in float32 or better.
+        Branches that were not evaluated and tensors that require no gradient are left out.
 
     Raises:
         ValueError: the arguments do not fit one another, or nothing is trainable.
     """
     if steps is None:
-        steps = torch.arange(len(trajectory.timesteps)).expand(len(grad_z), -1)
-    weights = torch.ones(steps.shape[-1]) if weights is None else weights
-    _require_fit(trajectory, grad_z, gradient_weights, steps, weights)
-    unet_trains = trains(unet)
-    cond = leaf(cond)
-    uncond = None if uncond is None else leaf(uncond)
-    branches = [
-        (embeddings, scale)
-        for embeddings, scale in guidance(trajectory.guidance_scale, cond, uncond)
-        if embeddings.requires_grad or unet_trains
-    ]
-    if not branches:
-        raise ValueError(
-            "nothing to train: neither cond, uncond nor a parameter of the U-Net requires a "
-            "gradient; add an adapter and encode the prompts with gradients"
-        )
-    groups = [[branch] for branch in branches] if split_guidance else [branches]
-    shares = weights * gradient_weights.cpu()[steps]  # (n, k), C_i a_i
-    for column, share in zip(steps.unbind(1), shares.unbind(1), strict=True):
-        for part in torch.arange(len(grad_z)).split(micro_batch or len(grad_z)):
+        steps = torch.arange(len(trajectory.timesteps)).expand(len(grad_latents), -1)
+    if inverse_probabilities is None:
+        inverse_probabilities = torch.ones(steps.shape[-1])
+    _check_fit(trajectory, grad_latents, step_weights, steps, inverse_probabilities)
+    branches = {name: leaves(conditioning) for name, conditioning in branches.items()}
+    groups = trainable_branches(pipe, branches, trajectory.guidance_scale, split=split_guidance)
+    if not groups:
+        raise ValueError(NOTHING_TO_TRAIN)
+    weights = inverse_probabilities * step_weights.cpu()[steps]  # (n, k), C_i a_i
+    for column, weight in zip(steps.unbind(1), weights.unbind(1), strict=True):
+        for part in torch.arange(len(grad_latents)).split(micro_batch or len(grad_latents)):
             inputs, timesteps = _evaluations(trajectory, column, part)
-            gradient = grad_z[part] * share[part].to(grad_z)[:, None, None, None]  # C_i a_i v
+            scale = weight[part].to(grad_latents)[:, None, None, None]
+            gradient = grad_latents[part] * scale  # C_i a_i v
             for group in groups:
-                own = [(rows(embeddings, len(grad_z))[part], scale) for embeddings, scale in group]
-                backward_step(unet, inputs, timesteps, own, gradient)
-    return cond.grad, None if uncond is None else uncond.grad
+                rows = [(select(expand(c, len(grad_latents)), part), share) for c, share in group]
+                backward_step(pipe, inputs, timesteps, rows, gradient)
+    return {
+        name: found for name, conditioning in branches.items() if (found := gradients(conditioning))
+    }
+
+
+def trainable_branches(
+    pipe: Any, branches: Branches, guidance_scale: float, *, split: bool = False
+) -> list[list[tuple[Conditioning, float]]]:
+    """Return the branches with something trainable and their weights in the guided prediction.
+
+    Args:
+        pipe: a pipeline of a known family.
+        branches: conditioning of each guidance branch.
+        guidance_scale: 1 for no guidance.
+        split: whether each branch forms a group of its own.
+
+    Returns:
+        Groups of branches that are evaluated together; empty if nothing is trainable.
+    """
+    denoiser_trains = any(parameter.requires_grad for parameter in denoiser_of(pipe).parameters())
+    trainable = [
+        (conditioning, weight)
+        for conditioning, weight in weighted_branches(family_of(pipe), branches, guidance_scale)
+        if denoiser_trains or requires_grad(conditioning)
+    ]
+    if split or not trainable:
+        return [[branch] for branch in trainable]
+    return [trainable]
 
 
 def _evaluations(trajectory: Trajectory, steps: Tensor, images: Tensor) -> tuple[Tensor, Tensor]:
-    """The U-Net inputs (m, c, h, w) and timesteps (m,) of some images, each at its own step."""
-    there = steps[images]  # (m,)
-    pairs = zip(there.tolist(), images.tolist(), strict=True)
+    """Inputs (m, c, h, w) and timesteps (m,) of some images, each at a step of its own."""
+    chosen = steps[images]  # (m,)
+    pairs = zip(chosen.tolist(), images.tolist(), strict=True)
     inputs = torch.stack([trajectory.inputs[step][image] for step, image in pairs])
-    return inputs, trajectory.timesteps[there]
+    return inputs, trajectory.timesteps[chosen]
 
 
 def backward_step(
-    unet: Any,
+    pipe: Any,
     inputs: Tensor,
     timesteps: Tensor,
-    branches: list[tuple[Tensor, float]],
+    branches: list[tuple[Conditioning, float]],
     grad_guided: Tensor,
 ) -> None:
-    """Evaluate the U-Net for these branches and back-propagate d loss / d guided prediction.
+    """Evaluate the denoiser for some branches and back-propagate d loss / d guided prediction.
 
     Args:
-        unet: whose trainable parameters get a gradient.
-        inputs: (m, c, h, w).
+        pipe: a pipeline of a known family.
+        inputs: (m, c, h, w), scaled latents.
         timesteps: (m,).
-        branches: embeddings (m, L, d) and share in the guided prediction.
+        branches: conditioning with m rows, and weight in the guided prediction.
         grad_guided: (m, c, h, w).
     """
-    embeddings = torch.cat([embeddings for embeddings, _ in branches]).to(inputs.dtype)
-    gradient = torch.cat([scale * grad_guided for _, scale in branches])
+    conditioning = cast(concatenate(c for c, _ in branches), inputs)
+    gradient = torch.cat([weight * grad_guided for _, weight in branches])
     inputs, timesteps = (torch.cat([x] * len(branches)) for x in (inputs, timesteps))
     with _attention(inputs):
-        outputs = predict(unet, inputs, timesteps, embeddings)
+        outputs = family_of(pipe).predict(denoiser_of(pipe), inputs, timesteps, conditioning)
         outputs.backward(gradient.to(outputs.dtype))
 
 
 def _attention(inputs: Tensor) -> AbstractContextManager[object]:
-    """Of the processor's fused attention, the backward in bfloat16 takes 7 times its float32's."""
+    """Avoid fused attention on the CPU in bfloat16: its backward takes 7 times that of float32."""
     slow = inputs.device.type == "cpu" and inputs.dtype == torch.bfloat16
     return sdpa_kernel(SDPBackend.MATH) if slow else nullcontext()
 
 
-def trains(unet: Any) -> bool:
-    """Whether any parameter of the U-Net is trainable."""
-    return any(parameter.requires_grad for parameter in unet.parameters())
-
-
-def leaf(embeddings: Tensor) -> Tensor:
-    """Return a leaf to gather the gradient of embeddings in, in float32 or better."""
-    dtype = torch.promote_types(embeddings.dtype, torch.float32)
-    return embeddings.detach().to(dtype).clone().requires_grad_(embeddings.requires_grad)
-
-
-def _require_fit(
+def _check_fit(
     trajectory: Trajectory,
-    grad_z: Tensor,
-    gradient_weights: Tensor,
+    grad_latents: Tensor,
+    step_weights: Tensor,
     steps: Tensor,
-    weights: Tensor,
+    inverse_probabilities: Tensor,
 ) -> None:
     """Refuse arguments of `replay` that do not belong together."""
     total = len(trajectory.timesteps)
     if not trajectory.inputs:
-        raise ValueError("the trajectory kept no U-Net inputs: sample with keep=True")
-    if grad_z.shape != trajectory.latents.shape:
+        raise ValueError("the trajectory kept no inputs of the denoiser: sample with keep=True")
+    if grad_latents.shape != trajectory.latents.shape:
         raise ValueError(
-            f"grad_z must have the shape of the final latents {tuple(trajectory.latents.shape)}, "
-            f"got {tuple(grad_z.shape)}"
+            "grad_latents must have the shape of the final latents "
+            f"{tuple(trajectory.latents.shape)}, got {tuple(grad_latents.shape)}"
         )
-    if len(gradient_weights) != total:
+    if len(step_weights) != total:
         raise ValueError(
-            f"expected {total} gradient weights, one for each step, got {len(gradient_weights)}: "
+            f"expected {total} step weights, one for each step, got {len(step_weights)}: "
             "take them from the scheduler after sampling with the same number of steps"
         )
-    if steps.ndim != 2 or len(steps) != len(grad_z):
+    if steps.ndim != 2 or len(steps) != len(grad_latents):
         raise ValueError(
-            f"steps must be (images, steps of each) for {len(grad_z)} images, got "
+            f"steps must be (images, steps of each) for {len(grad_latents)} images, got "
             f"{tuple(steps.shape)}"
         )
     if not ((steps >= 0) & (steps < total)).all():
         raise ValueError(f"steps must lie in 0 to {total - 1}, got {steps.tolist()}")
-    if weights.shape != steps.shape[1:]:
+    if inverse_probabilities.shape != steps.shape[1:]:
         raise ValueError(
-            f"expected {steps.shape[1]} weights, one for each column of steps, got "
-            f"{tuple(weights.shape)}"
+            f"expected {steps.shape[1]} inverse probabilities, one for each column of steps, got "
+            f"{tuple(inverse_probabilities.shape)}"
         )

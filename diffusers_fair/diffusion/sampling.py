@@ -1,6 +1,6 @@
-"""Embeddings and noise -> latents -> images, keeping what replay needs on the way."""
+"""Conditioning and noise -> latents -> images, keeping what replay needs on the way."""
 
-from collections.abc import Callable, Sequence
+from collections.abc import Callable
 from dataclasses import dataclass
 from typing import Any
 
@@ -8,81 +8,64 @@ import torch
 from torch import Tensor
 
 from diffusers_fair.diffusion.scheduler import scaled_input
+from diffusers_fair.families import denoiser_of, family_of
+from diffusers_fair.families.base import Family
+from diffusers_fair.families.conditioning import (
+    Branches,
+    Conditioning,
+    concatenate,
+    expand,
+    select,
+)
+
+NOTHING_TO_TRAIN = (
+    "nothing to train: neither the conditioning nor a parameter of the denoiser requires a "
+    "gradient; add an adapter and encode the prompts with gradients"
+)
 
 
 @dataclass(frozen=True)
 class Trajectory:
-    """One sampling of a batch of n images in K U-Net evaluations."""
+    """The sampling of n images in K evaluations of the denoiser."""
 
     latents: Tensor
-    """(n, c, h, w), z_K, in the U-Net's units."""
+    """(n, c, h, w), the final latents z_K, scaled as the denoiser takes them."""
     inputs: tuple[Tensor, ...]
-    """K U-Net inputs, each (n, c, h, w), as the scheduler scaled them; empty if not kept."""
+    """K inputs of the denoiser, each (n, c, h, w), scaled by the scheduler; empty if not kept."""
     timesteps: Tensor
     """(K,)"""
     guidance_scale: float
     """s in epsilon = epsilon_u + s (epsilon_c - epsilon_u); 1 means no guidance."""
 
 
-def initial_noise(
-    shape: Sequence[int],
-    seeds: Sequence[int],
-    *,
-    device: torch.device | str = "cpu",
-    dtype: torch.dtype = torch.float32,
-) -> Tensor:
-    """Draw standard normal latents, each image from its own seed, the same on every device.
-
-    Args:
-        shape: (c, h, w) of one image's latents.
-        seeds: one for each image; `~s`, which is negative, gives the negative of the noise of s.
-        device: where the noise goes; it is always drawn on the CPU.
-        dtype: in which it is drawn, too.
-
-    Returns:
-        (n, c, h, w), what a diffusers pipeline draws from one CPU generator for each seed.
-    """
-    drawn = [
-        _noise(shape, seed, dtype) if seed >= 0 else -_noise(shape, ~seed, dtype) for seed in seeds
-    ]
-    return torch.cat(drawn).to(device)  # (n, c, h, w)
-
-
-def _noise(shape: Sequence[int], seed: int, dtype: torch.dtype) -> Tensor:
-    """Draw the noise of one image. (1, c, h, w)."""
-    return torch.randn(1, *shape, generator=torch.Generator().manual_seed(seed), dtype=dtype)
-
-
 @torch.no_grad()
 def sample(
-    unet: Any,
+    pipe: Any,
     scheduler: Any,
-    cond: Tensor,
-    uncond: Tensor | None,
+    branches: Branches,
     noise: Tensor,
     steps: int,
-    guidance_scale: float = 7.5,
+    guidance_scale: float,
     *,
     keep: bool = True,
     micro_batch: int | None = None,
 ) -> Trajectory:
-    """Sample latents as a Stable Diffusion pipeline does, without gradients.
+    """Sample latents as the pipeline's own call does, without gradients.
 
     Args:
-        unet: a `UNet2DConditionModel`.
+        pipe: a pipeline of a known family.
         scheduler: a diffusers scheduler, wrapped in `BiasedGradientScheduler` or not.
-        cond: (n, L, d) prompt embeddings, or (1, L, d) shared by all images.
-        uncond: the same for the empty prompt; not needed without guidance.
+        branches: conditioning of each guidance branch; without guidance, "cond" is enough.
         noise: (n, c, h, w), standard normal.
-        steps: of the scheduler.
-        guidance_scale: 1 for no guidance, or more.
-        keep: whether to keep the U-Net inputs for replay.
-        micro_batch: images that the U-Net sees at a time; left out, all.
+        steps: number of scheduler steps.
+        guidance_scale: 1 for no guidance.
+        keep: whether to keep the inputs of the denoiser for replay.
+        micro_batch: images per evaluation of the denoiser; None for all.
 
     Raises:
-        ValueError: guidance without `uncond`, or a guidance scale below 1.
+        ValueError: a missing branch, or a guidance scale that the family cannot use.
     """
-    guided = guided_unet(unet, cond, uncond, len(noise), guidance_scale, micro_batch)
+    guided = guided_prediction(pipe, branches, len(noise), guidance_scale, micro_batch)
     inputs = []
 
     def evaluate(step: int, scaled: Tensor, t: Tensor) -> Tensor:
@@ -100,11 +83,11 @@ def denoise(
     """Go from noise to the final latents, with or without gradients as the caller has them.
 
     Args:
-        evaluate: gives the guided prediction (n, c, h, w) for the number of the U-Net evaluation,
-            from 0, the scaled latents (n, c, h, w) and the timestep.
+        evaluate: (step from 0, scaled latents (n, c, h, w), timestep) -> guided prediction
+            (n, c, h, w).
         scheduler: a diffusers scheduler, wrapped in `BiasedGradientScheduler` or not.
         noise: (n, c, h, w), standard normal.
-        steps: of the scheduler.
+        steps: number of scheduler steps.
 
     Returns:
         (n, c, h, w), z_K.
@@ -117,99 +100,72 @@ def denoise(
     return latents
 
 
-def guided_unet(
-    unet: Any,
-    cond: Tensor,
-    uncond: Tensor | None,
+def guided_prediction(
+    pipe: Any,
+    branches: Branches,
     count: int,
-    scale: float,
+    guidance_scale: float,
     micro_batch: int | None = None,
 ) -> Callable[[Tensor, Tensor], Tensor]:
     """Return the guided prediction as a function of `count` scaled latents and a timestep.
 
     Raises:
-        ValueError: as `guidance` and `rows` do.
+        ValueError: as in `weighted_branches`, or neither one row of conditioning nor `count`.
     """
-    embeddings = [rows(embedding, count) for embedding, _ in guidance(scale, cond, uncond)]
+    family, denoiser = family_of(pipe), denoiser_of(pipe)
+    rows = [expand(c, count) for c, _ in weighted_branches(family, branches, guidance_scale)]
     parts = torch.arange(count).split(micro_batch or count)
-    shared = [torch.cat([branch[part] for branch in embeddings]) for part in parts]
+    inputs = [concatenate(select(branch, part) for branch in rows) for part in parts]
 
     def evaluate(scaled: Tensor, t: Tensor) -> Tensor:
-        found = []
-        for part, embedding in zip(parts, shared, strict=True):
-            output = predict(unet, torch.cat([scaled[part]] * len(embeddings)), t, embedding)
-            found.append(combine(output.chunk(len(embeddings)), scale))
-        return torch.cat(found)
+        guided = []
+        for part, conditioning in zip(parts, inputs, strict=True):
+            latents = torch.cat([scaled[part]] * len(rows))
+            output = family.predict(denoiser, latents, t, conditioning)
+            guided.append(family.combine(output.chunk(len(rows)), guidance_scale))
+        return torch.cat(guided)
 
     return evaluate
 
 
-def predict(unet: Any, inputs: Tensor, timestep: Tensor, embeddings: Tensor) -> Tensor:
-    """Evaluate the U-Net: (m, c, h, w) inputs and (m, L, d) embeddings -> (m, c, h, w)."""
-    return unet(inputs, timestep, encoder_hidden_states=embeddings, return_dict=False)[0]
-
-
-def guidance(
-    scale: float, cond: Tensor, uncond: Tensor | None = None
-) -> list[tuple[Tensor, float]]:
-    """Return the embeddings of each U-Net evaluation and its share of the guided prediction.
+def weighted_branches(
+    family: Family, branches: Branches, guidance_scale: float
+) -> list[tuple[Conditioning, float]]:
+    """Return the conditioning of each evaluated branch and its weight in the guided prediction.
 
     Raises:
-        ValueError: guidance without `uncond`, or a scale below 1.
+        ValueError: guidance without "uncond", or a scale that the family cannot use.
     """
-    if scale < 1:
-        raise ValueError(f"guidance_scale must be 1 (no guidance) or more, got {scale:g}")
-    if scale == 1:
-        return [(cond, 1.0)]
-    if uncond is None:
-        raise ValueError(
-            f"guidance_scale {scale:g} needs the embeddings of the empty prompt: "
-            "pass uncond, or guidance_scale=1"
-        )
-    return [(uncond, 1 - scale), (cond, scale)]
+    weights = family.guidance_branches(guidance_scale)
+    for name, _ in weights:
+        if name not in branches:
+            raise ValueError(
+                f"guidance_scale {guidance_scale:g} needs the embeddings of the empty prompt: "
+                f"pass {name}, or guidance_scale=1"
+            )
+    return [(branches[name], weight) for name, weight in weights]
 
 
-def rows(embeddings: Tensor, count: int) -> Tensor:
-    """Return (count, L, d) of embeddings that are one for each image, or shared by all.
-
-    Raises:
-        ValueError: neither one nor `count` embeddings.
-    """
-    if len(embeddings) not in (1, count):
-        raise ValueError(
-            f"expected prompt embeddings for 1 or {count} images, got {len(embeddings)}: "
-            "pass one for each image, or one for all"
-        )
-    return embeddings.expand(count, -1, -1)
-
-
-def decode(vae: Any, latents: Tensor, micro_batch: int | None = None) -> Tensor:
+def decode(pipe: Any, latents: Tensor, micro_batch: int | None = None) -> Tensor:
     """Decode (n, c, h, w) latents to (n, 3, H, W) images in [-1, 1], differentiably."""
+    family = family_of(pipe)
     parts = latents.split(micro_batch or len(latents))
-    images = [vae.decode(x / vae.config.scaling_factor, return_dict=False)[0] for x in parts]
+    images = [pipe.vae.decode(family.vae_input(pipe, z), return_dict=False)[0] for z in parts]
     return torch.cat(images).clamp(-1, 1)
 
 
 @torch.enable_grad()
 def decode_backward(
-    vae: Any, latents: Tensor, grad_images: Tensor, micro_batch: int | None = None
+    pipe: Any, latents: Tensor, grad_images: Tensor, micro_batch: int | None = None
 ) -> Tensor:
-    """Gradient on `decode`'s images (n, 3, H, W) -> on the latents (n, c, h, w).
+    """Back-propagate a gradient on the images (n, 3, H, W) to the latents (n, c, h, w).
 
-    Decodes again, `micro_batch` images at a time, so that the decoder's memory is theirs alone.
+    Decodes `micro_batch` images at a time, which bounds the memory of the decoder.
     """
     size = micro_batch or len(latents)
-    found = []
+    gradients = []
     for part, grad in zip(latents.split(size), grad_images.split(size), strict=True):
         z = part.detach().requires_grad_()
-        images = decode(vae, z)
-        found += torch.autograd.grad(images, z, grad.to(images.dtype))
-    return torch.cat(found)
-
-
-def combine(predictions: Sequence[Tensor], scale: float) -> Tensor:
-    """Combine the branches of `guidance` in the order of diffusers, for the same last bit."""
-    if len(predictions) == 1:
-        return predictions[0]
-    uncond, cond = predictions
-    return uncond + scale * (cond - uncond)
+        images = decode(pipe, z)
+        gradients += torch.autograd.grad(images, z, grad.to(images.dtype))
+    return torch.cat(gradients)

@@ -1,14 +1,14 @@
-"""Algorithm 1 of the paper as a scheduler, and the step weights that replay works with.
+"""Algorithm 1 of the paper as a scheduler, and the weights that replay uses.
 
-*Biased gradient* is the statistical word: the gradient's expectation is not that of the exact one,
-because the coupling between denoising steps is left out of it on purpose (section 4.2).
+*Biased gradient* is the statistical term: its expectation is not that of the exact gradient. It
+omits the coupling between denoising steps on purpose (section 4.2).
 
 | here | paper |
 |---|---|
 | steps, number of `timesteps` | K (the paper's loop ends at K - 1) |
-| `step_weights()[i]` | a_i = d z_K / d output_i, with the U-Net inputs held fixed |
+| `output_weights()[i]` | a_i = d z_K / d output_i, with the denoiser's inputs held fixed |
 | `coefficients()[i]` | C_i |
-| model output | epsilon_t, what the U-Net predicts: noise, or velocity |
+| model output | epsilon_t, the denoiser's prediction: noise, or velocity |
 """
 
 from typing import Any, Literal
@@ -24,14 +24,14 @@ _TOLERANCE = 1e-4  # of a prediction by a_i, relative; schedulers compute in flo
 class BiasedGradientScheduler:
     """A diffusers scheduler whose gradient is the paper's biased gradient.
 
-    It takes the place of the scheduler it wraps in any differentiable sampling loop (Algorithm 1):
+    It replaces the scheduler that it wraps in any differentiable sampling loop (Algorithm 1):
     `scale_model_input` detaches the latents, `step` multiplies the gradient of the model output by
-    C_i. Values are those of the wrapped scheduler, bit for bit; whatever is not defined here is
-    the wrapped scheduler's own.
+    C_i. Values are those of the wrapped scheduler, bit for bit. All other attributes are those of
+    the wrapped scheduler.
 
     Args:
         scheduler: any diffusers scheduler that is linear in the latents and in the model output.
-        standardize: how C_i is chosen; the geometric mean of its size is 1 in every case.
+        standardize: choice of C_i; the geometric mean of |C_i| is always 1.
             `"paper"`: 1 / A_t, from the influence of the noise prediction in DDPM (equation 9).
             `"exact"`: 1 / a_i, from the influence of the model output in this very scheduler, so
             that all C_i a_i are equal.
@@ -49,25 +49,25 @@ class BiasedGradientScheduler:
             _require_noise_schedule(scheduler)
         self.scheduler = scheduler
         self.standardize = standardize
-        self._asked = {"num_inference_steps": getattr(scheduler, "num_inference_steps", None)}
-        self._index = -1  # of the last step taken
+        self._options = {"num_inference_steps": getattr(scheduler, "num_inference_steps", None)}
+        self._index = -1  # index of the last step taken
         self._solved: dict[tuple[float, ...], tuple[Tensor, Tensor]] = {}  # timesteps -> a, C
 
     def __getattr__(self, name: str) -> Any:
-        if name == "scheduler":  # not yet there while being copied
+        if name == "scheduler":  # not set yet while being copied
             raise AttributeError(name)
         return getattr(self.scheduler, name)
 
     def set_timesteps(
         self, num_inference_steps: int | None = None, device: Any = None, **kwargs: Any
     ) -> None:
-        """Set the timesteps of the wrapped scheduler and find the weights of its steps.
+        """Set the timesteps of the wrapped scheduler and compute the weights of its steps.
 
         Raises:
             ValueError: the scheduler is not linear in the model output.
         """
         self.scheduler.set_timesteps(num_inference_steps, device=device, **kwargs)
-        self._asked = {"num_inference_steps": num_inference_steps, **kwargs}
+        self._options = {"num_inference_steps": num_inference_steps, **kwargs}
         self._index = -1
         self._solve()
 
@@ -88,12 +88,12 @@ class BiasedGradientScheduler:
             model_output.register_hook(lambda gradient: gradient * coefficient)  # Algorithm 1
         return self.scheduler.step(model_output, timestep, sample, **kwargs)
 
-    def step_weights(self) -> Tensor:
+    def output_weights(self) -> Tensor:
         """Return a_i = d z_K / d output_i for the timesteps that are set.
 
         Returns:
-            (K,) float64 on the CPU. Schedulers that evaluate the model more often than once a step
-            have one weight for each evaluation.
+            (K,) float64 on the CPU. Schedulers that evaluate the model several times per step have
+            one weight for each evaluation.
 
         Raises:
             ValueError: no timesteps are set, or the scheduler is not linear in the model output.
@@ -107,7 +107,7 @@ class BiasedGradientScheduler:
             (K,) float64 on the CPU; the geometric mean of |C_i| is 1.
 
         Raises:
-            ValueError: as for `step_weights`; with `"exact"`, a step that has no influence.
+            ValueError: as for `output_weights`; with `"exact"`, a step that has no influence.
         """
         return self._solve()[1].clone()
 
@@ -117,7 +117,7 @@ class BiasedGradientScheduler:
         return coefficients * weights
 
     def _solve(self) -> tuple[Tensor, Tensor]:
-        """Find a_i and C_i of the timesteps that are set, or recall them."""
+        """Compute a_i and C_i of the timesteps that are set; cached."""
         timesteps = self.scheduler.timesteps.detach().cpu()  # (K,)
         key = tuple(timesteps.tolist())
         if key not in self._solved:
@@ -126,16 +126,16 @@ class BiasedGradientScheduler:
         return self._solved[key]
 
     def _fresh(self, timesteps: Tensor) -> Any:
-        """Build a scheduler like the wrapped one, whose own state stays undisturbed."""
-        if all(value is None for value in self._asked.values()):
+        """Build a scheduler like the wrapped one, whose state is not touched."""
+        if all(value is None for value in self._options.values()):
             raise ValueError("no timesteps are set: call set_timesteps(number of steps) first")
         fresh = type(self.scheduler).from_config(self.scheduler.config)
-        fresh.set_timesteps(**self._asked)
+        fresh.set_timesteps(**self._options)
         if not torch.equal(fresh.timesteps, timesteps):
             raise ValueError(
                 "the timesteps are not those that set_timesteps of BiasedGradientScheduler and the "
                 f"scheduler's config give ({len(timesteps)} timesteps, expected "
-                f"{len(fresh.timesteps)} from {self._asked}): set them through the "
+                f"{len(fresh.timesteps)} from {self._options}): set them through the "
                 "BiasedGradientScheduler, and change settings with from_config"
             )
         return fresh
@@ -150,19 +150,19 @@ class BiasedGradientScheduler:
         return torch.ones_like(weights)
 
     def _index_of(self, timestep: Any) -> int:
-        """Return which step `timestep` is: the next of that value after the last one taken."""
+        """Return the index of `timestep`: its next occurrence after the last step taken."""
         timesteps = self.scheduler.timesteps.tolist()
-        found = [i for i, t in enumerate(timesteps) if t == float(timestep)]
-        if not found:
+        indices = [i for i, t in enumerate(timesteps) if t == float(timestep)]
+        if not indices:
             raise ValueError(
                 f"timestep {float(timestep):g} is not one of the {len(timesteps)} that are set: "
                 "call set_timesteps and go through scheduler.timesteps in order"
             )
-        return next((i for i in found if i > self._index), found[0])
+        return next((i for i in indices if i > self._index), indices[0])
 
 
 def scaled_input(scheduler: Any, sample: Tensor, timestep: Any) -> Tensor:
-    """Scale latents for the model; flow matching schedulers do not, and have no method for it."""
+    """Scale latents for the model; flow-matching schedulers have no method for it."""
     if not hasattr(scheduler, "scale_model_input"):
         return sample
     return scheduler.scale_model_input(sample, timestep)
@@ -171,13 +171,13 @@ def scaled_input(scheduler: Any, sample: Tensor, timestep: Any) -> Tensor:
 def _run(scheduler: Any, latents: Tensor, outputs: list[Tensor]) -> Tensor:
     """Run the scheduler over given model outputs, from z_0 to z_K."""
     for output, timestep in zip(outputs, scheduler.timesteps, strict=True):
-        scaled_input(scheduler, latents, timestep)  # some schedulers want to see it called
+        scaled_input(scheduler, latents, timestep)  # some schedulers require the call
         latents = scheduler.step(output, timestep, latents, return_dict=False)[0]
     return latents
 
 
 def _measure(fresh: Any) -> Tensor:
-    """Measure a_i of the scheduler that `fresh()` makes, and that a_i is all there is to it.
+    """Measure a_i of the scheduler that `fresh()` returns, and check that it is linear.
 
     Returns:
         (K,) float64.
@@ -204,13 +204,13 @@ def _measure(fresh: Any) -> Tensor:
 
 @torch.no_grad()
 def _predicts(gradient: Tensor, scheduler: Any, scale: float) -> bool:
-    """Tell whether z_K = gradient . (z_0, outputs) for random inputs of a size."""
+    """Return whether z_K = gradient . (z_0, outputs) for random inputs of this scale."""
     generator = torch.Generator().manual_seed(0)
     shape = (len(gradient), 2, 4, 4, 4)
     inputs = scale * torch.randn(shape, generator=generator, dtype=torch.float64)
-    found = _run(scheduler, inputs[0], list(inputs[1:]))
+    latents = _run(scheduler, inputs[0], list(inputs[1:]))
     terms = gradient.view(-1, 1, 1, 1, 1) * inputs
-    return bool(((found - terms.sum(0)).abs() <= _TOLERANCE * terms.abs().sum(0).max()).all())
+    return bool(((latents - terms.sum(0)).abs() <= _TOLERANCE * terms.abs().sum(0).max()).all())
 
 
 def _require_noise_schedule(scheduler: Any) -> None:
@@ -225,15 +225,16 @@ def _require_noise_schedule(scheduler: Any) -> None:
 
 
 def _paper_influence(scheduler: Any, timesteps: Tensor) -> Tensor:
-    """Return what the paper divides the gradient of the model output by. (K,) float64.
+    """Return the paper's divisor of the gradient of the model output. (K,) float64.
 
     For a model that predicts the noise it is A_t of equation 9. The biased gradient is then
     v . sum_t d epsilon_t / d theta, and it stays so for a model that predicts the velocity v_t:
-    epsilon = sqrt(abar) v_t + sqrt(1 - abar) z, so d v_t / d theta should weigh sqrt(abar). A
-    deterministic sampler gives it A_t abar: one sqrt(abar) is that chain rule, the other comes of
-    z moving with the velocity held fixed instead of the noise. Hence A_t sqrt(abar).
+    epsilon = sqrt(abar) v_t + sqrt(1 - abar) z, so d v_t / d theta should have the weight
+    sqrt(abar). A deterministic sampler gives it A_t abar: one sqrt(abar) is this chain rule; the
+    other arises because z moves with the velocity held fixed instead of the noise. Hence
+    A_t sqrt(abar).
     """
-    t = timesteps.round().long()  # some schedulers go between the training timesteps
+    t = timesteps.round().long()  # some schedulers use timesteps between those of training
     abar = scheduler.alphas_cumprod.cpu().double()[t]
     influence = scheduler.betas.cpu().double()[t] / (1 - abar).sqrt()  # A_t sqrt(abar)
     if scheduler.config.prediction_type == "v_prediction":
@@ -242,7 +243,7 @@ def _paper_influence(scheduler: Any, timesteps: Tensor) -> Tensor:
 
 
 def _require_influence(weights: Tensor) -> None:
-    """Refuse to standardise a step that hardly moves the result."""
+    """Refuse to standardize a step that hardly affects the result."""
     least = int(weights.abs().argmin())
     if weights[least].abs() <= 1e-6 * weights.abs().max():
         raise ValueError(

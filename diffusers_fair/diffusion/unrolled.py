@@ -1,8 +1,8 @@
-"""Sampling in one graph: the gradients that replay is measured against.
+"""Sampling in one autograd graph: the gradients that replay is compared with.
 
-The scheduler decides which gradient the final latents carry, and the values are the same bit for
-bit: a `BiasedGradientScheduler` gives Algorithm 1 of the paper as it is printed, any scheduler as
-diffusers ships it the exact gradient of the sampling process (equation 9).
+The scheduler decides which gradient the final latents carry, and their values are the same bit for
+bit: a `BiasedGradientScheduler` gives Algorithm 1 of the paper as printed, a plain diffusers
+scheduler the exact gradient of the sampling process (equation 9).
 """
 
 from typing import Any
@@ -11,45 +11,44 @@ import torch
 from torch import Tensor
 from torch.utils.checkpoint import checkpoint
 
-from diffusers_fair.diffusion.sampling import denoise, guided_unet
+from diffusers_fair.diffusion.sampling import NOTHING_TO_TRAIN, denoise, guided_prediction
+from diffusers_fair.families.conditioning import Branches
 
 
 @torch.enable_grad()
 def unroll(
-    unet: Any,
+    pipe: Any,
     scheduler: Any,
-    cond: Tensor,
-    uncond: Tensor | None,
+    branches: Branches,
     noise: Tensor,
     steps: int,
-    guidance_scale: float = 7.5,
+    guidance_scale: float,
     *,
     last: int | None = None,
 ) -> Tensor:
-    """Sample latents as `sampling.sample` does, differentiably, each U-Net evaluation checkpointed.
+    """Sample latents as `sampling.sample` does, differentiably, with every step checkpointed.
 
     Args:
-        unet: a `UNet2DConditionModel`.
+        pipe: a pipeline of a known family.
         scheduler: a diffusers scheduler for the exact gradient; wrapped in
             `BiasedGradientScheduler`, for the biased one.
-        cond: (n, L, d) prompt embeddings, or (1, L, d) shared by all images.
-        uncond: the same for the empty prompt; not needed without guidance.
+        branches: conditioning of each guidance branch; without guidance, "cond" is enough.
         noise: (n, c, h, w), standard normal.
-        steps: of the scheduler.
-        guidance_scale: 1 for no guidance, or more.
-        last: number of U-Net evaluations, from the end, that the gradient goes through; what the
-            earlier ones gave counts as fixed. Left out, all.
+        steps: number of scheduler steps.
+        guidance_scale: 1 for no guidance.
+        last: number of denoiser evaluations, counted from the end, that the gradient goes through;
+            None for all. The output of earlier ones is treated as constant.
 
     Returns:
-        (n, c, h, w), z_K, to be back-propagated from into embeddings and U-Net parameters.
+        (n, c, h, w), z_K, to back-propagate from into the conditioning and the denoiser.
 
     Raises:
-        ValueError: guidance without `uncond`, a guidance scale below 1, `last` not between 1 and
-            `steps`, or nothing is trainable.
+        ValueError: a missing branch, a guidance scale that the family cannot use, `last` not
+            between 1 and `steps`, or nothing is trainable.
     """
     if last is not None and not 1 <= last <= steps:
         raise ValueError(f"last must be 1 to {steps}, the number of steps, got {last}")
-    guided = guided_unet(unet, cond, uncond, len(noise), guidance_scale)
+    guided = guided_prediction(pipe, branches, len(noise), guidance_scale)
 
     def evaluate(i: int, scaled: Tensor, t: Tensor) -> Tensor:
         tracked = last is None or i >= len(scheduler.timesteps) - last
@@ -58,8 +57,5 @@ def unroll(
 
     latents = denoise(evaluate, scheduler, noise, steps)
     if not latents.requires_grad:
-        raise ValueError(
-            "nothing to train: neither cond, uncond nor a parameter of the U-Net requires a "
-            "gradient; add an adapter and encode the prompts with gradients"
-        )
+        raise ValueError(NOTHING_TO_TRAIN)
     return latents

@@ -1,6 +1,6 @@
-"""Images of prompts from any diffusers pipeline, each from a seed of its own.
+"""Images of prompts from any diffusers pipeline, each with its own seed.
 
-Calls the pipeline itself: whatever sits in it (an adapter, a rival method) takes part.
+Calls the pipeline itself, so that adapters and baselines in it take effect.
 """
 
 from collections.abc import Iterator, Sequence
@@ -17,7 +17,7 @@ from torch import Tensor
 
 @dataclass(frozen=True)
 class Pictures:
-    """Some images, and whose they are."""
+    """Some images, and the prompts they belong to."""
 
     images: Tensor
     """(n, 3, h, w) in [-1, 1]."""
@@ -26,19 +26,19 @@ class Pictures:
     image: np.ndarray
     """Index j of the image among those of its prompt, (n,)."""
     seed: np.ndarray | None = None
-    """Seed of each image's generator, (n,); None for images that were not drawn here."""
+    """Seed of each image's generator, (n,); None for images that were read from files."""
     file: np.ndarray | None = None
-    """Where each image was read from, (n,); None for images that were drawn."""
+    """File of each image, (n,); None for images that were generated here."""
 
 
 def image_seed(seed: int, prompt: int, image: int) -> int:
-    """Seed of image j of prompt i: a function of (seed, i, j) alone, in [0, 2^32).
+    """Return the seed of image j of prompt i, in [0, 2^32). It depends on (seed, i, j) alone.
 
-    `pipe(prompt, generator=torch.Generator().manual_seed(image_seed(seed, i, j)))` draws the very
+    `pipe(prompt, generator=torch.Generator().manual_seed(image_seed(seed, i, j)))` generates the
     same image again.
 
     Args:
-        seed: of the evaluation, >= 0.
+        seed: seed of the evaluation, >= 0.
         prompt: index i of the prompt.
         image: index j of the image among those of its prompt.
     """
@@ -46,7 +46,7 @@ def image_seed(seed: int, prompt: int, image: int) -> int:
 
 
 def prompt_key(text: str, negative: str = "") -> int:
-    """A number for a prompt in `image_seed` that depends on its words, not on its place in a list.
+    """Return a number for a prompt in `image_seed` that depends on its text, not on its index.
 
     Args:
         text: the prompt.
@@ -56,21 +56,21 @@ def prompt_key(text: str, negative: str = "") -> int:
 
 
 def pairs_of(images: Sequence[int], batch_size: int) -> list[np.ndarray]:
-    """(prompt, image) of all images, prompt by prompt, cut into batches.
+    """Split all images into batches of (prompt, image), prompt by prompt.
 
     Args:
-        images: of each prompt.
+        images: number of images of each prompt.
         batch_size: images in a batch, of one prompt or several.
 
     Returns:
-        Integers (n, 2) of each batch, n <= batch_size.
+        For each batch, integers (n, 2), n <= batch_size.
     """
     pairs = np.array([(i, j) for i, count in enumerate(images) for j in range(count)])
     return [pairs[start : start + batch_size] for start in range(0, len(pairs), batch_size)]
 
 
 def takes_negative_prompts(pipe: Any) -> bool:
-    """Whether the pipeline can be called with `negative_prompt`."""
+    """Return whether the pipeline can be called with `negative_prompt`."""
     parameters = signature(pipe.__call__).parameters
     return "negative_prompt" in parameters or any(
         parameter.kind is Parameter.VAR_KEYWORD for parameter in parameters.values()
@@ -88,22 +88,22 @@ def draw(
     negatives: Sequence[str] = (),
     keys: Sequence[int] = (),
 ) -> Pictures:
-    """Images (i, j) of prompts, in one batch.
+    """Generate images (i, j) of prompts in one batch.
 
-    An image depends on (pipeline, prompt, seed, i, j, steps, guidance_scale), not on the batch it
-    is drawn in: its own CPU generator, seeded by `image_seed`, gives its first noise and whatever
-    noise the scheduler adds.
+    An image depends on (pipeline, prompt, seed, i, j, steps, guidance_scale), but not on its batch:
+    its own CPU generator, seeded by `image_seed`, draws the initial noise and the noise that the
+    scheduler adds.
 
     Args:
-        pipe: a text-to-image pipeline of diffusers; called, never changed.
-        prompts: of which some are drawn.
+        pipe: a text-to-image pipeline of diffusers, which is not changed.
+        prompts: all prompts.
         pairs: prompt i and image j of each image, (n, 2).
-        steps: scheduler steps.
-        guidance_scale: of classifier-free guidance.
-        seed: >= 0.
-        negatives: negative prompt of each prompt; left out, none has one. Only for a pipeline that
+        steps: number of scheduler steps.
+        guidance_scale: scale of classifier-free guidance.
+        seed: random seed, >= 0.
+        negatives: negative prompt of each prompt; empty for none. Only for a pipeline that
             `takes_negative_prompts`.
-        keys: what stands for each prompt in `image_seed`; left out, its index.
+        keys: number of each prompt in `image_seed`; empty for its index.
     """
     seeds = [image_seed(seed, keys[i] if keys else int(i), int(j)) for i, j in pairs]
     negative = [negatives[i] if negatives else "" for i, _ in pairs]
@@ -132,17 +132,17 @@ def generate(
     batch_size: int,
     progress: bool = True,
 ) -> Iterator[Pictures]:
-    """Images of all prompts, prompt by prompt, one batch in memory at a time.
+    """Generate images of all prompts, prompt by prompt, with one batch in memory at a time.
 
     Args:
-        pipe: a text-to-image pipeline of diffusers; called, never changed.
-        prompts: one or more.
-        images_per_prompt: images of each prompt.
-        steps: scheduler steps.
-        guidance_scale: of classifier-free guidance.
-        seed: >= 0.
-        batch_size: images drawn at once, of one prompt or several.
-        progress: whether to show a bar with the time left, on stderr.
+        pipe: a text-to-image pipeline of diffusers, which is not changed.
+        prompts: one prompt or more.
+        images_per_prompt: images per prompt.
+        steps: number of scheduler steps.
+        guidance_scale: scale of classifier-free guidance.
+        seed: random seed, >= 0.
+        batch_size: images generated at once, of one prompt or several.
+        progress: whether to show a progress bar on stderr.
     """
     batches = pairs_of([images_per_prompt] * len(prompts), batch_size)
     with bar(sum(map(len, batches)), progress) as advance:
@@ -153,7 +153,7 @@ def generate(
 
 @contextmanager
 def _silent(pipe):
-    """The pipeline without its own progress bar, for as long as one call takes."""
+    """Hide the pipeline's own progress bar in this context."""
     before = getattr(pipe, "_progress_bar_config", None)
     pipe.set_progress_bar_config(disable=True)
     try:
@@ -164,7 +164,7 @@ def _silent(pipe):
 
 @contextmanager
 def bar(total: int, shown: bool):
-    """A bar over images with the time left; gives the function that advances it."""
+    """Show a progress bar over images; yields the function that advances it."""
     if not shown:
         yield lambda images: None
         return

@@ -9,6 +9,7 @@ import torch
 from torch import Tensor
 
 from diffusers_fair.evaluation.generate import Pictures
+from diffusers_fair.vision.images import from_pillow
 
 PROMPT = "prompt.txt"  # in a prompt's folder, where the folder's name is not the prompt
 LARGEST = 1024  # pixels, of the square that pictures of different sizes are brought to
@@ -126,5 +127,4 @@ def _picture(file: Path, side: int | None) -> Tensor:
     picture = _open(file)
     if side is not None:
         picture = ImageOps.pad(picture, (side, side), color=(127, 127, 127))
-    pixels = torch.from_numpy(np.array(picture))  # (h, w, 3) uint8
-    return pixels.permute(2, 0, 1).float() / 127.5 - 1
+    return from_pillow(picture)

@@ -18,6 +18,7 @@ from diffusers_fair.reports.images import GROUP_SAMPLES, SAMPLE_IMAGES, SAMPLE_P
 from diffusers_fair.reports.records import Records, Settings
 from diffusers_fair.vision.classifiers import view
 from diffusers_fair.vision.faces import Faces
+from diffusers_fair.vision.images import to_arrays, to_bytes
 from diffusers_fair.vision.judges import Judges
 
 THUMB = 64  # pixels, side of a thumbnail
@@ -98,7 +99,7 @@ def look_at_group(
 def thumbnails(images: Tensor) -> np.ndarray:
     """Images (n, 3, h, w) in [-1, 1] -> (n, 3 * 64 * 64) in 0 to 255, whatever their size."""
     small = torch.nn.functional.interpolate(images.float(), (THUMB, THUMB), mode="area")
-    return ((small + 1) * 127.5).round().clamp(0, 255).byte().flatten(1).cpu().numpy()
+    return to_bytes(small).flatten(1).cpu().numpy()
 
 
 def _people(
@@ -161,16 +162,10 @@ def _probabilities(
 def _samples(batch: Pictures, prompts: Sequence[int]) -> dict[tuple[int, int], np.ndarray]:
     """The first images of the sampled prompts, (h, w, 3) uint8."""
     return {
-        (int(i), int(j)): _pixels(image)
+        (int(i), int(j)): to_arrays(image)
         for image, i, j in zip(batch.images, batch.prompt, batch.image, strict=True)
         if i in prompts and j < SAMPLE_IMAGES
     }
-
-
-def _pixels(image: Tensor) -> np.ndarray:
-    """(3, h, w) in [-1, 1] -> (h, w, 3) uint8."""
-    pixels = ((image + 1) * 127.5).round().clamp(0, 255).to(torch.uint8)
-    return pixels.permute(1, 2, 0).cpu().numpy()
 
 
 def _checked_score(name: str, values: Any, images: int) -> np.ndarray:

@@ -1,0 +1,37 @@
+"""Families of pipelines: the only modules that know how a pipeline is built."""
+
+from typing import Any
+
+from diffusers_fair.families.base import Family
+from diffusers_fair.families.stable_diffusion import STABLE_DIFFUSION
+
+FAMILIES: tuple[Family, ...] = (STABLE_DIFFUSION,)
+LORA_PREFIXES = {
+    component: prefix for family in FAMILIES for component, prefix in family.lora_prefixes.items()
+}
+"""Component that can carry LoRA, of any family -> prefix of its keys in the weights file."""
+
+
+def family_of(pipe: Any) -> Family:
+    """Return the family of a pipeline.
+
+    Raises:
+        ValueError: a pipeline of no known family.
+    """
+    for family in FAMILIES:
+        if family.matches(pipe):
+            return family
+    expected = " or ".join(family.name for family in FAMILIES)
+    raise ValueError(
+        f"expected a pipeline of {expected}, got {type(pipe).__name__}: load a base model of this "
+        "family, such as 'stable-diffusion-v1-5/stable-diffusion-v1-5'"
+    )
+
+
+def denoiser_of(pipe: Any) -> Any:
+    """Return the model of a pipeline that is evaluated at every step.
+
+    Raises:
+        ValueError: a pipeline of no known family.
+    """
+    return getattr(pipe, family_of(pipe).denoiser)

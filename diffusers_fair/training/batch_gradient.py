@@ -18,17 +18,18 @@ from diffusers_fair import distributed
 from diffusers_fair.adapters.trainable import TrainableAdapter
 from diffusers_fair.backends.registry import load_real_faces
 from diffusers_fair.config.recipe import RunConfig
+from diffusers_fair.diffusion.noise import initial_noise
 from diffusers_fair.diffusion.replay import draw_steps, replay
-from diffusers_fair.diffusion.sampling import (
-    Trajectory,
-    decode,
-    decode_backward,
-    initial_noise,
-    sample,
-)
+from diffusers_fair.diffusion.sampling import Trajectory, decode, decode_backward, sample
 from diffusers_fair.diffusion.scheduler import BiasedGradientScheduler
 from diffusers_fair.diffusion.unrolled import unroll
-from diffusers_fair.families.stable_diffusion import encode_prompts
+from diffusers_fair.families import denoiser_of, family_of
+from diffusers_fair.families.conditioning import (
+    Branches,
+    backward,
+    repeat_interleave,
+    select,
+)
 from diffusers_fair.objective.objective import Aim, LossWeights, Objective, Originals
 from diffusers_fair.training.batches import Batch, Share
 from diffusers_fair.training.guards import NotFiniteError
@@ -72,8 +73,9 @@ class BatchGradient:
     def save_memory(self, option: str) -> None:
         """From now on, take less memory and more time, by one of `MEMORY_OPTIONS`."""
         if option == "gradient_checkpointing":
-            self.pipe.unet.enable_gradient_checkpointing()
-            self.pipe.unet.train()  # which is when diffusers does so; there is no dropout in it
+            denoiser = denoiser_of(self.pipe)
+            denoiser.enable_gradient_checkpointing()
+            denoiser.train()  # diffusers checkpoints in this mode only; there is no dropout in it
         self.memory_options.append(option)
 
     def backward(self, batch: Batch, number: int, *, banked: bool = True) -> Figures:
@@ -101,7 +103,7 @@ class BatchGradient:
         figures = self._draw(batch, number, loss, banked=again)
         if self.kept is not None:
             figures |= self._keep(
-                self.kept, number, len(batch.seeds) // distributed.world_size(), banked
+                self.kept, number, len(batch.noise) // distributed.world_size(), banked
             )
         return figures
 
@@ -127,21 +129,19 @@ class BatchGradient:
 
     def _draw(self, batch: Batch, number: int, loss: Loss, *, banked: bool) -> Figures:
         """The gradient and the figures of a loss on the images of a batch."""
-        share = Share(batch, distributed.shard(len(batch.seeds)))
+        share = Share(batch, distributed.shard(len(batch.noise)))
         originals = self.originals(share, banked=banked)
         noise = self._noise(share)
-        cond, uncond = self._encode(share)
+        branches = self._encode(share)
         if self.config.gradient.method != "replay":
-            z = self._unroll(cond, uncond, noise, batch.steps)
+            z = self._unroll(branches, noise, batch.steps)
             v, figures = self._loss(z.detach(), originals, loss)
             z.backward(v)
             return figures
-        trajectory = self._sample(cond, uncond, noise, batch.steps, keep=True)
+        trajectory = self._sample(branches, noise, batch.steps, keep=True)
         v, figures = self._loss(trajectory.latents, originals, loss)
-        gradients = self._replay(trajectory, cond, uncond, v, number, share)
-        for embeddings, gradient in zip((cond, uncond), gradients, strict=True):
-            if embeddings is not None and gradient is not None:
-                embeddings.backward(gradient.to(embeddings.dtype))  # once through the text encoder
+        for branch, gradients in self._replay(trajectory, branches, v, number, share).items():
+            backward(branches[branch], gradients)  # each branch was encoded in a graph of its own
         return figures
 
     def originals(self, share: Share, *, banked: bool = True) -> Originals:
@@ -156,14 +156,14 @@ class BatchGradient:
         def make() -> Originals:
             noise = self._noise(share)
             with self.adapter.off():
-                cond, uncond = self._encode(share)
-                z = self._sample(cond, uncond, noise, share.batch.steps, keep=False).latents
-            images = decode(self.pipe.vae, z, self.micro_batch).float()
+                branches = self._encode(share)
+                z = self._sample(branches, noise, share.batch.steps, keep=False).latents
+            images = decode(self.pipe, z, self.micro_batch).float()
             return self.objective.originals(images, self.micro_batch)
 
         if not banked:
             return make()
-        return self.bank.get(share.told(), make, self.pipe.device)
+        return self.bank.get(share.cache_key(), make, self.pipe.device)
 
     @cached_property
     def bank(self) -> OriginalsBank:
@@ -171,14 +171,11 @@ class BatchGradient:
         folder = self.config.claim_output()
         return OriginalsBank(folder / "originals", _about_originals(self.config))
 
-    def _sample(
-        self, cond: Tensor, uncond: Tensor | None, noise: Tensor, steps: int, *, keep: bool
-    ) -> Trajectory:
+    def _sample(self, branches: Branches, noise: Tensor, steps: int, *, keep: bool) -> Trajectory:
         return sample(
-            self.pipe.unet,
+            self.pipe,
             self.scheduler,
-            cond,
-            uncond,
+            branches,
             noise,
             steps,
             self.config.sampling.guidance_scale,
@@ -188,65 +185,65 @@ class BatchGradient:
 
     def _loss(self, z: Tensor, originals: Originals, loss: Loss) -> tuple[Tensor, Figures]:
         """The gradient v of the loss on the final latents (n, c, h, w), and figures."""
-        vae, micro_batch = self.pipe.vae, self.micro_batch
         with torch.no_grad():
-            images = decode(vae, z, micro_batch).float()
+            images = decode(self.pipe, z, self.micro_batch).float()
         if distributed.any_across(not images.isfinite().all()):
             raise NotFiniteError
         total, figures = loss(images.requires_grad_(), originals)
         (gradient,) = torch.autograd.grad(total, images)  # (n, 3, H, W)
-        return decode_backward(vae, z, gradient, micro_batch), figures
+        return decode_backward(self.pipe, z, gradient, self.micro_batch), figures
 
     def _replay(
         self,
         trajectory: Trajectory,
-        cond: Tensor,
-        uncond: Tensor | None,
+        branches: Branches,
         v: Tensor,
         number: int,
         share: Share,
-    ) -> tuple[Tensor | None, Tensor | None]:
-        """Gradients of the embeddings; those of the U-Net's parameters are added to them."""
+    ) -> dict[str, dict[str, Tensor]]:
+        """Add the gradient of the denoiser's parameters; return that of the conditioning."""
         weights = self.scheduler.gradient_weights()  # (K,), C_i a_i
-        steps, factors = None, None
+        steps, inverse_probabilities = None, None
         if count := self.config.gradient.replay_steps:
             g = torch.Generator().manual_seed(1_000_003 * self.config.train.seed + number)
-            steps, factors = draw_steps(len(weights), count, len(share.batch.seeds), g)
+            drawn = draw_steps(len(weights), count, len(share.batch.noise), g)
+            steps, inverse_probabilities = drawn
             steps = steps[share.images]
         return replay(
-            self.pipe.unet,
+            self.pipe,
             trajectory,
-            cond,
-            uncond,
+            branches,
             v,
             weights,
             steps=steps,
-            weights=factors,
+            inverse_probabilities=inverse_probabilities,
             micro_batch=self.micro_batch,
             split_guidance="split_guidance" in self.memory_options,
         )
 
-    def _unroll(self, cond: Tensor, uncond: Tensor | None, noise: Tensor, steps: int) -> Tensor:
+    def _unroll(self, branches: Branches, noise: Tensor, steps: int) -> Tensor:
         """(n, c, h, w), z_K with the graph of the recipe's gradient, to compare replay with."""
-        unet, scale = self.pipe.unet, self.config.sampling.guidance_scale
+        scale = self.config.sampling.guidance_scale
         biased = self.config.gradient.method == "autograd"
         scheduler = self.scheduler if biased else self.scheduler.scheduler
         last = self.config.gradient.truncated_steps
-        return unroll(unet, scheduler, cond, uncond, noise, steps, scale, last=last)
+        return unroll(self.pipe, scheduler, branches, noise, steps, scale, last=last)
 
-    def _encode(self, share: Share) -> tuple[Tensor, Tensor | None]:
-        """Embeddings of each image's prompt (n, L, d) and, with guidance, of the empty one."""
-        guided = self.config.sampling.guidance_scale > 1
-        uncond = encode_prompts(self.pipe, [""], prefix=False) if guided else None  # (1, L, d)
-        cond = encode_prompts(self.pipe, share.prompts)  # (P, L, d)
-        cond = cond.repeat_interleave(share.batch.images_per_prompt, dim=0)
-        return cond[share.skipped : share.skipped + len(share.seeds)], uncond
+    def _encode(self, share: Share) -> Branches:
+        """Encode each image's prompt and, with guidance, the empty one."""
+        family = family_of(self.pipe)
+        cond = family.encode(self.pipe, share.prompts)  # a row for each prompt
+        cond = repeat_interleave(cond, share.batch.images_per_prompt)
+        cond = select(cond, slice(share.skipped, share.skipped + len(share.noise)))
+        if "uncond" not in dict(family.guidance_branches(self.config.sampling.guidance_scale)):
+            return {"cond": cond}
+        return {"cond": cond, "uncond": family.unconditional(self.pipe)}
 
     def _noise(self, share: Share) -> Tensor:
         """(n, c, h, w), standard normal."""
-        unet = self.pipe.unet
-        shape = (unet.config.in_channels, unet.config.sample_size, unet.config.sample_size)
-        return initial_noise(shape, share.seeds, device=unet.device).to(unet.dtype)
+        denoiser = denoiser_of(self.pipe)
+        shape = family_of(self.pipe).noise_shape(self.pipe)
+        return initial_noise(shape, share.noise, device=denoiser.device).to(denoiser.dtype)
 
 
 def _objective(config: RunConfig, judges: Judges, device: torch.device) -> Objective:

@@ -1,84 +1,89 @@
-"""What an iteration trains on: prompts, noise and steps, all by the seed and its number alone."""
+"""What an iteration trains on: prompts, noise and steps, determined by seed and iteration."""
 
-from dataclasses import asdict, dataclass
+from dataclasses import dataclass
 from typing import Any
 
 import torch
 
 from diffusers_fair.config.recipe import RunConfig
+from diffusers_fair.diffusion.noise import Noise
 from diffusers_fair.prompts.mixtures import PromptMixture
 
 
 @dataclass(frozen=True)
 class Batch:
-    """The images of one iteration, prompt by prompt, equally many of each."""
+    """The images of one iteration, prompt by prompt, with the same number for each prompt."""
 
     prompts: tuple[str, ...]
-    """P of them."""
-    seeds: tuple[int, ...]
-    """P * n, of each image's noise; `~s` of the negative of that of s."""
+    """P prompts."""
+    noise: tuple[Noise, ...]
+    """P * n, one for each image."""
     steps: int
-    """K, of the scheduler."""
+    """K, the number of scheduler steps."""
 
     @property
     def images_per_prompt(self) -> int:
-        """Images of each prompt: n."""
-        return len(self.seeds) // len(self.prompts)
+        """Images per prompt: n."""
+        return len(self.noise) // len(self.prompts)
 
 
 @dataclass(frozen=True)
 class Share:
-    """Those images of a batch that one process makes."""
+    """The images of a batch that one process generates."""
 
     batch: Batch
     images: slice
-    """Which ones, one or more."""
+    """One image or more."""
 
     @property
-    def seeds(self) -> tuple[int, ...]:
-        """Of each image's noise."""
-        return self.batch.seeds[self.images]
+    def noise(self) -> tuple[Noise, ...]:
+        """Noise of each of these images."""
+        return self.batch.noise[self.images]
 
     @property
     def prompts(self) -> tuple[str, ...]:
-        """Of these images, each once; of the first and the last it may not have all images."""
+        """Prompts of these images, each once; the first and the last may lack some images."""
         n = self.batch.images_per_prompt
         return self.batch.prompts[self.images.start // n : -(-self.images.stop // n)]
 
     @property
     def skipped(self) -> int:
-        """Images of the first prompt that come before the share."""
+        """Images of the first prompt that belong to earlier processes."""
         return self.images.start % self.batch.images_per_prompt
 
-    def told(self) -> dict[str, Any]:
-        """What tells its images from others, as JSON data."""
-        whole = self.images == slice(0, len(self.batch.seeds))
-        part = {} if whole else {"images": [self.images.start, self.images.stop]}
-        return asdict(self.batch) | part
+    def cache_key(self) -> dict[str, Any]:
+        """Return JSON data that identifies the images."""
+        batch = {
+            "prompts": self.batch.prompts,
+            "seeds": tuple(noise.cache_key for noise in self.batch.noise),
+            "steps": self.batch.steps,
+        }
+        whole = self.images == slice(0, len(self.batch.noise))
+        return batch if whole else batch | {"images": [self.images.start, self.images.stop]}
 
 
-def draw_batch(config: RunConfig, prompts: PromptMixture, number: int) -> Batch:
-    """Draw the batch of an iteration; after `train.distinct_iterations` they come again.
+def draw_batch(config: RunConfig, prompts: PromptMixture, step: int) -> Batch:
+    """Draw the batch of an iteration; batches repeat after `train.distinct_iterations`.
 
     Args:
         config: the recipe.
-        prompts: those of training, without end.
-        number: of the iteration, from 0.
+        prompts: endless sequence of training prompts.
+        step: index of the iteration, from 0.
     """
-    number %= config.train.distinct_iterations or number + 1
-    g = torch.Generator().manual_seed(1_000_003 * config.train.seed + number)
+    step %= config.train.distinct_iterations or step + 1
+    g = torch.Generator().manual_seed(1_000_003 * config.train.seed + step)
     low, high = config.sampling.steps
     steps = int(torch.randint(low, high + 1, (), generator=g))
     count = config.train.prompts_per_iteration
-    places = range(number * count, (number + 1) * count)
+    places = range(step * count, (step + 1) * count)
     images = count * config.prompts.images_per_prompt
-    seeds = torch.randint(2**31, (images,), generator=g).tolist()
+    noise = [Noise(seed) for seed in torch.randint(2**31, (images,), generator=g).tolist()]
     if config.sampling.antithetic:
-        seeds = _in_pairs(seeds, config.prompts.images_per_prompt)
-    return Batch(tuple(prompts.prompt(place) for place in places), tuple(seeds), steps)
+        noise = _antithetic(noise, config.prompts.images_per_prompt)
+    return Batch(tuple(prompts.prompt(place) for place in places), tuple(noise), steps)
 
 
-def _in_pairs(seeds: list[int], images_per_prompt: int) -> list[int]:
+def _antithetic(noise: list[Noise], images_per_prompt: int) -> list[Noise]:
     """Give every second image of a prompt the negative of the noise before it."""
-    places = (place % images_per_prompt for place in range(len(seeds)))
-    return [~seeds[i - 1] if place % 2 else seeds[i] for i, place in enumerate(places)]
+    places = (place % images_per_prompt for place in range(len(noise)))
+    return [noise[i - 1].negated() if place % 2 else noise[i] for i, place in enumerate(places)]

@@ -18,6 +18,7 @@ from torch import Tensor, nn
 from diffusers_fair.backends import trained_classifier
 from diffusers_fair.backends.errors import loading
 from diffusers_fair.vision.encoders import Pixels
+from diffusers_fair.vision.images import from_bytes
 
 FOLDER_SUFFIXES = (".png", ".jpg", ".jpeg", ".webp")
 
@@ -248,7 +249,7 @@ def _load(pictures: Pictures, rows: Tensor, size: int) -> Tensor:
         image = Image.open(BytesIO(file) if isinstance(file, bytes) else file).convert("RGB")
         return pil_to_tensor(ImageOps.fit(image, (size, size), Image.Resampling.BICUBIC))
 
-    return torch.stack([picture(row) for row in rows.tolist()]).float() / 127.5 - 1
+    return from_bytes(torch.stack([picture(row) for row in rows.tolist()]))
 
 
 def _confusion(labels: Tensor, guesses: Tensor, classes: int) -> Tensor:

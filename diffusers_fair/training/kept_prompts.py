@@ -29,17 +29,21 @@ from diffusers_fair import distributed
 from diffusers_fair.adapters.trainable import TrainableAdapter
 from diffusers_fair.backends.registry import UNTOUCHED_SETS, untouched_set
 from diffusers_fair.config.recipe import KeepSection, RunConfig
-from diffusers_fair.diffusion.replay import backward_step, leaf, trains
-from diffusers_fair.diffusion.sampling import (
-    combine,
-    denoise,
-    guidance,
-    guided_unet,
-    initial_noise,
-    predict,
-)
+from diffusers_fair.diffusion.noise import Noise, initial_noise
+from diffusers_fair.diffusion.replay import backward_step, trainable_branches
+from diffusers_fair.diffusion.sampling import denoise, guided_prediction, weighted_branches
 from diffusers_fair.diffusion.scheduler import BiasedGradientScheduler
-from diffusers_fair.families.stable_diffusion import encode_prompts
+from diffusers_fair.families import denoiser_of, family_of
+from diffusers_fair.families.conditioning import (
+    Branches,
+    Conditioning,
+    backward,
+    cast,
+    concatenate,
+    gradients,
+    leaves,
+    select,
+)
 from diffusers_fair.prompts import prompt_set
 from diffusers_fair.prompts.groups import (
     IMPLIED,
@@ -65,7 +69,7 @@ class KeptStep:
 
     prompt: KeptPrompt
     scaled: Tensor
-    """(c, h, w), latents as the U-Net takes them."""
+    """(c, h, w), latents as the denoiser takes them."""
     timestep: Tensor
     """()."""
     output: Tensor
@@ -130,7 +134,7 @@ class KeptPrompts:
         chosen = [self.drawn.prompt(number * count + i) for i in range(count)]
         seeds = [self._seed(number) + 500 + i for i in range(count)]
         steps = self.config.sampling.steps[1]
-        batch = Batch(tuple(prompt.text for prompt in chosen), tuple(seeds), steps)
+        batch = Batch(tuple(prompt.text for prompt in chosen), tuple(map(Noise, seeds)), steps)
         return batch, [prompt.asks for prompt in chosen]
 
     def embedding_backward(self, number: int) -> float:
@@ -140,10 +144,9 @@ class KeptPrompts:
         texts = [kept.text for kept in chosen[distributed.shard(count)]]
         empty = list(dict.fromkeys(kept.negative for kept in chosen))  # every process has all
         with torch.no_grad(), self.adapter.off():
-            before = torch.cat([self._encode_texts(texts), self._encode_texts(empty, prefix=False)])
-        after = torch.cat([self._encode_texts(texts), self._encode_texts(empty, prefix=False)])
-        change = (after - before).float().square().sum(2) / before.float().square().sum(2)  # (m, L)
-        own, shared = change.mean(1).split([len(texts), len(empty)])
+            before = self._encode_both(texts, empty)
+        change = _relative_change(before, self._encode_both(texts, empty))  # (m,)
+        own, shared = change.split([len(texts), len(empty)])
         loss = (own.sum() + shared.sum() / distributed.world_size()) / (count + len(empty))
         (self.options.embedding * loss).backward()
         return torch.cat(distributed.gather(loss[None])).sum().item()
@@ -153,54 +156,64 @@ class KeptPrompts:
 
         Args:
             number: of the iteration, which decides on prompts, noise and steps.
-            size: pairs that the U-Net sees at a time.
+            size: pairs per evaluation of the denoiser.
             split_guidance: whether the guidance branches are evaluated one after the other.
         """
         pairs = self._pairs(number)
         mine = pairs[distributed.shard(len(pairs))]
-        embeddings = self._encode(mine)  # (n, L, d) of each branch
-        leaves = [leaf(x) for x in embeddings]
+        encoded = self._encode(mine)
+        collected = {branch: leaves(conditioning) for branch, conditioning in encoded.items()}
         total = torch.zeros(1)
         for rows in torch.arange(len(mine)).split(size):
             part = [mine[i] for i in rows.tolist()]
-            own = [x[rows] for x in leaves]
-            total += self._backward(part, own, len(pairs), split_guidance)
-        for x, gathered in zip(embeddings, leaves, strict=True):
-            if gathered.grad is not None:
-                x.backward(gathered.grad.to(x.dtype))  # once through the text encoder
+            branches = {branch: select(leaf, rows) for branch, leaf in collected.items()}
+            total += self._backward(part, branches, len(pairs), split_guidance)
+        for branch, conditioning in encoded.items():
+            backward(conditioning, gradients(collected[branch]))  # once through the text encoder
         return torch.cat(distributed.gather(total)).sum().item()
 
     def _backward(
-        self, pairs: list[KeptStep], embeddings: list[Tensor], count: int, split: bool
+        self, pairs: list[KeptStep], branches: Branches, count: int, split: bool
     ) -> float:
-        """Back-propagate the part of some of `count` pairs to the embeddings; their L_keep."""
-        unet, device = self.pipe.unet, self.pipe.device
-        branches = guidance(self.config.sampling.guidance_scale, *embeddings)
+        """Back-propagate the part of some of `count` pairs to the conditioning; their L_keep."""
+        device, scale = self.pipe.device, self.config.sampling.guidance_scale
         inputs = torch.stack([pair.scaled for pair in pairs]).to(device)  # (m, c, h, w)
         timesteps = torch.stack([pair.timestep for pair in pairs]).to(device)  # (m,)
         wanted = torch.stack([pair.output for pair in pairs]).to(device)
-        with torch.no_grad():
-            outputs = [predict(unet, inputs, timesteps, x.to(inputs.dtype)) for x, _ in branches]
-            guided = combine(outputs, self.config.sampling.guidance_scale)
-            residual = (guided - wanted).float()
+        residual = (self._predict(inputs, timesteps, branches) - wanted).float()
         gradient = residual * (2 * self.options.prediction / (count * wanted[0].numel()))
-        trainable = [branch for branch in branches if branch[0].requires_grad or trains(unet)]
-        for group in [[branch] for branch in trainable] if split else [trainable]:
-            backward_step(unet, inputs, timesteps, group, gradient)
+        for group in trainable_branches(self.pipe, branches, scale, split=split):
+            backward_step(self.pipe, inputs, timesteps, group, gradient)
         return residual.square().mean((1, 2, 3)).sum().item() / count
 
-    def _encode(self, pairs: list[KeptStep]) -> list[Tensor]:
-        """Of the prompts and, with guidance, of the negative ones: (n, L, d)."""
-        cond = self._encode_texts([pair.prompt.text for pair in pairs])
-        if self.config.sampling.guidance_scale == 1:
-            return [cond]
-        return [cond, self._encode_texts([pair.prompt.negative for pair in pairs], prefix=False)]
+    @torch.no_grad()
+    def _predict(self, inputs: Tensor, timesteps: Tensor, branches: Branches) -> Tensor:
+        """The guided prediction (m, c, h, w), one branch at a time."""
+        family, scale = family_of(self.pipe), self.config.sampling.guidance_scale
+        outputs = [
+            family.predict(denoiser_of(self.pipe), inputs, timesteps, cast(c, inputs))
+            for c, _ in weighted_branches(family, branches, scale)
+        ]
+        return family.combine(outputs, scale)
 
-    def _encode_texts(self, texts: list[str], *, prefix: bool = True) -> Tensor:
-        """(n, L, d), each text through the text encoder once."""
+    def _encode(self, pairs: list[KeptStep]) -> Branches:
+        """Encode the prompts and, with guidance, the negative prompts."""
+        cond = self._encode_texts([pair.prompt.text for pair in pairs])
+        scale = self.config.sampling.guidance_scale
+        if "uncond" not in dict(family_of(self.pipe).guidance_branches(scale)):
+            return {"cond": cond}
+        negatives = [pair.prompt.negative for pair in pairs]
+        return {"cond": cond, "uncond": self._encode_texts(negatives, prefix=False)}
+
+    def _encode_both(self, texts: list[str], negatives: list[str]) -> Conditioning:
+        """Encode prompts, and behind them negative prompts."""
+        return concatenate([self._encode_texts(texts), self._encode_texts(negatives, prefix=False)])
+
+    def _encode_texts(self, texts: list[str], *, prefix: bool = True) -> Conditioning:
+        """Encode texts, each different one once."""
         different = list(dict.fromkeys(texts))
         rows = torch.tensor([different.index(text) for text in texts])
-        return encode_prompts(self.pipe, different, prefix=prefix)[rows]
+        return select(family_of(self.pipe).encode(self.pipe, different, prefix=prefix), rows)
 
     def _pairs(self, number: int) -> list[KeptStep]:
         """Some of the pool's steps; the pool is as if all iterations up to this had been made."""
@@ -218,14 +231,16 @@ class KeptPrompts:
         """The original model's way from noise to image, for this iteration's new prompts."""
         count, found = self.options.new_prompts, list[KeptStep]()
         new = [self.prompts.prompt(iteration * count + i) for i in range(count)]
-        unet, scale = self.pipe.unet, self.config.sampling.guidance_scale
-        shape = (unet.config.in_channels, unet.config.sample_size, unet.config.sample_size)
-        seeds = [self._seed(iteration) + 1 + i for i in range(count)]
-        noise = initial_noise(shape, seeds, device=unet.device).to(unet.dtype)
+        family, denoiser = family_of(self.pipe), denoiser_of(self.pipe)
+        starts = [Noise(self._seed(iteration) + 1 + i) for i in range(count)]
+        noise = initial_noise(family.noise_shape(self.pipe), starts, device=denoiser.device)
         with self.adapter.off():
-            cond = encode_prompts(self.pipe, [kept.text for kept in new])
-            uncond = encode_prompts(self.pipe, [kept.negative for kept in new], prefix=False)
-            guided = guided_unet(unet, cond, uncond, count, scale)
+            branches = {
+                "cond": family.encode(self.pipe, [kept.text for kept in new]),
+                "uncond": family.encode(self.pipe, [kept.negative for kept in new], prefix=False),
+            }
+            scale = self.config.sampling.guidance_scale
+            guided = guided_prediction(self.pipe, branches, count, scale)
 
             def evaluate(_: int, scaled: Tensor, t: Tensor) -> Tensor:
                 output = guided(scaled, t)
@@ -233,7 +248,8 @@ class KeptPrompts:
                 found.extend(KeptStep(kept, x.cpu(), t.cpu(), y.cpu()) for kept, x, y in rows)
                 return output
 
-            denoise(evaluate, self.scheduler, noise, self.config.sampling.steps[1])
+            steps = self.config.sampling.steps[1]
+            denoise(evaluate, self.scheduler, noise.to(denoiser.dtype), steps)
         return found
 
     def _seed(self, number: int) -> int:
@@ -257,6 +273,15 @@ def usual_sets(config: RunConfig) -> dict[str, float]:
     wordings = [section.wording() for section in config.attributes]
     implied = {IMPLIED: 1.0} if implied_prompts(wordings) else {}
     return {NAMED: 2.0, **implied, untouched_set(config.base.model): 1.0}
+
+
+def _relative_change(before: Conditioning, after: Conditioning) -> Tensor:
+    """|e - e_0|^2 / |e_0|^2 of each prompt (m,), the mean over its tokens and tensors."""
+    changes = []
+    for name, old in before.items():
+        change = (after[name] - old).float().square().sum(-1) / old.float().square().sum(-1)
+        changes.append(change.flatten(1).mean(1))  # (m, L) -> (m,)
+    return torch.stack(changes).mean(0)
 
 
 def _without_negatives(

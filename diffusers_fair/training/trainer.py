@@ -26,7 +26,6 @@ from diffusers_fair.adapters.io import (
     AdapterInfo,
     Lora,
     SoftTokens,
-    base_fingerprint,
     read_adapter,
     write_adapter,
 )
@@ -34,6 +33,8 @@ from diffusers_fair.adapters.trainable import TrainableAdapter
 from diffusers_fair.backends.registry import load_base, load_judges
 from diffusers_fair.config.recipe import OptimizerSection, RunConfig
 from diffusers_fair.evaluation.evaluate import evaluate
+from diffusers_fair.families import denoiser_of, family_of
+from diffusers_fair.families.fingerprint import base_fingerprint
 from diffusers_fair.loading import local_folder
 from diffusers_fair.prompts import prompt_set
 from diffusers_fair.prompts.groups import vocabulary
@@ -223,15 +224,15 @@ class FairnessFinetuner:
         batch = draw_batch(self.config, self.prompts, 0)
 
         def measure(images: int) -> int:
-            seeds = batch.seeds[: images * distributed.world_size()]
-            few = Batch(batch.prompts[:1], seeds, batch.steps)
+            noise = batch.noise[: images * distributed.world_size()]
+            few = Batch(batch.prompts[:1], noise, batch.steps)
             self.gradient.micro_batch = images  # also of the kept images, however many there are
             self.gradient.backward(few, 0, banked=False)
             self.gradient.micro_batch = None
             self.optimizer.zero_grad()
             return distributed.max_across(memory.peak(self.pipe.device))
 
-        images = len(batch.seeds) // distributed.world_size()
+        images = len(batch.noise) // distributed.world_size()
         left = [x for x in MEMORY_OPTIONS if x not in self.gradient.memory_options]
         same = ""
         while self.gradient.micro_batch is None:
@@ -357,7 +358,7 @@ class FairnessFinetuner:
                 "iterations": self.done,
                 "seconds": round(self.seconds, 1),
                 "processes": distributed.world_size(),
-                "dtype": str(self.pipe.unet.dtype).removeprefix("torch."),
+                "dtype": str(denoiser_of(self.pipe).dtype).removeprefix("torch."),
                 "machine": machine(),
             },
         )
@@ -461,10 +462,10 @@ def _accelerator(config: RunConfig) -> Any:
 def _tune(pipe: Any, config: RunConfig) -> None:
     """How the frozen parts are evaluated; what they give is the same but for rounding."""
     if config.train.channels_last:
-        for part in (pipe.unet, pipe.vae):
+        for part in (denoiser_of(pipe), pipe.vae):
             part.to(memory_format=torch.channels_last)
     if config.train.compile:
-        pipe.unet.compile()
+        denoiser_of(pipe).compile()
 
 
 def _optimizer(options: OptimizerSection, adapter: TrainableAdapter) -> torch.optim.Optimizer:
@@ -484,9 +485,9 @@ def _optimizer(options: OptimizerSection, adapter: TrainableAdapter) -> torch.op
                 name=error.name,
             ) from error
         kind = AdamW8bit
-    groups: dict[float, list[torch.nn.Parameter]] = {}
+    denoiser, groups = family_of(adapter.pipe).denoiser, dict[float, list[torch.nn.Parameter]]()
     for name, parameters in adapter.parts.items():
-        lr = options.lr if name == "unet" else options.text_encoder_lr or options.lr
+        lr = options.lr if name == denoiser else options.text_encoder_lr or options.lr
         groups.setdefault(lr, []).extend(parameters)
     return kind(
         [{"params": parameters, "lr": lr} for lr, parameters in groups.items()],

@@ -1,4 +1,4 @@
-"""Images and texts -> unit-length features whose cosine says how alike they are."""
+"""Images and texts -> features of unit length whose cosine measures similarity."""
 
 from collections.abc import Callable
 from dataclasses import dataclass
@@ -13,21 +13,21 @@ if TYPE_CHECKING:
 
 
 class ImageEncoder(Protocol):
-    """Says what an image looks like."""
+    """Encodes what an image looks like."""
 
     def __call__(self, images: Tensor) -> Tensor:
         """(n, 3, h, w) in [-1, 1] -> (n, d) of length 1, differentiable."""
 
 
 class ImageTextEncoder(ImageEncoder, Protocol):
-    """Says in the same space what a text means."""
+    """Encodes texts into the same space, too."""
 
     def texts(self, texts: list[str]) -> Tensor:
         """Texts -> (n, d) of length 1."""
 
 
 def resized(images: Tensor, size: int) -> Tensor:
-    """Images (n, 3, h, w) squeezed or stretched to squares (n, 3, size, size), differentiable."""
+    """Resize images (n, 3, h, w) to squares (n, 3, size, size), differentiably."""
     if images.shape[-2:] == (size, size):
         return images
     return F.interpolate(images, (size, size), mode="bicubic", antialias=True, align_corners=False)
@@ -35,16 +35,17 @@ def resized(images: Tensor, size: int) -> Tensor:
 
 @dataclass(frozen=True)
 class Pixels:
-    """The size and the scale of colours that an encoder was trained with."""
+    """The image size and the colour normalisation that an encoder was trained with."""
 
     size: int
-    """Side of the square picture it takes, in pixels."""
+    """Side of its square input, in pixels."""
     mean: tuple[float, float, float] = (0.5, 0.5, 0.5)
-    """Of each colour in [0, 1]; the default leaves [-1, 1] as it is."""
+    """Mean of each channel in [0, 1]; the default keeps values in [-1, 1] as they are."""
     std: tuple[float, float, float] = (0.5, 0.5, 0.5)
+    """Standard deviation of each channel."""
 
     def __call__(self, images: Tensor) -> Tensor:
-        """(n, 3, h, w) in [-1, 1] -> (n, 3, size, size) in the encoder's own scale."""
+        """(n, 3, h, w) in [-1, 1] -> (n, 3, size, size), normalised for the encoder."""
         images = resized(images, self.size)
         mean, std = (torch.tensor(v).to(images).view(3, 1, 1) for v in (self.mean, self.std))
         return ((images + 1) / 2 - mean) / std
@@ -52,7 +53,7 @@ class Pixels:
 
 @dataclass(frozen=True)
 class ClipEncoder:
-    """An `ImageTextEncoder` out of a CLIP of transformers."""
+    """An `ImageTextEncoder` made from a CLIP model of transformers."""
 
     model: "CLIPModel"
     tokenizer: "CLIPTokenizer"
@@ -65,9 +66,9 @@ class ClipEncoder:
 
     @torch.no_grad()
     def texts(self, texts: list[str]) -> Tensor:
-        """Texts, cut to 77 tokens -> (n, d) of length 1."""
+        """Texts, truncated to the tokenizer's length -> (n, d) of length 1."""
         tokens = self.tokenizer(
-            texts, padding="max_length", max_length=77, truncation=True, return_tensors="pt"
+            texts, padding="max_length", truncation=True, return_tensors="pt"
         ).input_ids.to(self.model.device)
         states = self.model.text_model(input_ids=tokens).pooler_output
         return F.normalize(self.model.text_projection(states), dim=-1)
@@ -75,7 +76,7 @@ class ClipEncoder:
 
 @dataclass(frozen=True)
 class DinoEncoder:
-    """An `ImageEncoder` out of a DINOv2 of transformers: its class token."""
+    """An `ImageEncoder` made from a DINOv2 of transformers: its class token."""
 
     model: "Dinov2Model"
     pixels: Pixels
@@ -87,7 +88,7 @@ class DinoEncoder:
 
 @dataclass(frozen=True)
 class NetworkEncoder:
-    """An `ImageEncoder` out of any network with one vector per image."""
+    """An `ImageEncoder` made from any network with one vector per image."""
 
     network: Callable[[Tensor], Tensor]
     """(n, 3, size, size) -> (n, d)."""

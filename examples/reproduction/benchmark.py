@@ -33,6 +33,7 @@ from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from pathlib import Path
 from tempfile import TemporaryDirectory
+from types import SimpleNamespace
 from typing import Annotated, Any
 
 import torch
@@ -205,26 +206,30 @@ def iteration(
         original: whether to generate the original image, too.
         drawn: number of steps that replay samples for the gradient pass; None is all.
     """
-    unet, scheduler = stable_diffusion()
+    pipe, scheduler = stable_diffusion()
     if checkpointing:
-        unet.enable_gradient_checkpointing()
-        unet.train()  # which is when diffusers checkpoints; there is no dropout in it
+        pipe.unet.enable_gradient_checkpointing()
+        pipe.unet.train()  # which is when diffusers checkpoints; there is no dropout in it
     g = torch.Generator().manual_seed(0)
     noise, v = (torch.randn(LATENTS, generator=g) for _ in range(2))  # v = d loss / d z_K
-    cond, uncond = (torch.randn(TOKENS, generator=g).requires_grad_() for _ in range(2))
+    branches = {
+        branch: {"encoder_hidden_states": torch.randn(TOKENS, generator=g).requires_grad_()}
+        for branch in ("cond", "uncond")
+    }
     with measured() as figures:
         if original:
-            draw(unet, scheduler, cond, uncond, noise, steps, keep=False)
+            draw(pipe, scheduler, branches, noise, steps, keep=False)
         if unrolled:
-            published(unet, scheduler, cond, uncond, noise, steps, GUIDANCE).backward(v)
+            published(pipe, scheduler, branches, noise, steps, GUIDANCE).backward(v)
         else:
-            trajectory = draw(unet, scheduler, cond, uncond, noise, steps, keep=True)
-            replayed(unet, scheduler, trajectory, cond, uncond, v, drawn, split)
+            trajectory = draw(pipe, scheduler, branches, noise, steps, keep=True)
+            replayed(pipe, scheduler, trajectory, branches, v, drawn, split)
     return figures
 
 
 def stable_diffusion() -> tuple[Any, Any]:
-    """Return a frozen, random U-Net of Stable Diffusion 1.5's size, and its scheduler."""
+    """Return a pipeline with nothing but a frozen, random U-Net of Stable Diffusion 1.5's size, and
+    its scheduler."""
     from diffusers import DPMSolverMultistepScheduler, UNet2DConditionModel
 
     from diffusers_fair import BiasedGradientScheduler
@@ -234,23 +239,21 @@ def stable_diffusion() -> tuple[Any, Any]:
     scheduler = DPMSolverMultistepScheduler(
         beta_start=0.00085, beta_end=0.012, beta_schedule="scaled_linear"
     )
-    return unet, BiasedGradientScheduler(scheduler, standardize="exact")
+    pipe = SimpleNamespace(unet=unet, text_encoder=None, tokenizer=None, vae=None)
+    return pipe, BiasedGradientScheduler(scheduler, standardize="exact")
 
 
-def draw(
-    unet: Any, scheduler: Any, cond: Tensor, uncond: Tensor, noise: Tensor, steps: int, keep: bool
-) -> Any:
+def draw(pipe: Any, scheduler: Any, branches: Any, noise: Tensor, steps: int, keep: bool) -> Any:
     """Generate an image without gradients."""
     from diffusers_fair.diffusion.sampling import sample
 
-    return sample(unet, scheduler, cond, uncond, noise, steps, GUIDANCE, keep=keep)
+    return sample(pipe, scheduler, branches, noise, steps, GUIDANCE, keep=keep)
 
 
 def published(
-    unet: Any,
+    pipe: Any,
     scheduler: Any,
-    cond: Tensor,
-    uncond: Tensor,
+    branches: Any,
     noise: Tensor,
     steps: int,
     scale: float,
@@ -260,16 +263,15 @@ def published(
     from diffusers_fair.diffusion.sampling import sample
     from diffusers_fair.diffusion.unrolled import unroll
 
-    sample(unet, scheduler, cond, uncond, noise, steps, scale, keep=False)
-    return unroll(unet, scheduler, cond, uncond, noise, steps, scale, **options)
+    sample(pipe, scheduler, branches, noise, steps, scale, keep=False)
+    return unroll(pipe, scheduler, branches, noise, steps, scale, **options)
 
 
 def replayed(
-    unet: Any,
+    pipe: Any,
     scheduler: Any,
     trajectory: Any,
-    cond: Tensor,
-    uncond: Tensor,
+    branches: Any,
     v: Tensor,
     drawn: int | None,
     split: bool,
@@ -280,8 +282,8 @@ def replayed(
     weights = scheduler.gradient_weights()
     g = torch.Generator().manual_seed(0)
     steps, factors = draw_steps(len(weights), drawn, len(v), g) if drawn else (None, None)
-    options = {"steps": steps, "weights": factors, "split_guidance": split}
-    replay(unet, trajectory, cond, uncond, v, weights, **options)
+    options = {"steps": steps, "inverse_probabilities": factors, "split_guidance": split}
+    replay(pipe, trajectory, branches, v, weights, **options)
 
 
 @contextmanager
@@ -350,7 +352,7 @@ def fill(finetuner: Any) -> None:
 
     for number in range(finetuner.config.train.distinct_iterations):
         batch = draw_batch(finetuner.config, finetuner.prompts, number)
-        finetuner.gradient.originals(Share(batch, slice(0, len(batch.seeds))))
+        finetuner.gradient.originals(Share(batch, slice(0, len(batch.noise))))
 
 
 # ---- steps drawn ---------------------------------------------------------------------------------

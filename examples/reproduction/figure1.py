@@ -35,9 +35,10 @@ from torch.utils.checkpoint import checkpoint
 
 from diffusers_fair import BiasedGradientScheduler, FairnessFinetuner, testbed
 from diffusers_fair.adapters.lora import add_lora
+from diffusers_fair.diffusion.noise import Noise, initial_noise
 from diffusers_fair.diffusion.replay import replay
-from diffusers_fair.diffusion.sampling import denoise, guided_unet, initial_noise, sample
-from diffusers_fair.families.stable_diffusion import encode_prompts
+from diffusers_fair.diffusion.sampling import denoise, guided_prediction, sample
+from diffusers_fair.families.stable_diffusion import EMBEDDINGS, token_embeddings
 from diffusers_fair.provenance import commit
 from diffusers_fair.testbed import world
 
@@ -158,14 +159,17 @@ def shares() -> dict[str, Any]:
     """
     pipe = testbed.pipeline()
     parameters = add_lora(pipe, "text_encoder", SETTINGS["rank"])
-    texts = [encode_prompts(pipe, [text]) for text in (PROMPT, "")]  # (1, L, d) each
+    texts = [token_embeddings(pipe, [text]) for text in (PROMPT, "")]  # (1, L, d) each
     runs, steps = SETTINGS["runs"], SETTINGS["shares_steps"]
-    cond, uncond = (text.detach().repeat(runs, 1, 1).requires_grad_() for text in texts)
-    noise = initial_noise((4, 16, 16), range(runs))
+    branches = {
+        branch: {EMBEDDINGS: text.detach().repeat(runs, 1, 1).requires_grad_()}
+        for branch, text in zip(("cond", "uncond"), texts, strict=True)
+    }
+    noise = initial_noise((4, 16, 16), [Noise(seed) for seed in range(runs)])
     g = torch.Generator().manual_seed(SETTINGS["shares_seed"])
     r = SETTINGS["deviation_of_R"] * torch.randn(noise.shape, generator=g)  # (n, c, h, w)
 
-    guided = guided_unet(pipe.unet, cond, uncond, runs, testbed.GUIDANCE)
+    guided = guided_prediction(pipe, branches, runs, testbed.GUIDANCE)
     outputs: list[Tensor] = []
 
     def evaluate(step: int, scaled: Tensor, t: Tensor) -> Tensor:
@@ -174,16 +178,15 @@ def shares() -> dict[str, Any]:
 
     z = denoise(evaluate, pipe.scheduler, noise, steps)
     coupled = torch.autograd.grad(z, outputs, r)  # R A_t B_t, through all later steps
-    trajectory = sample(pipe.unet, pipe.scheduler, cond, uncond, noise, steps, testbed.GUIDANCE)
+    trajectory = sample(pipe, pipe.scheduler, branches, noise, steps, testbed.GUIDANCE)
 
     def lengths(step: int, gradient: Tensor) -> Tensor:
         """Norms (n,) of the parameters' gradients, from one on the guided prediction of a step."""
         alone = torch.full((len(gradient), 1), step)
-        embeddings = replay(
-            *(pipe.unet, trajectory, cond, uncond, gradient, torch.ones(steps)), steps=alone
-        )
+        replayed = replay(pipe, trajectory, branches, gradient, torch.ones(steps), steps=alone)
+        embeddings = [replayed[branch][EMBEDDINGS] for branch in branches]
         found = []
-        for one in zip(*(e.split(1) for e in embeddings if e is not None), strict=True):
+        for one in zip(*(e.split(1) for e in embeddings), strict=True):
             gradients = torch.autograd.grad(texts, parameters, one, retain_graph=True)
             found.append(torch.cat([x.flatten() for x in gradients]).norm())
         return torch.stack(found)

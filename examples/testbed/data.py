@@ -11,6 +11,8 @@ import torch.nn.functional as F
 from PIL import Image
 from torch import Tensor
 
+from diffusers_fair.vision.images import from_bytes
+
 HERE = Path(__file__).parent
 
 
@@ -47,7 +49,7 @@ def load_portraits(path: Path = HERE / "portraits64.parquet") -> Portraits:
 
 def to_float(pictures: Tensor) -> Tensor:
     """uint8 [0, 255] -> float32 [-1, 1]."""
-    return pictures.float() / 127.5 - 1
+    return from_bytes(pictures)
 
 
 def oil_painting(x: Tensor) -> Tensor:

@@ -27,6 +27,7 @@ from diffusers_fair.provenance import commit
 from diffusers_fair.testbed import judges as shipped
 from diffusers_fair.testbed import world
 from diffusers_fair.vision.faces import face_chips
+from diffusers_fair.vision.images import to_arrays
 from diffusers_fair.vision.judges import Judges
 
 STEPS = 20
@@ -201,8 +202,8 @@ def keep(table: Sequence[Row], images: int, out: Path) -> None:
 def grid(pipe: Any) -> Image.Image:
     """Generate a grid of example images, eight per prompt, enlarged twice."""
     rows = draw(pipe, GRID, 8).view(len(GRID), 8, 3, testbed.SIZE, testbed.SIZE)
-    pixels = ((rows + 1) * 127.5).round().byte().permute(0, 3, 1, 4, 2)  # (rows, h, 8, w, 3)
-    flat = pixels.reshape(len(GRID) * testbed.SIZE, 8 * testbed.SIZE, 3).numpy()
+    pixels = to_arrays(rows).transpose(0, 2, 1, 3, 4)  # (rows, h, 8, w, 3)
+    flat = pixels.reshape(len(GRID) * testbed.SIZE, 8 * testbed.SIZE, 3)
     picture = Image.fromarray(flat)
     return picture.resize((2 * picture.width, 2 * picture.height), Image.Resampling.BICUBIC)
 

@@ -1,4 +1,4 @@
-"""The rival methods: each against its own published equation, all as pipelines like any other."""
+"""The baselines: each against its own published equation, all as pipelines like any other."""
 
 import inspect
 
@@ -19,11 +19,11 @@ from diffusers_fair.baselines.uce import (
     UCE,
     class_shares,
     closed_form,
-    cross_attention,
     open_gaps,
     shifts,
 )
 from diffusers_fair.evaluation.generate import generate
+from diffusers_fair.families.stable_diffusion import cross_attention
 from diffusers_fair.prompts.wording import Term, combinations, draw_terms, subject, with_terms
 from diffusers_fair.vision.classifiers import NetworkClassifier
 from diffusers_fair.vision.faces import Faces
@@ -410,7 +410,7 @@ def test_gaps_close_within_the_tolerance():
 def test_uce_moves_keys_and_values_towards_the_words(pipe):
     """After one edit of one prompt: W c is nearer to W_old (c + sum alpha a) than before."""
     todo = task(TONE)
-    layers = cross_attention(pipe.unet)
+    layers = cross_attention(pipe)
     old = [layer.weight.clone() for layer in layers]
     assert len(layers) == 2 * 4  # one block down, one in the middle, two up
     method = UCE(concepts=1, images_per_prompt=2, iterations=1, step=0.5)
@@ -425,13 +425,13 @@ def test_uce_moves_keys_and_values_towards_the_words(pipe):
 
 
 def test_uce_leaves_the_weights_where_nothing_is_to_be_done(pipe):
-    old = [layer.weight.clone() for layer in cross_attention(pipe.unet)]
+    old = [layer.weight.clone() for layer in cross_attention(pipe)]
     UCE(iterations=1, concepts=1, images_per_prompt=1).apply(pipe, task(detector=find_none))
-    assert all(map(torch.equal, old, (layer.weight for layer in cross_attention(pipe.unet))))
+    assert all(map(torch.equal, old, (layer.weight for layer in cross_attention(pipe))))
 
 
 def test_uce_restores_the_weights_upon_an_error(pipe):
-    old = [layer.weight.clone() for layer in cross_attention(pipe.unet)]
+    old = [layer.weight.clone() for layer in cross_attention(pipe)]
     calls = iter([find_all])
 
     def fails_later(images):
@@ -441,4 +441,4 @@ def test_uce_restores_the_weights_upon_an_error(pipe):
 
     with pytest.raises(RuntimeError, match="out of memory"):
         UCE(concepts=1, images_per_prompt=1).apply(pipe, task(TONE, detector=fails_later))
-    assert all(map(torch.equal, old, (layer.weight for layer in cross_attention(pipe.unet))))
+    assert all(map(torch.equal, old, (layer.weight for layer in cross_attention(pipe))))

@@ -2,14 +2,13 @@
 
 import pytest
 import torch
-from tiny import pipeline
+from tiny import encode_prompts, pipeline
 
 from diffusers_fair import FairnessFinetuner, distributed
 from diffusers_fair.adapters.io import Lora, SoftTokens
 from diffusers_fair.adapters.trainable import TrainableAdapter
 from diffusers_fair.config.recipe import RunConfig
 from diffusers_fair.diffusion.scheduler import BiasedGradientScheduler
-from diffusers_fair.families.stable_diffusion import encode_prompts
 from diffusers_fair.prompts import prompt_set
 from diffusers_fair.prompts.groups import vocabulary
 from diffusers_fair.training.kept_prompts import KeptPrompts, kept_prompts, usual_sets
@@ -147,8 +146,8 @@ def test_kept_images_come_again():
     kept.options = kept.options.model_copy(update={"distinct": 6})
     batches = [kept.batch(number) for number in range(4)]
     assert batches[3] == batches[0]
-    assert len({batch.seeds for batch, _ in batches[:3]}) == 3
-    assert [len(batch.seeds) for batch, _ in batches] == [2] * 4
+    assert len({batch.noise for batch, _ in batches[:3]}) == 3
+    assert [len(batch.noise) for batch, _ in batches] == [2] * 4
     assert all(len(asks) == 2 for _, asks in batches)
 
 

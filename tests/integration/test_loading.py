@@ -21,13 +21,12 @@ from diffusers_fair.adapters import io
 from diffusers_fair.adapters.io import (
     Lora,
     SoftTokens,
-    base_fingerprint,
     read_adapter,
     write_adapter,
 )
 from diffusers_fair.adapters.prompt_encoder import prompt_prefix
 from diffusers_fair.adapters.trainable import TrainableAdapter
-from diffusers_fair.families.stable_diffusion import encode_prompts
+from diffusers_fair.families.fingerprint import base_fingerprint
 
 TARGETS = {
     "text_encoder": ["q_proj", "k_proj", "v_proj", "out_proj", "fc1", "fc2"],
@@ -176,7 +175,7 @@ def test_what_is_trained_is_what_is_loaded_and_what_plain_diffusers_loads(tmp_pa
     load_fair_adapter(loaded, tmp_path / "adapter")
     assert torch.equal(images(loaded), images(trained))
     assert torch.equal(
-        encode_prompts(trained, ["a chef", ""]), encode_prompts(loaded, ["a chef", ""])
+        tiny.encode_prompts(trained, ["a chef", ""]), tiny.encode_prompts(loaded, ["a chef", ""])
     )
     if (tmp_path / "adapter" / io.WEIGHTS_FILE).exists():
         plain.load_lora_weights(tmp_path / "adapter")

@@ -14,6 +14,7 @@ from together import together
 from diffusers_fair import FairnessFinetuner, distributed
 from diffusers_fair.adapters.io import read_adapter
 from diffusers_fair.config.recipe import RECIPES
+from diffusers_fair.diffusion.noise import Noise
 from diffusers_fair.objective.targets import joint_targets
 from diffusers_fair.training.batches import Batch, Share
 
@@ -51,15 +52,16 @@ def test_every_image_is_made_once(count):
 
 
 def test_a_share_knows_the_prompts_of_its_images():
-    batch = Batch(("a", "b", "c"), tuple(range(9)), 4)
+    batch = Batch(("a", "b", "c"), tuple(map(Noise, range(9))), 4)
     share = Share(batch, slice(2, 5))
-    assert (share.prompts, share.skipped, share.seeds) == (("a", "b"), 2, (2, 3, 4))
-    assert Share(batch, slice(0, 9)).told() == {
+    assert (share.prompts, share.skipped) == (("a", "b"), 2)
+    assert share.noise == (Noise(2), Noise(3), Noise(4))
+    assert Share(batch, slice(0, 9)).cache_key() == {
         "prompts": ("a", "b", "c"),
         "seeds": tuple(range(9)),
         "steps": 4,
     }
-    assert Share(batch, slice(3, 6)).told()["images"] == [3, 6]
+    assert Share(batch, slice(3, 6)).cache_key()["images"] == [3, 6]
 
 
 def refusal(images: int) -> str:

@@ -262,7 +262,7 @@ def test_the_micro_batch_is_chosen_from_a_memory_budget_and_kept(tmp_path, monke
 
     def counted(batch, number, **options):
         if options:
-            taken.append(len(batch.seeds))
+            taken.append(len(batch.noise))
         return backward(batch, number, **options)
 
     monkeypatch.setattr(trainer.gradient, "backward", counted)
@@ -372,7 +372,9 @@ def test_images_that_are_not_finite_are_skipped_and_the_next_update_is_smaller(
     )
     before = [parameter.detach().clone() for parameter in broken.parameters]
     with monkeypatch.context() as patch:
-        patch.setattr(gradient_module, "decode", lambda vae, z, n: decode(vae, z, n) * float("nan"))
+        patch.setattr(
+            gradient_module, "decode", lambda pipe, z, n: decode(pipe, z, n) * float("nan")
+        )
         figures = broken.iteration(0)
         assert figures.keys() == {"gradient", "skipped"}
         assert figures["skipped"] == 1
@@ -386,7 +388,9 @@ def test_images_that_are_not_finite_are_skipped_and_the_next_update_is_smaller(
     torch.testing.assert_close(moved, 0.55 * whole)
     assert broken.optimizer.param_groups[0]["lr"] == 0.01
     with monkeypatch.context() as patch:
-        patch.setattr(gradient_module, "decode", lambda vae, z, n: decode(vae, z, n) * float("nan"))
+        patch.setattr(
+            gradient_module, "decode", lambda pipe, z, n: decode(pipe, z, n) * float("nan")
+        )
         broken.iteration(2)
         with pytest.raises(TrainingStoppedError, match="not finite in 2 iterations in a row"):
             broken.iteration(3)
@@ -533,8 +537,8 @@ def test_antithetic_noise_comes_in_pairs_of_one_prompt(tmp_path, images):
         sums = (of_prompt[: images // 2 * 2 : 2] + of_prompt[1::2]).abs().sum()
         assert sums == 0
         assert not torch.equal(of_prompt[0], of_prompt[2])
-    assert len(set(batch.seeds)) == 2 * images
-    assert all(seed >= 0 for seed in batch.seeds[::images])
+    assert len(set(batch.noise)) == 2 * images
+    assert all(noise.sign == 1 for noise in batch.noise[::images])
 
 
 def test_every_prompt_comes_once_before_any_comes_again(tmp_path):

@@ -9,6 +9,8 @@ from diffusers import (
 )
 from transformers import CLIPTextConfig, CLIPTextModel, CLIPTokenizer
 
+from diffusers_fair.families import family_of
+
 WIDTH = 16  # of the prompt embeddings
 LATENT = (4, 8, 8)  # c, h, w
 BETAS = {"beta_start": 0.00085, "beta_end": 0.012, "beta_schedule": "scaled_linear"}
@@ -100,3 +102,10 @@ def pipeline(
         torch.nn.Module.to(module.requires_grad_(False).eval(), dtype)
     pipe.set_progress_bar_config(disable=True)
     return pipe
+
+
+def encode_prompts(
+    pipe: StableDiffusionPipeline, prompts: list[str], *, prefix: bool = True
+) -> torch.Tensor:
+    """Embeddings of prompts as training has them, (n, L, d)."""
+    return family_of(pipe).encode(pipe, prompts, prefix=prefix)["encoder_hidden_states"]

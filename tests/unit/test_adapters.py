@@ -2,16 +2,17 @@
 
 import pytest
 import torch
-from tiny import LATENT, pipeline
+from tiny import LATENT, encode_prompts, pipeline
 
 from diffusers_fair import testbed
-from diffusers_fair.adapters.io import Lora, SoftTokens, base_fingerprint
-from diffusers_fair.adapters.lora import TARGETS, add_lora, trainable_parameters, without_adapter
+from diffusers_fair.adapters.io import Lora, SoftTokens
+from diffusers_fair.adapters.lora import add_lora, trainable_parameters, without_adapter
 from diffusers_fair.adapters.prompt_encoder import prompt_prefix
 from diffusers_fair.adapters.soft_tokens import add_soft_tokens, load_soft_tokens
 from diffusers_fair.adapters.trainable import TrainableAdapter
-from diffusers_fair.diffusion.sampling import initial_noise
-from diffusers_fair.families.stable_diffusion import encode_prompts
+from diffusers_fair.diffusion.noise import Noise, initial_noise
+from diffusers_fair.families.fingerprint import base_fingerprint
+from diffusers_fair.families.stable_diffusion import STABLE_DIFFUSION
 
 SOFT = {"soft_tokens": SoftTokens(count=3)}
 TEXT = {"text_encoder": Lora(rank=2, alpha=6.0)}
@@ -22,7 +23,7 @@ PROMPT = "a dog"
 
 def predict(pipe):
     """What the U-Net makes of a prompt, (1, 4, 8, 8)."""
-    noise = initial_noise(LATENT, range(1))
+    noise = initial_noise(LATENT, [Noise(0)])
     with torch.no_grad():
         return pipe.unet(noise, 5, encoder_hidden_states=encode_prompts(pipe, [PROMPT]))[0]
 
@@ -45,7 +46,7 @@ def trained(components, dtype=torch.float32):
 # ---- low-rank layers -----------------------------------------------------------------------------
 
 
-@pytest.mark.parametrize("component", TARGETS)
+@pytest.mark.parametrize("component", STABLE_DIFFUSION.targets)
 def test_lora_changes_nothing_at_first_and_freezes_the_rest(component):
     pipe = pipeline()
     before = predict(pipe)
@@ -60,10 +61,12 @@ def test_lora_changes_nothing_at_first_and_freezes_the_rest(component):
 
 def test_text_encoder_lora_reaches_every_layer():
     parameters = add_lora(pipeline(), "text_encoder", 2)
-    assert len(parameters) == 2 * 2 * len(TARGETS["text_encoder"])  # layers, A and B
+    assert len(parameters) == 2 * 2 * len(
+        STABLE_DIFFUSION.targets["text_encoder"]
+    )  # layers, A and B
 
 
-@pytest.mark.parametrize("component", TARGETS)
+@pytest.mark.parametrize("component", STABLE_DIFFUSION.targets)
 def test_without_adapter_is_the_original_model_for_the_time_being(component):
     pipe, adapter = trained({component: Lora(rank=2, alpha=2)})
     found = predict(pipe)

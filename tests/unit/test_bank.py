@@ -6,6 +6,7 @@ import pytest
 import torch
 
 from diffusers_fair.config.recipe import RunConfig
+from diffusers_fair.diffusion.noise import Noise
 from diffusers_fair.objective.objective import Originals
 from diffusers_fair.training.batch_gradient import _about_originals
 from diffusers_fair.training.batches import Batch
@@ -86,7 +87,7 @@ def test_a_failure_leaves_nothing_behind(tmp_path):
 
 
 def test_a_batch_knows_how_many_images_a_prompt_has():
-    batch = Batch(("a", "b"), tuple(range(6)), 4)
+    batch = Batch(("a", "b"), tuple(map(Noise, range(6))), 4)
     assert batch.images_per_prompt == 3
     assert asdict(batch)["prompts"] == ("a", "b")
 

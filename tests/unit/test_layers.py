@@ -181,6 +181,16 @@ def test_attributes_are_data(module):
     assert not words
 
 
+@pytest.mark.parametrize(
+    "module", [m for m in MODULES if not inside(m, "families", "testbed", "config")]
+)
+def test_only_families_know_how_a_pipeline_is_built(module):
+    """Config has the names of components as values of recipe keys."""
+    text = MODULES[module].read_text(encoding="utf-8")
+    names = "unet|text_encoder|encode_prompt|encoder_hidden_states|77"
+    assert not re.findall(rf"\b(?:{names})\b", text)
+
+
 # ---- import diffusers_fair -----------------------------------------------------------------------
 
 
@@ -207,11 +217,16 @@ def test_import_is_light():
                 "loading",
                 "pipeline_methods",
                 "adapters",
+                "families",
                 "prompts",
                 "version",
             )
         ),
         *(f"{OWN}.prompts.{name}" for name in ("groups", "lexicon", "wording")),
+        *(
+            f"{OWN}.families.{name}"
+            for name in ("base", "conditioning", "fingerprint", "stable_diffusion")
+        ),
         *(
             f"{OWN}.adapters.{name}"
             for name in ("io", "prefix", "prompt_encoder", "soft_tokens", "word_switch")

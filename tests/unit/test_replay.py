@@ -9,15 +9,18 @@ from tiny import BETAS, LATENT, pipeline
 
 from diffusers_fair.adapters.lora import add_lora
 from diffusers_fair.adapters.soft_tokens import add_soft_tokens
+from diffusers_fair.diffusion.noise import Noise, initial_noise
 from diffusers_fair.diffusion.replay import draw_steps, replay
-from diffusers_fair.diffusion.sampling import Trajectory, decode, initial_noise, sample
+from diffusers_fair.diffusion.sampling import Trajectory, decode, sample
 from diffusers_fair.diffusion.scheduler import BiasedGradientScheduler
-from diffusers_fair.families.stable_diffusion import encode_prompts
+from diffusers_fair.families import family_of
+from diffusers_fair.families.conditioning import Branches, backward
 
 ADAPTERS = ("text_encoder", "unet", "soft tokens")
 TOLERANCE = 1e-5  # relative; the rest is the scheduler's float32
 PROMPTS = ["a dog", "two cats"]
 COUNT = len(PROMPTS)
+NAME = "encoder_hidden_states"
 OTHERS = {
     "ddim": lambda: diffusers.DDIMScheduler(
         **BETAS, clip_sample=False, set_alpha_to_one=False, steps_offset=1
@@ -58,17 +61,25 @@ def biased(pipe, order=2, standardize="paper"):
     return BiasedGradientScheduler(scheduler, standardize)
 
 
+def branches(cond, uncond=None) -> Branches:
+    """The guidance branches with these prompt embeddings."""
+    given = {"cond": cond} if uncond is None else {"cond": cond, "uncond": uncond}
+    return {branch: {NAME: embeddings} for branch, embeddings in given.items()}
+
+
 def embed(pipe):
-    return encode_prompts(pipe, PROMPTS), encode_prompts(pipe, [""], prefix=False)
+    """Embeddings of the prompts (n, L, d) and of the empty one (1, L, d)."""
+    family = family_of(pipe)
+    return family.encode(pipe, PROMPTS)[NAME], family.unconditional(pipe)[NAME]
 
 
 def noise(dtype=torch.float64, count=COUNT):
-    return initial_noise(LATENT, range(count), dtype=dtype)
+    return initial_noise(LATENT, [Noise(seed) for seed in range(count)], dtype=dtype)
 
 
 def loss_of(pipe, latents):
     """Not linear, and different for each image."""
-    images = decode(pipe.vae, latents / latents.detach().std())
+    images = decode(pipe, latents / latents.detach().std())
     return (images * torch.linspace(-1, 1, images[0].numel()).view_as(images[0])).square().sum()
 
 
@@ -110,21 +121,14 @@ def by_autograd(pipe, parameters, scheduler, steps, guidance_scale):
     return latents.detach(), take_gradients(parameters)
 
 
-def backward_embeddings(cond, uncond, gradients):
-    pairs = [(e, g) for e, g in zip((cond, uncond), gradients, strict=True) if g is not None]
-    if pairs:
-        torch.autograd.backward(*zip(*pairs, strict=True))
-
-
 def by_replay(pipe, parameters, scheduler, total, guidance_scale, **options):
     """Returns the trajectory, v = d loss / d z_K and the gradient."""
-    cond, uncond = embed(pipe)
-    trajectory = sample(pipe.unet, scheduler, cond, uncond, noise(), total, guidance_scale)
+    encoded = branches(*embed(pipe))
+    trajectory = sample(pipe, scheduler, encoded, noise(), total, guidance_scale)
     v = loss_and_gradient(pipe, trajectory.latents)
-    gradients = replay(
-        pipe.unet, trajectory, cond, uncond, v, scheduler.gradient_weights(), **options
-    )
-    backward_embeddings(cond, uncond, gradients)
+    gradients = replay(pipe, trajectory, encoded, v, scheduler.gradient_weights(), **options)
+    for branch, found in gradients.items():
+        backward(encoded[branch], found)
     return trajectory, v, take_gradients(parameters)
 
 
@@ -175,7 +179,7 @@ def test_three_routes_to_the_gradient_agree(world, steps, order, guidance_scale,
     assert expected.norm() > 0
     assert relative(found, expected) <= TOLERANCE
     direction = found / found.norm()
-    weights = scheduler.coefficients() * scheduler.step_weights()
+    weights = scheduler.coefficients() * scheduler.output_weights()
     slope = by_differences(pipe, parameters, direction, trajectory, v, weights)
     assert slope == pytest.approx(found.norm().item(), rel=TOLERANCE)
 
@@ -256,7 +260,7 @@ def test_samples_are_the_pipelines_bit_for_bit(dtype, guidance_scale):
         output_type="latent",
     ).images
     for scheduler in (pipe.scheduler, BiasedGradientScheduler(pipe.scheduler)):
-        found = sample(pipe.unet, scheduler, cond, uncond, noise(dtype), 5, guidance_scale)
+        found = sample(pipe, scheduler, branches(cond, uncond), noise(dtype), 5, guidance_scale)
         assert torch.equal(found.latents, expected)
 
 
@@ -265,14 +269,14 @@ def test_samples_are_the_pipelines_bit_for_bit(dtype, guidance_scale):
 def test_micro_batches_make_no_difference(world, micro_batch, adapter):
     pipe, parameters = world[adapter]
     cond, uncond = embed(pipe)
-    cond = cond[:1]  # shared by all images
+    encoded = branches(cond[:1], uncond)  # shared by all images
     scheduler = biased(pipe)
-    trajectory = sample(pipe.unet, scheduler, cond, uncond, noise(count=5), 3, 7.5)
+    trajectory = sample(pipe, scheduler, encoded, noise(count=5), 3, 7.5)
     v, weights = torch.randn_like(trajectory.latents), scheduler.gradient_weights()
 
     def gradients(size):
-        found = replay(pipe.unet, trajectory, cond, uncond, v, weights, micro_batch=size)
-        return [g for g in found if g is not None] + [p.grad for p in parameters if p.is_leaf]
+        found = replay(pipe, trajectory, encoded, v, weights, micro_batch=size)
+        return [g[NAME] for g in found.values()] + [p.grad for p in parameters if p.is_leaf]
 
     whole = [None if g is None else g.clone() for g in gradients(None)]
     for p in parameters:
@@ -305,12 +309,14 @@ def test_shared_embeddings_gather_the_gradients_of_all_images(world):
     cond, uncond = embed(pipe)
     one, all_of_them = cond[:1].detach(), cond[:1].detach().repeat(3, 1, 1)
     scheduler = biased(pipe)
-    trajectory = sample(pipe.unet, scheduler, one, uncond, noise(count=3), 3, 7.5)
+    trajectory = sample(pipe, scheduler, branches(one, uncond), noise(count=3), 3, 7.5)
     v, weights = torch.randn_like(trajectory.latents), scheduler.gradient_weights()
     for embeddings in (one, all_of_them):
         embeddings.requires_grad_()
-    shared, _ = replay(pipe.unet, trajectory, one, uncond.detach(), v, weights)
-    each, _ = replay(pipe.unet, trajectory, all_of_them, uncond.detach(), v, weights)
+    shared, each = (
+        replay(pipe, trajectory, branches(embeddings, uncond.detach()), v, weights)["cond"][NAME]
+        for embeddings in (one, all_of_them)
+    )
     assert shared.shape == one.shape
     assert each.shape == all_of_them.shape
     torch.testing.assert_close(each.sum(0, keepdim=True), shared)
@@ -326,7 +332,9 @@ def test_subsets_of_steps_average_to_the_whole(world, adapter):
     subsets = list(itertools.product(*(part.tolist() for part in parts)))
     found = [
         by_replay(
-            *(pipe, parameters, scheduler, total, 7.5), steps=torch.tensor(steps), weights=weights
+            *(pipe, parameters, scheduler, total, 7.5),
+            steps=torch.tensor(steps),
+            inverse_probabilities=weights,
         )[2]
         for steps in itertools.product(subsets, repeat=COUNT)  # each image has its own
     ]
@@ -342,20 +350,19 @@ def test_each_image_is_replayed_at_its_own_steps(world, adapter, micro_batch):
     steps, factors = torch.tensor([[0, 4], [2, 3]]), torch.tensor([3.0, 2.0])
     _, _, found = by_replay(
         *(pipe, parameters, scheduler, 5, 7.5),
-        **{"steps": steps, "weights": factors, "micro_batch": micro_batch},
+        **{"steps": steps, "inverse_probabilities": factors, "micro_batch": micro_batch},
     )
     expected = torch.zeros_like(found)
-    cond, uncond = embed(pipe)
-    trajectory = sample(pipe.unet, scheduler, cond, uncond, noise(), 5, 7.5)
+    trajectory = sample(pipe, scheduler, branches(*embed(pipe)), noise(), 5, 7.5)
     v, weights = loss_and_gradient(pipe, trajectory.latents), scheduler.gradient_weights()
     for image, step, factor in ((0, 0, 3.0), (0, 4, 2.0), (1, 2, 3.0), (1, 3, 2.0)):
         alone = torch.zeros_like(v)
         alone[image] = factor * v[image]
         one = torch.zeros_like(weights)
         one[step] = weights[step]
-        cond, uncond = embed(pipe)
-        gradients = replay(pipe.unet, trajectory, cond, uncond, alone, one)
-        backward_embeddings(cond, uncond, gradients)
+        encoded = branches(*embed(pipe))
+        for branch, gradients in replay(pipe, trajectory, encoded, alone, one).items():
+            backward(encoded[branch], gradients)
         expected += take_gradients(parameters)
     assert relative(found, expected) <= 1e-9
 
@@ -376,24 +383,25 @@ def test_steps_are_drawn_evenly_and_reproducibly():
 
 
 @pytest.mark.parametrize(
-    ("adapter", "guidance_scale", "branches"),
+    ("adapter", "guidance_scale", "count"),
     [("text_encoder", 7.5, 2), ("soft tokens", 7.5, 1), ("unet", 7.5, 2), ("unet", 1, 1)],
 )
 def test_branches_without_anything_trainable_are_not_evaluated(
-    world, adapter, guidance_scale, branches
+    world, adapter, guidance_scale, count
 ):
     pipe, parameters = world[adapter]
-    cond, uncond = embed(pipe)
+    encoded = branches(*embed(pipe))
     scheduler = biased(pipe)
-    trajectory = sample(pipe.unet, scheduler, cond, uncond, noise(), 3, guidance_scale)
+    trajectory = sample(pipe, scheduler, encoded, noise(), 3, guidance_scale)
     sizes = []
     handle = pipe.unet.register_forward_pre_hook(lambda _, args: sizes.append(len(args[0])))
     v = torch.ones_like(trajectory.latents)
-    found = replay(pipe.unet, trajectory, cond, uncond, v, scheduler.gradient_weights())
+    found = replay(pipe, trajectory, encoded, v, scheduler.gradient_weights())
     handle.remove()
-    assert sizes == [branches * COUNT] * 3
+    assert sizes == [count * COUNT] * 3
     trained = [adapter != "unet", adapter == "text_encoder"]
-    assert [gradient is not None for gradient in found] == trained
+    assert [branch in found for branch in ("cond", "uncond")] == trained
+    assert all(list(gradients) == [NAME] for gradients in found.values())
     for p in parameters:
         p.grad = None
 
@@ -401,9 +409,9 @@ def test_branches_without_anything_trainable_are_not_evaluated(
 def test_gradients_add_to_what_the_unet_has(world):
     pipe, parameters = world["unet"]
     scheduler = biased(pipe)
-    cond, uncond = embed(pipe)
-    trajectory = sample(pipe.unet, scheduler, cond, uncond, noise(), 2, 7.5)
-    arguments = pipe.unet, trajectory, cond, uncond, trajectory.latents
+    encoded = branches(*embed(pipe))
+    trajectory = sample(pipe, scheduler, encoded, noise(), 2, 7.5)
+    arguments = pipe, trajectory, encoded, trajectory.latents
     replay(*arguments, scheduler.gradient_weights())
     once = [p.grad.clone() for p in parameters]
     with torch.no_grad():  # the caller's mode does not matter
@@ -417,21 +425,21 @@ def test_half_precision_embeddings_gather_in_float32():
     found = {}
     for dtype in (torch.float32, torch.bfloat16):
         pipe = pipeline(dtype)
-        cond, uncond = (e.to(dtype).requires_grad_() for e in embed(pipeline()))
+        encoded = branches(*(e.to(dtype).requires_grad_() for e in embed(pipeline())))
         scheduler = biased(pipe)
-        trajectory = sample(pipe.unet, scheduler, cond, uncond, noise(dtype), 4, 7.5)
+        trajectory = sample(pipe, scheduler, encoded, noise(dtype), 4, 7.5)
         v = noise(torch.float32)
-        arguments = pipe.unet, trajectory, cond, uncond, v, scheduler.gradient_weights()
-        found[dtype] = replay(*arguments, micro_batch=1)[0]
+        arguments = pipe, trajectory, encoded, v, scheduler.gradient_weights()
+        found[dtype] = replay(*arguments, micro_batch=1)["cond"][NAME]
     assert found[torch.bfloat16].dtype == torch.float32
     assert relative(found[torch.bfloat16], found[torch.float32]) < 0.1
 
 
 def test_trajectory_keeps_what_it_is_asked_to(world):
     pipe, _ = world["text_encoder"]
-    cond, uncond = embed(pipe)
-    kept = sample(pipe.unet, pipe.scheduler, cond, uncond, noise(), 3, 7.5)
-    final = sample(pipe.unet, pipe.scheduler, cond, uncond, noise(), 3, 7.5, keep=False)
+    encoded = branches(*embed(pipe))
+    kept = sample(pipe, pipe.scheduler, encoded, noise(), 3, 7.5)
+    final = sample(pipe, pipe.scheduler, encoded, noise(), 3, 7.5, keep=False)
     assert torch.equal(kept.latents, final.latents)
     assert [z.shape for z in kept.inputs] == [noise().shape] * 3
     assert not kept.latents.requires_grad
@@ -439,17 +447,24 @@ def test_trajectory_keeps_what_it_is_asked_to(world):
 
 
 def test_each_image_has_its_own_noise():
-    together = initial_noise(LATENT, [3, 1, 2])
+    together = initial_noise(LATENT, [Noise(3), Noise(1), Noise(2)])
     assert together.shape == (3, *LATENT)
-    assert torch.equal(together[1:2], initial_noise(LATENT, [1]))
+    assert torch.equal(together[1:2], initial_noise(LATENT, [Noise(1)]))
     assert not torch.equal(together[0], together[1])
-    assert torch.equal(initial_noise(LATENT, [~0, ~3]), -initial_noise(LATENT, [0, 3]))
+
+
+def test_noise_can_be_negated():
+    pair = [Noise(0), Noise(3)]
+    negated = [noise.negated() for noise in pair]
+    assert torch.equal(initial_noise(LATENT, negated), -initial_noise(LATENT, pair))
+    assert [noise.negated() for noise in negated] == pair
+    assert [noise.cache_key for noise in negated] == [~0, ~3]  # as caches have it
 
 
 def test_images_are_the_pipelines(world):
     pipe, _ = world["text_encoder"]
     latents = noise().requires_grad_()
-    images = decode(pipe.vae, 3 * latents)
+    images = decode(pipe, 3 * latents)
     assert images.shape == (COUNT, 3, 16, 16)
     assert images.detach().abs().max() <= 1
     images.sum().backward()
@@ -472,9 +487,13 @@ def small_trajectory(**changes):
 @pytest.mark.parametrize(
     ("changes", "arguments", "message"),
     [
-        ({"inputs": ()}, {}, "kept no U-Net inputs: sample with keep=True"),
-        ({}, {"grad_z": torch.ones(1)}, r"shape of the final latents \(2, 4, 8, 8\), got \(1,\)"),
-        ({}, {"gradient_weights": torch.ones(4)}, "expected 3 gradient weights, .* got 4"),
+        ({"inputs": ()}, {}, "kept no inputs of the denoiser: sample with keep=True"),
+        (
+            {},
+            {"grad_latents": torch.ones(1)},
+            r"shape of the final latents \(2, 4, 8, 8\), got \(1,\)",
+        ),
+        ({}, {"step_weights": torch.ones(4)}, "expected 3 step weights, .* got 4"),
         (
             {},
             {"steps": torch.tensor([[0], [3]])},
@@ -485,28 +504,39 @@ def small_trajectory(**changes):
             {"steps": torch.tensor([0, 1])},
             r"steps of each\) for 2 images, got \(2,\)",
         ),
-        ({}, {"weights": torch.ones(1)}, r"3 weights, one for each column of steps, got \(1,\)"),
-        ({}, {"uncond": None}, "guidance_scale 7.5 needs the embeddings of the empty prompt"),
-        ({}, {"cond": torch.zeros(3, 77, 16)}, "for 1 or 2 images, got 3"),
+        (
+            {},
+            {"inverse_probabilities": torch.ones(1)},
+            r"3 inverse probabilities, one for each column of steps, got \(1,\)",
+        ),
+        (
+            {},
+            {"branches": branches(torch.zeros(2, 77, 16))},
+            "guidance_scale 7.5 needs the embeddings of the empty prompt",
+        ),
+        (
+            {},
+            {"branches": branches(torch.zeros(3, 77, 16), torch.zeros(1, 77, 16))},
+            "for 1 or 2 images, got 3",
+        ),
     ],
 )
 def test_replay_refuses_what_does_not_fit(world, changes, arguments, message):
     pipe, _ = world["unet"]
     fitting = {
-        "cond": torch.zeros(2, 77, 16).double(),
-        "uncond": torch.zeros(1, 77, 16).double(),
-        "grad_z": noise(),
-        "gradient_weights": torch.ones(3),
+        "branches": branches(torch.zeros(2, 77, 16).double(), torch.zeros(1, 77, 16).double()),
+        "grad_latents": noise(),
+        "step_weights": torch.ones(3),
     }
     with pytest.raises(ValueError, match=message):
-        replay(pipe.unet, small_trajectory(**changes), **(fitting | arguments))
+        replay(pipe, small_trajectory(**changes), **(fitting | arguments))
 
 
 def test_replay_refuses_to_train_nothing(world):
     pipe, _ = world["text_encoder"]
-    cond, uncond = (e.detach() for e in embed(pipe))
+    encoded = branches(*(e.detach() for e in embed(pipe)))
     with pytest.raises(ValueError, match=r"nothing to train: .* add an adapter"):
-        replay(pipe.unet, small_trajectory(), cond, uncond, noise(), torch.ones(3))
+        replay(pipe, small_trajectory(), encoded, noise(), torch.ones(3))
 
 
 @pytest.mark.parametrize("count", [0, 6])
@@ -519,6 +549,6 @@ def test_sampling_refuses_bad_guidance(world):
     pipe, _ = world["text_encoder"]
     cond, _ = embed(pipe)
     with pytest.raises(ValueError, match=r"must be 1 \(no guidance\) or more, got 0.5"):
-        sample(pipe.unet, pipe.scheduler, cond, cond, noise(), 2, 0.5)
+        sample(pipe, pipe.scheduler, branches(cond, cond), noise(), 2, 0.5)
     with pytest.raises(ValueError, match="pass uncond, or guidance_scale=1"):
-        sample(pipe.unet, pipe.scheduler, cond, None, noise(), 2, 7.5)
+        sample(pipe, pipe.scheduler, branches(cond), noise(), 2, 7.5)

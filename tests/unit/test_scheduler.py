@@ -62,8 +62,8 @@ def biased(name, standardize="exact", steps=5):
 
 @pytest.mark.parametrize("steps", [1, 2, 5, 14, 15, 20])
 @pytest.mark.parametrize("name", LINEAR)
-def test_step_weights_are_finite_differences_of_the_scheduler(name, steps):
-    weights = biased(name, "none", steps).step_weights()
+def test_output_weights_are_finite_differences_of_the_scheduler(name, steps):
+    weights = biased(name, "none", steps).output_weights()
     scheduler = LINEAR[name]()
     scheduler.set_timesteps(steps)
     latents, *outputs = draw(len(scheduler.timesteps) + 1)
@@ -209,13 +209,13 @@ def test_weights_are_measured_once_for_each_number_of_steps(monkeypatch):
     scheduler = BiasedGradientScheduler(LINEAR["ddim"]())
     for steps in (5, 5, 7, 5):
         scheduler.set_timesteps(steps)
-        assert len(scheduler.coefficients()) == len(scheduler.step_weights()) == steps
+        assert len(scheduler.coefficients()) == len(scheduler.output_weights()) == steps
     assert len(measured) == 2
 
 
 def test_results_cannot_be_changed_from_outside():
     scheduler = biased("ddim")
-    scheduler.step_weights().zero_()
+    scheduler.output_weights().zero_()
     scheduler.coefficients().zero_()
     assert scheduler.gradient_weights().abs().min() > 0
 
@@ -232,7 +232,7 @@ def test_measuring_in_the_middle_of_a_loop_leaves_the_scheduler_alone(name):
         expected = plain.step(output, t, expected)[0]
         found = shared.step(output, t, found)[0]
         if i == 2:
-            BiasedGradientScheduler(shared, "none").step_weights()
+            BiasedGradientScheduler(shared, "none").output_weights()
     assert torch.equal(found, expected)
 
 
@@ -250,8 +250,8 @@ def test_copies_are_independent():
     scheduler = biased("dpm-solver++ 2M")
     other = copy.deepcopy(scheduler)
     other.set_timesteps(7)
-    assert len(scheduler.step_weights()) == 5
-    assert len(other.step_weights()) == 7
+    assert len(scheduler.output_weights()) == 5
+    assert len(other.output_weights()) == 7
 
 
 def test_a_scheduler_without_state_can_be_looped_again():
@@ -291,7 +291,7 @@ def test_unknown_standardize_is_refused():
 
 def test_weights_without_timesteps_are_refused():
     with pytest.raises(ValueError, match=r"no timesteps are set: call set_timesteps"):
-        BiasedGradientScheduler(LINEAR["ddim"]()).step_weights()
+        BiasedGradientScheduler(LINEAR["ddim"]()).output_weights()
 
 
 def test_timesteps_set_behind_its_back_are_refused():

@@ -8,6 +8,7 @@ from test_replay import (
     TOLERANCE,
     adapted,
     biased,
+    branches,
     by_replay,
     diffusers_loop,
     embed,
@@ -39,7 +40,9 @@ def world():
 
 
 def unrolled(pipe, scheduler, guidance_scale=5, **options):
-    return unroll(pipe.unet, scheduler, *embed(pipe), noise(), STEPS, guidance_scale, **options)
+    return unroll(
+        pipe, scheduler, branches(*embed(pipe)), noise(), STEPS, guidance_scale, **options
+    )
 
 
 def gradient_of(world, scheduler, guidance_scale=5, **options):
@@ -52,12 +55,11 @@ def gradient_of(world, scheduler, guidance_scale=5, **options):
 @pytest.mark.parametrize("dtype", [torch.float32, torch.float64])
 def test_latents_are_those_of_sampling_bit_for_bit(dtype, guidance_scale):
     pipe, _ = adapted("text_encoder", dtype)
-    cond, uncond = embed(pipe)
-    arguments = cond, uncond, noise(dtype), STEPS, guidance_scale
-    expected = sample(pipe.unet, pipe.scheduler, *arguments).latents
+    arguments = branches(*embed(pipe)), noise(dtype), STEPS, guidance_scale
+    expected = sample(pipe, pipe.scheduler, *arguments).latents
     for scheduler in (pipe.scheduler, biased(pipe)):
         for last in (None, 2):
-            found = unroll(pipe.unet, scheduler, *arguments, last=last)
+            found = unroll(pipe, scheduler, *arguments, last=last)
             assert torch.equal(found, expected)
 
 
@@ -81,7 +83,7 @@ def test_plain_scheduler_gives_the_gradient_of_the_hosts_loop(world, guidance_sc
 
 def real_loss(pipe, latents, size):
     """A loss of images, in units in which latents of this size decode to middling greys."""
-    return (decode(pipe.vae, latents / size) - 0.1).square().sum()
+    return (decode(pipe, latents / size) - 0.1).square().sum()
 
 
 def slopes(world, scheduler, index):
@@ -90,7 +92,7 @@ def slopes(world, scheduler, index):
 
     @torch.no_grad()
     def loss():
-        latents = sample(pipe.unet, scheduler, *embed(pipe), noise(), STEPS, 5).latents
+        latents = sample(pipe, scheduler, branches(*embed(pipe)), noise(), STEPS, 5).latents
         return real_loss(pipe, latents, SIZE).item()
 
     found = []
@@ -180,4 +182,4 @@ def test_bad_guidance_is_refused(world):
     pipe, _ = world
     cond, _ = embed(pipe)
     with pytest.raises(ValueError, match="pass uncond, or guidance_scale=1"):
-        unroll(pipe.unet, pipe.scheduler, cond, None, noise(), STEPS, 5)
+        unroll(pipe, pipe.scheduler, branches(cond), noise(), STEPS, 5)

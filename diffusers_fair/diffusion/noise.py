@@ -1,0 +1,53 @@
+"""The noise that images start from, each from a seed of its own."""
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+from typing import Literal
+
+import torch
+from torch import Tensor
+
+
+@dataclass(frozen=True)
+class Noise:
+    """The noise of one image: that of a seed, or its negative."""
+
+    seed: int
+    """At least 0."""
+    sign: Literal[1, -1] = 1
+
+    @property
+    def cache_key(self) -> int:
+        """The integer that stands for this noise in caches: the seed, or ~seed if negated."""
+        return self.seed if self.sign == 1 else ~self.seed
+
+    def negated(self) -> "Noise":
+        """Return the negative of this noise."""
+        return Noise(self.seed, 1 if self.sign == -1 else -1)
+
+
+def initial_noise(
+    shape: Sequence[int],
+    noise: Sequence[Noise],
+    *,
+    device: torch.device | str = "cpu",
+    dtype: torch.dtype = torch.float32,
+) -> Tensor:
+    """Draw standard normal latents, the same on every device.
+
+    Args:
+        shape: (c, h, w) of one image's latents.
+        noise: one for each of n images.
+        device: device of the result; the noise is always drawn on the CPU.
+        dtype: dtype in which the noise is drawn and returned.
+
+    Returns:
+        (n, c, h, w). With sign 1, a diffusers pipeline draws the same from a CPU generator with
+        this seed.
+    """
+    return torch.cat([each.sign * _normal(shape, each.seed, dtype) for each in noise]).to(device)
+
+
+def _normal(shape: Sequence[int], seed: int, dtype: torch.dtype) -> Tensor:
+    """Draw the noise of one image. (1, c, h, w)."""
+    return torch.randn(1, *shape, generator=torch.Generator().manual_seed(seed), dtype=dtype)

@@ -1,0 +1,38 @@
+"""The fingerprint of a base model: which adapters fit into it."""
+
+import hashlib
+from collections.abc import Iterator
+from typing import Any
+
+from diffusers_fair.families import family_of
+
+
+def base_fingerprint(pipe: Any) -> str:
+    """Digest of the parameter shapes of the components that can carry an adapter.
+
+    It does not depend on LoRA layers, soft tokens or textual inversions in the pipeline, on the
+    dtype, or on how a library version names the parameters. Models of one architecture share it.
+
+    Raises:
+        ValueError: a pipeline of no known family.
+    """
+    family = family_of(pipe)
+    shapes = sorted(
+        f"{component} {shape}"
+        for component in family.targets
+        if getattr(pipe, component, None) is not None
+        for shape in _base_shapes(pipe, component, family.inversions.get(component))
+    )
+    return hashlib.sha256("\n".join(shapes).encode()).hexdigest()
+
+
+def _base_shapes(pipe: Any, component: str, tokenizer: str | None) -> Iterator[tuple[int, ...]]:
+    """Shapes of a component's own parameters, without tokens added to its vocabulary."""
+    model = getattr(pipe, component)
+    embeddings: list[Any] = []  # the vocabulary, and soft tokens in training
+    if tokenizer is not None:
+        embeddings = list(model.get_input_embeddings().parameters())
+        yield getattr(pipe, tokenizer).vocab_size, embeddings[0].shape[1]
+    for name, parameter in model.named_parameters():
+        if ".lora_" not in name and not any(parameter is other for other in embeddings):
+            yield tuple(parameter.shape)

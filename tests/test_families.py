@@ -1,0 +1,113 @@
+"""The contract of pipeline families, as Stable Diffusion fulfils it, and its conditioning."""
+
+from types import SimpleNamespace
+
+import pytest
+import torch
+from diffusers import StableDiffusionImg2ImgPipeline
+from tiny import LATENT, pipeline
+
+from diffusers_fair.baselines import ChangedPipeline
+from diffusers_fair.families import FAMILIES, LORA_PREFIXES, conditioning, denoiser_of, family_of
+from diffusers_fair.families.stable_diffusion import STABLE_DIFFUSION
+
+NAME = "encoder_hidden_states"
+
+
+@pytest.fixture(scope="module")
+def pipe():
+    return pipeline()
+
+
+def test_the_family_of_a_pipeline(pipe):
+    other = StableDiffusionImg2ImgPipeline(**pipe.components, requires_safety_checker=False)
+    for each in (pipe, other, ChangedPipeline(pipe)):
+        assert family_of(each) is STABLE_DIFFUSION
+        assert denoiser_of(each) is pipe.unet
+
+
+@pytest.mark.parametrize("parts", [(), ("unet", "text_encoder", "vae", "tokenizer")])
+def test_a_pipeline_of_no_known_family(parts):
+    strange = SimpleNamespace(text_encoder_2=None, **dict.fromkeys(parts))
+    message = "expected a pipeline of Stable Diffusion 1 or 2, got SimpleNamespace: load a base"
+    with pytest.raises(ValueError, match=message):
+        family_of(strange)
+
+
+@pytest.mark.parametrize("family", FAMILIES)
+def test_what_a_family_names_is_there(family, pipe):
+    modules = {*family.components, *family.targets, *family.inversions, family.denoiser}
+    assert all(isinstance(getattr(pipe, name), torch.nn.Module) for name in modules)
+    assert all(hasattr(pipe, name) for name in (*family.inversions.values(), family.encode_method))
+    assert family.lora_prefixes.keys() == family.targets.keys()
+    assert all(LORA_PREFIXES[name] == key for name, key in family.lora_prefixes.items())
+    assert family.noise_shape(pipe) == LATENT
+    assert family.steps >= 1
+
+
+def test_the_unconditional_branch_is_the_empty_prompt(pipe):
+    expected = pipe.encode_prompt("", "cpu", 1, False)[0]
+    assert torch.equal(STABLE_DIFFUSION.unconditional(pipe)[NAME], expected)
+
+
+@pytest.mark.parametrize("scale", [1, 1.5, 7.5])
+def test_branches_weigh_what_they_are_combined_with(scale):
+    branches = STABLE_DIFFUSION.guidance_branches(scale)
+    predictions = torch.randn(len(branches), 2, *LATENT, dtype=torch.float64).unbind()
+    expected = sum(w * p for (_, w), p in zip(branches, predictions, strict=True))
+    torch.testing.assert_close(STABLE_DIFFUSION.combine(predictions, scale), expected)
+
+
+# ---- conditioning --------------------------------------------------------------------------------
+
+
+def two(n, **options):
+    """Two tensors of n rows, as families have them that pool embeddings as well."""
+    g = torch.Generator().manual_seed(n)
+    return {
+        "tokens": torch.randn(n, 3, 4, generator=g, **options),
+        "pooled": torch.randn(n, 4, generator=g, **options),
+    }
+
+
+def test_rows_are_expanded_selected_repeated_and_joined():
+    one, three = two(1), two(3)
+    assert conditioning.expand(one, 3)["pooled"].shape == (3, 4)
+    assert conditioning.expand(three, 3)["tokens"].shape == (3, 3, 4)
+    assert torch.equal(conditioning.select(three, slice(1, 3))["pooled"], three["pooled"][1:])
+    twice = conditioning.repeat_interleave(three, 2)
+    assert torch.equal(twice["tokens"][:2], three["tokens"][[0, 0]])
+    joined = conditioning.concatenate([one, three])
+    assert torch.equal(joined["pooled"][1:], three["pooled"])
+    with pytest.raises(ValueError, match="for 1 or 2 images, got 3: pass one for each image"):
+        conditioning.expand(three, 2)
+
+
+def test_only_floating_point_tensors_change_their_dtype():
+    given = two(2) | {"mask": torch.ones(2, 3, dtype=torch.bool)}
+    found = conditioning.cast(given, torch.zeros((), dtype=torch.bfloat16))
+    assert [x.dtype for x in found.values()] == [torch.bfloat16, torch.bfloat16, torch.bool]
+
+
+def test_leaves_collect_the_gradients_of_what_is_trainable():
+    given = two(2, dtype=torch.bfloat16)
+    given["tokens"].requires_grad_()
+    assert conditioning.requires_grad(given)
+    leaves = conditioning.leaves(given)
+    assert leaves["pooled"] is given["pooled"]
+    (leaves["tokens"].sum() + leaves["pooled"].sum()).backward()
+    found = conditioning.gradients(leaves)
+    assert list(found) == ["tokens"]
+    assert found["tokens"].dtype == torch.float32
+    assert given["tokens"].grad is None
+
+
+def test_tensors_that_share_a_graph_are_sent_back_together():
+    weight = torch.ones(4, requires_grad=True)
+    hidden = two(2)["tokens"] * weight.exp()  # `exp` keeps what its backward needs once
+    encoded = {"tokens": hidden * 1, "pooled": hidden[:, 0] * 2, "fixed": torch.ones(2)}
+    gradients = {"tokens": torch.ones(2, 3, 4), "pooled": torch.ones(2, 4)}
+    conditioning.backward(encoded, gradients)
+    expected = (two(2)["tokens"].sum((0, 1)) + 2 * two(2)["tokens"][:, 0].sum(0)) * torch.e
+    torch.testing.assert_close(weight.grad, expected)
+    conditioning.backward(encoded, {})  # nothing to send
