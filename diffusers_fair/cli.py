@@ -367,7 +367,7 @@ def inspect(
     """Say what an adapter is, without loading a model."""
     from dataclasses import asdict
 
-    from diffusers_fair.adapters.io import read_adapter
+    from diffusers_fair.adapters.folder import read_adapter
     from diffusers_fair.loading import local_folder
 
     info, weights = read_adapter(local_folder(adapter))
@@ -541,7 +541,7 @@ def _groups(
     Words of training are those of the prompts that the adapter's recipe keeps; without an adapter,
     those that --recipe keeps.
     """
-    from diffusers_fair.adapters.io import read_adapter
+    from diffusers_fair.adapters.folder import read_adapter
     from diffusers_fair.loading import local_folder
     from diffusers_fair.prompts.groups import evaluation_groups
     from diffusers_fair.prompts.training_words import kept_sets, mark_unseen
@@ -682,7 +682,7 @@ def _attributes(
     names: list[str] | None, adapter: str | None, known: dict[str, Any], usual: list[str]
 ) -> list[Any]:
     """The attributes asked for; else the adapter's own; else the usual ones."""
-    from diffusers_fair.adapters.io import read_adapter
+    from diffusers_fair.adapters.folder import read_adapter
     from diffusers_fair.loading import local_folder
 
     if names is None and adapter is not None:

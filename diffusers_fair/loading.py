@@ -16,16 +16,9 @@ from typing import TYPE_CHECKING, Any
 
 from torch import Tensor, nn
 
-from diffusers_fair.adapters.io import (
-    MAX_BYTES,
-    PREFIXES,
-    AdapterInfo,
-    Lora,
-    Weights,
-    base_fingerprint,
-    check_size,
-    read_adapter,
-)
+from diffusers_fair.adapters.fingerprint import base_fingerprint
+from diffusers_fair.adapters.folder import Adapter, check_size, open_adapter
+from diffusers_fair.adapters.format import MAX_BYTES, PREFIXES, AdapterInfo, Lora
 from diffusers_fair.adapters.prefix import PromptPrefix
 from diffusers_fair.adapters.prompt_encoder import (
     ensure_prompt_encoder,
@@ -37,6 +30,7 @@ from diffusers_fair.adapters.soft_tokens import (
     load_soft_tokens,
     unload_soft_tokens,
 )
+from diffusers_fair.adapters.tensors import Weights
 from diffusers_fair.adapters.word_switch import WordSwitch, adapter_words
 
 if TYPE_CHECKING:
@@ -52,7 +46,7 @@ MIRRORS = {  # of models that have moved, or are on the Hub twice
 
 def load_fair_adapter(
     pipe: "DiffusionPipeline",
-    id_or_dir: str | Path,
+    id_or_dir: str | Path | Adapter,
     *,
     scale: float = 1.0,
     adapter_name: str = "fair",
@@ -72,7 +66,8 @@ def load_fair_adapter(
 
     Args:
         pipe: a pipeline with the base model that the adapter was trained for.
-        id_or_dir: an adapter folder, or a repository on the Hub (then also from the local cache).
+        id_or_dir: an adapter folder, or a repository on the Hub (then also from the local cache);
+            or what `open_fair_adapter` returned.
         scale: strength; 0 is the base model, 1 the adapter as trained. Soft tokens are there or
             not: an adapter with them takes nothing between.
         adapter_name: to address it by, also in diffusers' own `set_adapters`.
@@ -105,7 +100,8 @@ def load_fair_adapter(
     _check_scale(scale)
     _check_not_fused(pipe)
     _check_in_memory(pipe)
-    info, weights = read_adapter(local_folder(id_or_dir, revision, token))
+    adapter = open_fair_adapter(id_or_dir, revision, token)
+    info, weights = adapter.info, adapter.weights
     _check_prefix_scale(scale, info.soft_tokens is not None)
     if not other_base:
         _check_base(pipe, info)
@@ -162,10 +158,32 @@ def set_fair_adapter_scale(
 # ---- where the folder is -------------------------------------------------------------------------
 
 
+def open_fair_adapter(
+    id_or_dir: str | Path | Adapter, revision: str | None = None, token: str | bool | None = None
+) -> Adapter:
+    """Find, check and read an adapter, for a command that needs it more than once.
+
+    Args:
+        id_or_dir: as in `load_fair_adapter`; an open adapter is returned as it is.
+        revision: branch, tag or commit of the repository.
+        token: for a private repository.
+
+    Raises:
+        ValueError: not found, damaged, of another format version or not acceptable.
+    """
+    if isinstance(id_or_dir, Adapter):
+        return id_or_dir
+    return open_adapter(local_folder(id_or_dir, revision, token))
+
+
 def local_folder(
     id_or_dir: str | Path, revision: str | None = None, token: str | bool | None = None
 ) -> Path:
-    """The folder itself, or the cached copy of a repository's files that are read."""
+    """Return the folder itself, or the cached copy of the files of a repository.
+
+    Raises:
+        ValueError: no such folder or repository, or the Hub does not give its files.
+    """
     if Path(id_or_dir).is_dir():
         return Path(id_or_dir)
     repository = str(id_or_dir)
@@ -188,15 +206,15 @@ def local_folder(
 
 
 def _download(repository: str, revision: str | None, token: str | bool | None) -> Path:
-    """The cached copy of a repository's files, once their sizes are known."""
+    """Download the files of a repository after a check of their sizes."""
     from huggingface_hub import errors, snapshot_download
 
-    wanted: dict[str, Any] = {"revision": revision, "token": token}
-    wanted["allow_patterns"] = list(MAX_BYTES)
-    with suppress(errors.DryRunError):  # cannot be asked: what is in the cache, or the reason
-        for file in snapshot_download(repository, dry_run=True, **wanted):
+    options: dict[str, Any] = {"revision": revision, "token": token}
+    options["allow_patterns"] = list(MAX_BYTES)
+    with suppress(errors.DryRunError):  # offline: the download takes the cache, or says why not
+        for file in snapshot_download(repository, dry_run=True, **options):
             check_size(f"{repository}/{file.filename}", file.filename, file.file_size)
-    return Path(snapshot_download(repository, **wanted))
+    return Path(snapshot_download(repository, **options))
 
 
 # ---- what is checked -----------------------------------------------------------------------------

@@ -5,7 +5,8 @@ import torch
 from tiny import LATENT, pipeline
 
 from diffusers_fair import testbed
-from diffusers_fair.adapters.io import Lora, SoftTokens, base_fingerprint
+from diffusers_fair.adapters.fingerprint import base_fingerprint
+from diffusers_fair.adapters.format import Lora, SoftTokens
 from diffusers_fair.adapters.lora import TARGETS, add_lora, trainable_parameters, without_adapter
 from diffusers_fair.adapters.prompt_encoder import prompt_prefix
 from diffusers_fair.adapters.soft_tokens import add_soft_tokens, load_soft_tokens

@@ -18,7 +18,7 @@ import comparison
 import experiments
 
 from diffusers_fair import RunConfig
-from diffusers_fair.adapters.io import read_adapter
+from diffusers_fair.adapters.folder import read_adapter
 from diffusers_fair.reports.report import Report
 from diffusers_fair.testbed import world
 

@@ -203,6 +203,7 @@ def test_import_is_light():
         *(
             f"{OWN}.{name}"
             for name in (
+                "atomic",
                 "attributes",
                 "loading",
                 "pipeline_methods",
@@ -214,7 +215,17 @@ def test_import_is_light():
         *(f"{OWN}.prompts.{name}" for name in ("groups", "lexicon", "wording")),
         *(
             f"{OWN}.adapters.{name}"
-            for name in ("io", "prefix", "prompt_encoder", "soft_tokens", "word_switch")
+            for name in (
+                "fingerprint",
+                "folder",
+                "format",
+                "json_schema",
+                "prefix",
+                "prompt_encoder",
+                "soft_tokens",
+                "tensors",
+                "word_switch",
+            )
         ),
     }
     assert {name.partition(".")[0] for name in new} <= {OWN, "safetensors"}

@@ -7,7 +7,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from diffusers_fair.adapters.io import PREFIXES
+from diffusers_fair.adapters.format import PREFIXES
 
 TARGETS = {
     "text_encoder": ("q_proj", "k_proj", "v_proj", "out_proj", "fc1", "fc2"),  # attention, MLP

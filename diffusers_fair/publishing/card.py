@@ -14,17 +14,15 @@ from typing import Any
 import yaml
 from huggingface_hub import EvalResult, ModelCard, ModelCardData
 
-from diffusers_fair import testbed
-from diffusers_fair.adapters.io import (
-    EMBEDS_FILE,
+from diffusers_fair import atomic, testbed
+from diffusers_fair.adapters.folder import (
     README_FILE,
     REPORT_FILES,
     SAMPLES_FOLDER,
-    AdapterInfo,
     read_adapter,
-    replace_file,
     write_info,
 )
+from diffusers_fair.adapters.format import EMBEDS_FILE, AdapterInfo
 from diffusers_fair.attributes import Attribute
 from diffusers_fair.loading import MIRRORS, REPOSITORY
 from diffusers_fair.reports.groups import GroupSummary, summaries_from_json
@@ -76,7 +74,7 @@ def write_card(folder: str | Path, report: str | Path | None = None) -> Path:
     if report is not None:
         write_info(folder, info)
         _copy(Path(report), folder)
-    replace_file(folder / README_FILE, text.encode())
+    atomic.write(folder / README_FILE, text.encode())
     return folder / README_FILE
 
 
@@ -147,11 +145,11 @@ def _copy(report: Path, folder: Path) -> None:
     """Put a report's files beside the adapter, and its sheets among the samples."""
     for name in REPORT_FILES:
         if (report / name).is_file():
-            replace_file(folder / name, (report / name).read_bytes())
+            atomic.write(folder / name, (report / name).read_bytes())
     for name in SHEETS:
         if (report / name).is_file():
             (folder / SAMPLES_FOLDER).mkdir(exist_ok=True)
-            replace_file(folder / SAMPLES_FOLDER / name, (report / name).read_bytes())
+            atomic.write(folder / SAMPLES_FOLDER / name, (report / name).read_bytes())
 
 
 # ---- the card ------------------------------------------------------------------------------------

@@ -24,15 +24,8 @@ from huggingface_hub import (
 from huggingface_hub.hf_api import RepoSibling
 from huggingface_hub.utils import validate_repo_id
 
-from diffusers_fair.adapters.io import (
-    EMBEDS_FILE,
-    INFO_FILE,
-    README_FILE,
-    REPORT_FILES,
-    SAMPLES_FOLDER,
-    WEIGHTS_FILE,
-    read_adapter,
-)
+from diffusers_fair.adapters.folder import README_FILE, REPORT_FILES, SAMPLES_FOLDER, read_adapter
+from diffusers_fair.adapters.format import EMBEDS_FILE, INFO_FILE, WEIGHTS_FILE
 from diffusers_fair.publishing.card import write_card
 
 MAIN = "main"

@@ -22,14 +22,9 @@ import torch
 from torch import Tensor
 
 from diffusers_fair import atomic, distributed, testbed
-from diffusers_fair.adapters.io import (
-    AdapterInfo,
-    Lora,
-    SoftTokens,
-    base_fingerprint,
-    read_adapter,
-    write_adapter,
-)
+from diffusers_fair.adapters.fingerprint import base_fingerprint
+from diffusers_fair.adapters.folder import read_adapter, write_adapter
+from diffusers_fair.adapters.format import AdapterInfo, Lora, SoftTokens
 from diffusers_fair.adapters.trainable import TrainableAdapter
 from diffusers_fair.backends.registry import load_base, load_judges
 from diffusers_fair.config.recipe import OptimizerSection, RunConfig
