@@ -248,7 +248,7 @@ def test_pipelines_get_the_methods(code):
         "print(json.dumps({'same': same, 'hooks': hooks}))"
     )
     assert result["same"] == [True] * 3
-    assert "_WhenPipelinesAreImported" not in result["hooks"]
+    assert "_PipelineFinder" not in result["hooks"]
 
 
 @pytest.mark.parametrize("name", diffusers_fair.__all__)
