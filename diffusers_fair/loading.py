@@ -1,9 +1,9 @@
-"""Adapter folder or Hub repository -> pipeline. Light: nothing of training is imported here.
+"""Adapter folder or Hub repository -> pipeline. Light: imports nothing that only training needs.
 
-The low-rank layers are put in with peft's functional interface, the same for every part: the host's
-loader for text encoders draws random numbers, and the one for U-Nets switches other adapters off.
-Soft tokens are put in by the host's own loader of textual inversions, and before every prompt by
-`PromptEncoder`, which also reads prompts for words that switch an adapter off.
+Low-rank layers are injected with peft's functional interface, not with diffusers' loaders: the one
+for text encoders draws random numbers, and the one for U-Nets deactivates other adapters. Soft
+tokens are loaded by diffusers as textual inversions; `PromptEncoder` puts them before every prompt
+and looks for words that switch an adapter off.
 """
 
 import math
@@ -55,38 +55,37 @@ def load_fair_adapter(
     other_base: bool = False,
     respect_words: bool = False,
 ) -> None:
-    """Put a fairness adapter on a pipeline; also `pipe.load_fair_adapter(...)`.
+    """Load a fairness adapter into a pipeline; also available as `pipe.load_fair_adapter(...)`.
 
-    Adapters that the pipeline already carries stay, and stay active. Upon any error the pipeline is
-    as it was.
+    Adapters that the pipeline already has stay active. If anything fails, the pipeline is restored.
 
-    Soft tokens go before every prompt that this pipeline is given as text, not before the negative
-    one. A pipeline made from this one's parts knows the tokens, but does not put them there: type
-    the placeholder, as `<fair> a chef`.
+    Soft tokens are put before every text prompt, but not before the negative prompt. A pipeline
+    that is made from this one's components knows the tokens, but does not insert them: type the
+    placeholder, as in `<fair> a chef`.
 
     Args:
         pipe: a pipeline with the base model that the adapter was trained for.
         id_or_dir: an adapter folder, or a repository on the Hub (then also from the local cache);
             or what `open_fair_adapter` returned.
-        scale: strength; 0 is the base model, 1 the adapter as trained. Soft tokens are there or
-            not: an adapter with them takes nothing between.
-        adapter_name: to address it by, also in diffusers' own `set_adapters`.
+        scale: strength; 0 is the base model, 1 the adapter as trained. An adapter with soft tokens
+            can only have 0 or 1.
+        adapter_name: name of the adapter in the pipeline, also for diffusers' `set_adapters`.
         revision: branch, tag or commit of the repository.
         token: for a private repository.
-        other_base: load it also into another base model than it was trained for, such as a
-            fine-tuned one, if the layers fit. What it does there has not been measured.
-        respect_words: draw a prompt that names a class of a balanced attribute, as "a female chef",
-            without the adapter; other prompts of the same batch are drawn with it. The words are
-            `words` of `fair_adapter.json`; they count anywhere in the prompt and in any case. So
-            an adapter that balances an attribute with the word "white" is also off for "a doctor in
-            a white coat". Prompts must be text then, not `prompt_embeds`, and a negative prompt's
-            words do not count. A pipeline made from this one's parts does not look at words.
+        other_base: also load it into a base model that it was not trained for, such as a fine-tuned
+            one, if the layers fit. Its effect there has not been measured.
+        respect_words: switch the adapter off for prompts that name a class of a balanced attribute,
+            as in "a female chef"; other prompts of the same batch still use it. The words are
+            `words` of `fair_adapter.json`; they are matched anywhere in the prompt and in any case.
+            So an adapter that balances an attribute with the word "white" is also off for "a doctor
+            in a white coat". Prompts must then be text, not `prompt_embeds`. Words of the negative
+            prompt are ignored. A pipeline that is made from this one's components ignores words.
 
     Raises:
         ValueError: one sentence: not found, damaged, another format version, another base model, a
-            name in use, a scale that cannot be, other adapters fused into the weights, other soft
-            tokens before the prompt, weights that are offloaded layer by layer, a pipeline whose
-            prompts cannot be read for words.
+            name in use, an invalid scale, adapters fused into the weights, soft tokens of another
+            adapter, weights that are offloaded layer by layer, or a pipeline whose prompts cannot
+            be searched for words.
     """
     if not re.fullmatch(r"[\w-]+", adapter_name):
         raise ValueError(
@@ -123,10 +122,10 @@ def load_fair_adapter(
 
 
 def unload_fair_adapter(pipe: "DiffusionPipeline", *, adapter_name: str = "fair") -> None:
-    """Take an adapter off again: the pipeline is bit for bit what it was without it.
+    """Remove an adapter; the pipeline is then bit for bit what it was without it.
 
     Raises:
-        ValueError: the pipeline carries no such adapter, adapters are fused into its weights, or
+        ValueError: the pipeline has no such adapter, adapters are fused into its weights, or
             the weights are offloaded layer by layer.
     """
     _check_loaded(pipe, adapter_name)
@@ -141,7 +140,7 @@ def set_fair_adapter_scale(
     """Set an adapter's strength: 0 is the base model, 1 the adapter as trained.
 
     Raises:
-        ValueError: the pipeline carries no such adapter, or the scale is not finite, or neither 0
+        ValueError: the pipeline has no such adapter, or the scale is not finite, or it is neither 0
             nor 1 for an adapter with soft tokens.
     """
     _check_scale(scale)
@@ -226,7 +225,7 @@ def _check_scale(scale: float) -> None:
 
 
 def _check_prefix_scale(scale: float, prefix: bool) -> None:
-    """Soft tokens weighed less would be other words, not less of the adapter."""
+    """Refuse scales between 0 and 1: scaled soft tokens are other words, not a weaker adapter."""
     if prefix and scale not in (0, 1):
         raise ValueError(
             f"this adapter puts soft tokens before the prompt, which are there or not: scale must "
@@ -235,7 +234,7 @@ def _check_prefix_scale(scale: float, prefix: bool) -> None:
 
 
 def _check_loaded(pipe: "DiffusionPipeline", adapter_name: str) -> None:
-    """The pipeline carries this adapter."""
+    """Check that the pipeline has this adapter."""
     if adapter_name not in _adapter_names(pipe):
         raise ValueError(
             f"the pipeline carries no adapter '{adapter_name}', only {sorted(_adapter_names(pipe))}"
@@ -243,7 +242,7 @@ def _check_loaded(pipe: "DiffusionPipeline", adapter_name: str) -> None:
 
 
 def _check_not_fused(pipe: "DiffusionPipeline") -> None:
-    """Fused layers would be unfused on the way, which rounds the base model's weights."""
+    """Refuse fused adapters: peft would unfuse them, which rounds the base model's weights."""
     if any(layer.merged for model in _parts(pipe).values() for layer in _layers(model).values()):
         raise ValueError(
             "adapters are fused into the pipeline's weights: call pipe.unfuse_lora() first"
@@ -251,7 +250,7 @@ def _check_not_fused(pipe: "DiffusionPipeline") -> None:
 
 
 def _check_in_memory(pipe: "DiffusionPipeline") -> None:
-    """Layers beside weights that are elsewhere would be elsewhere too, and lost."""
+    """Refuse offloaded weights: layers added beside them would be offloaded, and lost."""
     if any(weight.is_meta for model in _parts(pipe).values() for weight in model.parameters()):
         raise ValueError(
             "the pipeline's weights are offloaded layer by layer: call pipe.remove_all_hooks() "
@@ -260,7 +259,7 @@ def _check_in_memory(pipe: "DiffusionPipeline") -> None:
 
 
 def _check_base(pipe: "DiffusionPipeline", info: AdapterInfo) -> None:
-    """The pipeline is the adapter's base: by its id, where both are on the Hub, and by shapes."""
+    """Check that the pipeline is the adapter's base, by Hub id if both have one, and by shapes."""
     other = None
     if base_fingerprint(pipe) != info.fingerprint:
         other = f"the shapes of this {type(pipe).__name__}'s text encoder and U-Net are of another"
@@ -275,7 +274,7 @@ def _check_base(pipe: "DiffusionPipeline", info: AdapterInfo) -> None:
 
 
 def _check_words(pipe: "DiffusionPipeline") -> None:
-    """The pipeline has the method that reads the prompts."""
+    """Check that the pipeline has the method that reads the prompts."""
     if not hasattr(type(pipe), "encode_prompt"):
         raise ValueError(
             f"respect_words needs a pipeline with encode_prompt, and {type(pipe).__name__} has none"
@@ -283,7 +282,7 @@ def _check_words(pipe: "DiffusionPipeline") -> None:
 
 
 def _check_fit(pipe: "DiffusionPipeline", info: AdapterInfo, weights: Weights) -> None:
-    """Every weight has its layer, and there is room for soft tokens."""
+    """Check that every weight has its layer, and that there is room for soft tokens."""
     if info.soft_tokens:
         check_soft_tokens(pipe, info.soft_tokens)
         width = pipe.text_encoder.get_input_embeddings().embedding_dim
@@ -309,7 +308,7 @@ def _state(weights: Weights, part: str) -> dict[str, Tensor]:
 
 
 def _in_float32(state: dict[str, Tensor]) -> dict[str, Tensor]:
-    """The same as training has them: files in half precision save space, not digits of images."""
+    """Convert to float32, as in training; files in half precision only save space."""
     return {key: value.float() for key, value in state.items()}
 
 
@@ -329,19 +328,19 @@ def _adapter_names(pipe: "DiffusionPipeline") -> set[str]:
 
 
 def _prefix(pipe: "DiffusionPipeline", adapter_name: str) -> PromptPrefix | None:
-    """The prefix before the prompts, if it is this adapter's."""
+    """The prefix before the prompts, if it belongs to this adapter."""
     prefix = prompt_prefix(pipe)
     return prefix if prefix is not None and prefix.adapter_name == adapter_name else None
 
 
 def _switch(pipe: "DiffusionPipeline", adapter_name: str) -> WordSwitch | None:
-    """What switches this adapter off for words, if it respects them."""
+    """The switch that turns this adapter off for words, if it respects them."""
     encoder = prompt_encoder(pipe)
     return None if encoder is None else encoder.switches.get(adapter_name)
 
 
 def _layers(model: nn.Module) -> "dict[str, LoraLayer]":
-    """Module name -> low-rank layer, of whichever adapter."""
+    """Module name -> low-rank layer of any adapter."""
     from peft.tuners.lora import LoraLayer
 
     return {name: layer for name, layer in model.named_modules() if isinstance(layer, LoraLayer)}
@@ -364,7 +363,7 @@ def _active_adapters(model: nn.Module) -> list[str]:
 
 @contextmanager
 def _trainable_kept(model: nn.Module) -> Iterator[None]:
-    """Peft freezes and thaws what it passes by; give every parameter its flag back."""
+    """Restore every parameter's `requires_grad`, which peft changes."""
     kept = [(parameter, parameter.requires_grad) for parameter in model.parameters()]
     try:
         yield
@@ -396,7 +395,7 @@ def _insert(model: Any, lora: Lora, state: dict[str, Tensor], adapter_name: str)
 
 
 def _add_switch(pipe: "DiffusionPipeline", switch: WordSwitch) -> None:
-    """Let a switch look at the prompts, and at the adapter's layers."""
+    """Connect a switch to the prompts and to the adapter's layers."""
     ensure_prompt_encoder(pipe).switches[switch.adapter_name] = switch
     for part, model in _parts(pipe).items():
         found = [layer for layer in _layers(model).values() if switch.adapter_name in layer.scaling]
@@ -405,7 +404,7 @@ def _add_switch(pipe: "DiffusionPipeline", switch: WordSwitch) -> None:
 
 
 def _remove(pipe: "DiffusionPipeline", adapter_name: str) -> None:
-    """Take out all of an adapter, also of one that was put in by half."""
+    """Remove everything of an adapter, also of one that is only partly loaded."""
     from peft.functional import set_adapter
 
     prefix = _prefix(pipe, adapter_name)

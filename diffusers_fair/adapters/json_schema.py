@@ -121,13 +121,13 @@ def _sentence(problem: str, value: Any, schema: Schema, key: str, owner: str) ->
     if problem is _KEYS:
         got = printable(sorted(value)) if isinstance(value, dict) else type(value).__name__
     about = schema | {"key": key, "owner": owner, "got": got, "type": type(value).__name__}
-    is_other_type = problem is _TYPE and schema["type"] not in ("array", "object")
-    sentence = problem if is_other_type else schema.get(ERROR, problem)
+    is_wrong_scalar = problem is _TYPE and schema["type"] not in ("array", "object")
+    sentence = problem if is_wrong_scalar else schema.get(ERROR, problem)
     return sentence.format(**about, names=sorted(schema.get("properties", ())))
 
 
 def _find_problem(value: Any, schema: Schema) -> str:
-    """The sentence for what is wrong with the value itself, not with what it holds; empty if ok."""
+    """Check the value itself, not its members; return the default sentence, empty if it is fine."""
     if "properties" in schema and value is not None and not _has_keys(value, schema):
         return _KEYS
     if not _has_type(value, schema):
@@ -140,7 +140,7 @@ def _find_problem(value: Any, schema: Schema) -> str:
 
 
 def _has_type(value: Any, schema: Schema) -> bool:
-    """Whether it has a type of the schema; in JSON a bool is no number."""
+    """Whether the value has a type of the schema; a bool is not a number."""
     if "type" not in schema or isinstance(value, bool):
         return "type" not in schema
     names = schema["type"]
@@ -155,14 +155,14 @@ def _has_keys(value: Any, schema: Schema) -> bool:
 
 
 def _has_items(value: list[Any], schema: Schema) -> bool:
-    """Whether there are as many items as there may be, of the right type."""
+    """Whether the items are of the right type and number."""
     items = schema["items"]
     fits = "properties" in items or all(_has_type(item, items) for item in value)
     return fits and schema.get("minItems", 0) <= len(value) <= schema.get("maxItems", math.inf)
 
 
 def _is_label(value: str, schema: Schema) -> bool:
-    """Whether it is one short line that people can read."""
+    """Whether the value is one short line that people can read."""
     if not value:
         return "minLength" not in schema
     return bool(value.strip()) and len(value) <= schema["maxLength"] and value.isprintable()

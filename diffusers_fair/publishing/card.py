@@ -19,7 +19,8 @@ from diffusers_fair.adapters.folder import (
     README_FILE,
     REPORT_FILES,
     SAMPLES_FOLDER,
-    read_adapter,
+    Adapter,
+    open_adapter,
     write_info,
 )
 from diffusers_fair.adapters.format import EMBEDS_FILE, AdapterInfo
@@ -52,11 +53,11 @@ LICENCES = {  # base model -> its licence, as the Hub calls it; it holds for ada
 }
 
 
-def write_card(folder: str | Path, report: str | Path | None = None) -> Path:
+def write_card(folder: str | Path | Adapter, report: str | Path | None = None) -> Path:
     """Write the card of an adapter folder.
 
     Args:
-        folder: the adapter.
+        folder: the adapter's, or the open adapter.
         report: folder of its report; the summary is noted in `fair_adapter.json`, and report and
             pictures are copied beside it. Left out: what was noted there before, if anything.
 
@@ -66,13 +67,13 @@ def write_card(folder: str | Path, report: str | Path | None = None) -> Path:
     Raises:
         ValueError: no adapter, no report, a report of something else than the adapter balances.
     """
-    folder = Path(folder)
-    info, _ = read_adapter(folder)
+    adapter = open_adapter(folder)
+    folder, info = adapter.folder, adapter.info
     if report is not None:
         info = replace(info, evaluation=_evaluation(Path(report), info.attributes))
     text = _render(info, _pictures(folder, report))
     if report is not None:
-        write_info(folder, info)
+        write_info(adapter, info)
         _copy(Path(report), folder)
     atomic.write(folder / README_FILE, text.encode())
     return folder / README_FILE
