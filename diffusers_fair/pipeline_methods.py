@@ -9,13 +9,13 @@ from typing import Any
 
 from diffusers_fair.loading import load_fair_adapter, set_fair_adapter_scale, unload_fair_adapter
 
-PIPELINES = "diffusers.pipelines.pipeline_utils"
+_PIPELINES = "diffusers.pipelines.pipeline_utils"
 
 
 def add_pipeline_methods() -> None:
     """Add the methods now, or when diffusers imports its pipelines, which takes seconds."""
-    if PIPELINES in sys.modules:
-        _add_methods(sys.modules[PIPELINES])
+    if _PIPELINES in sys.modules:
+        _add_methods(sys.modules[_PIPELINES])
     else:
         sys.meta_path.insert(0, _PipelineFinder())
 
@@ -30,7 +30,7 @@ class _PipelineFinder(MetaPathFinder):
 
     def find_spec(self, fullname: str, path: Any, target: Any = None) -> ModuleSpec | None:
         """Let the usual finders find the module, and wrap its loader."""
-        if fullname != PIPELINES:
+        if fullname != _PIPELINES:
             return None
         sys.meta_path.remove(self)
         spec = find_spec(fullname)

@@ -29,8 +29,8 @@ PREFIXES = {"text_encoder": "text_encoder.text_model.", "unet": "unet."}
 SOFT_TOKENS = "soft_tokens"  # the component that is not a part of the pipeline
 
 MAX_RANK = 1024
-MAX_ALPHA = 1_000_000
-MAX_SOFT_TOKENS = 1024
+_MAX_ALPHA = 1_000_000
+_MAX_SOFT_TOKENS = 1024
 MAX_LABEL = 300  # characters of a name or a word
 MAX_WORDS = 1000  # of one class
 
@@ -80,7 +80,7 @@ _LORA = _object(
         "alpha": {
             "type": "number",
             "exclusiveMinimum": 0,
-            "maximum": MAX_ALPHA,
+            "maximum": _MAX_ALPHA,
             ERROR: "the {key} of {owner} must be positive and at most {maximum}, got {got}",
         },
     },
@@ -91,7 +91,7 @@ _SOFT_TOKENS = _object(
         "count": {
             "type": "integer",
             "minimum": 1,
-            "maximum": MAX_SOFT_TOKENS,
+            "maximum": _MAX_SOFT_TOKENS,
             ERROR: "there can be {minimum} to {maximum} soft tokens, got {got}",
         },
         "token": {

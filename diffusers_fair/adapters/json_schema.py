@@ -14,7 +14,7 @@ from typing import Any
 
 Schema = dict[str, Any]
 
-MAX_DEPTH = 20  # of nested objects and lists
+_MAX_DEPTH = 20  # of nested objects and lists
 ERROR = "errorMessage"
 _TYPES: dict[str, Any] = {
     "object": dict,
@@ -44,8 +44,8 @@ def parse_json(text: str | bytes, where: str, max_length: int) -> Any:
         if len(text) > max_length:
             raise ValueError(f"it is longer than {max_length}")
         text = text.decode() if isinstance(text, bytes) else text
-        if _depth(text) > MAX_DEPTH:
-            raise ValueError(f"it is nested deeper than {MAX_DEPTH} levels")
+        if _depth(text) > _MAX_DEPTH:
+            raise ValueError(f"it is nested deeper than {_MAX_DEPTH} levels")
         return json.loads(text, parse_constant=_finite, parse_float=_finite)
     except ValueError as error:
         raise ValueError(f"'{where}' is truncated or not acceptable JSON: {error}") from error

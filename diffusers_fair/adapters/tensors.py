@@ -26,7 +26,7 @@ Weights = dict[str, Tensor]
 """All weights of an adapter: `unet.module.lora_A.weight` (rank, in), `.lora_B.` (out, rank), ...,
 and the placeholder of the soft tokens (m, d)."""
 
-METADATA_KEY = "lora_adapter_metadata"  # where diffusers looks for rank and alpha in the header
+_METADATA_KEY = "lora_adapter_metadata"  # where diffusers looks for rank and alpha in the header
 _DTYPES = ("F32", "F16", "BF16")
 _Slices = dict[str, Any]  # key -> a tensor of a file of which only the header has been read
 _Check = Callable[[_Slices, dict[str, str], AdapterInfo], None]
@@ -40,7 +40,7 @@ def write_tensors(folder: Path, weights: Mapping[str, Tensor], info: AdapterInfo
     # Written as bytes, because only their owner may read the files that safetensors makes.
     if lora or info.lora:
         metadata = json.dumps(_lora_metadata(lora, info), indent=2)
-        data = save(lora, metadata={"format": "pt", METADATA_KEY: metadata})
+        data = save(lora, metadata={"format": "pt", _METADATA_KEY: metadata})
         (folder / WEIGHTS_FILE).write_bytes(_with_sorted_metadata(data))
     if embeds or info.soft_tokens:
         (folder / EMBEDS_FILE).write_bytes(save(embeds, metadata={"format": "pt"}))
@@ -94,9 +94,9 @@ def _read(path: Path, info: AdapterInfo, check: _Check) -> Weights:
 
 def _check_lora(slices: _Slices, metadata: dict[str, str], info: AdapterInfo) -> None:
     _check_shapes({key: tuple(part.get_shape()) for key, part in slices.items()}, info.lora)
-    text = metadata.get(METADATA_KEY, "{}")
-    if parse_json(text, METADATA_KEY, MAX_BYTES[INFO_FILE]) != _lora_metadata(slices, info):
-        raise ValueError(f"'{METADATA_KEY}' does not agree with {INFO_FILE}")
+    text = metadata.get(_METADATA_KEY, "{}")
+    if parse_json(text, _METADATA_KEY, MAX_BYTES[INFO_FILE]) != _lora_metadata(slices, info):
+        raise ValueError(f"'{_METADATA_KEY}' does not agree with {INFO_FILE}")
 
 
 def _check_soft_tokens(slices: _Slices, metadata: dict[str, str], info: AdapterInfo) -> None:

@@ -5,7 +5,7 @@ from dataclasses import dataclass
 from importlib.util import find_spec
 from pathlib import Path
 
-SUFFIXES = (".safetensors", ".bin")  # of weights; of two copies, one is read
+_SUFFIXES = (".safetensors", ".bin")  # of weights; of two copies, one is read
 
 
 @dataclass(frozen=True)
@@ -67,4 +67,4 @@ def _cached(model: str, revision: str | None) -> Path | None:
 
 def _weights(folder: Path) -> int:
     """Count the bytes of the weights in a folder."""
-    return max(sum(f.stat().st_size for f in folder.glob(f"*{suffix}")) for suffix in SUFFIXES)
+    return max(sum(f.stat().st_size for f in folder.glob(f"*{suffix}")) for suffix in _SUFFIXES)

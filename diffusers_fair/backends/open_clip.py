@@ -13,7 +13,7 @@ from diffusers_fair.backends.needs import Need, package, pretrained
 from diffusers_fair.vision.encoders import Pixels
 
 PACKAGE = "open_clip"  # as it is imported
-INSTALL = "pip install open_clip_torch"
+_INSTALL = "pip install open_clip_torch"
 
 
 @dataclass(frozen=True)
@@ -48,7 +48,7 @@ def load(name: str, device: torch.device | str = "cpu") -> OpenClipEncoder:
         ModuleNotFoundError: open_clip is not installed.
         ValueError: the model does not exist, or cannot be reached.
     """
-    with loading(f"'{name}' of open_clip", "MODEL/WEIGHTS, or a folder", INSTALL):
+    with loading(f"'{name}' of open_clip", "MODEL/WEIGHTS, or a folder", _INSTALL):
         import open_clip
 
         model, weights = _parts(name)
@@ -62,7 +62,7 @@ def load(name: str, device: torch.device | str = "cpu") -> OpenClipEncoder:
 
 def needs(name: str) -> list[Need]:
     """List what `load` needs."""
-    installed = package(PACKAGE, INSTALL)
+    installed = package(PACKAGE, _INSTALL)
     if not installed.available:
         return [installed]
     if Path(name).is_dir():

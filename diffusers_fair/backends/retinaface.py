@@ -17,14 +17,14 @@ from diffusers_fair.backends.errors import loading
 from diffusers_fair.backends.needs import Need, file, package
 from diffusers_fair.vision.faces import Faces, area, faces_of_images
 
-INSTALL = "pip install --no-deps retinaface-pytorch"
+_INSTALL = "pip install --no-deps retinaface-pytorch"
 URL = (
     "https://github.com/ternaus/retinaface/releases/download/0.01/"
     "retinaface_resnet50_2020-07-20-f168fae3c.zip"
 )
 MEAN, STD = (0.485, 0.456, 0.406), (0.229, 0.224, 0.225)  # per channel, of values in [0, 1]
-ANCHORS = {"min_sizes": [[16, 32], [64, 128], [256, 512]], "steps": [8, 16, 32], "clip": False}
-VARIANCE = (0.1, 0.2)  # scales of the network's offsets and of its logarithmic sizes
+_ANCHORS = {"min_sizes": [[16, 32], [64, 128], [256, 512]], "steps": [8, 16, 32], "clip": False}
+_VARIANCE = (0.1, 0.2)  # scales of the network's offsets and of its logarithmic sizes
 
 
 @dataclass(frozen=True)
@@ -73,8 +73,8 @@ class RetinaFaceDetector:
         offsets, logits, points = self.network(((images + 1) / 2 - mean) / std)
         anchors = _anchors(h, w).to(images).repeat(n, 1)  # (n a, 4), relative to the image size
         scale = torch.tensor([w, h]).to(images)
-        boxes = decode(offsets.flatten(0, 1), anchors, VARIANCE).view(n, -1, 2, 2) * scale
-        landmarks = decode_landm(points.flatten(0, 1), anchors, VARIANCE).view(n, -1, 5, 2) * scale
+        boxes = decode(offsets.flatten(0, 1), anchors, _VARIANCE).view(n, -1, 2, 2) * scale
+        landmarks = decode_landm(points.flatten(0, 1), anchors, _VARIANCE).view(n, -1, 5, 2) * scale
         return boxes.flatten(2), logits.softmax(-1)[..., 1], landmarks
 
 
@@ -85,7 +85,7 @@ def load(device: torch.device | str = "cpu") -> RetinaFaceDetector:
         ModuleNotFoundError: retinaface-pytorch is not installed.
         ValueError: the weights cannot be downloaded, or do not fit.
     """
-    with loading("RetinaFace", f"{URL}, or that file as '{_weights()}'", INSTALL):
+    with loading("RetinaFace", f"{URL}, or that file as '{_weights()}'", _INSTALL):
         from retinaface.network import RetinaFace
 
         network = RetinaFace(
@@ -105,7 +105,7 @@ def needs() -> list[Need]:
     """List what `load` needs."""
     return [
         package("torchvision"),
-        package("retinaface", INSTALL),
+        package("retinaface", _INSTALL),
         file(_weights(), f"download {URL} to '{_weights()}'"),
     ]
 
@@ -120,4 +120,4 @@ def _anchors(h: int, w: int) -> Tensor:
     """(a, 4) centres and sizes of the anchors, relative to the image size."""
     from retinaface.prior_box import priorbox
 
-    return priorbox(image_size=(h, w), **ANCHORS)
+    return priorbox(image_size=(h, w), **_ANCHORS)

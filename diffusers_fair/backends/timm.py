@@ -9,9 +9,9 @@ from diffusers_fair.backends.needs import Need, package, pretrained
 from diffusers_fair.vision.encoders import NetworkEncoder, Pixels
 
 PACKAGE = "timm"  # as it is imported
-INSTALL = "pip install timm"
-HUB = "hf-hub:"
-FORMS = f"a name that timm knows, {HUB}ORG/MODEL, or a folder with config.json and weights"
+_INSTALL = "pip install timm"
+_HUB = "hf-hub:"
+_FORMS = f"a name that timm knows, {_HUB}ORG/MODEL, or a folder with config.json and weights"
 
 
 def load(name: str, device: torch.device | str = "cpu") -> NetworkEncoder:
@@ -28,7 +28,7 @@ def load(name: str, device: torch.device | str = "cpu") -> NetworkEncoder:
         ModuleNotFoundError: timm is not installed.
         ValueError: the model does not exist, cannot be reached, or its images are not square.
     """
-    with loading(f"the face embedder '{name}' of timm", FORMS, INSTALL):
+    with loading(f"the face embedder '{name}' of timm", _FORMS, _INSTALL):
         import timm
 
         source = f"local-dir:{name}" if Path(name).is_dir() else name
@@ -43,17 +43,17 @@ def load(name: str, device: torch.device | str = "cpu") -> NetworkEncoder:
 
 def needs(name: str) -> list[Need]:
     """List what `load` needs."""
-    installed = package(PACKAGE, INSTALL)
+    installed = package(PACKAGE, _INSTALL)
     if not installed.available:
         return [installed]
-    if Path(name).is_dir() or name.startswith(HUB):
-        return [installed, pretrained(name.removeprefix(HUB))]
+    if Path(name).is_dir() or name.startswith(_HUB):
+        return [installed, pretrained(name.removeprefix(_HUB))]
     import timm
 
     known = timm.models.is_model(name) and timm.models.get_pretrained_cfg(name)
     if not known or not known.hf_hub_id:
         return [
             installed,
-            Need(name, False, f"unknown to timm, or without weights: expected {FORMS}"),
+            Need(name, False, f"unknown to timm, or without weights: expected {_FORMS}"),
         ]
     return [installed, pretrained(known.hf_hub_id)]

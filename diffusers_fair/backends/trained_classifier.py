@@ -18,13 +18,13 @@ from diffusers_fair.backends.needs import Need, package
 from diffusers_fair.vision.classifiers import NetworkClassifier
 from diffusers_fair.vision.encoders import Pixels
 
-FORMAT = 1
+_FORMAT = 1
 WEIGHTS, FACTS = "model.safetensors", "classifier.json"
 MEAN, STD = (
     (0.485, 0.456, 0.406),
     (0.229, 0.224, 0.225),
 )  # ImageNet's, per channel, of values in [0, 1]
-TRAIN = "make one with: diffusers-fair classifier train"
+_TRAIN = "make one with: diffusers-fair classifier train"
 
 
 def mobilenet(classes: int) -> nn.Module:
@@ -48,7 +48,7 @@ def write(folder: str | Path, network: nn.Module, facts: Mapping[str, Any]) -> N
     folder.mkdir(parents=True, exist_ok=True)
     state = {name: value.cpu().contiguous() for name, value in network.state_dict().items()}
     save_file(state, folder / WEIGHTS)
-    text = json.dumps({"format": FORMAT, **facts}, indent=1)
+    text = json.dumps({"format": _FORMAT, **facts}, indent=1)
     (folder / FACTS).write_text(text, encoding="utf-8")
 
 
@@ -61,8 +61,8 @@ def read_facts(folder: str | Path) -> dict[str, Any]:
     """
     facts = json.loads((Path(folder) / FACTS).read_text(encoding="utf-8"))
     version = facts.get("format") if isinstance(facts, dict) else None
-    if version != FORMAT:
-        raise ValueError(f"{FACTS} must have format {FORMAT}, got {version}")
+    if version != _FORMAT:
+        raise ValueError(f"{FACTS} must have format {_FORMAT}, got {version}")
     labels, size = facts.get("classes"), facts.get("size")
     if not isinstance(labels, list) or len({str(c) for c in labels}) < 2:
         raise ValueError(f"{FACTS} must name two or more classes, got {labels}")
@@ -87,7 +87,7 @@ def load(
     """
     from safetensors.torch import load_file
 
-    with loading(f"the classifier '{folder}'", f"a folder with {WEIGHTS} and {FACTS}; {TRAIN}"):
+    with loading(f"the classifier '{folder}'", f"a folder with {WEIGHTS} and {FACTS}; {_TRAIN}"):
         facts = read_facts(folder)
         groups = group(facts["classes"], classes)
         network = mobilenet(len(facts["classes"]))
@@ -107,7 +107,7 @@ def needs(folder: str) -> list[Need]:
     files = [Path(folder) / name for name in (WEIGHTS, FACTS)]
     available = all(path.is_file() for path in files)
     size = files[0].stat().st_size if available else 0
-    return [package("torchvision"), Need(f"folder '{folder}'", available, TRAIN, size)]
+    return [package("torchvision"), Need(f"folder '{folder}'", available, _TRAIN, size)]
 
 
 def classes_need(folder: str, classes: Mapping[str, Sequence[str]], attribute: Attribute) -> Need:

@@ -28,9 +28,9 @@ from diffusers_fair.adapters.folder import README_FILE, REPORT_FILES, SAMPLES_FO
 from diffusers_fair.adapters.format import EMBEDS_FILE, INFO_FILE, WEIGHTS_FILE
 from diffusers_fair.publishing.card import write_card
 
-MAIN = "main"
-NAMES = (INFO_FILE, WEIGHTS_FILE, EMBEDS_FILE, README_FILE, *REPORT_FILES)
-HUB_NAMES = {".gitattributes", "LICENSE", README_FILE}  # what the Hub puts in a new repository
+_MAIN = "main"
+_NAMES = (INFO_FILE, WEIGHTS_FILE, EMBEDS_FILE, README_FILE, *REPORT_FILES)
+_HUB_NAMES = {".gitattributes", "LICENSE", README_FILE}  # what the Hub puts in a new repository
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -83,21 +83,21 @@ def push_adapter(
     adapter = open_adapter(folder)
     if not (folder / README_FILE).exists():
         write_card(adapter)
-    files = folder_files(folder)
+    files = _folder_files(folder)
     _check_repo_id(repo_id)
-    if create_pr and revision not in (None, MAIN):
-        raise ValueError(f"a pull request goes to {MAIN}: leave out the revision '{revision}'")
+    if create_pr and revision not in (None, _MAIN):
+        raise ValueError(f"a pull request goes to {_MAIN}: leave out the revision '{revision}'")
     sizes = {name: path.stat().st_size for name, path in files.items()}
     if dry_run:
         return Push(repo_id=repo_id, files=sizes)
     info = adapter.info
     message = message or f"Adapter of {', '.join(info.components)} for {info.base_model}"
-    attempt = _Attempt(_api(token), repo_id, revision or MAIN, files)
+    attempt = _Attempt(_api(token), repo_id, revision or _MAIN, files)
     url = attempt.run(private, create_pr, message)
     return Push(repo_id=repo_id, files=sizes, removed=attempt.removed if url else (), url=url)
 
 
-def folder_files(folder: str | Path) -> dict[str, Path]:
+def _folder_files(folder: str | Path) -> dict[str, Path]:
     """Map names in the repository to the files of an adapter folder that are published.
 
     Raises:
@@ -119,7 +119,7 @@ def folder_files(folder: str | Path) -> dict[str, Path]:
 def _is_published(name: str) -> bool:
     """Whether a file of this name belongs to a published adapter."""
     images = rf"({SAMPLES_FOLDER}/)?[^/]+\.png"
-    return name in NAMES or re.fullmatch(images, name) is not None
+    return name in _NAMES or re.fullmatch(images, name) is not None
 
 
 def _check_repo_id(repo_id: str) -> None:
@@ -154,8 +154,8 @@ class _Attempt:
     def run(self, private: bool, create_pr: bool, message: str) -> str | None:
         """Push; return the address of the commit or pull request, None if nothing had changed."""
         try:
-            self.main = self._get(MAIN)
-            remote = self.main if self.branch == MAIN else self._get(self.branch)
+            self.main = self._get(_MAIN)
+            remote = self.main if self.branch == _MAIN else self._get(self.branch)
         except Exception as error:
             raise ValueError(self._failure(error, "nothing on the Hub was changed")) from error
         self._check(remote, private, create_pr)
@@ -189,7 +189,7 @@ class _Attempt:
                 "without private"
             )
         names = set(_siblings(remote or self.main))
-        if INFO_FILE not in names and (foreign := sorted(names - HUB_NAMES)):
+        if INFO_FILE not in names and (foreign := sorted(names - _HUB_NAMES)):
             raise ValueError(
                 f"'{self.repo_id}' holds something else than an adapter ('{foreign[0]}'): choose "
                 "another repository"
@@ -200,7 +200,7 @@ class _Attempt:
         if self.main is None:
             with self._requesting("repository"):
                 self.api.create_repo(self.repo_id, private=private)
-        if self.branch != MAIN:
+        if self.branch != _MAIN:
             with self._requesting("branch"):
                 self.api.create_branch(self.repo_id, branch=self.branch)
         return self._get(self.branch)
@@ -279,8 +279,8 @@ class _Attempt:
     def _undo(self) -> None:
         """Delete what this push created, unless somebody has added to it since."""
         if "repository" in self.requested:
-            remote = self._get(MAIN)
-            if remote is not None and not set(_siblings(remote)) - HUB_NAMES:
+            remote = self._get(_MAIN)
+            if remote is not None and not set(_siblings(remote)) - _HUB_NAMES:
                 self.api.delete_repo(self.repo_id)
         elif "branch" in self.requested and self.main is not None:
             remote = self._get(self.branch)
@@ -306,7 +306,7 @@ def _same(path: Path, remote: RepoSibling) -> bool:
 
 # ---- why not -------------------------------------------------------------------------------------
 
-REASONS = {  # HTTP status -> what it means for a push
+_REASONS = {  # HTTP status -> what it means for a push
     401: "the Hub does not accept the token: run `hf auth login` again",
     402: "the Hub asks for a payment",
     403: "the token may not write there: give one with write access to that user or organisation",
@@ -327,7 +327,7 @@ def _reason(error: BaseException) -> str:
         status = error.response.status_code
         if status >= 500:
             return f"the Hub has trouble of its own (status {status}): push again later"
-        return REASONS.get(status, f"the Hub refuses it (status {status}): {_line(error)}")
+        return _REASONS.get(status, f"the Hub refuses it (status {status}): {_line(error)}")
     if isinstance(error, errors.HTTPError | ConnectionError):
         return f"the Hub cannot be reached or broke off ({type(error).__name__}): push again"
     if isinstance(
