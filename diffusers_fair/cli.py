@@ -79,13 +79,13 @@ def doctor(
 
     found = examine(RunConfig.load(recipe, overrides or []))
     for need, parts in found.items():
-        state = "there  " if need.there else "missing"
-        advice = "" if need.there else f"\n         {need.advice}"
+        state = "there  " if need.available else "missing"
+        advice = "" if need.available else f"\n         {need.advice}"
         text = f"{state}  {need.what}  (for {', '.join(parts)}){advice}"
         console.print(text, markup=False, highlight=False, soft_wrap=True)
     size = sum(need.size for need in found) / 1e9
     console.print(f"weights that are there: {size:.1f} GB, as stored", highlight=False)
-    gaps = [need for need in found if not need.there]
+    gaps = [need for need in found if not need.available]
     if gaps:
         raise ValueError(f"'{recipe}' is missing {len(gaps)} of its needs, see above")
 
@@ -367,7 +367,7 @@ def inspect(
     """Say what an adapter is, without loading a model."""
     from dataclasses import asdict
 
-    from diffusers_fair.adapters.io import read_adapter
+    from diffusers_fair.adapters.folder import read_adapter
     from diffusers_fair.loading import local_folder
 
     info, weights = read_adapter(local_folder(adapter))
@@ -541,7 +541,7 @@ def _groups(
     Words of training are those of the prompts that the adapter's recipe keeps; without an adapter,
     those that --recipe keeps.
     """
-    from diffusers_fair.adapters.io import read_adapter
+    from diffusers_fair.adapters.folder import read_adapter
     from diffusers_fair.loading import local_folder
     from diffusers_fair.prompts.groups import evaluation_groups
     from diffusers_fair.prompts.training_words import kept_sets, mark_unseen
@@ -629,14 +629,12 @@ class _Asked:
 
 
 def _asked(base: str, recipe: str | None) -> _Asked:
-    """The recipe's, or the testbed's."""
-    from diffusers_fair import testbed
-    from diffusers_fair.backends.registry import untouched_set
+    """The recipe's, or the usual ones of a base that ships with its judges."""
+    from diffusers_fair.backends import registry
     from diffusers_fair.config.recipe import EvaluationSection, ModelsSection, RunConfig
     from diffusers_fair.prompts.training_words import kept_sets
-    from diffusers_fair.testbed import world
 
-    empty = untouched_set(base)
+    empty = registry.untouched_set(base)
     if recipe is not None:
         config = RunConfig.load(recipe)
         known = {attribute.name: attribute for attribute in config.balanced()}
@@ -647,17 +645,19 @@ def _asked(base: str, recipe: str | None) -> _Asked:
         return _Asked(
             config.evaluation, known, list(known), sets, train, models, told, empty, people, kept
         )
-    if base != testbed.NAME:
+    usual = registry.base(base).usual_evaluation
+    if usual is None:
         raise ValueError(
             f"'{base}' needs models that look at its images: name a recipe that has them with "
             "--recipe"
         )
-    section = EvaluationSection(steps=20, guidance_scale=testbed.GUIDANCE)
-    known = world.ATTRIBUTES
+    shipped = usual()
+    section = EvaluationSection(steps=shipped.steps, guidance_scale=registry.usual_guidance(base))
+    known = dict(shipped.attributes)
     told = [
-        {"name": a.name, "words": {c: world.WORDS[c] for c in a.classes}} for a in known.values()
+        {"name": a.name, "words": {c: shipped.words[c] for c in a.classes}} for a in known.values()
     ]
-    sets = ["testbed-occupations"]
+    sets = [shipped.prompt_set]
     return _Asked(section, known, list(known)[:1], sets, "train", ModelsSection(), told, empty)
 
 
@@ -682,7 +682,7 @@ def _attributes(
     names: list[str] | None, adapter: str | None, known: dict[str, Any], usual: list[str]
 ) -> list[Any]:
     """The attributes asked for; else the adapter's own; else the usual ones."""
-    from diffusers_fair.adapters.io import read_adapter
+    from diffusers_fair.adapters.folder import read_adapter
     from diffusers_fair.loading import local_folder
 
     if names is None and adapter is not None:

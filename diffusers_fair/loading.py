@@ -1,9 +1,9 @@
-"""Adapter folder or Hub repository -> pipeline. Light: nothing of training is imported here.
+"""Adapter folder or Hub repository -> pipeline. Light: imports nothing that only training needs.
 
-The low-rank layers are put in with peft's functional interface, the same for every part: the host's
-loader for text encoders draws random numbers, and the one for U-Nets switches other adapters off.
-Soft tokens are put in by the host's own loader of textual inversions, and before every prompt by
-`PromptEncoder`, which also reads prompts for words that switch an adapter off.
+Low-rank layers are injected with peft's functional interface, not with diffusers' loaders: the one
+for text encoders draws random numbers, and the one for U-Nets deactivates other adapters. Soft
+tokens are loaded by diffusers as textual inversions; `PromptEncoder` puts them before every prompt
+and looks for words that switch an adapter off.
 """
 
 import math
@@ -16,14 +16,8 @@ from typing import TYPE_CHECKING, Any
 
 from torch import Tensor, nn
 
-from diffusers_fair.adapters.io import (
-    MAX_BYTES,
-    AdapterInfo,
-    Lora,
-    Weights,
-    check_size,
-    read_adapter,
-)
+from diffusers_fair.adapters.folder import Adapter, check_size, open_adapter
+from diffusers_fair.adapters.format import MAX_BYTES, AdapterInfo, Lora
 from diffusers_fair.adapters.prefix import PromptPrefix
 from diffusers_fair.adapters.prompt_encoder import (
     ensure_prompt_encoder,
@@ -36,6 +30,7 @@ from diffusers_fair.adapters.soft_tokens import (
     load_soft_tokens,
     unload_soft_tokens,
 )
+from diffusers_fair.adapters.tensors import Weights
 from diffusers_fair.adapters.word_switch import WordSwitch, adapter_words
 from diffusers_fair.families import LORA_PREFIXES, family_of
 from diffusers_fair.families.fingerprint import base_fingerprint
@@ -53,7 +48,7 @@ MIRRORS = {  # of models that have moved, or are on the Hub twice
 
 def load_fair_adapter(
     pipe: "DiffusionPipeline",
-    id_or_dir: str | Path,
+    id_or_dir: str | Path | Adapter,
     *,
     scale: float = 1.0,
     adapter_name: str = "fair",
@@ -62,37 +57,37 @@ def load_fair_adapter(
     other_base: bool = False,
     respect_words: bool = False,
 ) -> None:
-    """Put a fairness adapter on a pipeline; also `pipe.load_fair_adapter(...)`.
+    """Load a fairness adapter into a pipeline; also available as `pipe.load_fair_adapter(...)`.
 
-    Adapters that the pipeline already carries stay, and stay active. Upon any error the pipeline is
-    as it was.
+    Adapters that the pipeline already has stay active. If anything fails, the pipeline is restored.
 
-    Soft tokens go before every prompt that this pipeline is given as text, not before the negative
-    one. A pipeline made from this one's parts knows the tokens, but does not put them there: type
-    the placeholder, as `<fair> a chef`.
+    Soft tokens are put before every text prompt, but not before the negative prompt. A pipeline
+    that is made from this one's components knows the tokens, but does not insert them: type the
+    placeholder, as in `<fair> a chef`.
 
     Args:
         pipe: a pipeline with the base model that the adapter was trained for.
-        id_or_dir: an adapter folder, or a repository on the Hub (then also from the local cache).
-        scale: strength; 0 is the base model, 1 the adapter as trained. Soft tokens are there or
-            not: an adapter with them takes nothing between.
-        adapter_name: to address it by, also in diffusers' own `set_adapters`.
+        id_or_dir: an adapter folder, or a repository on the Hub (then also from the local cache);
+            or what `open_fair_adapter` returned.
+        scale: strength; 0 is the base model, 1 the adapter as trained. An adapter with soft tokens
+            can only have 0 or 1.
+        adapter_name: name of the adapter in the pipeline, also for diffusers' `set_adapters`.
         revision: branch, tag or commit of the repository.
         token: for a private repository.
-        other_base: load it also into another base model than it was trained for, such as a
-            fine-tuned one, if the layers fit. What it does there has not been measured.
-        respect_words: draw a prompt that names a class of a balanced attribute, as "a female chef",
-            without the adapter; other prompts of the same batch are drawn with it. The words are
-            `words` of `fair_adapter.json`; they count anywhere in the prompt and in any case. So
-            an adapter that balances an attribute with the word "white" is also off for "a doctor in
-            a white coat". Prompts must be text then, not `prompt_embeds`, and a negative prompt's
-            words do not count. A pipeline made from this one's parts does not look at words.
+        other_base: also load it into a base model that it was not trained for, such as a fine-tuned
+            one, if the layers fit. Its effect there has not been measured.
+        respect_words: switch the adapter off for prompts that name a class of a balanced attribute,
+            as in "a female chef"; other prompts of the same batch still use it. The words are
+            `words` of `fair_adapter.json`; they are matched anywhere in the prompt and in any case.
+            So an adapter that balances an attribute with the word "white" is also off for "a doctor
+            in a white coat". Prompts must then be text, not `prompt_embeds`. Words of the negative
+            prompt are ignored. A pipeline that is made from this one's components ignores words.
 
     Raises:
         ValueError: one sentence: not found, damaged, another format version, another base model, a
-            name in use, a scale that cannot be, other adapters fused into the weights, other soft
-            tokens before the prompt, weights that are offloaded layer by layer, a pipeline whose
-            prompts cannot be read for words.
+            name in use, an invalid scale, adapters fused into the weights, soft tokens of another
+            adapter, weights that are offloaded layer by layer, or a pipeline whose prompts cannot
+            be searched for words.
     """
     if not re.fullmatch(r"[\w-]+", adapter_name):
         raise ValueError(
@@ -106,7 +101,8 @@ def load_fair_adapter(
     _check_scale(scale)
     _check_not_fused(pipe)
     _check_in_memory(pipe)
-    info, weights = read_adapter(local_folder(id_or_dir, revision, token))
+    adapter = open_fair_adapter(id_or_dir, revision, token)
+    info, weights = adapter.info, adapter.weights
     _check_prefix_scale(scale, info.soft_tokens is not None)
     if not other_base:
         _check_base(pipe, info)
@@ -128,10 +124,10 @@ def load_fair_adapter(
 
 
 def unload_fair_adapter(pipe: "DiffusionPipeline", *, adapter_name: str = "fair") -> None:
-    """Take an adapter off again: the pipeline is bit for bit what it was without it.
+    """Remove an adapter; the pipeline is then bit for bit what it was without it.
 
     Raises:
-        ValueError: the pipeline carries no such adapter, adapters are fused into its weights, or
+        ValueError: the pipeline has no such adapter, adapters are fused into its weights, or
             the weights are offloaded layer by layer.
     """
     _check_loaded(pipe, adapter_name)
@@ -146,7 +142,7 @@ def set_fair_adapter_scale(
     """Set an adapter's strength: 0 is the base model, 1 the adapter as trained.
 
     Raises:
-        ValueError: the pipeline carries no such adapter, or the scale is not finite, or neither 0
+        ValueError: the pipeline has no such adapter, or the scale is not finite, or it is neither 0
             nor 1 for an adapter with soft tokens.
     """
     _check_scale(scale)
@@ -163,10 +159,32 @@ def set_fair_adapter_scale(
 # ---- where the folder is -------------------------------------------------------------------------
 
 
+def open_fair_adapter(
+    id_or_dir: str | Path | Adapter, revision: str | None = None, token: str | bool | None = None
+) -> Adapter:
+    """Find, check and read an adapter, for a command that needs it more than once.
+
+    Args:
+        id_or_dir: as in `load_fair_adapter`; an open adapter is returned as it is.
+        revision: branch, tag or commit of the repository.
+        token: for a private repository.
+
+    Raises:
+        ValueError: not found, damaged, of another format version or not acceptable.
+    """
+    if isinstance(id_or_dir, Adapter):
+        return id_or_dir
+    return open_adapter(local_folder(id_or_dir, revision, token))
+
+
 def local_folder(
     id_or_dir: str | Path, revision: str | None = None, token: str | bool | None = None
 ) -> Path:
-    """The folder itself, or the cached copy of a repository's files that are read."""
+    """Return the folder itself, or the cached copy of the files of a repository.
+
+    Raises:
+        ValueError: no such folder or repository, or the Hub does not give its files.
+    """
     if Path(id_or_dir).is_dir():
         return Path(id_or_dir)
     repository = str(id_or_dir)
@@ -189,15 +207,15 @@ def local_folder(
 
 
 def _download(repository: str, revision: str | None, token: str | bool | None) -> Path:
-    """The cached copy of a repository's files, once their sizes are known."""
+    """Download the files of a repository after a check of their sizes."""
     from huggingface_hub import errors, snapshot_download
 
-    wanted: dict[str, Any] = {"revision": revision, "token": token}
-    wanted["allow_patterns"] = list(MAX_BYTES)
-    with suppress(errors.DryRunError):  # cannot be asked: what is in the cache, or the reason
-        for file in snapshot_download(repository, dry_run=True, **wanted):
+    options: dict[str, Any] = {"revision": revision, "token": token}
+    options["allow_patterns"] = list(MAX_BYTES)
+    with suppress(errors.DryRunError):  # offline: the download takes the cache, or says why not
+        for file in snapshot_download(repository, dry_run=True, **options):
             check_size(f"{repository}/{file.filename}", file.filename, file.file_size)
-    return Path(snapshot_download(repository, **wanted))
+    return Path(snapshot_download(repository, **options))
 
 
 # ---- what is checked -----------------------------------------------------------------------------
@@ -209,7 +227,7 @@ def _check_scale(scale: float) -> None:
 
 
 def _check_prefix_scale(scale: float, prefix: bool) -> None:
-    """Soft tokens weighed less would be other words, not less of the adapter."""
+    """Refuse scales between 0 and 1: scaled soft tokens are other words, not a weaker adapter."""
     if prefix and scale not in (0, 1):
         raise ValueError(
             f"this adapter puts soft tokens before the prompt, which are there or not: scale must "
@@ -218,7 +236,7 @@ def _check_prefix_scale(scale: float, prefix: bool) -> None:
 
 
 def _check_loaded(pipe: "DiffusionPipeline", adapter_name: str) -> None:
-    """The pipeline carries this adapter."""
+    """Check that the pipeline has this adapter."""
     if adapter_name not in _adapter_names(pipe):
         raise ValueError(
             f"the pipeline carries no adapter '{adapter_name}', only {sorted(_adapter_names(pipe))}"
@@ -226,7 +244,7 @@ def _check_loaded(pipe: "DiffusionPipeline", adapter_name: str) -> None:
 
 
 def _check_not_fused(pipe: "DiffusionPipeline") -> None:
-    """Fused layers would be unfused on the way, which rounds the base model's weights."""
+    """Refuse fused adapters: peft would unfuse them, which rounds the base model's weights."""
     if any(layer.merged for model in _parts(pipe).values() for layer in _layers(model).values()):
         raise ValueError(
             "adapters are fused into the pipeline's weights: call pipe.unfuse_lora() first"
@@ -234,7 +252,7 @@ def _check_not_fused(pipe: "DiffusionPipeline") -> None:
 
 
 def _check_in_memory(pipe: "DiffusionPipeline") -> None:
-    """Layers beside weights that are elsewhere would be elsewhere too, and lost."""
+    """Refuse offloaded weights: layers added beside them would be offloaded, and lost."""
     if any(weight.is_meta for model in _parts(pipe).values() for weight in model.parameters()):
         raise ValueError(
             "the pipeline's weights are offloaded layer by layer: call pipe.remove_all_hooks() "
@@ -243,7 +261,7 @@ def _check_in_memory(pipe: "DiffusionPipeline") -> None:
 
 
 def _check_base(pipe: "DiffusionPipeline", info: AdapterInfo) -> None:
-    """The pipeline is the adapter's base: by its id, where both are on the Hub, and by shapes."""
+    """Check that the pipeline is the adapter's base, by Hub id if both have one, and by shapes."""
     other = None
     if base_fingerprint(pipe) != info.fingerprint:
         other = f"the shapes of this {type(pipe).__name__}'s text encoder and U-Net are of another"
@@ -258,7 +276,7 @@ def _check_base(pipe: "DiffusionPipeline", info: AdapterInfo) -> None:
 
 
 def _check_words(pipe: "DiffusionPipeline") -> None:
-    """The pipeline has the method that reads the prompts."""
+    """Check that the pipeline has the method that reads the prompts."""
     method = family_of(pipe).encode_method
     if not hasattr(type(pipe), method):
         raise ValueError(
@@ -267,7 +285,7 @@ def _check_words(pipe: "DiffusionPipeline") -> None:
 
 
 def _check_fit(pipe: "DiffusionPipeline", info: AdapterInfo, weights: Weights) -> None:
-    """Every weight has its layer, and there is room for soft tokens."""
+    """Check that every weight has its layer, and that there is room for soft tokens."""
     if info.soft_tokens:
         check_soft_tokens(pipe, info.soft_tokens)
         width = embedding_width(pipe)
@@ -293,7 +311,7 @@ def _state(weights: Weights, part: str) -> dict[str, Tensor]:
 
 
 def _in_float32(state: dict[str, Tensor]) -> dict[str, Tensor]:
-    """The same as training has them: files in half precision save space, not digits of images."""
+    """Convert to float32, as in training; files in half precision only save space."""
     return {key: value.float() for key, value in state.items()}
 
 
@@ -314,19 +332,19 @@ def _adapter_names(pipe: "DiffusionPipeline") -> set[str]:
 
 
 def _prefix(pipe: "DiffusionPipeline", adapter_name: str) -> PromptPrefix | None:
-    """The prefix before the prompts, if it is this adapter's."""
+    """The prefix before the prompts, if it belongs to this adapter."""
     prefix = prompt_prefix(pipe)
     return prefix if prefix is not None and prefix.adapter_name == adapter_name else None
 
 
 def _switch(pipe: "DiffusionPipeline", adapter_name: str) -> WordSwitch | None:
-    """What switches this adapter off for words, if it respects them."""
+    """The switch that turns this adapter off for words, if it respects them."""
     encoder = prompt_encoder(pipe)
     return None if encoder is None else encoder.switches.get(adapter_name)
 
 
 def _layers(model: nn.Module) -> "dict[str, LoraLayer]":
-    """Module name -> low-rank layer, of whichever adapter."""
+    """Module name -> low-rank layer of any adapter."""
     from peft.tuners.lora import LoraLayer
 
     return {name: layer for name, layer in model.named_modules() if isinstance(layer, LoraLayer)}
@@ -349,7 +367,7 @@ def _active_adapters(model: nn.Module) -> list[str]:
 
 @contextmanager
 def _trainable_kept(model: nn.Module) -> Iterator[None]:
-    """Peft freezes and thaws what it passes by; give every parameter its flag back."""
+    """Restore every parameter's `requires_grad`, which peft changes."""
     kept = [(parameter, parameter.requires_grad) for parameter in model.parameters()]
     try:
         yield
@@ -381,7 +399,7 @@ def _insert(model: Any, lora: Lora, state: dict[str, Tensor], adapter_name: str)
 
 
 def _add_switch(pipe: "DiffusionPipeline", switch: WordSwitch) -> None:
-    """Let a switch look at the prompts, and at the adapter's layers."""
+    """Connect a switch to the prompts and to the adapter's layers."""
     ensure_prompt_encoder(pipe).switches[switch.adapter_name] = switch
     for part, model in _parts(pipe).items():
         found = [layer for layer in _layers(model).values() if switch.adapter_name in layer.scaling]
@@ -390,7 +408,7 @@ def _add_switch(pipe: "DiffusionPipeline", switch: WordSwitch) -> None:
 
 
 def _remove(pipe: "DiffusionPipeline", adapter_name: str) -> None:
-    """Take out all of an adapter, also of one that was put in by half."""
+    """Remove everything of an adapter, also of one that is only partly loaded."""
     from peft.functional import set_adapter
 
     prefix = _prefix(pipe, adapter_name)

@@ -1,4 +1,4 @@
-"""Gives every pipeline of diffusers the methods of `loading.py`, whenever diffusers imports it."""
+"""Adds the functions of `loading.py` to diffusers' pipelines as methods."""
 
 import sys
 from importlib.abc import MetaPathFinder
@@ -9,13 +9,13 @@ from typing import Any
 
 from diffusers_fair.loading import load_fair_adapter, set_fair_adapter_scale, unload_fair_adapter
 
-PIPELINES = "diffusers.pipelines.pipeline_utils"
+_PIPELINES = "diffusers.pipelines.pipeline_utils"
 
 
 def add_pipeline_methods() -> None:
-    """Add the methods now, or once diffusers imports its pipelines, which takes it seconds."""
-    if PIPELINES in sys.modules:
-        _add_methods(sys.modules[PIPELINES])
+    """Add the methods now, or when diffusers imports its pipelines, which takes seconds."""
+    if _PIPELINES in sys.modules:
+        _add_methods(sys.modules[_PIPELINES])
     else:
         sys.meta_path.insert(0, _PipelineFinder())
 
@@ -26,11 +26,11 @@ def _add_methods(module: ModuleType) -> None:
 
 
 class _PipelineFinder(MetaPathFinder):
-    """Adds the methods to the pipelines' module once it has been run."""
+    """Adds the methods when the module of the pipelines is imported."""
 
     def find_spec(self, fullname: str, path: Any, target: Any = None) -> ModuleSpec | None:
         """Let the usual finders find the module, and wrap its loader."""
-        if fullname != PIPELINES:
+        if fullname != _PIPELINES:
             return None
         sys.meta_path.remove(self)
         spec = find_spec(fullname)

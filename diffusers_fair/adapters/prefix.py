@@ -4,7 +4,7 @@ import re
 import warnings
 from typing import Any
 
-from diffusers_fair.adapters.io import SoftTokens
+from diffusers_fair.adapters.format import SoftTokens
 from diffusers_fair.families import family_of
 
 

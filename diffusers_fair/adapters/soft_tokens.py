@@ -8,7 +8,7 @@ import torch
 from torch import Tensor, nn
 from torch.nn import functional
 
-from diffusers_fair.adapters.io import SoftTokens
+from diffusers_fair.adapters.format import SoftTokens
 from diffusers_fair.adapters.prefix import PromptPrefix
 from diffusers_fair.adapters.prompt_encoder import ensure_prompt_encoder, prompt_prefix
 from diffusers_fair.families import family_of

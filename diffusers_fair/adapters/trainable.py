@@ -7,10 +7,11 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from diffusers_fair.adapters.io import SOFT_TOKENS, Lora, SoftTokens, Weights
+from diffusers_fair.adapters.format import SOFT_TOKENS, Lora, SoftTokens
 from diffusers_fair.adapters.lora import add_lora, lora_tensors, without_adapter
 from diffusers_fair.adapters.prompt_encoder import without_prefix
 from diffusers_fair.adapters.soft_tokens import add_soft_tokens, soft_tokens
+from diffusers_fair.adapters.tensors import Weights
 from diffusers_fair.families import family_of
 
 

@@ -12,7 +12,7 @@ from typing import TYPE_CHECKING, Any
 import torch
 from torch import Tensor, nn
 
-from diffusers_fair.adapters.io import AdapterInfo
+from diffusers_fair.adapters.format import AdapterInfo
 from diffusers_fair.families.base import Family
 from diffusers_fair.prompts.groups import classes_named, vocabulary
 from diffusers_fair.prompts.wording import attribute_sections, recipe_wording

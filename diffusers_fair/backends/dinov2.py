@@ -1,4 +1,4 @@
-"""DINOv2 of transformers: what an image looks like."""
+"""DINOv2 of transformers: embeds what an image looks like."""
 
 from typing import Any
 
@@ -10,15 +10,15 @@ from diffusers_fair.backends.processor import load_pixels
 from diffusers_fair.vision.encoders import DinoEncoder
 
 
-def load_encoder(model: str, device: torch.device | str = "cpu") -> DinoEncoder:
-    """Load a DINOv2.
+def load(model: str, device: torch.device | str = "cpu") -> DinoEncoder:
+    """Load a DINOv2 model.
 
     Args:
         model: Hub id or folder.
-        device: where it computes, in float32.
+        device: device that it computes on, in float32.
 
     Raises:
-        ValueError: there is no such model, it cannot be reached, or is no DINOv2.
+        ValueError: the model does not exist, cannot be reached, or is not a DINOv2.
     """
     from transformers import AutoConfig, Dinov2Model
 
@@ -32,5 +32,5 @@ def load_encoder(model: str, device: torch.device | str = "cpu") -> DinoEncoder:
 
 
 def needs(model: str) -> list[Need]:
-    """What `load_encoder` needs."""
+    """List what `load` needs."""
     return [pretrained(model)]

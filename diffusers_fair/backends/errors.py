@@ -1,4 +1,4 @@
-"""What goes wrong when a model of others is loaded -> one sentence that says what to do."""
+"""Errors while a third-party model is loaded -> one sentence that says what to do."""
 
 from collections.abc import Iterator
 from contextlib import contextmanager
@@ -9,16 +9,16 @@ from textwrap import shorten
 def loading(
     what: str, advice: str, install: str = "pip install 'diffusers-fair[train]'"
 ) -> Iterator[None]:
-    """Say clearly why a model cannot be loaded.
+    """Turn errors inside into one sentence that says why the model cannot be loaded.
 
     Args:
         what: the model, as in "the image encoder 'x'".
         advice: what was expected and what to do.
-        install: command that brings the packages it needs.
+        install: command that installs the packages it needs.
 
     Raises:
         ModuleNotFoundError: a package is missing.
-        ValueError: anything else: no such model, no network, files that do not fit.
+        ValueError: any other error: no such model, no network, files that do not fit.
     """
     try:
         yield

@@ -1,4 +1,4 @@
-"""Any image classification model of transformers: its labels become classes of an attribute."""
+"""Image classification models of transformers: their labels become classes of an attribute."""
 
 from collections.abc import Mapping, Sequence
 
@@ -11,7 +11,7 @@ from diffusers_fair.backends.processor import load_pixels
 from diffusers_fair.vision.classifiers import NetworkClassifier
 
 
-def load_classifier(
+def load(
     model: str, classes: Mapping[str, Sequence[str]], device: torch.device | str = "cpu"
 ) -> NetworkClassifier:
     """Load an image classification model.
@@ -19,10 +19,10 @@ def load_classifier(
     Args:
         model: Hub id or folder.
         classes: class -> labels of the model; empty if its labels are the classes.
-        device: where it computes, in float32.
+        device: device that it computes on, in float32.
 
     Raises:
-        ValueError: there is no such model, it cannot be reached, or its labels do not fit.
+        ValueError: the model does not exist, cannot be reached, or has other labels.
     """
     from transformers import AutoModelForImageClassification
 
@@ -38,5 +38,5 @@ def load_classifier(
 
 
 def needs(model: str) -> list[Need]:
-    """What `load_classifier` needs."""
+    """List what `load` needs."""
     return [pretrained(model)]

@@ -1,4 +1,4 @@
-"""Labels of a foreign classifier -> classes of an attribute; several labels may make one class."""
+"""Labels of a classifier -> classes of an attribute; several labels may make one class."""
 
 from collections.abc import Callable, Mapping, Sequence
 
@@ -6,28 +6,28 @@ import torch
 from torch import Tensor
 
 Groups = dict[str, list[int]]
-"""Class -> positions of its labels."""
+"""Class -> indices of its labels."""
 
 
 def group(labels: Sequence[str], classes: Mapping[str, Sequence[str]]) -> Groups:
     """Find the labels of each class.
 
     Args:
-        labels: of the model, in the order of its logits.
-        classes: class -> its labels, in any case; empty if the labels are the classes.
+        labels: the model's labels, in the order of its logits.
+        classes: class -> its labels, case-insensitive; empty if the labels are the classes.
 
     Raises:
-        ValueError: a label that the model does not have, or one that has no class or two.
+        ValueError: a label that the model does not have, or that is not in exactly one class.
     """
     if not classes:
         return {label: [i] for i, label in enumerate(labels)}
-    places = {label.casefold(): i for i, label in enumerate(labels)}
-    asked = [(name, word) for name, words in classes.items() for word in words]
-    for name, word in asked:
-        if word.casefold() not in places:
+    indices = {label.casefold(): i for i, label in enumerate(labels)}
+    pairs = [(name, word) for name, words in classes.items() for word in words]
+    for name, word in pairs:
+        if word.casefold() not in indices:
             raise ValueError(f"class '{name}' has the label '{word}', the model has {list(labels)}")
-    groups = {name: [places[w.casefold()] for w in words] for name, words in classes.items()}
-    used = [place for places_of in groups.values() for place in places_of]
+    groups = {name: [indices[w.casefold()] for w in words] for name, words in classes.items()}
+    used = [index for of_class in groups.values() for index in of_class]
     for i, label in enumerate(labels):
         if used.count(i) != 1:
             raise ValueError(
@@ -37,7 +37,7 @@ def group(labels: Sequence[str], classes: Mapping[str, Sequence[str]]) -> Groups
 
 
 def merge(network: Callable[[Tensor], Tensor], groups: Groups) -> Callable[[Tensor], Tensor]:
-    """Make logits (n, classes) out of logits (n, labels), so that probabilities are summed."""
+    """Turn logits (n, labels) into logits (n, classes), summing the probabilities."""
 
     def merged(x: Tensor) -> Tensor:
         logits = network(x)  # (n, labels)
@@ -49,7 +49,7 @@ def merge(network: Callable[[Tensor], Tensor], groups: Groups) -> Callable[[Tens
 def merge_counts(
     confusion: Sequence[Sequence[float]], groups: Groups
 ) -> tuple[tuple[float, ...], ...]:
-    """Make a confusion matrix (classes, classes) out of one of (labels, labels), counts."""
+    """Turn confusion counts (labels, labels) into counts (classes, classes)."""
     return tuple(
         tuple(sum(confusion[i][j] for i in rows for j in columns) for columns in groups.values())
         for rows in groups.values()

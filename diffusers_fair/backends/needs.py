@@ -1,37 +1,37 @@
-"""What a model needs before it can be loaded, and whether it is there. Downloads nothing."""
+"""What a model needs before it can be loaded, and whether that is available. No downloads."""
 
 from collections.abc import Sequence
 from dataclasses import dataclass
 from importlib.util import find_spec
 from pathlib import Path
 
-SUFFIXES = (".safetensors", ".bin")  # of weights; where both are there, one of them is read
+_SUFFIXES = (".safetensors", ".bin")  # of weights; of two copies, one is read
 
 
 @dataclass(frozen=True)
 class Need:
-    """One thing that must be there."""
+    """One thing that must be available."""
 
     what: str
-    there: bool
+    available: bool
     advice: str = ""
-    """What to do if it is not."""
+    """What to do if it is missing."""
     size: int = 0
-    """Of the weights as stored, in bytes."""
+    """Bytes of the weights as stored."""
 
 
 def package(name: str, install: str = "pip install 'diffusers-fair[train]'") -> Need:
-    """A Python package, by the name it is imported by."""
+    """Look up a Python package by the name that it is imported by."""
     return Need(f"package {name}", find_spec(name) is not None, install)
 
 
 def pretrained(model: str, revision: str | None = None, parts: Sequence[str] = ("",)) -> Need:
-    """Weights in a folder, or in the Hub's cache.
+    """Look up weights in a folder or in the Hub's cache.
 
     Args:
         model: folder or Hub id.
         revision: commit, tag or branch on the Hub.
-        parts: folders in it that hold weights.
+        parts: subfolders that hold weights.
     """
     folder = Path(model) if Path(model).is_dir() else _cached(model, revision)
     if folder is None:
@@ -42,20 +42,20 @@ def pretrained(model: str, revision: str | None = None, parts: Sequence[str] = (
 
 
 def file(path: Path, advice: str) -> Need:
-    """A file of weights."""
-    there = path.is_file()
-    return Need(path.name, there, advice, path.stat().st_size if there else 0)
+    """Look up a file of weights."""
+    available = path.is_file()
+    return Need(path.name, available, advice, path.stat().st_size if available else 0)
 
 
 def _advice(model: str) -> str:
-    """What to do where a model is neither a folder nor in the cache."""
+    """Say what to do about a model that is neither a folder nor in the cache."""
     if model.count("/") > 1:  # no repository has such a name
         return "not a folder: train or put it there first, or name another folder or a Hub id"
     return f"not a folder, and not in the Hub's cache: hf download {model}"
 
 
 def _cached(model: str, revision: str | None) -> Path | None:
-    """The folder of a Hub repository in the cache."""
+    """Find the folder of a Hub repository in the cache."""
     from huggingface_hub import snapshot_download
     from huggingface_hub.errors import HFValidationError, LocalEntryNotFoundError
 
@@ -66,5 +66,5 @@ def _cached(model: str, revision: str | None) -> Path | None:
 
 
 def _weights(folder: Path) -> int:
-    """Bytes of the weights in a folder."""
-    return max(sum(f.stat().st_size for f in folder.glob(f"*{suffix}")) for suffix in SUFFIXES)
+    """Count the bytes of the weights in a folder."""
+    return max(sum(f.stat().st_size for f in folder.glob(f"*{suffix}")) for suffix in _SUFFIXES)

@@ -1,4 +1,4 @@
-"""open_clip: images and texts in one space, with the library's own models and preprocessing."""
+"""open_clip: embeds images and texts in one space, with its own models and preprocessing."""
 
 from collections.abc import Callable
 from dataclasses import dataclass
@@ -13,12 +13,12 @@ from diffusers_fair.backends.needs import Need, package, pretrained
 from diffusers_fair.vision.encoders import Pixels
 
 PACKAGE = "open_clip"  # as it is imported
-INSTALL = "pip install open_clip_torch"
+_INSTALL = "pip install open_clip_torch"
 
 
 @dataclass(frozen=True)
 class OpenClipEncoder:
-    """An `ImageTextEncoder` out of a model of open_clip."""
+    """An `ImageTextEncoder` made of an open_clip model."""
 
     model: Any
     """`open_clip.CLIP`, or `CustomTextCLIP`."""
@@ -36,19 +36,19 @@ class OpenClipEncoder:
         return self.model.encode_text(tokens, normalize=True)
 
 
-def load_encoder(name: str, device: torch.device | str = "cpu") -> OpenClipEncoder:
-    """Load a model of open_clip.
+def load(name: str, device: torch.device | str = "cpu") -> OpenClipEncoder:
+    """Load an open_clip model.
 
     Args:
-        name: `MODEL/WEIGHTS` as `open_clip.list_pretrained()` has them, or a folder with
+        name: `MODEL/WEIGHTS` as `open_clip.list_pretrained()` lists them, or a folder with
             `open_clip_config.json` and weights.
-        device: where it computes, in float32.
+        device: device that it computes on, in float32.
 
     Raises:
         ModuleNotFoundError: open_clip is not installed.
-        ValueError: there is no such model, or it cannot be reached.
+        ValueError: the model does not exist, or cannot be reached.
     """
-    with loading(f"'{name}' of open_clip", "MODEL/WEIGHTS, or a folder", INSTALL):
+    with loading(f"'{name}' of open_clip", "MODEL/WEIGHTS, or a folder", _INSTALL):
         import open_clip
 
         model, weights = _parts(name)
@@ -61,9 +61,9 @@ def load_encoder(name: str, device: torch.device | str = "cpu") -> OpenClipEncod
 
 
 def needs(name: str) -> list[Need]:
-    """What `load_encoder` needs."""
-    installed = package(PACKAGE, INSTALL)
-    if not installed.there:
+    """List what `load` needs."""
+    installed = package(PACKAGE, _INSTALL)
+    if not installed.available:
         return [installed]
     if Path(name).is_dir():
         return [installed, pretrained(name)]
@@ -75,7 +75,7 @@ def needs(name: str) -> list[Need]:
 
 
 def _parts(name: str) -> tuple[str, str | None]:
-    """Architecture and weights, as open_clip names them."""
+    """Split a name into architecture and weights, as open_clip names them."""
     if Path(name).is_dir():
         return f"local-dir:{name}", None
     model, slash, weights = name.partition("/")

@@ -1,17 +1,17 @@
-"""Image processor of a model of transformers -> the size and the scale of colours it wants."""
+"""Image processor of a transformers model -> its image size and normalization."""
 
 from diffusers_fair.vision.encoders import Pixels
 
 
 def load_pixels(model: str) -> Pixels:
-    """Read the preprocessing of a model; of what it crops, the whole picture is kept.
+    """Read the preprocessing of a model. Images are resized where the model crops them.
 
     Args:
         model: Hub id or folder.
 
     Raises:
-        OSError: there is none.
-        ValueError: it does not make squares.
+        OSError: the model has no image processor.
+        ValueError: its images are not square.
     """
     from transformers import AutoImageProcessor
 

@@ -17,7 +17,7 @@ ADVICE = f"put pictures with faces ({', '.join(SUFFIXES)}) into it, or name anot
 
 
 @torch.no_grad()
-def load_bank(
+def load(
     folder: str,
     detector: FaceDetector,
     embedder: NetworkEncoder,
@@ -54,7 +54,7 @@ def load_bank(
 
 
 def needs(folder: str) -> list[Need]:
-    """What `load_bank` needs."""
+    """List what `load` needs."""
     return [Need(f"pictures in '{folder}'", bool(_pictures(folder)), ADVICE)]
 
 

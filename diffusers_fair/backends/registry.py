@@ -1,39 +1,119 @@
-"""Names in a recipe -> models. Each is imported when it is asked for, not before.
+"""Names in a recipe -> models. `config.backends` lists the kinds and their providers.
 
-One file for each kind of model; `needs` in it says what must be there, without loading anything.
+A provider is a module or an object with two functions; both take the text after `kind:`, if any:
+`load` loads the model, and `needs` lists what must be available for that, without loading anything.
+It is imported when it is used, so that no recipe needs the packages of models it does not name.
 """
 
 from collections.abc import Callable, Sequence
 from functools import cache
+from importlib import import_module
 from typing import TYPE_CHECKING, Any
 
-from diffusers_fair import testbed
 from diffusers_fair.attributes import Attribute, People
-from diffusers_fair.backends.pipelines import (
-    UNTOUCHED_SETS,
-    load_base,
-    untouched_set,
-    usual_guidance,
+from diffusers_fair.config.backends import (
+    CLASSIFIERS,
+    CLIPS,
+    DINOS,
+    FACE_DETECTORS,
+    FACE_EMBEDDERS,
+    PRETRAINED_BASE,
+    REFERENCE_FACES,
+    REFERENCE_FOLDER,
+    SHIPPED_BASES,
+    Kinds,
 )
 
 if TYPE_CHECKING:
-    from diffusers_fair.backends.open_clip import OpenClipEncoder
+    from diffusers_fair.backends.needs import Need
+    from diffusers_fair.backends.pipelines import Base
     from diffusers_fair.config.recipe import ClassifierSection, JudgesSection, ModelsSection
     from diffusers_fair.vision.classifiers import Classifier
-    from diffusers_fair.vision.encoders import ImageEncoder, ImageTextEncoder, NetworkEncoder
+    from diffusers_fair.vision.encoders import ImageTextEncoder
     from diffusers_fair.vision.faces import FaceDetector
     from diffusers_fair.vision.judges import Judges
     from diffusers_fair.vision.reference_faces import RealFaces
 
-__all__ = [
-    "UNTOUCHED_SETS",
-    "load_base",
-    "load_evaluation_judges",
-    "load_judges",
-    "load_real_faces",
-    "untouched_set",
-    "usual_guidance",
-]
+
+def provider(path: str) -> Any:
+    """Import a provider: `package.module` or `package.module:name`."""
+    module, _, name = path.partition(":")
+    return getattr(import_module(module), name) if name else import_module(module)
+
+
+def load_model(kinds: Kinds, name: str, device: Any = "cpu") -> Any:
+    """Load the model that a recipe names.
+
+    Args:
+        kinds: of the model's role, as in `config.backends`.
+        name: `kind` or `kind:ARGUMENT`.
+        device: device that it computes on, in float32.
+
+    Raises:
+        ModuleNotFoundError: a package is missing; says how to install it.
+        ValueError: the model cannot be loaded, or does not run on the device.
+    """
+    found, arguments = _find(kinds, name)
+    return found.load(*arguments, device=device)
+
+
+def model_needs(kinds: Kinds, name: str) -> "list[Need]":
+    """List what `load_model` needs."""
+    found, arguments = _find(kinds, name)
+    return found.needs(*arguments)
+
+
+def _find(kinds: Kinds, name: str) -> tuple[Any, list[str]]:
+    """The provider of a model, and the arguments that its functions take."""
+    kind, _, argument = name.partition(":")
+    paths = {form.partition(":")[0]: path for form, path in kinds.items()}
+    return provider(paths[kind]), [argument] if argument else []
+
+
+# ---- base models ---------------------------------------------------------------------------------
+
+
+def base(model: str) -> "Base":
+    """Find out how a base model is loaded and used.
+
+    Args:
+        model: name of a shipped base, a folder or a Hub id.
+    """
+    return provider(SHIPPED_BASES.get(model, PRETRAINED_BASE))
+
+
+def load_base(model: str, revision: str | None = None, dtype: str = "float32") -> Any:
+    """Load a text-to-image pipeline.
+
+    Args:
+        model: name of a shipped base, a folder or a Hub id.
+        revision: commit, tag or branch on the Hub.
+        dtype: data type that it computes in: float32, bfloat16, float16, or auto: bfloat16 where
+            that is fast, else float32.
+
+    Raises:
+        ValueError: the model does not exist, or cannot be reached.
+    """
+    return base(model).load(model, revision, dtype)
+
+
+def usual_guidance(model: str) -> float:
+    """The guidance scale that a base model is usually sampled with."""
+    return base(model).usual_guidance
+
+
+def untouched_set(model: str) -> str:
+    """The prompt set of things and places without people that a base model can generate."""
+    return base(model).untouched_set
+
+
+def untouched_sets() -> tuple[str, ...]:
+    """The prompt sets of things and places without people, of all base models."""
+    paths = (PRETRAINED_BASE, *SHIPPED_BASES.values())
+    return tuple(provider(path).untouched_set for path in paths)
+
+
+# ---- judges --------------------------------------------------------------------------------------
 
 
 def load_judges(
@@ -42,172 +122,110 @@ def load_judges(
     device: Any = "cpu",
     people: People = "largest",
 ) -> "Judges":
-    """Load what looks at the images, in training or in evaluation.
+    """Load the models that judge images, in training or in evaluation.
 
     Args:
         models: a recipe's `models` or `evaluation.models`.
         attributes: what to classify.
-        device: where they compute, in float32: the pipeline's.
+        device: device that they compute on, in float32: the pipeline's.
         people: which faces of an image count.
 
     Raises:
         ModuleNotFoundError: a package that a model needs is missing; says how to install it.
         ValueError: no classifier for an attribute, or one with other classes; a model that cannot
-            be loaded; the testbed's models, which stay on the CPU, on another device.
+            be loaded, or does not run on the device.
     """
     from diffusers_fair.vision.judges import Judges
 
     @cache
-    def open_clip(name: str) -> "OpenClipEncoder":
-        """Once, though several judges may be made of it."""
-        from diffusers_fair.backends.open_clip import load_encoder
-
-        return load_encoder(name, device)
+    def load_clip(name: str) -> "ImageTextEncoder":
+        """Load an encoder once, also if several judges use it."""
+        return load_model(CLIPS, name, device)
 
     return Judges(
-        face_detector=_face_detector(models.face_detector, device),
+        face_detector=load_model(FACE_DETECTORS, models.face_detector, device),
         classifiers={
-            a.name: _classifier(models.classifier(a), a, open_clip, device) for a in attributes
+            a.name: _load_classifier(models.classifier(a), a, load_clip, device) for a in attributes
         },
-        clip=_clip(models.clip, open_clip, device),
-        dino=_dino(models.dino, device),
-        extra=_extra(models),
+        clip=load_clip(models.clip),
+        dino=load_model(DINOS, models.dino, device),
+        extra=_extra_scores(models),
         people=people,
     )
 
 
-def load_evaluation_judges(attributes: Sequence[str]) -> "Judges":
-    """Load the testbed's judges of evaluation, which training never saw.
+def classifier_needs(section: "ClassifierSection", attribute: Attribute) -> "list[Need]":
+    """List what a classifier needs, and whether it knows the attribute's classes."""
+    found = provider(CLASSIFIERS[section.kind].provider)
+    needs = found.needs(section.model)
+    if hasattr(found, "classes_need") and needs[-1].available:
+        return [*needs, found.classes_need(section.model, section.classes, attribute)]
+    return needs
 
-    Args:
-        attributes: names of the testbed's attributes to classify.
 
-    Raises:
-        ValueError: the testbed has no attribute of that name.
-    """
-    from diffusers_fair.config.recipe import EvaluationModelsSection
-    from diffusers_fair.testbed import world
+def _load_classifier(
+    section: "ClassifierSection",
+    attribute: Attribute,
+    load_clip: "Callable[[str], ImageTextEncoder]",
+    device: Any,
+) -> "Classifier":
+    """Load the classifier of an attribute, with the attribute's classes in any order."""
+    kind = CLASSIFIERS[section.kind]
+    load = provider(kind.provider).load
+    if kind.takes == "classes":
+        classifier = load(section.model, section.classes, device=device)
+    elif kind.takes == "phrases":
+        classifier = load(section.model, section.phrases, load_clip)
+    else:
+        classifier = load(section.model, attribute.name, device=device)
+    if set(classifier.classes) != set(attribute.classes):
+        raise ValueError(
+            f"attribute '{attribute.name}' has classes {list(attribute.classes)}, but its "
+            f"classifier knows {list(classifier.classes)}: say in the classifier's classes which "
+            "of its labels make which class"
+        )
+    return classifier
 
-    for name in attributes:
-        if name not in world.ATTRIBUTES:
-            raise ValueError(f"the testbed has {', '.join(world.ATTRIBUTES)}, no '{name}'")
-    return load_judges(EvaluationModelsSection(), [world.ATTRIBUTES[name] for name in attributes])
+
+def _extra_scores(models: "JudgesSection") -> dict[str, Any]:
+    """Scores that come with a classifier."""
+    scores: dict[str, Any] = {}
+    for section in models.classifiers.values():
+        found = provider(CLASSIFIERS[section.kind].provider)
+        if hasattr(found, "extra_scores"):
+            scores |= found.extra_scores(section.model)
+    return scores
+
+
+# ---- reference faces -----------------------------------------------------------------------------
 
 
 def load_real_faces(
     models: "ModelsSection", detector: "FaceDetector", device: Any = "cpu"
 ) -> "RealFaces":
-    """Load the face embedder, and find and embed the real faces: for the face realism loss only.
+    """Load the face embedder and the reference faces, which only the face realism loss needs.
 
     Args:
         models: a recipe's `models`.
-        detector: training's, which finds the faces in the pictures of a folder.
-        device: where it all computes, in float32: the pipeline's.
+        detector: training's face detector, which finds the faces in the images of a folder.
+        device: device that both compute on, in float32: the pipeline's.
 
     Raises:
         ModuleNotFoundError: a package that the embedder needs is missing; says how to install it.
-        ValueError: an embedder that cannot be loaded; a folder without faces; the testbed's
-            embedder on another device than the CPU.
+        ValueError: an embedder that cannot be loaded, or does not run on the device; a folder
+            without faces.
     """
     from diffusers_fair.vision.reference_faces import RealFaces
 
-    embedder = _face_embedder(models.face_embedder, device)
-    if models.face_bank == testbed.NAME:
-        return RealFaces(embedder, _testbed(device).face_bank())
-    from diffusers_fair.backends.reference_faces import load_bank
-
-    return RealFaces(embedder, load_bank(models.face_bank, detector, embedder, device))
-
-
-def _face_embedder(name: str, device: Any) -> "NetworkEncoder":
-    kind, _, what = name.partition(":")
-    if kind == "timm":
-        from diffusers_fair.backends.timm import load_embedder
-
-        return load_embedder(what, device)
-    return _testbed(device).face_embedder()
+    embedder = load_model(FACE_EMBEDDERS, models.face_embedder, device)
+    if models.face_bank in REFERENCE_FACES:
+        return RealFaces(embedder, load_model(REFERENCE_FACES, models.face_bank, device))
+    load = provider(REFERENCE_FOLDER).load
+    return RealFaces(embedder, load(models.face_bank, detector, embedder, device))
 
 
-def _face_detector(name: str, device: Any) -> "FaceDetector":
-    if name == "none":
-        from diffusers_fair.vision.faces import no_faces
-
-        return no_faces
-    if name == "retinaface":
-        from diffusers_fair.backends.retinaface import load_detector
-
-        return load_detector(device)
-    return _testbed(device).face_detector()
-
-
-def _clip(
-    name: str, open_clip: "Callable[[str], OpenClipEncoder]", device: Any
-) -> "ImageTextEncoder":
-    kind, _, what = name.partition(":")
-    return open_clip(what) if kind == "open_clip" else _testbed(device).clip()
-
-
-def _dino(name: str, device: Any) -> "ImageEncoder":
-    kind, _, what = name.partition(":")
-    if kind == "dinov2":
-        from diffusers_fair.backends.dinov2 import load_encoder
-
-        return load_encoder(what, device)
-    return _testbed(device).dino()
-
-
-def _classifier(
-    section: "ClassifierSection",
-    attribute: Attribute,
-    open_clip: "Callable[[str], OpenClipEncoder]",
-    device: Any,
-) -> "Classifier":
-    """The classifier of an attribute, of the attribute's classes in any order."""
-    match section.kind:
-        case "transformers":
-            from diffusers_fair.backends import image_classification
-
-            found = image_classification.load_classifier(section.model, section.classes, device)
-        case "zero_shot":
-            from diffusers_fair.backends.zero_shot import zero_shot
-
-            found = zero_shot(open_clip(section.model), section.phrases)
-        case "checkpoint":
-            from diffusers_fair.backends import trained_classifier
-
-            found = trained_classifier.load_classifier(section.model, section.classes, device)
-        case _:
-            judges = _testbed(device)
-            found = judges.classifier(attribute.name, evaluation=section.model == "evaluation")
-    if set(found.classes) != set(attribute.classes):
-        raise ValueError(
-            f"attribute '{attribute.name}' has classes {list(attribute.classes)}, but its "
-            f"classifier knows {list(found.classes)}: say in the classifier's classes which of its "
-            "labels make which class"
-        )
-    return found
-
-
-def _extra(models: "JudgesSection") -> dict[str, Any]:
-    """Beside the testbed's evaluation classifiers, whether the context is that of the prompt."""
-    kinds = {(section.kind, section.model) for section in models.classifiers.values()}
-    if ("testbed", "evaluation") not in kinds:
-        return {}
-    from diffusers_fair.testbed import judges, world
-    from diffusers_fair.vision.judges import recognition
-
-    return {"context": recognition(judges.family_classifier(), world.family_in)}
-
-
-def _testbed(device: Any) -> Any:
-    """The testbed's judges."""
-    import torch
-
-    if torch.device(device).type != "cpu":
-        raise ValueError(
-            f"the models of the {testbed.NAME} compute on the CPU, and the pipeline is on "
-            f"'{device}': move it to the CPU, or name other models in the recipe"
-        )
-    from diffusers_fair.testbed import judges
-
-    return judges
+def reference_faces_needs(face_bank: str) -> "list[Need]":
+    """List what the reference faces need."""
+    if face_bank in REFERENCE_FACES:
+        return model_needs(REFERENCE_FACES, face_bank)
+    return provider(REFERENCE_FOLDER).needs(face_bank)

@@ -1,8 +1,8 @@
 """RetinaFace (Deng et al., 2020) of retinaface-pytorch: images -> the largest face, or all.
 
-That package pins versions of others that no longer go together with this one's, so it is installed
-without them. Of it the network and the code for its boxes are used, which need none of them; what
-goes before and after the network is done here, for a batch at once.
+That package pins old versions of its dependencies, so it is installed without them. Only its
+network and its code for boxes are used, which do not need them; pre- and postprocessing are done
+here, for a whole batch at once.
 """
 
 from dataclasses import dataclass
@@ -17,14 +17,14 @@ from diffusers_fair.backends.errors import loading
 from diffusers_fair.backends.needs import Need, file, package
 from diffusers_fair.vision.faces import Faces, area, faces_of_images
 
-INSTALL = "pip install --no-deps retinaface-pytorch"
+_INSTALL = "pip install --no-deps retinaface-pytorch"
 URL = (
     "https://github.com/ternaus/retinaface/releases/download/0.01/"
     "retinaface_resnet50_2020-07-20-f168fae3c.zip"
 )
-MEAN, STD = (0.485, 0.456, 0.406), (0.229, 0.224, 0.225)  # of each colour in [0, 1]
-ANCHORS = {"min_sizes": [[16, 32], [64, 128], [256, 512]], "steps": [8, 16, 32], "clip": False}
-VARIANCE = (0.1, 0.2)  # units of the network's offsets and of the logarithms of its sizes
+MEAN, STD = (0.485, 0.456, 0.406), (0.229, 0.224, 0.225)  # per channel, of values in [0, 1]
+_ANCHORS = {"min_sizes": [[16, 32], [64, 128], [256, 512]], "steps": [8, 16, 32], "clip": False}
+_VARIANCE = (0.1, 0.2)  # scales of the network's offsets and of its logarithmic sizes
 
 
 @dataclass(frozen=True)
@@ -36,7 +36,7 @@ class RetinaFaceDetector:
     threshold: float = 0.7
     """Score in [0, 1] above which a box is a face."""
     overlap: float = 0.4
-    """Intersection over union above which two boxes are of one face: the surer one stays."""
+    """Intersection over union above which two boxes show one face: the higher score is kept."""
 
     @torch.no_grad()
     def __call__(self, images: Tensor) -> Faces:
@@ -45,9 +45,9 @@ class RetinaFaceDetector:
         image, place = self._kept(boxes, scores)
         areas = torch.zeros_like(scores)
         areas[image, place] = area(boxes[image, place])
-        largest, found = areas.argmax(1), areas.amax(1) > 0
+        largest, has_face = areas.argmax(1), areas.amax(1) > 0
         rows = torch.arange(len(images), device=images.device)
-        return Faces(boxes[rows, largest], found, landmarks[rows, largest])
+        return Faces(boxes[rows, largest], has_face, landmarks[rows, largest])
 
     @torch.no_grad()
     def all_faces(self, images: Tensor) -> Faces:
@@ -57,7 +57,7 @@ class RetinaFaceDetector:
         return faces_of_images(boxes[kept], kept[0], len(images), landmarks[kept])
 
     def _kept(self, boxes: Tensor, scores: Tensor) -> tuple[Tensor, Tensor]:
-        """Image and anchor, (m,) each, of the faces: a box for each."""
+        """Find image and anchor, (m,) each, of the faces, one box per face."""
         from torchvision.ops import batched_nms
 
         image, place = (scores > self.threshold).nonzero(as_tuple=True)
@@ -71,21 +71,21 @@ class RetinaFaceDetector:
         n, _, h, w = images.shape
         mean, std = (torch.tensor(v).to(images).view(3, 1, 1) for v in (MEAN, STD))
         offsets, logits, points = self.network(((images + 1) / 2 - mean) / std)
-        anchors = _anchors(h, w).to(images).repeat(n, 1)  # (n a, 4), in shares of the image
+        anchors = _anchors(h, w).to(images).repeat(n, 1)  # (n a, 4), relative to the image size
         scale = torch.tensor([w, h]).to(images)
-        boxes = decode(offsets.flatten(0, 1), anchors, VARIANCE).view(n, -1, 2, 2) * scale
-        landmarks = decode_landm(points.flatten(0, 1), anchors, VARIANCE).view(n, -1, 5, 2) * scale
+        boxes = decode(offsets.flatten(0, 1), anchors, _VARIANCE).view(n, -1, 2, 2) * scale
+        landmarks = decode_landm(points.flatten(0, 1), anchors, _VARIANCE).view(n, -1, 5, 2) * scale
         return boxes.flatten(2), logits.softmax(-1)[..., 1], landmarks
 
 
-def load_detector(device: torch.device | str = "cpu") -> RetinaFaceDetector:
+def load(device: torch.device | str = "cpu") -> RetinaFaceDetector:
     """Load RetinaFace with a ResNet-50, trained on WIDER FACE; 105 MB are downloaded once.
 
     Raises:
         ModuleNotFoundError: retinaface-pytorch is not installed.
         ValueError: the weights cannot be downloaded, or do not fit.
     """
-    with loading("RetinaFace", f"{URL}, or that file as '{_weights()}'", INSTALL):
+    with loading("RetinaFace", f"{URL}, or that file as '{_weights()}'", _INSTALL):
         from retinaface.network import RetinaFace
 
         network = RetinaFace(
@@ -102,22 +102,22 @@ def load_detector(device: torch.device | str = "cpu") -> RetinaFaceDetector:
 
 
 def needs() -> list[Need]:
-    """What `load_detector` needs."""
+    """List what `load` needs."""
     return [
         package("torchvision"),
-        package("retinaface", INSTALL),
+        package("retinaface", _INSTALL),
         file(_weights(), f"download {URL} to '{_weights()}'"),
     ]
 
 
 def _weights() -> Path:
-    """Where torch keeps the weights."""
+    """Path where torch keeps the weights."""
     return Path(torch.hub.get_dir()) / "checkpoints" / URL.rpartition("/")[2]
 
 
 @cache
 def _anchors(h: int, w: int) -> Tensor:
-    """(a, 4) centres and sizes of the anchors, in shares of the image."""
+    """(a, 4) centres and sizes of the anchors, relative to the image size."""
     from retinaface.prior_box import priorbox
 
-    return priorbox(image_size=(h, w), **ANCHORS)
+    return priorbox(image_size=(h, w), **_ANCHORS)

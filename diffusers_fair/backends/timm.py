@@ -1,4 +1,4 @@
-"""timm: a model whose output is the embedding of a face, with its own size and scale of colours."""
+"""timm: models that embed a face, with their own image size and normalization."""
 
 from pathlib import Path
 
@@ -9,26 +9,26 @@ from diffusers_fair.backends.needs import Need, package, pretrained
 from diffusers_fair.vision.encoders import NetworkEncoder, Pixels
 
 PACKAGE = "timm"  # as it is imported
-INSTALL = "pip install timm"
-HUB = "hf-hub:"
-FORMS = f"a name that timm knows, {HUB}ORG/MODEL, or a folder with config.json and weights"
+_INSTALL = "pip install timm"
+_HUB = "hf-hub:"
+_FORMS = f"a name that timm knows, {_HUB}ORG/MODEL, or a folder with config.json and weights"
 
 
-def load_embedder(name: str, device: torch.device | str = "cpu") -> NetworkEncoder:
+def load(name: str, device: torch.device | str = "cpu") -> NetworkEncoder:
     """Load a face embedder.
 
-    Its last layer stays: in models trained to tell faces apart, that layer makes the embedding, and
-    the one that names the people of the training set is not saved.
+    The last layer is kept: in models trained to tell faces apart it makes the embedding, and the
+    layer that classifies the people of the training set is not saved.
 
     Args:
         name: as `timm.create_model` takes it, or a folder.
-        device: where it computes, in float32.
+        device: device that it computes on, in float32.
 
     Raises:
         ModuleNotFoundError: timm is not installed.
-        ValueError: there is no such model, it cannot be reached, or takes no squares.
+        ValueError: the model does not exist, cannot be reached, or its images are not square.
     """
-    with loading(f"the face embedder '{name}' of timm", FORMS, INSTALL):
+    with loading(f"the face embedder '{name}' of timm", _FORMS, _INSTALL):
         import timm
 
         source = f"local-dir:{name}" if Path(name).is_dir() else name
@@ -42,18 +42,18 @@ def load_embedder(name: str, device: torch.device | str = "cpu") -> NetworkEncod
 
 
 def needs(name: str) -> list[Need]:
-    """What `load_embedder` needs."""
-    installed = package(PACKAGE, INSTALL)
-    if not installed.there:
+    """List what `load` needs."""
+    installed = package(PACKAGE, _INSTALL)
+    if not installed.available:
         return [installed]
-    if Path(name).is_dir() or name.startswith(HUB):
-        return [installed, pretrained(name.removeprefix(HUB))]
+    if Path(name).is_dir() or name.startswith(_HUB):
+        return [installed, pretrained(name.removeprefix(_HUB))]
     import timm
 
     known = timm.models.is_model(name) and timm.models.get_pretrained_cfg(name)
     if not known or not known.hf_hub_id:
         return [
             installed,
-            Need(name, False, f"unknown to timm, or without weights: expected {FORMS}"),
+            Need(name, False, f"unknown to timm, or without weights: expected {_FORMS}"),
         ]
     return [installed, pretrained(known.hf_hub_id)]

@@ -1,6 +1,6 @@
-"""Folder of a classifier that `diffusers-fair classifier train` made: MobileNetV3-Large.
+"""The folder of a classifier from `diffusers-fair classifier train`: a MobileNetV3-Large.
 
-`model.safetensors` holds the weights, `classifier.json` what they are and how good they are.
+`model.safetensors` holds the weights, `classifier.json` the classes and the accuracy.
 """
 
 import json
@@ -11,16 +11,20 @@ from typing import Any
 import torch
 from torch import nn
 
+from diffusers_fair.attributes import Attribute
 from diffusers_fair.backends.errors import loading
 from diffusers_fair.backends.labels import group, merge, merge_counts
 from diffusers_fair.backends.needs import Need, package
 from diffusers_fair.vision.classifiers import NetworkClassifier
 from diffusers_fair.vision.encoders import Pixels
 
-FORMAT = 1
+_FORMAT = 1
 WEIGHTS, FACTS = "model.safetensors", "classifier.json"
-MEAN, STD = (0.485, 0.456, 0.406), (0.229, 0.224, 0.225)  # ImageNet's, of each colour in [0, 1]
-TRAIN = "make one with: diffusers-fair classifier train"
+MEAN, STD = (
+    (0.485, 0.456, 0.406),
+    (0.229, 0.224, 0.225),
+)  # ImageNet's, per channel, of values in [0, 1]
+_TRAIN = "make one with: diffusers-fair classifier train"
 
 
 def mobilenet(classes: int) -> nn.Module:
@@ -36,7 +40,7 @@ def write(folder: str | Path, network: nn.Module, facts: Mapping[str, Any]) -> N
     Args:
         folder: new or empty.
         network: a `mobilenet`.
-        facts: `classes`, `size`, and whatever else there is to know, as JSON has it.
+        facts: `classes`, `size`, and anything else that JSON can hold.
     """
     from safetensors.torch import save_file
 
@@ -44,21 +48,21 @@ def write(folder: str | Path, network: nn.Module, facts: Mapping[str, Any]) -> N
     folder.mkdir(parents=True, exist_ok=True)
     state = {name: value.cpu().contiguous() for name, value in network.state_dict().items()}
     save_file(state, folder / WEIGHTS)
-    text = json.dumps({"format": FORMAT, **facts}, indent=1)
+    text = json.dumps({"format": _FORMAT, **facts}, indent=1)
     (folder / FACTS).write_text(text, encoding="utf-8")
 
 
 def read_facts(folder: str | Path) -> dict[str, Any]:
-    """Read what a classifier is, without its weights.
+    """Read `classifier.json`.
 
     Raises:
         OSError: no such folder or file.
-        ValueError: not of this format.
+        ValueError: another format.
     """
     facts = json.loads((Path(folder) / FACTS).read_text(encoding="utf-8"))
     version = facts.get("format") if isinstance(facts, dict) else None
-    if version != FORMAT:
-        raise ValueError(f"{FACTS} must have format {FORMAT}, got {version}")
+    if version != _FORMAT:
+        raise ValueError(f"{FACTS} must have format {_FORMAT}, got {version}")
     labels, size = facts.get("classes"), facts.get("size")
     if not isinstance(labels, list) or len({str(c) for c in labels}) < 2:
         raise ValueError(f"{FACTS} must name two or more classes, got {labels}")
@@ -67,23 +71,23 @@ def read_facts(folder: str | Path) -> dict[str, Any]:
     return facts
 
 
-def load_classifier(
+def load(
     folder: str, classes: Mapping[str, Sequence[str]], device: torch.device | str = "cpu"
 ) -> NetworkClassifier:
     """Load a classifier.
 
     Args:
-        folder: what was written.
-        classes: class -> labels it was trained with; empty if they are the classes.
-        device: where it computes, in float32.
+        folder: written by `write`.
+        classes: class -> labels of the training; empty if the labels are the classes.
+        device: device that it computes on, in float32.
 
     Raises:
         ModuleNotFoundError: torchvision is not installed.
-        ValueError: there is none, or its labels do not fit.
+        ValueError: no such classifier, or it has other labels.
     """
     from safetensors.torch import load_file
 
-    with loading(f"the classifier '{folder}'", f"a folder with {WEIGHTS} and {FACTS}; {TRAIN}"):
+    with loading(f"the classifier '{folder}'", f"a folder with {WEIGHTS} and {FACTS}; {_TRAIN}"):
         facts = read_facts(folder)
         groups = group(facts["classes"], classes)
         network = mobilenet(len(facts["classes"]))
@@ -99,8 +103,25 @@ def load_classifier(
 
 
 def needs(folder: str) -> list[Need]:
-    """What `load_classifier` needs."""
+    """List what `load` needs."""
     files = [Path(folder) / name for name in (WEIGHTS, FACTS)]
-    there = all(path.is_file() for path in files)
-    size = files[0].stat().st_size if there else 0
-    return [package("torchvision"), Need(f"folder '{folder}'", there, TRAIN, size)]
+    available = all(path.is_file() for path in files)
+    size = files[0].stat().st_size if available else 0
+    return [package("torchvision"), Need(f"folder '{folder}'", available, _TRAIN, size)]
+
+
+def classes_need(folder: str, classes: Mapping[str, Sequence[str]], attribute: Attribute) -> Need:
+    """Check that the labels make the attribute's classes.
+
+    Args:
+        folder: folder of the classifier.
+        classes: class -> labels, as in `load`.
+        attribute: attribute to classify.
+    """
+    name = f"classes of '{folder}'"
+    try:
+        known = set(group(read_facts(folder)["classes"], classes))
+    except (OSError, ValueError) as error:
+        return Need(name, False, str(error))
+    advice = f"expected {list(attribute.classes)}, got {sorted(known)}: map them with classes"
+    return Need(name, known == set(attribute.classes), advice)

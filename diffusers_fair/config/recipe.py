@@ -12,6 +12,15 @@ from typing import Annotated, Any, Literal, get_args
 
 from diffusers_fair import atomic
 from diffusers_fair.attributes import Attribute, People, Region
+from diffusers_fair.config.backends import (
+    CLASSIFIERS,
+    CLIPS,
+    DINOS,
+    FACE_DETECTORS,
+    FACE_EMBEDDERS,
+    REFERENCE_FACES,
+    Kinds,
+)
 from diffusers_fair.prompts.tables import read_table, targets_by_prompt
 from diffusers_fair.prompts.wording import Wording
 
@@ -62,8 +71,8 @@ def _weighted(sets: Any) -> Any:
     return dict.fromkeys(sets, 1.0) if isinstance(sets, list) else sets
 
 
-def _one_of(*forms: str) -> AfterValidator:
-    """Check that the name of a model has one of these forms: `kind`, or `kind:WHAT`."""
+def _one_of(forms: Kinds) -> AfterValidator:
+    """Check that the name of a model has one of these forms: `kind` or `kind:ARGUMENT`."""
     kinds = {form.partition(":")[0]: ":" in form for form in forms}
 
     def check(name: str) -> str:
@@ -75,10 +84,18 @@ def _one_of(*forms: str) -> AfterValidator:
     return AfterValidator(check)
 
 
-FaceDetectorName = Annotated[str, _one_of("testbed", "retinaface", "none")]
-ClipName = Annotated[str, _one_of("testbed", "open_clip:MODEL/WEIGHTS")]
-DinoName = Annotated[str, _one_of("testbed", "dinov2:MODEL")]
-FaceEmbedderName = Annotated[str, _one_of("testbed", "timm:MODEL")]
+def _known_classifier(kind: str) -> str:
+    if kind not in CLASSIFIERS:
+        *others, last = map(repr, CLASSIFIERS)
+        raise ValueError(f"expected {', '.join(others)} or {last}, got {kind!r}")
+    return kind
+
+
+FaceDetectorName = Annotated[str, _one_of(FACE_DETECTORS)]
+ClipName = Annotated[str, _one_of(CLIPS)]
+DinoName = Annotated[str, _one_of(DINOS)]
+FaceEmbedderName = Annotated[str, _one_of(FACE_EMBEDDERS)]
+ClassifierKindName = Annotated[str, AfterValidator(_known_classifier)]
 
 
 class Section(BaseModel):
@@ -236,7 +253,7 @@ class ClassifierSection(Section):
     Keep the classifiers of evaluation apart from those of training.
     """
 
-    kind: Literal["testbed", "transformers", "zero_shot", "checkpoint"]
+    kind: ClassifierKindName
     """What it is: `testbed`, the testbed's own; `transformers`, an image classification model;
     `zero_shot`, an open_clip model that compares faces, or whole images, with phrases;
     `checkpoint`, what `diffusers-fair classifier train` made."""
@@ -261,16 +278,17 @@ class ClassifierSection(Section):
 
     @model_validator(mode="after")
     def _check_kind(self) -> "ClassifierSection":
-        if self.kind == "testbed" and self.model not in ("", "evaluation"):
-            raise ValueError(f"expected 'testbed' or 'testbed:evaluation', got '{self.model}'")
-        if self.kind != "testbed" and not self.model:
+        kind = CLASSIFIERS[self.kind]
+        if kind.models and self.model not in kind.models:
+            forms = [repr(f"{self.kind}:{model}".rstrip(":")) for model in kind.models]
+            raise ValueError(f"expected {' or '.join(forms)}, got '{self.model}'")
+        if not (kind.models or self.model):
             raise ValueError(f"a classifier of kind '{self.kind}' needs a model")
-        if self.kind == "zero_shot" and not self.phrases:
-            raise ValueError("a classifier of kind 'zero_shot' needs phrases for each class")
-        if self.phrases and self.kind != "zero_shot":
-            raise ValueError(f"a classifier of kind '{self.kind}' takes no phrases")
-        if self.classes and self.kind not in ("transformers", "checkpoint"):
-            raise ValueError(f"a classifier of kind '{self.kind}' takes no classes")
+        if kind.takes == "phrases" and not self.phrases:
+            raise ValueError(f"a classifier of kind '{self.kind}' needs phrases for each class")
+        for key in ("phrases", "classes"):
+            if getattr(self, key) and kind.takes != key:
+                raise ValueError(f"a classifier of kind '{self.kind}' takes no {key}")
         return self
 
 
@@ -314,9 +332,9 @@ class JudgesSection(Section):
                 f"attribute '{attribute.name}' is of faces, which face_detector 'none' does not "
                 "find: name a face detector, or set the attribute's region to 'image'"
             )
-        if chosen.kind == "testbed" and not attribute.of_faces:
+        if not (attribute.of_faces or CLASSIFIERS[chosen.kind].sees_whole_images):
             raise ValueError(
-                f"attribute '{attribute.name}' is of the whole image, and the testbed's "
+                f"attribute '{attribute.name}' is of the whole image, and the {chosen.kind}'s "
                 "classifiers see faces: name a classifier of another kind for it"
             )
         classes = [*chosen.classes, *chosen.phrases]
@@ -341,9 +359,10 @@ class ModelsSection(JudgesSection):
 
     @model_validator(mode="after")
     def _check_bank(self) -> "ModelsSection":
-        if self.face_bank == "testbed" and self.face_embedder != "testbed":
+        bank = self.face_bank
+        if bank in REFERENCE_FACES and self.face_embedder != bank:
             raise ValueError(
-                "face_bank 'testbed' holds what the testbed's own face_embedder saw, not "
+                f"face_bank '{bank}' holds what the {bank}'s own face_embedder saw, not "
                 f"'{self.face_embedder}': name a folder of pictures with faces"
             )
         return self

@@ -14,17 +14,16 @@ from typing import Any
 import yaml
 from huggingface_hub import EvalResult, ModelCard, ModelCardData
 
-from diffusers_fair import testbed
-from diffusers_fair.adapters.io import (
-    EMBEDS_FILE,
+from diffusers_fair import atomic, testbed
+from diffusers_fair.adapters.folder import (
     README_FILE,
     REPORT_FILES,
     SAMPLES_FOLDER,
-    AdapterInfo,
-    read_adapter,
-    replace_file,
+    Adapter,
+    open_adapter,
     write_info,
 )
+from diffusers_fair.adapters.format import EMBEDS_FILE, AdapterInfo
 from diffusers_fair.attributes import Attribute
 from diffusers_fair.loading import MIRRORS, REPOSITORY
 from diffusers_fair.reports.groups import GroupSummary, summaries_from_json
@@ -54,11 +53,11 @@ LICENCES = {  # base model -> its licence, as the Hub calls it; it holds for ada
 }
 
 
-def write_card(folder: str | Path, report: str | Path | None = None) -> Path:
+def write_card(folder: str | Path | Adapter, report: str | Path | None = None) -> Path:
     """Write the card of an adapter folder.
 
     Args:
-        folder: the adapter.
+        folder: the adapter's, or the open adapter.
         report: folder of its report; the summary is noted in `fair_adapter.json`, and report and
             pictures are copied beside it. Left out: what was noted there before, if anything.
 
@@ -68,15 +67,15 @@ def write_card(folder: str | Path, report: str | Path | None = None) -> Path:
     Raises:
         ValueError: no adapter, no report, a report of something else than the adapter balances.
     """
-    folder = Path(folder)
-    info, _ = read_adapter(folder)
+    adapter = open_adapter(folder)
+    folder, info = adapter.folder, adapter.info
     if report is not None:
         info = replace(info, evaluation=_evaluation(Path(report), info.attributes))
     text = _render(info, _pictures(folder, report))
     if report is not None:
-        write_info(folder, info)
+        write_info(adapter, info)
         _copy(Path(report), folder)
-    replace_file(folder / README_FILE, text.encode())
+    atomic.write(folder / README_FILE, text.encode())
     return folder / README_FILE
 
 
@@ -147,11 +146,11 @@ def _copy(report: Path, folder: Path) -> None:
     """Put a report's files beside the adapter, and its sheets among the samples."""
     for name in REPORT_FILES:
         if (report / name).is_file():
-            replace_file(folder / name, (report / name).read_bytes())
+            atomic.write(folder / name, (report / name).read_bytes())
     for name in SHEETS:
         if (report / name).is_file():
             (folder / SAMPLES_FOLDER).mkdir(exist_ok=True)
-            replace_file(folder / SAMPLES_FOLDER / name, (report / name).read_bytes())
+            atomic.write(folder / SAMPLES_FOLDER / name, (report / name).read_bytes())
 
 
 # ---- the card ------------------------------------------------------------------------------------

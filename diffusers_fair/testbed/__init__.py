@@ -1,7 +1,7 @@
 """A small world that ships with the package: a biased text-to-image model and the judges around it.
 
 `pipeline()` is a genuine `StableDiffusionPipeline` of 64x64 pixels, trained from synthetic
-portraits of people who do not exist. Needs no network.
+portraits of people who do not exist. It needs no network.
 """
 
 from copy import deepcopy
@@ -12,9 +12,9 @@ if TYPE_CHECKING:
     from diffusers import StableDiffusionPipeline
 
 WEIGHTS = Path(__file__).parent / "weights"
-NAME = "testbed"  # what recipes and `--base` call it
+NAME = "testbed"  # its name in recipes and `--base`
 SIZE = 64  # pixels
-GUIDANCE = 4.5  # the guidance scale it is used with
+GUIDANCE = 4.5  # its usual guidance scale
 
 
 def pipeline() -> "StableDiffusionPipeline":

@@ -1,7 +1,7 @@
-"""What looks at the testbed's pictures: a face detector, classifiers and encoders.
+"""The testbed's judges: a face detector, classifiers and encoders.
 
 The classifiers of training and those of evaluation differ in architecture and were trained on
-different portraits. Held-out figures of each judge are in the metadata of its file (`figures`).
+different portraits. Held-out metrics of each judge are in the metadata of its file (`figures`).
 """
 
 import json
@@ -41,7 +41,7 @@ EMBEDDING = 64  # numbers per face
 
 
 class FaceGrid(nn.Module):
-    """A grid of cells over the picture, each with a face's score and box."""
+    """A grid of cells over the image, each with a face's score and box."""
 
     def __init__(self) -> None:
         super().__init__()
@@ -74,27 +74,27 @@ class GridDetector:
 
     @torch.no_grad()
     def __call__(self, images: Tensor) -> Faces:
-        """The largest face of each image."""
+        """Find the largest face of each image."""
         logits, boxes = self.network(images)
         counts = logits.sigmoid() >= self.threshold  # (n, cells)
         return Faces(_largest(logits.sigmoid(), boxes, counts)[1], counts.any(1))
 
     @torch.no_grad()
     def all_faces(self, images: Tensor) -> Faces:
-        """Every face: again and again the largest, without the cells of those before."""
+        """Find every face: repeatedly the largest, ignoring the cells of those already found."""
         logits, boxes = self.network(images)
-        scores, image, found = logits.sigmoid(), torch.zeros(0).long(), boxes.new_zeros(0, 4)
+        scores, image, faces = logits.sigmoid(), torch.zeros(0).long(), boxes.new_zeros(0, 4)
         left = scores >= self.threshold  # (n, cells)
         while left.any():
             rows = left.any(1).nonzero().squeeze(1)
             largest, voted = _largest(scores[rows], boxes[rows], left[rows])
-            image, found = torch.cat([image, rows]), torch.cat([found, voted])
+            image, faces = torch.cat([image, rows]), torch.cat([faces, voted])
             left[rows] &= overlap(boxes[rows], largest[:, None]) <= self.overlap
-        return faces_of_images(found, image, len(images))
+        return faces_of_images(faces, image, len(images))
 
 
 def _largest(scores: Tensor, boxes: Tensor, counts: Tensor) -> tuple[Tensor, Tensor]:
-    """The largest box (n, 4) of those that count, and what the cells that agree with it vote."""
+    """The largest box (n, 4) of the cells that count, and the mean box of cells that overlap it."""
     first = torch.where(counts, area(boxes), scores - 1).argmax(1)  # none counts: the best cell
     largest = boxes[torch.arange(len(boxes)), first]
     agree = (overlap(boxes, largest[:, None]) > 0.5) * scores  # (n, cells)
@@ -107,7 +107,7 @@ def attribute_network(classes: int) -> ResNetForImageClassification:
 
 
 def evaluation_network(classes: int) -> nn.Module:
-    """Chips or whole pictures -> logits: the classifiers of evaluation."""
+    """Chips or whole images -> logits: the classifiers of evaluation."""
     from torchvision.models.densenet import DenseNet
 
     return DenseNet(24, (3, 4, 3), num_init_features=32, bn_size=2, num_classes=classes)
@@ -119,7 +119,7 @@ def embedding_network() -> ResNetForImageClassification:
 
 
 def clip_network(vocabulary: int = VOCABULARY) -> CLIPModel:
-    """Whole pictures and texts -> (n, 64)."""
+    """Whole images and texts -> (n, 64)."""
     text = CLIPTextConfig(
         vocab_size=vocabulary,
         hidden_size=64,
@@ -147,7 +147,7 @@ def clip_network(vocabulary: int = VOCABULARY) -> CLIPModel:
 
 
 def dino_network() -> Dinov2Model:
-    """Whole pictures -> class token (n, 96)."""
+    """Whole images -> class token (n, 96)."""
     return Dinov2Model(
         Dinov2Config(
             hidden_size=96,
@@ -162,7 +162,7 @@ def dino_network() -> Dinov2Model:
 
 
 def freeze(network: Network, state: dict[str, Tensor]) -> Network:
-    """A network with these weights as float32, in evaluation mode, without gradients."""
+    """Load the weights as float32; return the network in evaluation mode, without gradients."""
     network.load_state_dict(
         {k: v.float() if v.is_floating_point() else v for k, v in state.items()}
     )
@@ -170,14 +170,14 @@ def freeze(network: Network, state: dict[str, Tensor]) -> Network:
 
 
 def figures(name: str) -> dict:
-    """Classes and held-out figures kept with the weights of a judge, by the name of its file."""
+    """Read the classes and held-out metrics that are stored with the weights of a judge."""
     with safe_open(WEIGHTS / f"{name}.safetensors", "pt") as file:
         return {key: json.loads(text) for key, text in (file.metadata() or {}).items()}
 
 
 @cache
 def face_detector() -> GridDetector:
-    """Finds the largest face of testbed pictures."""
+    """Detects the largest face of testbed images."""
     return GridDetector(freeze(FaceGrid(), load_file(WEIGHTS / "detector.safetensors")))
 
 
@@ -186,8 +186,8 @@ def classifier(name: str, *, evaluation: bool = False) -> NetworkClassifier:
     """The testbed's classifier of one attribute.
 
     Args:
-        name: of the attribute.
-        evaluation: the one that fine-tuning never sees.
+        name: name of the attribute.
+        evaluation: the classifier that training never sees.
 
     Raises:
         ValueError: no classifier for an attribute of that name.
@@ -210,7 +210,7 @@ def classifier(name: str, *, evaluation: bool = False) -> NetworkClassifier:
 
 @cache
 def family_classifier() -> NetworkClassifier:
-    """Tells the context family, clothes and background, of a whole testbed picture."""
+    """Classifies the context family, clothes and background, of a whole testbed image."""
     classes = tuple(figures("family_classifier")["classes"])
     state = load_file(WEIGHTS / "family_classifier.safetensors")
     return NetworkClassifier(freeze(evaluation_network(len(classes)), state), classes, SIZE)
@@ -218,14 +218,14 @@ def family_classifier() -> NetworkClassifier:
 
 @cache
 def clip() -> ClipEncoder:
-    """CLIP-like: testbed pictures and captions in one space."""
+    """CLIP-like: embeds testbed images and captions in one space."""
     state = unpack(WEIGHTS / "clip.safetensors", VOCABULARY)
     return ClipEncoder(freeze(clip_network(), state), tokenizer(), Pixels(SIZE))
 
 
 @cache
 def dino() -> DinoEncoder:
-    """DINO-like: learned from testbed pictures without labels."""
+    """DINO-like: trained on testbed images without labels."""
     return DinoEncoder(
         freeze(dino_network(), load_file(WEIGHTS / "dino.safetensors")), Pixels(SIZE)
     )
@@ -233,14 +233,14 @@ def dino() -> DinoEncoder:
 
 @cache
 def face_embedder() -> NetworkEncoder:
-    """Face chips -> what a face looks like."""
+    """Embeds face chips."""
     network = freeze(embedding_network(), load_file(WEIGHTS / "face_embedder.safetensors"))
     return NetworkEncoder(lambda chips: network(chips).logits, Pixels(CHIP))
 
 
 @cache
 def face_bank() -> Tensor:
-    """(1024, 64) embeddings by `face_embedder` of portraits' faces, of unit length."""
+    """Embeddings (1024, 64) by `face_embedder` of faces in portraits, of unit length."""
     stored = load_file(WEIGHTS / "face_bank.safetensors")["embeddings"]  # as float16
     return nn.functional.normalize(stored.float(), dim=1)
 

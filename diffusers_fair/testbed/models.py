@@ -1,4 +1,4 @@
-"""The parts of the testbed's pipeline: their shapes, and how their weights are loaded."""
+"""The components of the testbed's pipeline: their architectures and their weights."""
 
 from pathlib import Path
 
@@ -79,7 +79,7 @@ def load_autoencoder(weights: Path) -> AutoencoderKL:
 
 
 def load_text_encoder(weights: Path) -> CLIPTextModel:
-    """The text encoder with its weights as float32; words it never met have random embeddings."""
+    """The text encoder with its weights as float32; tokens it never saw have random embeddings."""
     model = text_encoder()
     model.load_state_dict(unpack(weights / "text_encoder.safetensors", VOCABULARY))
     return model.eval().requires_grad_(False)

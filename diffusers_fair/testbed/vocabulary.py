@@ -1,4 +1,4 @@
-"""Models trained on the few words they meet, shipped without the rows of all other words.
+"""Models that were trained on few words, shipped without the embeddings of all other words.
 
 While training, a text model has a token table of k rows only, one for each token that occurs;
 `rows` turns CLIP's token numbers into rows. The file holds those k rows and their numbers;
@@ -44,7 +44,7 @@ def unpack(file: Path, vocabulary: int, std: float = 0.02, seed: int = SEED) -> 
     Args:
         file: written by `pack`.
         vocabulary: rows of the whole table.
-        std: standard deviation of the rows of words never met, as at initialisation.
+        std: standard deviation of the rows of tokens it never saw, as at initialisation.
         seed: of those rows; the same seed gives the same table.
     """
     state = load_file(file)

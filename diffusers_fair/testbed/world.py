@@ -1,9 +1,9 @@
-"""The small world that the testbed was trained on: who does what, where, and how captions say it.
+"""The small world that the testbed was trained on: people, occupations, contexts and captions.
 
 Every subject of a prompt (an occupation, a sport, a sentence) belongs to a context family (clothes
 and background) and has its own distribution over perceived gender, race and age. The distributions
-are drawn once, from the subject's text alone, and are biased on purpose: the bias is what is to be
-measured.
+are sampled once, from the subject's text alone, and are biased on purpose: the bias is what the
+testbed is for.
 """
 
 import hashlib
@@ -47,7 +47,7 @@ STYLE_CUES = {
 
 @dataclass(frozen=True)
 class Subject:
-    """What a prompt is about, and who is drawn when nothing is said of the person."""
+    """What a prompt is about, and the distribution of people if it does not describe the person."""
 
     text: str
     family: str
@@ -63,7 +63,7 @@ def families() -> dict[str, dict]:
 
 @cache
 def family_of(occupation: str) -> str:
-    """Context family of an occupation; of any other text, one that its words decide."""
+    """Context family of an occupation; for any other text, one that follows from its words."""
     for family, facts in families().items():
         if occupation in facts["occupations"]:
             return family
@@ -104,21 +104,21 @@ def sentences() -> list[Subject]:
 
 
 def style_of(text: str) -> str:
-    """The picture style that a free sentence asks for."""
+    """The image style that a free sentence asks for."""
     cues = ((style, cue) for style, cues in STYLE_CUES.items() for cue in cues)
     return next((style for style, cue in cues if cue in text.lower()), "photo")
 
 
 @cache
 def names() -> dict[str, str]:
-    """How prompts name their subject, an occupation, a sport or a whole sentence -> its family."""
+    """Name of a subject in prompts, an occupation, a sport or a whole sentence -> its family."""
     sporting = {f"playing {s.text}": s.family for s in sports()}  # `trial`, `running` are words too
     return {s.text: s.family for s in occupations() + sentences()} | sporting
 
 
 @cache
 def family_in(prompt: str) -> str | None:
-    """Context family of the subject that a prompt names, however phrased; None without one."""
+    """Context family of the subject that a prompt names in any phrasing; None if it names none."""
     named = [n for n in names() if re.search(rf"(?<!\w){re.escape(n)}(?!\w)", prompt)]
     return names()[max(named, key=len)] if named else None
 
@@ -130,6 +130,6 @@ def explicit(occupation: str, *classes: str) -> str:
 
 
 def _generator(text: str, purpose: str) -> np.random.Generator:
-    """Randomness that depends on the text and on nothing else."""
+    """A random generator that depends on the text and on nothing else."""
     digest = hashlib.sha256(f"{purpose}: {text}".encode()).digest()
     return np.random.default_rng(int.from_bytes(digest[:8], "big"))

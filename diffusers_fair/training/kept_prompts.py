@@ -27,7 +27,7 @@ from torch import Tensor
 
 from diffusers_fair import distributed
 from diffusers_fair.adapters.trainable import TrainableAdapter
-from diffusers_fair.backends.registry import UNTOUCHED_SETS, untouched_set
+from diffusers_fair.backends.registry import untouched_set, untouched_sets
 from diffusers_fair.config.recipe import KeepSection, RunConfig
 from diffusers_fair.diffusion.noise import Noise, initial_noise
 from diffusers_fair.diffusion.replay import backward_step, trainable_branches
@@ -309,14 +309,14 @@ def _kept_set(name: str, config: RunConfig) -> tuple[KeptPrompt, ...]:
 
 def _packaged_or_own(name: str, wordings: Sequence[Wording]) -> tuple[KeptPrompt, ...]:
     """Prompts that show nobody, or prompts of one's own and what they ask for."""
-    if name in UNTOUCHED_SETS:
+    if name in untouched_sets():
         return untouched_prompts(name, "train")
     try:
         texts = prompt_set(name).prompts("train")
     except ValueError as error:
         raise ValueError(
             f"prompts.keep.sets names '{name}': expected {NAMED}, {IMPLIED}, "
-            f"{', '.join(UNTOUCHED_SETS)}, a packaged prompt set or a file ({error})"
+            f"{', '.join(untouched_sets())}, a packaged prompt set or a file ({error})"
         ) from None
     words = vocabulary(wordings)
     return tuple(KeptPrompt(text, requested_classes(text, words)) for text in texts)

@@ -21,16 +21,11 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from diffusers_fair import atomic, distributed, testbed
-from diffusers_fair.adapters.io import (
-    AdapterInfo,
-    Lora,
-    SoftTokens,
-    read_adapter,
-    write_adapter,
-)
+from diffusers_fair import atomic, distributed
+from diffusers_fair.adapters.folder import read_adapter, write_adapter
+from diffusers_fair.adapters.format import AdapterInfo, Lora, SoftTokens
 from diffusers_fair.adapters.trainable import TrainableAdapter
-from diffusers_fair.backends.registry import load_base, load_judges
+from diffusers_fair.backends.registry import base, load_base, load_judges
 from diffusers_fair.config.recipe import OptimizerSection, RunConfig
 from diffusers_fair.evaluation.evaluate import evaluate
 from diffusers_fair.families import denoiser_of, family_of
@@ -452,7 +447,7 @@ def _accelerator(config: RunConfig) -> Any:
     from accelerate import Accelerator, InitProcessGroupKwargs
 
     return Accelerator(
-        cpu=config.train.device == "cpu" or config.base.model == testbed.NAME,
+        cpu="cpu" in (config.train.device, base(config.base.model).device),
         log_with=None if config.tracker == "none" else config.tracker,
         project_dir=Path(config.output) / "logs",
         kwargs_handlers=[InitProcessGroupKwargs(timeout=PATIENCE)],

@@ -31,7 +31,7 @@ import typer
 from experiments import OCCUPATIONS, drawer, kept_alone
 
 from diffusers_fair import RunConfig, evaluate, load_fair_adapter, testbed
-from diffusers_fair.adapters.io import read_adapter
+from diffusers_fair.adapters.folder import read_adapter
 from diffusers_fair.backends.registry import load_judges
 from diffusers_fair.baselines import BASELINES, Task, Wording, baseline
 from diffusers_fair.evaluation.generate import generate

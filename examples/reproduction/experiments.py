@@ -24,7 +24,9 @@ import torch
 import typer
 
 from diffusers_fair import FairnessFinetuner, RunConfig, distributed, metrics, testbed
-from diffusers_fair.adapters.io import AdapterInfo, Weights, read_adapter, write_adapter
+from diffusers_fair.adapters.folder import read_adapter, write_adapter
+from diffusers_fair.adapters.format import AdapterInfo
+from diffusers_fair.adapters.tensors import Weights
 from diffusers_fair.attributes import Attribute
 from diffusers_fair.backends.registry import load_base, load_judges, untouched_set
 from diffusers_fair.evaluation.evaluate import evaluate, with_groups

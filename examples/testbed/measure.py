@@ -19,13 +19,13 @@ from rich.console import Console
 from rich.table import Table
 
 from diffusers_fair import testbed
-from diffusers_fair.backends.registry import load_evaluation_judges
 from diffusers_fair.evaluation.evaluate import evaluate
 from diffusers_fair.evaluation.generate import generate
 from diffusers_fair.prompts import prompt_set
 from diffusers_fair.provenance import commit
 from diffusers_fair.testbed import judges as shipped
 from diffusers_fair.testbed import world
+from diffusers_fair.testbed.backend import load_evaluation_judges
 from diffusers_fair.vision.faces import face_chips
 from diffusers_fair.vision.images import to_arrays
 from diffusers_fair.vision.judges import Judges

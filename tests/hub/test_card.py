@@ -18,8 +18,8 @@ from reports import group
 from test_io import BOTH, SOFT, adapter_info, edit, embeds, put, weights
 
 from diffusers_fair import cli, testbed
-from diffusers_fair.adapters import io
-from diffusers_fair.adapters.io import read_adapter, write_adapter
+from diffusers_fair.adapters.folder import README_FILE, read_adapter, write_adapter, write_info
+from diffusers_fair.adapters.format import INFO_FILE
 from diffusers_fair.prompts.groups import KeptPrompt
 from diffusers_fair.publishing import card
 from diffusers_fair.publishing.card import write_card
@@ -65,7 +65,7 @@ def report(measured, tmp_path):
 
 
 def text_of(folder):
-    return (folder / io.README_FILE).read_text("utf-8")
+    return (folder / README_FILE).read_text("utf-8")
 
 
 # ---- those that are kept -------------------------------------------------------------------------
@@ -78,14 +78,14 @@ def test_there_are_cards():
 @pytest.mark.parametrize("kept", CARDS, ids=lambda path: path.name)
 def test_kept_cards_follow_from_their_reports(kept, tmp_path):
     """Byte for byte: neither the card nor what the adapter says of itself is typed."""
-    names = [io.README_FILE, io.INFO_FILE, "report.json", f"samples/{card.PAIRS}"]
+    names = [README_FILE, INFO_FILE, "report.json", f"samples/{card.PAIRS}"]
     old = {name: (kept / name).read_bytes() for name in names}
     report = shutil.copytree(kept / "samples", tmp_path / "report")
     shutil.copy(kept / "report.json", report)
     fresh = shutil.copytree(
         kept, tmp_path / "adapter", ignore=shutil.ignore_patterns("README*", "*.png", "report.json")
     )
-    io.write_info(fresh, dataclasses.replace(read_adapter(fresh)[0], evaluation=None))
+    write_info(fresh, dataclasses.replace(read_adapter(fresh)[0], evaluation=None))
     write_card(fresh, report)
     assert {name: (fresh / name).read_bytes() for name in names} == old
 

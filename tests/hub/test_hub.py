@@ -16,7 +16,8 @@ from huggingface_hub.utils import close_session, disable_progress_bars, enable_p
 from test_io import adapter_info, embeds, weights
 
 from diffusers_fair import FairnessFinetuner, RunConfig, cli, testbed
-from diffusers_fair.adapters.io import SoftTokens, read_adapter, write_adapter
+from diffusers_fair.adapters.folder import read_adapter, write_adapter
+from diffusers_fair.adapters.format import SoftTokens
 from diffusers_fair.loading import local_folder
 from diffusers_fair.publishing.hub import push_adapter
 

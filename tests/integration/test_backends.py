@@ -29,13 +29,18 @@ from diffusers_fair.backends import (
 from diffusers_fair.backends import timm as embedders
 from diffusers_fair.backends.labels import group
 from diffusers_fair.backends.registry import (
+    base,
     load_base,
-    load_evaluation_judges,
     load_judges,
     load_real_faces,
+    provider,
+    untouched_set,
+    untouched_sets,
+    usual_guidance,
 )
-from diffusers_fair.backends.trained_classifier import load_classifier
+from diffusers_fair.backends.trained_classifier import load as load_classifier
 from diffusers_fair.backends.zero_shot import zero_shot
+from diffusers_fair.config import backends
 from diffusers_fair.config.recipe import (
     ClassifierSection,
     EvaluationModelsSection,
@@ -43,6 +48,7 @@ from diffusers_fair.config.recipe import (
     RunConfig,
     recipes,
 )
+from diffusers_fair.testbed.backend import load_evaluation_judges
 from diffusers_fair.training import batch_gradient as gradient
 
 SHAPE = Attribute("shape", ("round", "square"))
@@ -90,7 +96,7 @@ def assert_differentiable(judge, x: torch.Tensor) -> None:
 @pytest.fixture
 def detector(monkeypatch, tmp_path):
     stand_ins.retinaface(monkeypatch, tmp_path / "torch")
-    return retinaface.load_detector()
+    return retinaface.load()
 
 
 def spots(*anchors: int) -> torch.Tensor:
@@ -122,14 +128,14 @@ def test_retinaface_that_is_not_installed(monkeypatch):
     monkeypatch.setitem(sys.modules, "retinaface", None)
     message = r"RetinaFace needs the package 'retinaface.*pip install --no-deps retinaface-pytorch"
     with pytest.raises(ModuleNotFoundError, match=message):
-        retinaface.load_detector()
+        retinaface.load()
 
 
 def test_retinaface_without_its_weights(monkeypatch, tmp_path):
     stand_ins.retinaface(monkeypatch, tmp_path / "torch")
     monkeypatch.setattr(retinaface, "URL", "file:///nowhere/weights.zip")
     with pytest.raises(ValueError, match=r"cannot load RetinaFace: .*weights.zip' as|or that file"):
-        retinaface.load_detector()
+        retinaface.load()
 
 
 def test_real_retinaface_in_a_batch_is_the_package_one_by_one():
@@ -166,7 +172,7 @@ def test_real_retinaface_in_a_batch_is_the_package_one_by_one():
 
 
 def test_open_clip_is_the_library_with_its_own_preprocessing(models):
-    encode = clips.load_encoder(str(models["open_clip"]))
+    encode = clips.load(str(models["open_clip"]))
     network, _, preprocess = open_clip.create_model_and_transforms(
         f"local-dir:{models['open_clip']}"
     )
@@ -180,7 +186,7 @@ def test_open_clip_is_the_library_with_its_own_preprocessing(models):
 
 
 def test_dinov2_is_the_library_with_its_own_preprocessing(models):
-    encode = dinov2.load_encoder(str(models["dinov2"]))
+    encode = dinov2.load(str(models["dinov2"]))
     processor = AutoImageProcessor.from_pretrained(models["dinov2"])
     x = pictures(28)
     values = processor(pil(x), do_resize=False, return_tensors="pt").pixel_values
@@ -193,16 +199,16 @@ def test_dinov2_is_the_library_with_its_own_preprocessing(models):
 @pytest.mark.parametrize(
     ("load", "name", "message"),
     [
-        (clips.load_encoder, "ViT-B-32", "neither a folder nor of the form MODEL/WEIGHTS"),
-        (clips.load_encoder, "ViT-B-32/nobodys", "cannot load 'ViT-B-32/nobodys' of open_clip"),
-        (clips.load_encoder, "ViT-X-99/x", "Model config for 'ViT-X-99' not found"),
+        (clips.load, "ViT-B-32", "neither a folder nor of the form MODEL/WEIGHTS"),
+        (clips.load, "ViT-B-32/nobodys", "cannot load 'ViT-B-32/nobodys' of open_clip"),
+        (clips.load, "ViT-X-99/x", "Model config for 'ViT-X-99' not found"),
         (
-            dinov2.load_encoder,
+            dinov2.load,
             "./nowhere",
             r"cannot load the DINOv2 './nowhere': .* expected a Hub",
         ),
-        (embedders.load_embedder, "nowhere", "cannot load the face embedder 'nowhere' of timm"),
-        (embedders.load_embedder, "./nowhere", "expected a name that timm knows, hf-hub:ORG/MODEL"),
+        (embedders.load, "nowhere", "cannot load the face embedder 'nowhere' of timm"),
+        (embedders.load, "./nowhere", "expected a name that timm knows, hf-hub:ORG/MODEL"),
         (load_base, "./nowhere", "cannot load the base model './nowhere': .* expected 'testbed'"),
     ],
 )
@@ -217,31 +223,31 @@ def test_a_folder_of_open_clip_without_weights(tmp_path, models):
         (models["open_clip"] / "open_clip_config.json").read_bytes()
     )
     with pytest.raises(ValueError, match=r"weights .* could not be loaded"):
-        clips.load_encoder(str(tmp_path))
+        clips.load(str(tmp_path))
 
 
 def test_a_model_that_is_no_dinov2(models):
     with pytest.raises(ValueError, match="it is of type 'vit'"):
-        dinov2.load_encoder(str(models["transformers"]))
+        dinov2.load(str(models["transformers"]))
 
 
 def test_timm_that_is_not_installed(monkeypatch):
     monkeypatch.setitem(sys.modules, "timm", None)
     with pytest.raises(ModuleNotFoundError, match="needs the package 'timm': pip install timm"):
-        embedders.load_embedder("vit_tiny_patch16_224")
+        embedders.load("vit_tiny_patch16_224")
 
 
 def test_open_clip_that_is_not_installed(monkeypatch):
     monkeypatch.setitem(sys.modules, "open_clip", None)
     with pytest.raises(ModuleNotFoundError, match="'open_clip': pip install open_clip_torch"):
-        clips.load_encoder("ViT-H-14/laion2b_s32b_b79k")
+        clips.load("ViT-H-14/laion2b_s32b_b79k")
 
 
 # ---- classifiers ---------------------------------------------------------------------------------
 
 
 def test_image_classification_sums_the_probabilities_of_labels(models):
-    classify = image_classification.load_classifier(str(models["transformers"]), CLASSES)
+    classify = image_classification.load(str(models["transformers"]), CLASSES)
     assert classify.classes == ("round", "square")
     network = AutoModelForImageClassification.from_pretrained(models["transformers"]).eval()
     processor = AutoImageProcessor.from_pretrained(models["transformers"])
@@ -254,7 +260,7 @@ def test_image_classification_sums_the_probabilities_of_labels(models):
 
 
 def test_labels_may_be_the_classes(models):
-    classify = image_classification.load_classifier(str(models["transformers"]), {})
+    classify = image_classification.load(str(models["transformers"]), {})
     assert classify.classes == tuple(LABELS)
     assert torch.allclose(classify(pictures()).sum(1), torch.ones(3))
 
@@ -276,7 +282,7 @@ def test_labels_in_groups():
 )
 def test_labels_that_do_not_fit(models, classes, message):
     for load, kind in [
-        (image_classification.load_classifier, "transformers"),
+        (image_classification.load, "transformers"),
         (load_classifier, "checkpoint"),
     ]:
         with pytest.raises(ValueError, match=message):
@@ -284,7 +290,7 @@ def test_labels_that_do_not_fit(models, classes, message):
 
 
 def test_zero_shot_compares_faces_with_phrases(models):
-    encode = clips.load_encoder(str(models["open_clip"]))
+    encode = clips.load(str(models["open_clip"]))
     classify = zero_shot(encode, PHRASES)
     assert (classify.classes, classify.size) == (("round", "square"), stand_ins.SIZE)
     x = pictures()
@@ -332,7 +338,7 @@ FACELESS = -torch.ones(1, 3, 40, 80)
 
 
 def test_timm_is_the_library_with_its_own_preprocessing(models):
-    encode = embedders.load_embedder(str(models["timm"]))
+    encode = embedders.load(str(models["timm"]))
     network = timm.create_model(f"local-dir:{models['timm']}", pretrained=True).eval()
     mean, std = (torch.tensor(v).view(3, 1, 1) for v in ([0.4, 0.5, 0.6], [0.2, 0.3, 0.4]))
     x = pictures()
@@ -348,18 +354,18 @@ def test_timm_without_weights_or_squares(models, tmp_path):
     config = json.loads((models["timm"] / "config.json").read_text())
     (tmp_path / "config.json").write_text(json.dumps(config))
     with pytest.raises(ValueError, match=r"cannot load the face embedder .* expected a name"):
-        embedders.load_embedder(str(tmp_path))
+        embedders.load(str(tmp_path))
     config["pretrained_cfg"]["input_size"] = [3, 32, 64]
     config["model_args"]["img_size"] = [32, 64]
     (tmp_path / "config.json").write_text(json.dumps(config))
     network = timm.create_model(f"local-dir:{tmp_path}", num_classes=12)
     save_file(network.state_dict(), tmp_path / "model.safetensors")
     with pytest.raises(ValueError, match=r"squares of 3 colours, got \[3, 32, 64\]"):
-        embedders.load_embedder(str(tmp_path))
+        embedders.load(str(tmp_path))
 
 
 def test_a_bank_of_pictures_holds_the_faces_found(detector, models, tmp_path):
-    encode = embedders.load_embedder(str(models["timm"]))
+    encode = embedders.load(str(models["timm"]))
     seen = torch.cat([spots(0), FACELESS, spots(0, 1)])
     seen[:, 1:] = F.interpolate(pictures(), (40, 80))[:, 1:]  # in green and blue, so as to differ
     folder = stand_ins.picture_folder(tmp_path / "faces", seen)
@@ -394,16 +400,16 @@ def test_folders_that_are_no_bank(content, message, detector, models, tmp_path):
         folder.mkdir()
         for name, data in content.items():
             (folder / name).write_bytes(data)
-    encode = embedders.load_embedder(str(models["timm"]))
+    encode = embedders.load(str(models["timm"]))
     with pytest.raises(ValueError, match=message):
-        face_bank.load_bank(str(folder), detector, encode)
+        face_bank.load(str(folder), detector, encode)
 
 
 def test_a_bank_without_a_face(detector, models, tmp_path):
     folder = stand_ins.picture_folder(tmp_path / "bank", torch.cat([FACELESS, FACELESS]))
-    encode = embedders.load_embedder(str(models["timm"]))
+    encode = embedders.load(str(models["timm"]))
     with pytest.raises(ValueError, match="no face was found in any of its 2 pictures: put"):
-        face_bank.load_bank(str(folder), detector, encode)
+        face_bank.load(str(folder), detector, encode)
 
 
 def test_the_testbed_has_real_faces():
@@ -513,6 +519,24 @@ def run(monkeypatch, cli, *words) -> None:
     """A command of the shell."""
     monkeypatch.setattr("sys.argv", ["diffusers-fair", *map(str, words)])
     cli.main()
+
+
+def test_every_kind_has_a_provider():
+    kinds = (backends.FACE_DETECTORS, backends.CLIPS, backends.DINOS, backends.FACE_EMBEDDERS)
+    more = (backends.REFERENCE_FACES, backends.SHIPPED_BASES)
+    paths = [path for role in (*kinds, *more) for path in role.values()]
+    paths += [kind.provider for kind in backends.CLASSIFIERS.values()]
+    for path in (*paths, backends.REFERENCE_FOLDER, backends.PRETRAINED_BASE):
+        assert callable(provider(path).load), path
+        assert callable(provider(path).needs), path
+
+
+def test_what_a_base_is_used_with():
+    assert untouched_sets() == ("untouched", "testbed-untouched")
+    assert [untouched_set(name) for name in ("org/model", "testbed")] == [*untouched_sets()]
+    assert (usual_guidance("org/model"), usual_guidance("testbed")) == (7.5, 4.5)
+    assert (base("org/model").device, base("testbed").device) == (None, "cpu")
+    assert base("org/model").usual_evaluation is None
 
 
 def test_the_testbed_stays_the_default():

@@ -11,7 +11,7 @@ import torch
 from PIL import Image
 
 from diffusers_fair import cli
-from diffusers_fair.backends.trained_classifier import load_classifier
+from diffusers_fair.backends.trained_classifier import load as load_classifier
 from diffusers_fair.training import classifier as classifier_training
 from diffusers_fair.training.classifier import Settings, hold_out, read_pictures, train_classifier
 

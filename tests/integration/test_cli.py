@@ -9,7 +9,7 @@ import pytest
 from PIL import Image
 
 from diffusers_fair import cli
-from diffusers_fair.adapters.io import read_adapter, write_info
+from diffusers_fair.adapters.folder import read_adapter, write_info
 from diffusers_fair.baselines import BASELINES
 from diffusers_fair.prompts.training_words import kept_sets
 from diffusers_fair.reports.report import Report

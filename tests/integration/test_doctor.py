@@ -9,6 +9,7 @@ import torch
 from huggingface_hub import constants
 
 from diffusers_fair import cli, doctor
+from diffusers_fair.backends import open_clip, retinaface, timm
 from diffusers_fair.config.recipe import RunConfig
 
 LABELS = ["Female", "Male"]
@@ -25,9 +26,9 @@ def alone(monkeypatch, tmp_path):
     monkeypatch.setattr(socket.socket, "connect", refuse)
     monkeypatch.setattr(constants, "HF_HUB_CACHE", str(tmp_path / "hub"))
     monkeypatch.setenv("TORCH_HOME", str(tmp_path / "empty"))
-    whole = doctor.retinaface.package
+    whole = retinaface.package
     monkeypatch.setattr(
-        doctor.retinaface,
+        retinaface,
         "package",
         lambda *a: whole("nowhere_to_be_found" if "ret" in a[0] else a[0], *a[1:]),
     )
@@ -56,7 +57,7 @@ def run(monkeypatch, *words) -> int:
 def gaps(*overrides: str) -> dict[str, str]:
     """What is missing for sd15-gender, and the advice."""
     config = RunConfig.load("sd15-gender", overrides)
-    return {need.what: need.advice for need in doctor.examine(config) if not need.there}
+    return {need.what: need.advice for need in doctor.examine(config) if not need.available}
 
 
 def test_the_testbed_needs_nothing_that_is_not_shipped(monkeypatch, capsys):
@@ -148,7 +149,7 @@ def test_a_model_that_open_clip_does_not_know():
 
 
 def test_open_clip_that_is_not_installed(monkeypatch):
-    monkeypatch.setattr(doctor.clips, "PACKAGE", "nowhere_to_be_found")
+    monkeypatch.setattr(open_clip, "PACKAGE", "nowhere_to_be_found")
     assert gaps()["package nowhere_to_be_found"] == "pip install open_clip_torch"
 
 
@@ -177,7 +178,7 @@ def test_a_face_embedder_and_a_bank_in_folders(tmp_path):
 
 
 def test_timm_that_is_not_installed(monkeypatch):
-    monkeypatch.setattr(doctor.embedders, "PACKAGE", "nowhere_to_be_found_either")
+    monkeypatch.setattr(timm, "PACKAGE", "nowhere_to_be_found_either")
     assert gaps()["package nowhere_to_be_found_either"] == "pip install timm"
 
 

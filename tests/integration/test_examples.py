@@ -15,7 +15,7 @@ import pytest
 from reports import report
 
 from diffusers_fair import RunConfig
-from diffusers_fair.adapters.io import read_adapter
+from diffusers_fair.adapters.folder import read_adapter
 from diffusers_fair.reports.report import Report
 from diffusers_fair.testbed import world
 

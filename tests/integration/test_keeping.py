@@ -5,7 +5,7 @@ import torch
 from tiny import encode_prompts, pipeline
 
 from diffusers_fair import FairnessFinetuner, distributed
-from diffusers_fair.adapters.io import Lora, SoftTokens
+from diffusers_fair.adapters.format import Lora, SoftTokens
 from diffusers_fair.adapters.trainable import TrainableAdapter
 from diffusers_fair.config.recipe import RunConfig
 from diffusers_fair.diffusion.scheduler import BiasedGradientScheduler

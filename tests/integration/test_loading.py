@@ -17,15 +17,19 @@ from peft import LoraConfig, get_peft_model_state_dict
 from test_io import adapter_info
 
 from diffusers_fair import load_fair_adapter, set_fair_adapter_scale, unload_fair_adapter
-from diffusers_fair.adapters import io
-from diffusers_fair.adapters.io import (
+from diffusers_fair.adapters import format as adapter_format
+from diffusers_fair.adapters.folder import read_adapter, write_adapter
+from diffusers_fair.adapters.format import (
+    EMBEDS_FILE,
+    INFO_FILE,
+    MAX_BYTES,
+    WEIGHTS_FILE,
     Lora,
     SoftTokens,
-    read_adapter,
-    write_adapter,
 )
 from diffusers_fair.adapters.prompt_encoder import prompt_prefix
 from diffusers_fair.adapters.trainable import TrainableAdapter
+from diffusers_fair.families import LORA_PREFIXES
 from diffusers_fair.families.fingerprint import base_fingerprint
 
 TARGETS = {
@@ -44,7 +48,7 @@ def train(pipe, parts=SIZES, seed=0):
         size = {"r": SIZES[part].rank, "lora_alpha": SIZES[part].alpha}
         model.add_adapter(LoraConfig(**size, target_modules=TARGETS[part], init_lora_weights=False))
         state = get_peft_model_state_dict(model, adapter_name="default")
-        weights |= {io.PREFIXES[part] + key: value for key, value in state.items()}
+        weights |= {LORA_PREFIXES[part] + key: value for key, value in state.items()}
     return weights
 
 
@@ -177,10 +181,10 @@ def test_what_is_trained_is_what_is_loaded_and_what_plain_diffusers_loads(tmp_pa
     assert torch.equal(
         tiny.encode_prompts(trained, ["a chef", ""]), tiny.encode_prompts(loaded, ["a chef", ""])
     )
-    if (tmp_path / "adapter" / io.WEIGHTS_FILE).exists():
+    if (tmp_path / "adapter" / WEIGHTS_FILE).exists():
         plain.load_lora_weights(tmp_path / "adapter")
     if prefix := "soft_tokens" in components:
-        plain.load_textual_inversion(tmp_path / "adapter", weight_name=io.EMBEDS_FILE)
+        plain.load_textual_inversion(tmp_path / "adapter", weight_name=EMBEDS_FILE)
     assert torch.equal(images(loaded), images(plain, "<fair> a chef" if prefix else "a chef"))
     assert not torch.equal(images(loaded), images(tiny.pipeline()))
 
@@ -403,7 +407,7 @@ def test_prefix_as_one_would_type_it_in_every_pipeline(soft, kind):
     )
     before, base = snapshot(ours), ours.encode_prompt
     load_fair_adapter(ours, soft)
-    plain.load_textual_inversion(soft, weight_name=io.EMBEDS_FILE)
+    plain.load_textual_inversion(soft, weight_name=EMBEDS_FILE)
     for pipe in (ours, plain):
         pipe.set_progress_bar_config(disable=True)
 
@@ -609,16 +613,16 @@ def test_missing_folder(tmp_path):
 
 
 def test_truncated_weights(folder, tmp_path):
-    for name in (io.INFO_FILE, io.WEIGHTS_FILE):
+    for name in (INFO_FILE, WEIGHTS_FILE):
         content = (folder / name).read_bytes()
-        (tmp_path / name).write_bytes(content if name == io.INFO_FILE else content[:-4])
+        (tmp_path / name).write_bytes(content if name == INFO_FILE else content[:-4])
     refused(tiny.pipeline(), "is truncated or damaged", tmp_path)
 
 
 def test_other_format_version(folder, tmp_path):
-    info = json.loads((folder / io.INFO_FILE).read_text())
-    (tmp_path / io.INFO_FILE).write_text(json.dumps(info | {"format_version": 9}))
-    (tmp_path / io.WEIGHTS_FILE).write_bytes((folder / io.WEIGHTS_FILE).read_bytes())
+    info = json.loads((folder / INFO_FILE).read_text())
+    (tmp_path / INFO_FILE).write_text(json.dumps(info | {"format_version": 9}))
+    (tmp_path / WEIGHTS_FILE).write_bytes((folder / WEIGHTS_FILE).read_bytes())
     refused(tiny.pipeline(), "is of format version 9, and", tmp_path)
 
 
@@ -830,12 +834,12 @@ def test_from_the_hub_and_then_from_the_cache(hub, whole, monkeypatch):
 
 
 def test_a_file_that_is_too_large_is_not_downloaded(hub, monkeypatch):
-    monkeypatch.setitem(io.MAX_BYTES, io.WEIGHTS_FILE, 50)
-    message = f"'org/fair/{io.WEIGHTS_FILE}' has [0-9]+ bytes, more than the 50 allowed"
+    monkeypatch.setitem(MAX_BYTES, WEIGHTS_FILE, 50)
+    message = f"'org/fair/{WEIGHTS_FILE}' has [0-9]+ bytes, more than the 50 allowed"
     refused(tiny.pipeline(), message, "org/fair")
-    file = f"/org/fair/resolve/{COMMIT}/{io.WEIGHTS_FILE}"
+    file = f"/org/fair/resolve/{COMMIT}/{WEIGHTS_FILE}"
     assert file not in [path for path, _ in hub]
-    monkeypatch.setitem(io.MAX_BYTES, io.WEIGHTS_FILE, 2**20)
+    monkeypatch.setitem(MAX_BYTES, WEIGHTS_FILE, 2**20)
     load_fair_adapter(tiny.pipeline(), "org/fair")
     assert file in [path for path, _ in hub]
 
@@ -877,12 +881,12 @@ def test_offline_and_not_in_the_cache(hub, monkeypatch):
 
 
 def test_what_is_read_from_the_hub_is_checked(hub, monkeypatch):
-    monkeypatch.setattr(io, "FORMAT_VERSION", 2)
+    monkeypatch.setattr(adapter_format, "FORMAT_VERSION", 2)
     refused(tiny.pipeline(), "is of format version 1, and this package reads version 2", "org/fair")
 
 
 def test_card_and_samples_are_not_needed(folder):
-    assert {path.name for path in folder.iterdir()} == {io.INFO_FILE, io.WEIGHTS_FILE}
+    assert {path.name for path in folder.iterdir()} == {INFO_FILE, WEIGHTS_FILE}
     assert read_adapter(folder)[0].base_model == "testbed"
 
 

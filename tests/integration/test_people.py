@@ -108,7 +108,7 @@ def test_the_testbeds_detector_finds_no_more_than_there_are(kind, expected):
 
 def test_retinaface_gives_every_face(monkeypatch, tmp_path):
     stand_ins.retinaface(monkeypatch, tmp_path / "torch")
-    detector = retinaface.load_detector()
+    detector = retinaface.load()
     image = -torch.ones(3, 3, 40, 80)
     for row, anchors in ((0, [0, 1]), (2, [0])):
         for x, y in (stand_ins.BOXES[anchors, :2] * torch.tensor([80, 40])).long():

@@ -12,7 +12,7 @@ from test_objective import objective, pictures
 from together import together
 
 from diffusers_fair import FairnessFinetuner, distributed
-from diffusers_fair.adapters.io import read_adapter
+from diffusers_fair.adapters.folder import read_adapter
 from diffusers_fair.config.recipe import RECIPES
 from diffusers_fair.diffusion.noise import Noise
 from diffusers_fair.objective.targets import joint_targets

@@ -5,7 +5,7 @@ from pathlib import Path
 
 import pytest
 
-from diffusers_fair.adapters.io import read_adapter
+from diffusers_fair.adapters.folder import read_adapter
 from diffusers_fair.reports.report import Report
 
 SCRIPTS = Path(__file__).parents[2] / "examples" / "quickstart"

@@ -14,7 +14,7 @@ import torch
 import diffusers_fair.training.batch_gradient as gradient_module
 import diffusers_fair.training.trainer as trainer_module
 from diffusers_fair import FairnessFinetuner, atomic, testbed
-from diffusers_fair.adapters.io import read_adapter
+from diffusers_fair.adapters.folder import read_adapter
 from diffusers_fair.config.recipe import RunConfig, recipes
 from diffusers_fair.diffusion.sampling import decode
 from diffusers_fair.objective.objective import Objective

@@ -21,7 +21,8 @@ from torch.nn import functional as F
 
 import diffusers_fair.training.trainer as trainer_module
 from diffusers_fair import FairnessFinetuner, distributed, testbed
-from diffusers_fair.adapters.io import INFO_FILE, read_adapter, write_adapter
+from diffusers_fair.adapters.folder import read_adapter, write_adapter
+from diffusers_fair.adapters.format import INFO_FILE
 from diffusers_fair.attributes import Attribute
 from diffusers_fair.backends.registry import load_judges
 from diffusers_fair.baselines.uce import class_shares

@@ -15,8 +15,8 @@ from test_io import edit
 from test_loading import SIZES, assert_same, image_arguments, refused, save, save_trained, snapshot
 
 from diffusers_fair import Attribute, load_fair_adapter, set_fair_adapter_scale, unload_fair_adapter
-from diffusers_fair.adapters import io
-from diffusers_fair.adapters.io import SoftTokens
+from diffusers_fair.adapters.folder import read_adapter
+from diffusers_fair.adapters.format import EMBEDS_FILE, INFO_FILE, SoftTokens
 from diffusers_fair.adapters.word_switch import adapter_words
 
 WORDS = {"shape": {"round": ("round", "ball"), "square": ("square",), "flat": ("flat",)}}
@@ -281,7 +281,7 @@ def test_a_sampling_loop_of_ones_own(folder):
 def test_a_typed_placeholder_stays(tmp_path):
     save_trained(tmp_path / "soft", SOFT, words=WORDS)
     pipe, plain = loaded(tmp_path / "soft", respect_words=True), tiny.pipeline()
-    plain.load_textual_inversion(tmp_path / "soft", weight_name=io.EMBEDS_FILE)
+    plain.load_textual_inversion(tmp_path / "soft", weight_name=EMBEDS_FILE)
     prompt = "a <fair> round chef"
     assert torch.equal(draw(pipe, prompt), draw(plain, prompt))
 
@@ -292,7 +292,7 @@ def test_a_typed_placeholder_stays(tmp_path):
 def test_an_older_folder_goes_by_its_classes_and_its_recipe(tmp_path):
     recipe = {"attributes": [{"name": "shape", "words": {"flat": ["flat", "level"]}}]}
     save_trained(tmp_path / "old", SIZES, recipe=recipe)
-    assert "words" not in json.loads((tmp_path / "old" / io.INFO_FILE).read_text())
+    assert "words" not in json.loads((tmp_path / "old" / INFO_FILE).read_text())
     pipe, adapted = (loaded(tmp_path / "old", respect_words=each) for each in (True, False))
     prompts = ["a level chef", "a chef", "a square chef", "a ball"]
     assert_mixed(*(draw(each, prompts) for each in (pipe, tiny.pipeline(), adapted)))
@@ -311,7 +311,7 @@ def test_an_older_folder_goes_by_its_classes_and_its_recipe(tmp_path):
 )
 def test_a_recipe_that_says_nothing_of_words(recipe, tmp_path):
     save_trained(tmp_path / "old", {"unet": SIZES["unet"]}, recipe=recipe)
-    info, _ = io.read_adapter(tmp_path / "old")
+    info, _ = read_adapter(tmp_path / "old")
     found = adapter_words(info)
     assert found == {"shape": {name: (name,) for name in ("round", "square", "flat")}}
 
@@ -319,7 +319,7 @@ def test_a_recipe_that_says_nothing_of_words(recipe, tmp_path):
 def test_nouns_of_a_recipe_name_a_class_too(tmp_path):
     recipe = {"attributes": [None, {"name": "shape", "nouns": {"flat": ["disc", 7]}}]}
     save_trained(tmp_path / "old", {"unet": SIZES["unet"]}, recipe=recipe)
-    assert adapter_words(io.read_adapter(tmp_path / "old")[0])["shape"]["flat"] == ("flat", "disc")
+    assert adapter_words(read_adapter(tmp_path / "old")[0])["shape"]["flat"] == ("flat", "disc")
 
 
 def test_older_folders_know_english(tmp_path):

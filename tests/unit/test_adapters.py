@@ -5,7 +5,7 @@ import torch
 from tiny import LATENT, encode_prompts, pipeline
 
 from diffusers_fair import testbed
-from diffusers_fair.adapters.io import Lora, SoftTokens
+from diffusers_fair.adapters.format import Lora, SoftTokens
 from diffusers_fair.adapters.lora import add_lora, trainable_parameters, without_adapter
 from diffusers_fair.adapters.prompt_encoder import prompt_prefix
 from diffusers_fair.adapters.soft_tokens import add_soft_tokens, load_soft_tokens

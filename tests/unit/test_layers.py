@@ -213,6 +213,7 @@ def test_import_is_light():
         *(
             f"{OWN}.{name}"
             for name in (
+                "atomic",
                 "attributes",
                 "loading",
                 "pipeline_methods",
@@ -229,7 +230,17 @@ def test_import_is_light():
         ),
         *(
             f"{OWN}.adapters.{name}"
-            for name in ("io", "prefix", "prompt_encoder", "soft_tokens", "word_switch")
+            for name in (
+                "fingerprint",
+                "folder",
+                "format",
+                "json_schema",
+                "prefix",
+                "prompt_encoder",
+                "soft_tokens",
+                "tensors",
+                "word_switch",
+            )
         ),
     }
     assert {name.partition(".")[0] for name in new} <= {OWN, "safetensors"}
@@ -252,7 +263,7 @@ def test_pipelines_get_the_methods(code):
         "print(json.dumps({'same': same, 'hooks': hooks}))"
     )
     assert result["same"] == [True] * 3
-    assert "_WhenPipelinesAreImported" not in result["hooks"]
+    assert "_PipelineFinder" not in result["hooks"]
 
 
 @pytest.mark.parametrize("name", diffusers_fair.__all__)

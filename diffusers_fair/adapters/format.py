@@ -1,0 +1,384 @@
+"""`fair_adapter.json`: what an adapter is, how that is written, and the schema that checks it.
+
+`SCHEMA` is the one model of the file: untrusted files are checked against it, and
+`fair_adapter.schema.json` is generated from it.
+"""
+
+import json
+from collections.abc import Mapping, Sequence
+from dataclasses import asdict, dataclass, field
+from importlib.metadata import version
+from pathlib import Path
+from typing import Any, get_args
+
+from diffusers_fair.adapters.json_schema import ERROR, Schema, check, parse_json, printable, publish
+from diffusers_fair.attributes import Attribute, Region
+from diffusers_fair.families import LORA_PREFIXES
+from diffusers_fair.version import __version__
+
+FORMAT_VERSION = 1
+INFO_FILE = "fair_adapter.json"
+WEIGHTS_FILE = "pytorch_lora_weights.safetensors"
+EMBEDS_FILE = "learned_embeds.safetensors"
+MAX_BYTES = {INFO_FILE: 2**20, WEIGHTS_FILE: 2**31, EMBEDS_FILE: 2**26}
+"""The files that are read, and how large they may be."""
+SCHEMA_FILE = Path(__file__).with_name("fair_adapter.schema.json")
+
+SOFT_TOKENS = "soft_tokens"  # the component that is not a part of the pipeline
+
+MAX_RANK = 1024
+_MAX_ALPHA = 1_000_000
+_MAX_SOFT_TOKENS = 1024
+MAX_LABEL = 300  # characters of a name or a word
+MAX_WORDS = 1000  # of one class
+
+
+# ---- the model -----------------------------------------------------------------------------------
+
+
+def _object(
+    description: str, properties: Mapping[str, Schema], optional: Sequence[str] = (), **more: Any
+) -> Schema:
+    """An object with these keys and no others."""
+    return {
+        "description": description,
+        "type": "object",
+        "required": [name for name in properties if name not in optional],
+        "additionalProperties": False,
+        "properties": dict(properties),
+    } | more
+
+
+_LABEL: Schema = {"type": "string", "minLength": 1, "maxLength": MAX_LABEL, "format": "label"}
+_SHA256: Schema = {
+    "type": "string",
+    "pattern": "^[0-9a-f]{64}$",
+    ERROR: "the {key} of {owner} must be 64 hexadecimal digits",
+}
+_SHARES: Schema = {
+    "type": "array",
+    "items": {
+        "type": "number",
+        "minimum": 0,
+        ERROR: "the target of {owner} must not hold negative shares, got {got}",
+    },
+    ERROR: "the target of {owner} must be numbers",
+}
+_WORDS: Schema = {
+    "type": "array",
+    "minItems": 1,
+    "maxItems": MAX_WORDS,
+    "items": _LABEL,
+    ERROR: "the words of {key} must be a list of strings, 1 to {maxItems} words, got {got}",
+}
+_LORA = _object(
+    f"Low-rank layers, in {WEIGHTS_FILE}; scaled by alpha / rank.",
+    {
+        "rank": {"type": "integer", "minimum": 1, "maximum": MAX_RANK},
+        "alpha": {
+            "type": "number",
+            "exclusiveMinimum": 0,
+            "maximum": _MAX_ALPHA,
+            ERROR: "the {key} of {owner} must be positive and at most {maximum}, got {got}",
+        },
+    },
+)
+_SOFT_TOKENS = _object(
+    f"A trained prefix of every prompt, in {EMBEDS_FILE}.",
+    {
+        "count": {
+            "type": "integer",
+            "minimum": 1,
+            "maximum": _MAX_SOFT_TOKENS,
+            ERROR: "there can be {minimum} to {maximum} soft tokens, got {got}",
+        },
+        "token": {
+            "description": "The placeholder that stands for all of them in a prompt.",
+            "type": "string",
+            "pattern": "^<[a-z0-9_-]{1,64}>$",
+            ERROR: "the placeholder of soft tokens must be of small letters, digits, '_' and '-' "
+            "in angle brackets, as '<fair>', got {got}",
+        },
+    },
+)
+_ATTRIBUTE = _object(
+    "A perceived attribute and the distribution to aim at.",
+    {
+        "name": _LABEL,
+        "classes": {
+            "type": "array",
+            "minItems": 2,
+            "uniqueItems": True,
+            "items": _LABEL,
+            ERROR: "the classes of {owner} must be strings, two or more, got {got}",
+        },
+        "target": {"description": "A share for each class; the sum is 1. Empty: equal."} | _SHARES,
+        "targets": {
+            "description": "Prompt -> its own shares, where they differ from `target`.",
+            "type": "object",
+            "additionalProperties": _SHARES,
+        },
+        "region": {
+            "description": "What the classifier sees. Left out: the face.",
+            "type": "string",
+            "enum": list(get_args(Region)),
+            ERROR: "the region of attribute {owner} must be one of {enum}, got {got}",
+        },
+    },
+    optional=("targets", "region"),
+    title="an attribute",
+)
+SCHEMA: Schema = {
+    "$schema": "https://json-schema.org/draft/2020-12/schema",
+    "title": INFO_FILE,
+} | _object(
+    f"What a fairness adapter is: the file beside its weights. Format version {FORMAT_VERSION}.",
+    {
+        "format_version": {"type": "integer", "const": FORMAT_VERSION},
+        "base_model": _object(
+            "What the adapter was trained on.",
+            {
+                "id": {"description": "A Hub id, a folder, or a shipped base's name."} | _LABEL,
+                "revision": {
+                    "description": "Commit or branch, if it was pinned.",
+                    "type": ["string", "null"],
+                    "maxLength": MAX_LABEL,
+                    "format": "label",
+                },
+                "fingerprint": {"description": "SHA-256 of the shapes of its weights."} | _SHA256,
+            },
+        ),
+        "components": _object(
+            "What the adapter is made of.",
+            {**dict.fromkeys(LORA_PREFIXES, _LORA), SOFT_TOKENS: _SOFT_TOKENS},
+            optional=(*LORA_PREFIXES, SOFT_TOKENS),
+            minProperties=1,
+            **{ERROR: "expected components of {names}, got {got}"},
+        ),
+        "attributes": {
+            "description": "What is balanced.",
+            "type": "array",
+            "minItems": 1,
+            "items": _ATTRIBUTE,
+            ERROR: "'{key}' must be a list of one or more attributes, got {got}",
+        },
+        "words": {
+            "description": "Attribute -> class -> words that name it in a prompt.",
+            "type": "object",
+            "additionalProperties": {
+                "type": "object",
+                "additionalProperties": _WORDS,
+                ERROR: "words of {key} are for its classes by name, got {got}",
+            },
+        },
+        "recipe": {"description": "The recipe as run.", "type": "object"},
+        "library_versions": {
+            "description": "Libraries that it was trained with.",
+            "type": "object",
+        },
+        "evaluation": {
+            "description": "Summary of its report, if it was evaluated.",
+            "type": ["object", "null"],
+        },
+        "training": {
+            "description": "What the training took: iterations, seconds, machine.",
+            "type": ["object", "null"],
+        },
+        "checksums": _object(
+            "SHA-256 of each file of weights.",
+            dict.fromkeys((WEIGHTS_FILE, EMBEDS_FILE), _SHA256),
+            optional=(WEIGHTS_FILE, EMBEDS_FILE),
+            type=["object", "null"],
+            **{ERROR: "{key} are of the files of weights, {names}, got {got}"},
+        ),
+    },
+    optional=("words", "training", "checksums"),  # older files lack them
+)
+
+
+def generated_schema() -> str:
+    """The text of `fair_adapter.schema.json`."""
+    return json.dumps(publish(SCHEMA), indent=2) + "\n"
+
+
+# ---- the same in Python --------------------------------------------------------------------------
+
+
+@dataclass(frozen=True, kw_only=True)
+class Lora:
+    """Size of the low-rank layers of one part; their output is scaled by alpha / rank."""
+
+    rank: int
+    alpha: float
+
+
+@dataclass(frozen=True, kw_only=True)
+class SoftTokens:
+    """A trained prefix of every prompt.
+
+    Raises:
+        ValueError: the count is out of range, or no tokenizer could tell the placeholder from
+            other words.
+    """
+
+    count: int
+    """m, number of soft tokens."""
+    token: str = "<fair>"
+    """The placeholder that stands for all of them in a prompt."""
+
+    def __post_init__(self) -> None:
+        check(asdict(self), _SOFT_TOKENS, SOFT_TOKENS)
+
+    @property
+    def names(self) -> tuple[str, ...]:
+        """Names of the m tokens in the tokenizer, as diffusers forms them."""
+        return (self.token, *(f"{self.token}_{i}" for i in range(1, self.count)))
+
+
+def library_versions() -> dict[str, str]:
+    """Versions of the libraries that can change an adapter's numbers."""
+    libraries = ("torch", "diffusers", "transformers", "peft")
+    return {"diffusers-fair": __version__} | {name: version(name) for name in libraries}
+
+
+@dataclass(frozen=True, kw_only=True)
+class AdapterInfo:
+    """What an adapter is: the content of `fair_adapter.json`."""
+
+    base_model: str
+    """The base that it was trained on: a Hub id, a folder, or the name of a shipped base."""
+    base_revision: str | None = None
+    """Commit or branch of the base, if it was pinned."""
+    fingerprint: str
+    """`base_fingerprint` of the base."""
+    components: Mapping[str, Lora | SoftTokens]
+    """Part of the pipeline, one of `LORA_PREFIXES` -> its low-rank layers; and `soft_tokens`."""
+    attributes: tuple[Attribute, ...]
+    """What is balanced, and the distribution to aim at."""
+    words: Mapping[str, Mapping[str, tuple[str, ...]]] = field(default_factory=dict)
+    """Attribute -> class -> words that name it in a prompt, as `prompts.groups.vocabulary` gives
+    them. Empty in older folders."""
+    recipe: dict[str, Any]
+    """The recipe as run."""
+    versions: dict[str, str] = field(default_factory=library_versions)
+    """Libraries that it was trained with."""
+    evaluation: dict[str, Any] | None = None
+    """Summary of its report, if it was evaluated; set by `card.write_card`."""
+    training: dict[str, Any] | None = None
+    """What the training took: `iterations`, `seconds`, machine."""
+    checksums: Mapping[str, str] | None = field(default=None, compare=False)
+    """SHA-256 of each file of weights; set by `write_adapter`. None in older folders."""
+
+    @property
+    def lora(self) -> dict[str, Lora]:
+        """The parts that carry low-rank layers."""
+        return {part: c for part, c in self.components.items() if isinstance(c, Lora)}
+
+    @property
+    def soft_tokens(self) -> SoftTokens | None:
+        """The prompt prefix, if it has one."""
+        component = self.components.get(SOFT_TOKENS)
+        return component if isinstance(component, SoftTokens) else None
+
+
+# ---- Python <-> file -----------------------------------------------------------------------------
+
+
+def dump_info(info: AdapterInfo) -> bytes:
+    """Write the content of `fair_adapter.json`.
+
+    Raises:
+        ValueError: a number is not finite.
+    """
+    data = {
+        "format_version": FORMAT_VERSION,
+        "base_model": {
+            "id": info.base_model,
+            "revision": info.base_revision,
+            "fingerprint": info.fingerprint,
+        },
+        "components": {part: asdict(size) for part, size in info.components.items()},
+        "attributes": [attribute.json() for attribute in info.attributes],
+        **({"words": info.words} if info.words else {}),  # older folders keep their bytes
+        "recipe": info.recipe,
+        "library_versions": info.versions,
+        "evaluation": info.evaluation,
+        "training": info.training,
+        "checksums": info.checksums,
+    }
+    text = json.dumps(data, indent=2, ensure_ascii=False, allow_nan=False)
+    return (text + "\n").encode()
+
+
+def load_info(content: bytes, where: str) -> AdapterInfo:
+    """Read the content of a `fair_adapter.json` that may come from anybody.
+
+    Args:
+        content: of the file.
+        where: what an error calls the file.
+
+    Raises:
+        ValueError: truncated, of another format version, or not what `SCHEMA` describes.
+    """
+    data = parse_json(content, where, MAX_BYTES[INFO_FILE])
+    if isinstance(data, dict) and data.get("format_version", FORMAT_VERSION) != FORMAT_VERSION:
+        raise ValueError(
+            f"'{where}' is of format version {str(data['format_version'])[:40]}, and this package "
+            f"reads version {FORMAT_VERSION}: use the diffusers-fair that wrote it, or a newer one"
+        )
+    try:
+        check(data, SCHEMA, "the file")
+        return _to_info(data)
+    except (ValueError, OverflowError) as error:
+        raise ValueError(f"'{where}' does not describe an adapter: {error}") from error
+
+
+def _to_info(data: Mapping[str, Any]) -> AdapterInfo:
+    """Convert data that fits `SCHEMA`."""
+    base = data["base_model"]
+    attributes = tuple(map(_to_attribute, data["attributes"]))
+    return AdapterInfo(
+        base_model=base["id"],
+        base_revision=base["revision"],
+        fingerprint=base["fingerprint"],
+        components={
+            part: SoftTokens(**size) if part == SOFT_TOKENS else Lora(**size)
+            for part, size in data["components"].items()
+        },
+        attributes=attributes,
+        words=_to_words(data.get("words", {}), attributes),
+        recipe=data["recipe"],
+        versions={name: str(number) for name, number in data["library_versions"].items()},
+        evaluation=data["evaluation"],
+        training=data.get("training"),
+        checksums=data.get("checksums"),
+    )
+
+
+def _to_attribute(entry: Mapping[str, Any]) -> Attribute:
+    return Attribute(
+        entry["name"],
+        tuple(entry["classes"]),
+        tuple(entry["target"]),
+        {prompt: tuple(shares) for prompt, shares in entry.get("targets", {}).items()},
+        entry.get("region", "face"),
+    )
+
+
+def _to_words(
+    words: Mapping[str, Mapping[str, list[str]]], attributes: Sequence[Attribute]
+) -> dict[str, dict[str, tuple[str, ...]]]:
+    """Words for classes of these attributes alone."""
+    known = {attribute.name: attribute.classes for attribute in attributes}
+    for name, by_class in words.items():
+        if name not in known:
+            raise ValueError(f"words are for the attributes {[*known]}, got {printable(name)}")
+        if set(by_class) - set(known[name]):
+            raise ValueError(
+                f"words of '{name}' are for its classes {known[name]}, "
+                f"got {printable(list(by_class))}"
+            )
+    return {
+        name: {each: tuple(listed) for each, listed in by_class.items()}
+        for name, by_class in words.items()
+    }

@@ -1,0 +1,156 @@
+"""The two files of weights: written in a fixed order, and checked before they are loaded."""
+
+import json
+import re
+from collections.abc import Callable, Iterable, Mapping
+from pathlib import Path
+from typing import Any
+
+import torch
+from safetensors import SafetensorError, safe_open
+from safetensors.torch import save
+from torch import Tensor
+
+from diffusers_fair.adapters.format import (
+    EMBEDS_FILE,
+    INFO_FILE,
+    MAX_BYTES,
+    WEIGHTS_FILE,
+    AdapterInfo,
+    Lora,
+)
+from diffusers_fair.adapters.json_schema import parse_json
+from diffusers_fair.families import LORA_PREFIXES
+
+Weights = dict[str, Tensor]
+"""All weights of an adapter: `COMPONENT.module.lora_A.weight` (rank, in), `.lora_B.` (out, rank), ...,
+and the placeholder of the soft tokens (m, d)."""
+
+_METADATA_KEY = "lora_adapter_metadata"  # where diffusers looks for rank and alpha in the header
+_DTYPES = ("F32", "F16", "BF16")
+_Slices = dict[str, Any]  # key -> a tensor of a file of which only the header has been read
+_Check = Callable[[_Slices, dict[str, str], AdapterInfo], None]
+
+
+def write_tensors(folder: Path, weights: Mapping[str, Tensor], info: AdapterInfo) -> None:
+    """Write each tensor to its file; one that does not belong there is found on reading it back."""
+    tensors = {key: tensor.detach().cpu().contiguous() for key, tensor in weights.items()}
+    embeds = {key: tensor for key, tensor in tensors.items() if key.startswith("<")}
+    lora = {key: tensor for key, tensor in tensors.items() if key not in embeds}
+    # Written as bytes, because only their owner may read the files that safetensors makes.
+    if lora or info.lora:
+        metadata = json.dumps(_lora_metadata(lora, info), indent=2)
+        data = save(lora, metadata={"format": "pt", _METADATA_KEY: metadata})
+        (folder / WEIGHTS_FILE).write_bytes(_with_sorted_metadata(data))
+    if embeds or info.soft_tokens:
+        (folder / EMBEDS_FILE).write_bytes(save(embeds, metadata={"format": "pt"}))
+
+
+def read_lora(path: Path, info: AdapterInfo) -> Weights:
+    """Read the low-rank weights.
+
+    Raises:
+        ValueError: damaged, or not the weights that `info` describes.
+    """
+    return _read(path, info, _check_lora)
+
+
+def read_soft_tokens(path: Path, info: AdapterInfo) -> Weights:
+    """Read the embeddings of the soft tokens.
+
+    Raises:
+        ValueError: damaged, or not the embeddings that `info` describes.
+    """
+    return _read(path, info, _check_soft_tokens)
+
+
+def _with_sorted_metadata(data: bytes) -> bytes:
+    """Sort a file's metadata, which safetensors writes in an order that varies between runs."""
+    start = 8 + int.from_bytes(data[:8], "little")
+    header = json.loads(data[8:start])
+    header["__metadata__"] = dict(sorted(header["__metadata__"].items()))
+    text = json.dumps(header, separators=(",", ":")).encode()
+    text = text.ljust(-(-len(text) // 8) * 8)  # tensors start at a multiple of 8 bytes
+    return len(text).to_bytes(8, "little") + text + data[start:]
+
+
+def _read(path: Path, info: AdapterInfo, check: _Check) -> Weights:
+    """Read the tensors of a file, after a check of its header: names, shapes, metadata."""
+    try:
+        with safe_open(path, framework="pt") as file:
+            slices = {key: file.get_slice(key) for key in file.keys()}  # noqa: SIM118 (no mapping)
+            check(slices, file.metadata() or {}, info)
+            _check_dtypes({key: part.get_dtype() for key, part in slices.items()})
+            tensors = {key: file.get_tensor(key) for key in slices}
+        _check_finite(tensors)
+        return tensors
+    except SafetensorError as error:
+        raise ValueError(
+            f"'{path}' is truncated or damaged, copy or download it again: {error}"
+        ) from error
+    except ValueError as error:
+        raise ValueError(f"'{path}' does not hold the weights of an adapter: {error}") from error
+
+
+def _check_lora(slices: _Slices, metadata: dict[str, str], info: AdapterInfo) -> None:
+    _check_shapes({key: tuple(part.get_shape()) for key, part in slices.items()}, info.lora)
+    text = metadata.get(_METADATA_KEY, "{}")
+    if parse_json(text, _METADATA_KEY, MAX_BYTES[INFO_FILE]) != _lora_metadata(slices, info):
+        raise ValueError(f"'{_METADATA_KEY}' does not agree with {INFO_FILE}")
+
+
+def _check_soft_tokens(slices: _Slices, metadata: dict[str, str], info: AdapterInfo) -> None:
+    """One key, the placeholder, of shape (m, d)."""
+    assert info.soft_tokens is not None
+    count, token = info.soft_tokens.count, info.soft_tokens.token
+    if list(slices) != [token]:
+        raise ValueError(f"expected '{token}' alone in it, got {str(list(slices))[:200]}")
+    shape = slices[token].get_shape()
+    if len(shape) != 2 or shape[0] != count or shape[1] < 1:
+        raise ValueError(f"expected {count} rows of '{token}', got the shape {list(shape)}")
+
+
+def _lora_metadata(keys: Iterable[str], info: AdapterInfo) -> dict[str, Any]:
+    """What diffusers makes its `LoraConfig` from; without it, diffusers takes alpha = rank."""
+    metadata: dict[str, Any] = {}
+    for part, lora in info.lora.items():
+        modules = {
+            key.removeprefix(LORA_PREFIXES[part]).rpartition(".lora_")[0]
+            for key in keys
+            if key.startswith(LORA_PREFIXES[part])
+        }
+        metadata[f"{part}.r"] = lora.rank
+        metadata[f"{part}.lora_alpha"] = lora.alpha
+        metadata[f"{part}.target_modules"] = sorted(modules)
+    return metadata
+
+
+def _check_shapes(shapes: Mapping[str, tuple[int, ...]], components: Mapping[str, Lora]) -> None:
+    """Every key is `prefix.module.lora_A.weight` (rank, in) or `.lora_B.` (out, rank), in pairs."""
+    ranks = {LORA_PREFIXES[part]: lora.rank for part, lora in components.items()}
+    names = rf"({'|'.join(map(re.escape, ranks))})(\w+(?:\.\w+)*)\.lora_([AB])\.weight"
+    for key, shape in shapes.items():
+        match = re.fullmatch(names, key, re.ASCII)
+        if match is None:
+            raise ValueError(f"{key[:200]!r} is no low-rank weight of {list(components)}")
+        prefix, module, half = match.groups()
+        axis, other = (0, "B") if half == "A" else (1, "A")
+        if len(shape) != 2 or min(shape) < 1 or shape[axis] != ranks[prefix]:
+            raise ValueError(f"'{key}' is of rank {ranks[prefix]} but has the shape {list(shape)}")
+        if f"{prefix}{module}.lora_{other}.weight" not in shapes:
+            raise ValueError(f"'{key}' stands without its lora_{other}")
+    for part in components:
+        if not any(key.startswith(LORA_PREFIXES[part]) for key in shapes):
+            raise ValueError(f"nothing in it is for '{part}'")
+
+
+def _check_dtypes(dtypes: Mapping[str, str]) -> None:
+    for key, dtype in dtypes.items():
+        if dtype not in _DTYPES:
+            raise ValueError(f"'{key}' is of type {dtype}, expected one of {list(_DTYPES)}")
+
+
+def _check_finite(tensors: Mapping[str, Tensor]) -> None:
+    for key, tensor in tensors.items():
+        if not torch.isfinite(tensor).all():
+            raise ValueError(f"'{key}' holds NaN or infinite values")
