@@ -23,8 +23,8 @@ from diffusers_fair.adapters.json_schema import parse_json
 from diffusers_fair.families import LORA_PREFIXES
 
 Weights = dict[str, Tensor]
-"""All weights of an adapter: `COMPONENT.module.lora_A.weight` (rank, in), `.lora_B.` (out, rank), ...,
-and the placeholder of the soft tokens (m, d)."""
+"""All weights of an adapter: `COMPONENT.module.lora_A.weight` (rank, in), `.lora_B.` (out, rank),
+..., and the placeholder of the soft tokens (m, d)."""
 
 _METADATA_KEY = "lora_adapter_metadata"  # where diffusers looks for rank and alpha in the header
 _DTYPES = ("F32", "F16", "BF16")
