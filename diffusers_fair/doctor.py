@@ -19,7 +19,8 @@ from diffusers_fair.backends import open_clip as clips
 from diffusers_fair.backends import timm as embedders
 from diffusers_fair.backends.labels import group
 from diffusers_fair.backends.needs import Need, package, pretrained
-from diffusers_fair.config.recipe import ClassifierSection, JudgesSection, ModelsSection, RunConfig
+from diffusers_fair.config.models import ClassifierSection, JudgesSection, ModelsSection
+from diffusers_fair.config.schema import RunConfig
 from diffusers_fair.prompts import prompt_set
 from diffusers_fair.training.kept_prompts import kept_prompts
 

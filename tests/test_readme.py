@@ -7,7 +7,8 @@ import pytest
 from typer.main import get_command
 
 from diffusers_fair import FairnessFinetuner, cli
-from diffusers_fair.config.recipe import RunConfig, recipes
+from diffusers_fair.config.recipe import recipes
+from diffusers_fair.config.schema import RunConfig
 
 README = (Path(__file__).parents[1] / "README.md").read_text("utf-8")
 SMALL = {

@@ -18,19 +18,19 @@ from diffusers_fair.backends.pipelines import (
 
 if TYPE_CHECKING:
     from diffusers_fair.backends.open_clip import OpenClipEncoder
-    from diffusers_fair.config.recipe import ClassifierSection, JudgesSection, ModelsSection
+    from diffusers_fair.config.models import ClassifierSection, JudgesSection, ModelsSection
     from diffusers_fair.vision.classifiers import Classifier
     from diffusers_fair.vision.encoders import ImageEncoder, ImageTextEncoder, NetworkEncoder
     from diffusers_fair.vision.faces import FaceDetector
     from diffusers_fair.vision.judges import Judges
-    from diffusers_fair.vision.reference_faces import RealFaces
+    from diffusers_fair.vision.reference_faces import ReferenceFaces
 
 __all__ = [
     "UNTOUCHED_SETS",
     "load_base",
     "load_evaluation_judges",
     "load_judges",
-    "load_real_faces",
+    "load_reference_faces",
     "untouched_set",
     "usual_guidance",
 ]
@@ -85,7 +85,7 @@ def load_evaluation_judges(attributes: Sequence[str]) -> "Judges":
     Raises:
         ValueError: the testbed has no attribute of that name.
     """
-    from diffusers_fair.config.recipe import EvaluationModelsSection
+    from diffusers_fair.config.models import EvaluationModelsSection
     from diffusers_fair.testbed import world
 
     for name in attributes:
@@ -94,14 +94,14 @@ def load_evaluation_judges(attributes: Sequence[str]) -> "Judges":
     return load_judges(EvaluationModelsSection(), [world.ATTRIBUTES[name] for name in attributes])
 
 
-def load_real_faces(
+def load_reference_faces(
     models: "ModelsSection", detector: "FaceDetector", device: Any = "cpu"
-) -> "RealFaces":
-    """Load the face embedder, and find and embed the real faces: for the face realism loss only.
+) -> "ReferenceFaces":
+    """Load the face embedder and the reference faces, which only the face realism loss needs.
 
     Args:
         models: a recipe's `models`.
-        detector: training's, which finds the faces in the pictures of a folder.
+        detector: training's face detector, which finds the faces in the images of a folder.
         device: where it all computes, in float32: the pipeline's.
 
     Raises:
@@ -109,14 +109,15 @@ def load_real_faces(
         ValueError: an embedder that cannot be loaded; a folder without faces; the testbed's
             embedder on another device than the CPU.
     """
-    from diffusers_fair.vision.reference_faces import RealFaces
+    from diffusers_fair.vision.reference_faces import ReferenceFaces
 
     embedder = _face_embedder(models.face_embedder, device)
     if models.face_bank == testbed.NAME:
-        return RealFaces(embedder, _testbed(device).face_bank())
-    from diffusers_fair.backends.reference_faces import load_bank
+        return ReferenceFaces(embedder, _testbed(device).face_bank())
+    from diffusers_fair.backends import reference_faces
 
-    return RealFaces(embedder, load_bank(models.face_bank, detector, embedder, device))
+    faces = reference_faces.load_reference_faces(models.face_bank, detector, embedder, device)
+    return ReferenceFaces(embedder, faces)
 
 
 def _face_embedder(name: str, device: Any) -> "NetworkEncoder":

@@ -5,7 +5,7 @@ from typing import Any
 
 import torch
 
-from diffusers_fair.config.recipe import RunConfig
+from diffusers_fair.config.schema import RunConfig
 from diffusers_fair.prompts.mixtures import PromptMixture
 
 
@@ -50,8 +50,8 @@ class Share:
         """Images of the first prompt that come before the share."""
         return self.images.start % self.batch.images_per_prompt
 
-    def told(self) -> dict[str, Any]:
-        """What tells its images from others, as JSON data."""
+    def cache_key(self) -> dict[str, Any]:
+        """What distinguishes its images from others, as JSON data."""
         whole = self.images == slice(0, len(self.batch.seeds))
         part = {} if whole else {"images": [self.images.start, self.images.stop]}
         return asdict(self.batch) | part
