@@ -27,7 +27,7 @@ __all__ = [  # noqa: RUF022 (as a reader meets them)
 
 _LAZY = {  # public name -> the module that it is imported from when first used
     "FairnessFinetuner": "diffusers_fair.training.trainer",
-    "RunConfig": "diffusers_fair.config.recipe",
+    "RunConfig": "diffusers_fair.config.schema",
     "BiasedGradientScheduler": "diffusers_fair.diffusion.scheduler",
     "evaluate": "diffusers_fair.evaluation.evaluate",
 }

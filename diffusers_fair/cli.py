@@ -10,7 +10,7 @@ from typing import Annotated, Any
 import typer
 from rich.console import Console
 
-from diffusers_fair.training.guards import TrainingStoppedError
+from diffusers_fair.training.stopping import TrainingStoppedError
 
 app = typer.Typer(
     add_completion=False,
@@ -74,7 +74,7 @@ def doctor(
     ] = None,
 ) -> None:
     """Say what a recipe needs, what is there and what is not; downloads nothing."""
-    from diffusers_fair.config.recipe import RunConfig
+    from diffusers_fair.config.schema import RunConfig
     from diffusers_fair.doctor import examine
 
     found = examine(RunConfig.load(recipe, overrides or []))
@@ -429,11 +429,12 @@ def _is_usage(error: Exception) -> bool:
 
 
 def _train(recipe: str, overrides: list[str]) -> Path:
-    from diffusers_fair.config.recipe import RunConfig
+    from diffusers_fair.config.schema import RunConfig
+    from diffusers_fair.training.run_folder import claim_run_folder
     from diffusers_fair.training.trainer import FairnessFinetuner
 
     config = RunConfig.load(recipe, overrides)
-    config.claim_output()  # before any model is loaded
+    claim_run_folder(config)  # before any model is loaded
     folder = FairnessFinetuner(config).train()
     from diffusers_fair import distributed
 
@@ -631,7 +632,8 @@ class _Asked:
 def _asked(base: str, recipe: str | None) -> _Asked:
     """The recipe's, or the usual ones of a base that ships with its judges."""
     from diffusers_fair.backends import registry
-    from diffusers_fair.config.recipe import EvaluationSection, ModelsSection, RunConfig
+    from diffusers_fair.config.models import ModelsSection
+    from diffusers_fair.config.schema import EvaluationSection, RunConfig
     from diffusers_fair.prompts.training_words import kept_sets
 
     empty = registry.untouched_set(base)

@@ -9,7 +9,8 @@ from diffusers_fair.attributes import Attribute
 from diffusers_fair.backends import registry
 from diffusers_fair.backends.needs import Need, package, pretrained
 from diffusers_fair.config.backends import CLIPS, DINOS, FACE_DETECTORS, FACE_EMBEDDERS
-from diffusers_fair.config.recipe import JudgesSection, ModelsSection, RunConfig
+from diffusers_fair.config.models import JudgesSection, ModelsSection
+from diffusers_fair.config.schema import RunConfig
 from diffusers_fair.prompts import prompt_set
 from diffusers_fair.training.kept_prompts import kept_prompts
 

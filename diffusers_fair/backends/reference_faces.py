@@ -1,4 +1,4 @@
-"""Folder of pictures with faces -> their embeddings, which stand for real faces."""
+"""A folder of images with real faces -> embeddings of the faces."""
 
 from pathlib import Path
 
@@ -11,9 +11,9 @@ from diffusers_fair.vision.faces import FaceDetector
 from diffusers_fair.vision.images import from_pillow
 from diffusers_fair.vision.reference_faces import embed_faces
 
-SUFFIXES = (".png", ".jpg", ".jpeg", ".webp")
-LARGEST = 512  # pixels; pictures with a longer side are shrunk to it
-ADVICE = f"put pictures with faces ({', '.join(SUFFIXES)}) into it, or name another face_bank"
+_SUFFIXES = (".png", ".jpg", ".jpeg", ".webp")
+_MAX_SIDE = 512  # pixels; larger images are downscaled
+_ADVICE = f"put images with faces ({', '.join(_SUFFIXES)}) into it, or name another face_bank"
 
 
 @torch.no_grad()
@@ -23,52 +23,52 @@ def load(
     embedder: NetworkEncoder,
     device: torch.device | str = "cpu",
 ) -> Tensor:
-    """Find and embed the largest face of every picture, one picture at a time.
+    """Detect and embed the largest face of every image, one image at a time.
 
     Args:
-        folder: of pictures; those in folders inside it count, too.
-        detector: as in training.
-        embedder: as in training.
-        device: where both compute.
+        folder: folder of images, subfolders included.
+        detector: training's face detector.
+        embedder: training's face embedder.
+        device: device that both compute on.
 
     Returns:
-        (m, d), of unit length; pictures without a face are left out.
+        (m, d), of unit length; images without a face are left out.
 
     Raises:
-        ValueError: no such folder, no pictures, a file that is none, or no face in any of them.
+        ValueError: no such folder, no images, an unreadable file, or no face in any of them.
     """
-    files = _pictures(folder)
+    files = _image_files(folder)
     if not files:
-        raise ValueError(f"face_bank '{folder}' is no folder with pictures in it: {ADVICE}")
-    found = []
+        raise ValueError(f"face_bank '{folder}' is no folder with images in it: {_ADVICE}")
+    parts = []
     for file in files:
         image = _read(file).to(device)
         faces = detector(image)
-        found.append(embed_faces(embedder, image, faces)[faces.found])  # (0 or 1, d)
-    bank = torch.cat(found)
-    if not len(bank):
+        parts.append(embed_faces(embedder, image, faces)[faces.found])  # (0 or 1, d)
+    embeddings = torch.cat(parts)
+    if not len(embeddings):
         raise ValueError(
-            f"face_bank '{folder}': no face was found in any of its {len(files)} pictures: {ADVICE}"
+            f"face_bank '{folder}': no face was found in any of its {len(files)} images: {_ADVICE}"
         )
-    return bank
+    return embeddings
 
 
 def needs(folder: str) -> list[Need]:
     """List what `load` needs."""
-    return [Need(f"pictures in '{folder}'", bool(_pictures(folder)), ADVICE)]
+    return [Need(f"images in '{folder}'", bool(_image_files(folder)), _ADVICE)]
 
 
-def _pictures(folder: str) -> list[Path]:
-    return sorted(f for f in Path(folder).rglob("*") if f.suffix.lower() in SUFFIXES)
+def _image_files(folder: str) -> list[Path]:
+    return sorted(f for f in Path(folder).rglob("*") if f.suffix.lower() in _SUFFIXES)
 
 
 def _read(file: Path) -> Tensor:
-    """A picture (1, 3, h, w) in [-1, 1]."""
+    """Read an image (1, 3, h, w) in [-1, 1]."""
     from PIL import Image
 
     try:
-        picture = Image.open(file).convert("RGB")
+        image = Image.open(file).convert("RGB")
     except OSError as error:
-        raise ValueError(f"'{file}' of the face_bank is no picture: remove it") from error
-    picture.thumbnail((LARGEST, LARGEST))
-    return from_pillow(picture)[None]
+        raise ValueError(f"'{file}' in face_bank is not an image: remove it") from error
+    image.thumbnail((_MAX_SIDE, _MAX_SIDE))
+    return from_pillow(image)[None]

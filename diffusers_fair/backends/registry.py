@@ -27,12 +27,12 @@ from diffusers_fair.config.backends import (
 if TYPE_CHECKING:
     from diffusers_fair.backends.needs import Need
     from diffusers_fair.backends.pipelines import Base
-    from diffusers_fair.config.recipe import ClassifierSection, JudgesSection, ModelsSection
+    from diffusers_fair.config.models import ClassifierSection, JudgesSection, ModelsSection
     from diffusers_fair.vision.classifiers import Classifier
     from diffusers_fair.vision.encoders import ImageTextEncoder
     from diffusers_fair.vision.faces import FaceDetector
     from diffusers_fair.vision.judges import Judges
-    from diffusers_fair.vision.reference_faces import RealFaces
+    from diffusers_fair.vision.reference_faces import ReferenceFaces
 
 
 def provider(path: str) -> Any:
@@ -200,9 +200,9 @@ def _extra_scores(models: "JudgesSection") -> dict[str, Any]:
 # ---- reference faces -----------------------------------------------------------------------------
 
 
-def load_real_faces(
+def load_reference_faces(
     models: "ModelsSection", detector: "FaceDetector", device: Any = "cpu"
-) -> "RealFaces":
+) -> "ReferenceFaces":
     """Load the face embedder and the reference faces, which only the face realism loss needs.
 
     Args:
@@ -215,13 +215,13 @@ def load_real_faces(
         ValueError: an embedder that cannot be loaded, or does not run on the device; a folder
             without faces.
     """
-    from diffusers_fair.vision.reference_faces import RealFaces
+    from diffusers_fair.vision.reference_faces import ReferenceFaces
 
     embedder = load_model(FACE_EMBEDDERS, models.face_embedder, device)
     if models.face_bank in REFERENCE_FACES:
-        return RealFaces(embedder, load_model(REFERENCE_FACES, models.face_bank, device))
+        return ReferenceFaces(embedder, load_model(REFERENCE_FACES, models.face_bank, device))
     load = provider(REFERENCE_FOLDER).load
-    return RealFaces(embedder, load(models.face_bank, detector, embedder, device))
+    return ReferenceFaces(embedder, load(models.face_bank, detector, embedder, device))
 
 
 def reference_faces_needs(face_bank: str) -> "list[Need]":

@@ -1,4 +1,4 @@
-"""Losses on generated images. Pure; one term for each image, the loss of a batch is their mean."""
+"""Losses of generated images: one term per image, the loss of a batch is their mean. Pure."""
 
 import torch
 from torch import Tensor
@@ -12,7 +12,7 @@ def alignment_loss(probabilities: Tensor, targets: Targets, threshold: float) ->
 
         1[c_i >= C] CE(p_i, y_i)
 
-    A target that the expected transport is less sure of than C has no say.
+    Targets with a confidence below C are ignored.
 
     Args:
         probabilities: (n, classes), p_i, of a classifier.
@@ -38,7 +38,7 @@ def alignment_loss(probabilities: Tensor, targets: Targets, threshold: float) ->
 
 
 def semantics_loss(features: Tensor, original: Tensor) -> Tensor:
-    """Dissimilarity of images and their originals by one encoder, a term of equation 7.
+    """Dissimilarity of images to their originals by one encoder, a term of equation 7.
 
         1 - cos(encoder(x_i), encoder(o_i))
 
@@ -60,43 +60,45 @@ def semantics_loss(features: Tensor, original: Tensor) -> Tensor:
     return 1 - functional.cosine_similarity(features, original, dim=-1)
 
 
-def face_realism_loss(embeddings: Tensor, bank: Tensor, own: Tensor, kept: Tensor) -> Tensor:
-    """Dissimilarity of generated faces and the nearest real ones, equation 8.
+def face_realism_loss(
+    embeddings: Tensor, reference: Tensor, own: Tensor, is_kept: Tensor
+) -> Tensor:
+    """Dissimilarity of generated faces to the nearest real ones, equation 8.
 
         1 - max_F cos(emb(face_i), emb(F))
 
     The paper prints a minimum over F, but its text says the closest face, whose cosine is the
-    largest. A face that should stay what it is, is compared with the original image's own face
-    instead, as in the authors' code.
+    largest. As in the authors' code, a face that should keep its classes is compared with the
+    face in the original image instead.
 
     Args:
         embeddings: (n, d), of the generated faces, of unit length.
-        bank: (m, d), of the real faces F, of unit length.
-        own: (n, d), of the original images' faces, of unit length; looked at where `kept`.
-        kept: (n,) bool, whether a face is compared with its own original.
+        reference: (m, d), of the real faces F, of unit length.
+        own: (n, d), of the faces in the original images, of unit length; used where `is_kept`.
+        is_kept: (n,) bool, whether a face is compared with the one in the original image.
 
     Returns:
         (n,), in [0, 2].
 
     Raises:
-        ValueError: an empty bank, or embeddings that do not fit each other.
+        ValueError: no reference faces, or embeddings of different sizes.
     """
-    if not len(bank) or bank.shape[1:] != embeddings.shape[1:]:
+    if not len(reference) or reference.shape[1:] != embeddings.shape[1:]:
         raise ValueError(
-            f"expected a bank of one or more real faces with embeddings of {embeddings.shape[1]} "
-            f"numbers, as the generated ones have, got shape {tuple(bank.shape)}"
+            f"expected one or more reference faces with embeddings of {embeddings.shape[1]} "
+            f"numbers, as the generated ones have, got shape {tuple(reference.shape)}"
         )
     if own.shape != embeddings.shape:
         raise ValueError(
             f"expected the original faces of the same images by the same embedder, got shapes "
             f"{tuple(embeddings.shape)} and {tuple(own.shape)}"
         )
-    nearest = (embeddings @ bank.T).amax(1)  # (n,)
-    return 1 - torch.where(kept, (embeddings * own).sum(1), nearest)
+    nearest = (embeddings @ reference.T).amax(1)  # (n,)
+    return 1 - torch.where(is_kept, (embeddings * own).sum(1), nearest)
 
 
 def scale_gradient(images: Tensor, factor: Tensor) -> Tensor:
-    """Return the images as they are; on the way back their gradient is multiplied by `factor`.
+    """Return the images unchanged; the backward pass multiplies their gradient by `factor`.
 
     Args:
         images: (n, c, h, w).

@@ -36,8 +36,12 @@ class Targets:
     plan: Tensor
     """(n, classes), q_i; rows sum to 1."""
     error: float
-    """How far an entry of the plan may be off. Two classes: 0. Summed: the share of the
-    multinomial left out, a bound. Sampled: the largest standard error of an entry."""
+    """Error of an entry of the plan. Two classes: 0. Enumerated: a bound, the probability mass of
+    the multinomial left out. Sampled: the largest standard error of an entry."""
+
+    def __getitem__(self, rows: Tensor) -> "Targets":
+        """Select rows."""
+        return Targets(self.labels[rows], self.confidence[rows], self.plan[rows], self.error)
 
 
 def expected_targets(

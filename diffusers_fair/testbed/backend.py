@@ -104,7 +104,7 @@ def load_evaluation_judges(attributes: Sequence[str]) -> "Judges":
         ValueError: the testbed has no attribute of that name.
     """
     from diffusers_fair.backends.registry import load_judges
-    from diffusers_fair.config.recipe import EvaluationModelsSection
+    from diffusers_fair.config.models import EvaluationModelsSection
     from diffusers_fair.testbed import world
 
     for name in attributes:

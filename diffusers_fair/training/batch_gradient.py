@@ -1,6 +1,6 @@
 """A batch of prompts and noise -> the gradient of its loss in the adapter's parameters.
 
-    prompts, noise -> the original model's images, without the adapter; kept in the bank
+    prompts, noise -> the original model's images, without the adapter; cached on disk
                    -> images with the adapter -> faces -> class probabilities -> targets -> loss
                    -> d loss / d z_K -> replay -> gradients of the adapter's parameters
 
@@ -8,16 +8,17 @@ Algorithm 1 and sections 4.1 to 4.3 of the paper.
 """
 
 from collections.abc import Callable
+from dataclasses import replace
 from functools import cached_property
-from typing import Any
+from typing import Any, TypeAlias, TypeVar
 
 import torch
 from torch import Tensor
 
 from diffusers_fair import distributed
 from diffusers_fair.adapters.trainable import TrainableAdapter
-from diffusers_fair.backends.registry import load_real_faces
-from diffusers_fair.config.recipe import RunConfig
+from diffusers_fair.backends.registry import load_reference_faces
+from diffusers_fair.config.schema import RunConfig
 from diffusers_fair.diffusion.noise import initial_noise
 from diffusers_fair.diffusion.replay import draw_steps, replay
 from diffusers_fair.diffusion.sampling import Trajectory, decode, decode_backward, sample
@@ -30,17 +31,23 @@ from diffusers_fair.families.conditioning import (
     repeat_interleave,
     select,
 )
-from diffusers_fair.objective.objective import Aim, LossWeights, Objective, Originals
+from diffusers_fair.objective.objective import Objective
+from diffusers_fair.objective.originals import Originals
+from diffusers_fair.objective.statistics import BatchStatistics, KeptStatistics
 from diffusers_fair.training.batches import Batch, Share
-from diffusers_fair.training.guards import NotFiniteError
 from diffusers_fair.training.kept_prompts import KeptPrompts
-from diffusers_fair.training.original_images import OriginalsBank
-from diffusers_fair.training.progress import Figures
+from diffusers_fair.training.original_images import OriginalImageCache, run_cache_key
+from diffusers_fair.training.run_folder import claim_run_folder
 from diffusers_fair.vision.judges import Judges
 
-Loss = Callable[[Tensor, Originals], tuple[Tensor, Figures]]
-"""Images (n, 3, H, W) and what was seen in the original ones -> the loss, and figures."""
+Statistics = TypeVar("Statistics")
+Loss: TypeAlias = Callable[[Tensor, Originals], tuple[Tensor, Statistics]]
+"""Images (n, 3, H, W) and judgements of the original ones -> the loss, and statistics."""
 MEMORY_OPTIONS = ("split_guidance", "gradient_checkpointing")  # the cheaper one first
+
+
+class NotFiniteError(ArithmeticError):
+    """Images of an iteration are NaN or infinite: there is nothing to learn from them."""
 
 
 class BatchGradient:
@@ -78,78 +85,78 @@ class BatchGradient:
             denoiser.train()  # diffusers checkpoints in this mode only; there is no dropout in it
         self.memory_options.append(option)
 
-    def backward(self, batch: Batch, number: int, *, banked: bool = True) -> Figures:
+    def backward(self, batch: Batch, number: int, *, use_cache: bool = True) -> BatchStatistics:
         """Add the gradient of this process's part of a batch's loss to the parameters.
 
         Args:
             batch: of all processes.
             number: of the iteration, which decides on the steps that are replayed.
-            banked: whether what is seen in the originals may come from the bank, and go there.
+            use_cache: whether judgements of original images are read from the disk and written.
 
         Returns:
-            Means over the images: `loss`, `alignment`, `semantics`, `face` if it has a weight, and
-            `faces`, the share with one; over the prompts: `bias/NAME`; over the faces, or the
-            whole images: `share/NAME/CLASS`, that of each class. Of the kept prompts: `keep/loss`
-            and `keep/obeyed` of their images, `keep/embedding`, `keep/prediction`.
+            Statistics of the images of all processes.
 
         Raises:
             NotFiniteError: an image is NaN or infinite, in any process.
         """
 
-        def loss(images: Tensor, originals: Originals) -> tuple[Tensor, Figures]:
+        def loss(images: Tensor, originals: Originals) -> tuple[Tensor, BatchStatistics]:
             return self.objective(images, originals, batch.prompts, self.micro_batch)
 
-        again = banked and self.config.train.distinct_iterations is not None
-        figures = self._draw(batch, number, loss, banked=again)
-        if self.kept is not None:
-            figures |= self._keep(
-                self.kept, number, len(batch.noise) // distributed.world_size(), banked
-            )
-        return figures
+        repeats = self.config.train.distinct_iterations is not None
+        statistics = self._draw(batch, number, loss, use_cache=use_cache and repeats)
+        if self.kept is None:
+            return statistics
+        size = len(batch.noise) // distributed.world_size()
+        return replace(statistics, kept=self._keep(self.kept, number, size, use_cache))
 
-    def _keep(self, kept: KeptPrompts, number: int, size: int, banked: bool) -> Figures:
-        """The gradient and the figures of the kept prompts, so many images at a time."""
-        figures: Figures = {}
+    def _keep(self, kept: KeptPrompts, number: int, size: int, use_cache: bool) -> KeptStatistics:
+        """Add the gradient of the kept prompts, so many images at a time."""
+        statistics = KeptStatistics()
         if kept.options.images:
-            batch, asked = kept.batch(number)
-            mine = asked[distributed.shard(len(asked))]
+            batch, named_classes = kept.batch(number)
+            mine = named_classes[distributed.shard(len(named_classes))]
 
-            def loss(images: Tensor, originals: Originals) -> tuple[Tensor, Figures]:
-                total, found = self.objective.keep(images, originals, mine, self.micro_batch)
-                return kept.options.weight * total, found
+            def loss(images: Tensor, originals: Originals) -> tuple[Tensor, KeptStatistics]:
+                total, of_images = self.objective.kept_images(
+                    images, originals, mine, self.micro_batch
+                )
+                return kept.options.weight * total, of_images
 
-            figures |= self._draw(batch, number, loss, banked=banked)
+            statistics = self._draw(batch, number, loss, use_cache=use_cache)
         if kept.holds_embeddings:
-            figures["keep/embedding"] = kept.embedding_backward(number)
+            statistics = replace(statistics, embedding=kept.embedding_backward(number))
         if kept.options.prediction:
             split = "split_guidance" in self.memory_options
-            found = kept.backward(number, self.micro_batch or size, split_guidance=split)
-            figures["keep/prediction"] = found
-        return figures
+            prediction = kept.backward(number, self.micro_batch or size, split_guidance=split)
+            statistics = replace(statistics, prediction=prediction)
+        return statistics
 
-    def _draw(self, batch: Batch, number: int, loss: Loss, *, banked: bool) -> Figures:
-        """The gradient and the figures of a loss on the images of a batch."""
+    def _draw(
+        self, batch: Batch, number: int, loss: Loss[Statistics], *, use_cache: bool
+    ) -> Statistics:
+        """Add the gradient of a loss on the images of a batch."""
         share = Share(batch, distributed.shard(len(batch.noise)))
-        originals = self.originals(share, banked=banked)
+        originals = self.originals(share, use_cache=use_cache)
         noise = self._noise(share)
         branches = self._encode(share)
         if self.config.gradient.method != "replay":
             z = self._unroll(branches, noise, batch.steps)
-            v, figures = self._loss(z.detach(), originals, loss)
+            v, statistics = self._loss(z.detach(), originals, loss)
             z.backward(v)
-            return figures
+            return statistics
         trajectory = self._sample(branches, noise, batch.steps, keep=True)
-        v, figures = self._loss(trajectory.latents, originals, loss)
+        v, statistics = self._loss(trajectory.latents, originals, loss)
         for branch, gradients in self._replay(trajectory, branches, v, number, share).items():
             backward(branches[branch], gradients)  # each branch was encoded in a graph of its own
-        return figures
+        return statistics
 
-    def originals(self, share: Share, *, banked: bool = True) -> Originals:
-        """What the judges see in the original model's images.
+    def originals(self, share: Share, *, use_cache: bool = True) -> Originals:
+        """Judge the original model's images.
 
         Args:
             share: which images.
-            banked: whether it may come from the bank, and goes there.
+            use_cache: whether judgements are read from the disk and written.
         """
 
         @torch.no_grad()
@@ -161,15 +168,15 @@ class BatchGradient:
             images = decode(self.pipe, z, self.micro_batch).float()
             return self.objective.originals(images, self.micro_batch)
 
-        if not banked:
+        if not use_cache:
             return make()
-        return self.bank.get(share.cache_key(), make, self.pipe.device)
+        return self.cache.get(share.cache_key(), make, self.pipe.device)
 
     @cached_property
-    def bank(self) -> OriginalsBank:
-        """Of what was seen in original images; the run folder is claimed for it."""
-        folder = self.config.claim_output()
-        return OriginalsBank(folder / "originals", _about_originals(self.config))
+    def cache(self) -> OriginalImageCache:
+        """Cache of the original images' judgements; claims the run folder for it."""
+        folder = claim_run_folder(self.config)
+        return OriginalImageCache(folder.originals, run_cache_key(self.config))
 
     def _sample(self, branches: Branches, noise: Tensor, steps: int, *, keep: bool) -> Trajectory:
         return sample(
@@ -183,15 +190,17 @@ class BatchGradient:
             micro_batch=self.micro_batch,
         )
 
-    def _loss(self, z: Tensor, originals: Originals, loss: Loss) -> tuple[Tensor, Figures]:
-        """The gradient v of the loss on the final latents (n, c, h, w), and figures."""
+    def _loss(
+        self, z: Tensor, originals: Originals, loss: Loss[Statistics]
+    ) -> tuple[Tensor, Statistics]:
+        """Gradient v of the loss in the final latents (n, c, h, w), and statistics."""
         with torch.no_grad():
             images = decode(self.pipe, z, self.micro_batch).float()
         if distributed.any_across(not images.isfinite().all()):
             raise NotFiniteError
-        total, figures = loss(images.requires_grad_(), originals)
+        total, statistics = loss(images.requires_grad_(), originals)
         (gradient,) = torch.autograd.grad(total, images)  # (n, 3, H, W)
-        return decode_backward(self.pipe, z, gradient, self.micro_batch), figures
+        return decode_backward(self.pipe, z, gradient, self.micro_batch), statistics
 
     def _replay(
         self,
@@ -247,35 +256,14 @@ class BatchGradient:
 
 
 def _objective(config: RunConfig, judges: Judges, device: torch.device) -> Objective:
-    """What is minimised; real faces are loaded only if they have a weight."""
-    real_faces = None
+    """Build what is minimised; reference faces are loaded only if they have a weight."""
+    reference_faces = None
     if config.losses.face:
-        real_faces = load_real_faces(config.models, judges.face_detector, device)
-    weights = LossWeights(semantics=config.losses.semantics, face=config.losses.face)
-    return Objective(judges, _aims(config), weights, real_faces)
-
-
-def _aims(config: RunConfig) -> list[Aim]:
-    return [
-        Aim(
-            attribute=attribute,
-            threshold=section.threshold,
-            cost=section.cost,
-            steering=section.steering,
-            semantics_changed=section.semantics_changed,
-            semantics_face=section.semantics_face,
-        )
-        for section, attribute in zip(config.attributes, config.balanced(), strict=True)
-    ]
-
-
-def _about_originals(config: RunConfig) -> Any:
-    """What the original images, and what is seen in them, depend on beside the batch."""
-    told = config.model_dump(
-        mode="json",
-        include={"base", "attributes", "models", "sampling"},
-        exclude={"attributes": {"__all__": {"words", "nouns", "steering", "targets", "region"}}},
+        reference_faces = load_reference_faces(config.models, judges.face_detector, device)
+    return Objective(
+        judges,
+        config.attributes,
+        config.losses,
+        reference_faces,
+        prompt_sets=config.prompts.sets,
     )
-    whole = [section.name for section in config.attributes if section.region == "image"]
-    told |= {"face": config.losses.face > 0} | ({"whole": whole} if whole else {})
-    return told | ({"people": config.people} if config.people != "largest" else {})

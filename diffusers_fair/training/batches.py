@@ -5,7 +5,7 @@ from typing import Any
 
 import torch
 
-from diffusers_fair.config.recipe import RunConfig
+from diffusers_fair.config.schema import RunConfig
 from diffusers_fair.diffusion.noise import Noise
 from diffusers_fair.prompts.mixtures import PromptMixture
 

@@ -1,4 +1,4 @@
-"""Checkpoints of a run: written whole or not at all, the newest sound one found again."""
+"""Checkpoints: written completely or not at all; the newest intact one is found again."""
 
 import hashlib
 import io
@@ -11,32 +11,32 @@ import torch
 
 from diffusers_fair import atomic
 
-STATE = "state.pt"
-DIGEST = "state.sha256"
+_STATE = "state.pt"
+_DIGEST = "state.sha256"
 
 
-def save_checkpoint(folder: Path, iteration: int, state: dict[str, Any], keep: int) -> None:
-    """Write `step-NNNNNN/` below the folder, and keep only the newest ones.
+def save_checkpoint(folder: Path, step: int, state: dict[str, Any], keep: int) -> None:
+    """Write `step-NNNNNN/` into the folder, and keep only the newest checkpoints.
 
     Args:
-        folder: of all checkpoints of the run.
-        iteration: number of updates made.
+        folder: folder of the run's checkpoints.
+        step: number of updates so far.
         state: tensors, numbers and containers of them.
-        keep: how many stay.
+        keep: number of checkpoints to keep.
 
     Raises:
-        OSError: it cannot be written; the older ones are untouched, and nothing is left of it.
+        OSError: it cannot be written; older checkpoints stay, and nothing is left of this one.
     """
     buffer = io.BytesIO()
-    torch.save(state | {"iteration": iteration}, buffer)
+    torch.save(state | {"iteration": step}, buffer)
     data = buffer.getvalue()
-    final = folder / _name(iteration)
+    final = folder / _name(step)
     unfinished = atomic.partial(final)
     unfinished.mkdir(parents=True)
     try:
-        (unfinished / STATE).write_bytes(data)
-        (unfinished / DIGEST).write_text(hashlib.sha256(data).hexdigest())
-        shutil.rmtree(final, ignore_errors=True)  # one that was passed over
+        (unfinished / _STATE).write_bytes(data)
+        (unfinished / _DIGEST).write_text(hashlib.sha256(data).hexdigest())
+        shutil.rmtree(final, ignore_errors=True)  # a damaged one
         atomic.settle(unfinished, final)
     except BaseException:
         shutil.rmtree(unfinished, ignore_errors=True)
@@ -46,42 +46,42 @@ def save_checkpoint(folder: Path, iteration: int, state: dict[str, Any], keep: i
 
 
 def load_checkpoint(folder: Path) -> dict[str, Any] | None:
-    """Read the newest sound checkpoint below the folder, onto the CPU; None if there is none.
+    """Read the newest intact checkpoint in the folder onto the CPU; None if there is none.
 
-    One that is damaged is passed over with a warning.
+    Damaged checkpoints are skipped with a warning.
     """
     for path in reversed(_checkpoints(folder)):
         try:
             return _read(path)
         except Exception as error:  # whatever a damaged file may cause
             warnings.warn(
-                f"checkpoint '{path}' is damaged ({type(error).__name__}: {error}): going on from "
+                f"checkpoint '{path}' is damaged ({type(error).__name__}: {error}): resuming from "
                 "an older one",
                 stacklevel=2,
             )
     return None
 
 
-def discard_after(folder: Path, iteration: int) -> None:
-    """Remove what stands in the way of going on from an iteration: newer, unfinished, damaged."""
+def discard_checkpoints_after(folder: Path, step: int) -> None:
+    """Remove checkpoints that are newer than an iteration, or were left unfinished."""
     for path in _checkpoints(folder):
-        if path.name > _name(iteration):
+        if path.name > _name(step):
             shutil.rmtree(path)
     atomic.sweep(folder)
 
 
 def _read(path: Path) -> dict[str, Any]:
-    data = (path / STATE).read_bytes()
-    digest = path / DIGEST
+    data = (path / _STATE).read_bytes()
+    digest = path / _DIGEST
     if digest.exists() and digest.read_text() != hashlib.sha256(data).hexdigest():
-        raise ValueError(f"{STATE} has another checksum than when it was written")
+        raise ValueError(f"{_STATE} has another checksum than when it was written")
     return torch.load(io.BytesIO(data), weights_only=True, map_location="cpu")
 
 
-def _name(iteration: int) -> str:
-    return f"step-{iteration:06d}"
+def _name(step: int) -> str:
+    return f"step-{step:06d}"
 
 
 def _checkpoints(folder: Path) -> list[Path]:
-    """Oldest first."""
+    """List the checkpoints, oldest first."""
     return sorted(folder.glob("step-*"))

@@ -1,7 +1,7 @@
 """Kept prompts: those whose words settle who is to be seen, or that show nobody.
 
 They are trained on beside the others, in two ways. Some of their images are drawn and judged, as
-`Objective.keep` has it. And, for next to nothing, what the adapter predicts for them is held to
+`KeptImages` has it. And, for next to nothing, what the adapter predicts for them is held to
 what the original model predicts:
 
     L_keep = mean over kept prompts c, steps i of |eps(z_i, t_i, c) - eps_0(z_i, t_i, c)|^2
@@ -28,7 +28,7 @@ from torch import Tensor
 from diffusers_fair import distributed
 from diffusers_fair.adapters.trainable import TrainableAdapter
 from diffusers_fair.backends.registry import untouched_set, untouched_sets
-from diffusers_fair.config.recipe import KeepSection, RunConfig
+from diffusers_fair.config.schema import KeepSection, RunConfig
 from diffusers_fair.diffusion.noise import Noise, initial_noise
 from diffusers_fair.diffusion.replay import backward_step, trainable_branches
 from diffusers_fair.diffusion.sampling import denoise, guided_prediction, weighted_branches
@@ -127,7 +127,7 @@ class KeptPrompts:
     def batch(self, number: int) -> tuple[Batch, list[Mapping[str, str]]]:
         """The kept images that an iteration draws, and what each of them is asked to show.
 
-        They come again after `distinct` images: their originals are then in the bank.
+        They come again after `distinct` images: their originals are then in the cache.
         """
         count = self.options.images
         number %= max(1, self.options.distinct // count)

@@ -1,10 +1,15 @@
-"""The memory that images take, measured, and how many of them fit."""
+"""Measures the memory that images take, and chooses the micro-batch that fits a budget."""
 
 import sys
+import warnings
 from collections.abc import Callable
 from pathlib import Path
 
 import torch
+
+from diffusers_fair import distributed
+from diffusers_fair.training.batch_gradient import MEMORY_OPTIONS, BatchGradient
+from diffusers_fair.training.batches import Batch
 
 GB = 1e9  # bytes
 
@@ -13,50 +18,96 @@ class BudgetError(ValueError):
     """Not even one image fits."""
 
 
+def choose_micro_batch(gradient: BatchGradient, batch: Batch, budget: float) -> None:
+    """Set `gradient.micro_batch` by computing gradients of a few images of a batch.
+
+    If not even one image fits, the memory options are enabled one after the other.
+
+    Args:
+        gradient: computes the gradients.
+        batch: any batch of the training.
+        budget: GB.
+
+    Raises:
+        ValueError: one image does not fit even so.
+    """
+    device, images = gradient.pipe.device, len(batch.noise) // distributed.world_size()
+    unused = [option for option in MEMORY_OPTIONS if option not in gradient.memory_options]
+    enabled = ""
+    while gradient.micro_batch is None:
+        try:
+            gradient.micro_batch = largest_fitting(
+                lambda count: _measure(gradient, batch, count), images, budget
+            )
+        except BudgetError:
+            if not unused:
+                raise
+            enabled += f" train.{unused[0]}=true"
+            gradient.save_memory(unused.pop(0))
+            reset_peak(device)
+    if distributed.is_main():
+        warnings.warn(
+            f"{gradient.micro_batch} images at a time fit train.memory_budget, {budget:g} GB: the "
+            f"same as train.micro_batch={gradient.micro_batch}{enabled}",
+            stacklevel=3,
+        )
+
+
+def _measure(gradient: BatchGradient, batch: Batch, images: int) -> int:
+    """Return the peak memory in bytes after a gradient of so many images per process."""
+    noise = batch.noise[: images * distributed.world_size()]
+    gradient.micro_batch = images  # applies to kept images, too, however many there are
+    gradient.backward(Batch(batch.prompts[:1], noise, batch.steps), 0, use_cache=False)
+    gradient.micro_batch = None
+    for parameter in gradient.adapter.parameters:
+        parameter.grad = None
+    return distributed.max_across(peak(gradient.pipe.device))
+
+
+def largest_fitting(measure: Callable[[int], int], most: int, budget: float) -> int:
+    """Find how many images at a time fit a budget, doubling from one.
+
+    A size is tried only if twice the growth of the last doubling is still within the budget.
+
+    Args:
+        measure: processes so many images at a time, and returns the peak in bytes so far.
+        most: number of images.
+        budget: GB.
+
+    Raises:
+        BudgetError: not even one image fits.
+    """
+    size, fits, used, growth, current = 1, 0, 0, 0, 0
+    while used + 2 * growth <= budget * GB:
+        current = measure(size)
+        if current > budget * GB:
+            break
+        growth = current - used if fits else 0
+        fits, used = size, current
+        if size == most:
+            break
+        size = min(2 * size, most)
+    if not fits:
+        raise BudgetError(
+            f"train.memory_budget is {budget:g} GB, and one image at a time takes "
+            f"{current / GB:.2f}: raise it, or choose a smaller model or base.dtype bfloat16"
+        )
+    return fits
+
+
 def peak(device: torch.device) -> int:
-    """The most bytes so far: of the GPU's memory by torch, on the CPU by the whole process."""
+    """Return the peak memory in bytes: torch's on a GPU, the whole process's on the CPU."""
     if device.type == "cuda":
         return torch.cuda.max_memory_allocated(device)
     import resource
 
-    most = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
-    return most if sys.platform == "darwin" else most * 1024
+    maximum = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
+    return maximum if sys.platform == "darwin" else maximum * 1024
 
 
-def forget_peak(device: torch.device) -> None:
-    """Let `peak` begin anew; on the CPU Linux alone can."""
+def reset_peak(device: torch.device) -> None:
+    """Reset what `peak` returns; on the CPU only Linux can."""
     if device.type == "cuda":
         torch.cuda.reset_peak_memory_stats(device)
     elif sys.platform == "linux":
         Path("/proc/self/clear_refs").write_text("5")
-
-
-def fitting(measure: Callable[[int], int], most: int, budget: float) -> int:
-    """Find how many images at a time fit a budget, doubling from one.
-
-    A number is tried only if what the last doubling added, twice, is still within the budget.
-
-    Args:
-        measure: does the work with so many images at a time, and gives the peak in bytes so far.
-        most: images there are.
-        budget: GB.
-
-    Raises:
-        BudgetError: not even one fits.
-    """
-    size, found, taken, growth, now = 1, 0, 0, 0, 0
-    while taken + 2 * growth <= budget * GB:
-        now = measure(size)
-        if now > budget * GB:
-            break
-        growth = now - taken if found else 0
-        found, taken = size, now
-        if size == most:
-            break
-        size = min(2 * size, most)
-    if not found:
-        raise BudgetError(
-            f"train.memory_budget is {budget:g} GB, and one image at a time takes {now / GB:.2f}: "
-            "raise it, or choose a smaller model or base.dtype bfloat16"
-        )
-    return found

@@ -1,8 +1,8 @@
-"""What training looked up in the original images, kept on disk: they never change.
+"""Cache of what training needs of the original images, on disk: the base model never changes.
 
-One file for each batch, or for each process's share of it, named by everything the originals
-depend on. Files are written whole or not at all, mapped into memory when read, and may be deleted
-or damaged at any time: they are then made again.
+One file for each batch, or for each process's part of it, named by a hash of everything that the
+original images depend on. Files are written completely or not at all, and may be deleted or damaged
+at any time: they are then computed again.
 """
 
 import hashlib
@@ -17,46 +17,63 @@ from safetensors.torch import load_file, save
 from torch import Tensor
 
 from diffusers_fair import atomic
-from diffusers_fair.objective.objective import Originals
+from diffusers_fair.config.schema import RunConfig
+from diffusers_fair.objective.originals import Originals
 from diffusers_fair.vision.faces import Faces
 
 
-class OriginalsBank:
-    """Originals of batches, made once.
+class OriginalImageCache:
+    """What is needed of the original images of each batch, computed once.
 
     Args:
-        folder: where the files go; made when the first one is written.
-        about: what all originals depend on: base model, judges, attributes. JSON data.
+        folder: folder of the files; created with the first of them.
+        run_key: what all original images depend on: base model, judges, attributes. JSON data.
     """
 
-    def __init__(self, folder: Path, about: Any):
+    def __init__(self, folder: Path, run_key: Any):
         self.folder = folder
-        self.about = about
+        self.run_key = run_key
 
-    def get(self, batch: Any, make: Callable[[], Originals], device: torch.device) -> Originals:
-        """The originals of a batch: from the disk, or made and put there.
+    def get(
+        self, batch_key: Any, compute: Callable[[], Originals], device: torch.device
+    ) -> Originals:
+        """Return the originals of a batch: read from the disk, or computed and written.
 
         Args:
-            batch: what tells it from others: prompts, noise, steps. JSON data.
-            make: draws the original images and looks at them.
-            device: where the tensors go.
+            batch_key: what distinguishes the batch: prompts, noise, steps. JSON data.
+            compute: generates and judges the original images.
+            device: device of the tensors.
 
         Raises:
             OSError: the file cannot be written.
         """
-        told = json.dumps([self.about, batch], sort_keys=True)
-        file = self.folder / f"{hashlib.sha256(told.encode()).hexdigest()[:32]}.safetensors"
+        key = json.dumps([self.run_key, batch_key], sort_keys=True)
+        file = self.folder / f"{hashlib.sha256(key.encode()).hexdigest()[:32]}.safetensors"
         try:
-            return _unpacked(load_file(file, device=str(device)))
+            return _from_tensors(load_file(file, device=str(device)))
         except (FileNotFoundError, SafetensorError):
-            originals = make()
+            originals = compute()
         self.folder.mkdir(parents=True, exist_ok=True)
-        atomic.write(file, save(_packed(originals)))
+        atomic.write(file, save(_to_tensors(originals)))
         return originals
 
 
-def _packed(originals: Originals) -> dict[str, Tensor]:
-    """Name -> tensor, for a file."""
+def run_cache_key(config: RunConfig) -> Any:
+    """Return what the original images, and their judgements, depend on besides the batch."""
+    unused = {"words", "nouns", "target_feedback", "targets", "region"}
+    key = config.model_dump(
+        mode="json",
+        include={"base", "attributes", "models", "sampling"},
+        exclude={"attributes": {"__all__": unused}},
+    )
+    # options that are newer than the cache's format enter only if they are used
+    whole = [section.name for section in config.attributes if section.region == "image"]
+    key |= {"face": config.losses.face > 0} | ({"whole": whole} if whole else {})
+    return key | ({"people": config.people} if config.people != "largest" else {})
+
+
+def _to_tensors(originals: Originals) -> dict[str, Tensor]:
+    """Names and tensors of the file."""
     clip, dino = originals.features
     tensors = {
         "boxes": originals.faces.boxes,
@@ -65,19 +82,19 @@ def _packed(originals: Originals) -> dict[str, Tensor]:
         "image": originals.faces.image,
         "clip": clip,
         "dino": dino,
-        "sure": originals.sure,
+        "sure": originals.is_certain,
         "embeddings": originals.embeddings,
-    } | {f"class/{name}": numbers for name, numbers in originals.classes.items()}
+    } | {f"class/{name}": labels for name, labels in originals.classes.items()}
     return {name: tensor.contiguous() for name, tensor in tensors.items() if tensor is not None}
 
 
-def _unpacked(tensors: dict[str, Tensor]) -> Originals:
+def _from_tensors(tensors: dict[str, Tensor]) -> Originals:
     faces = Faces(
         tensors["boxes"], tensors["found"], tensors.get("landmarks"), tensors.get("image")
     )
     classes = {
-        name.removeprefix("class/"): numbers
-        for name, numbers in tensors.items()
+        name.removeprefix("class/"): labels
+        for name, labels in tensors.items()
         if name.startswith("class/")
     }
     features = tensors["clip"], tensors["dino"]

@@ -1,74 +1,51 @@
-"""What a run tells of itself: events.jsonl, curves, and a bar with running means."""
+"""What a run reports while it trains: metrics, curves and a progress bar."""
 
-import json
-import math
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
-from pathlib import Path
+from dataclasses import dataclass
 from typing import Any
 
-from diffusers_fair import atomic
-
-Figures = dict[str, float]
+from diffusers_fair.objective.statistics import BatchStatistics
 
 
-class Events:
-    """`events.jsonl` of a run folder: a line for each iteration and each validation.
+@dataclass(frozen=True, kw_only=True)
+class IterationStatistics:
+    """Statistics of one update."""
 
-    Args:
-        folder: of the run.
-    """
+    batch: BatchStatistics | None
+    """None: its images were not finite."""
+    gradient_norm: float
+    """Before clipping."""
+    skipped: int
+    """Updates skipped so far, this one included."""
 
-    def __init__(self, folder: Path):
-        self.file = folder / "events.jsonl"
-
-    def cut(self, done: int) -> None:
-        """Take out what comes after an iteration, and a line that was not finished."""
-        if not self.file.exists():
-            return
-        lines = self.file.read_bytes().splitlines(keepends=True)
-        kept = [line for line in lines if line.endswith(b"\n") and _iteration(line) <= done]
-        if kept != lines:
-            atomic.write(self.file, b"".join(kept))
-
-    def write(self, figures: Figures, iteration: int) -> None:
-        """Add a line; a figure that is not finite is left out."""
-        finite = {name: value for name, value in figures.items() if math.isfinite(value)}
-        with self.file.open("a", encoding="utf-8") as file:
-            file.write(json.dumps({"iteration": iteration, **finite}) + "\n")
-
-    def settle(self) -> None:
-        """Wait until all lines are on the disk."""
-        atomic.sync(self.file)
-
-
-def _iteration(line: bytes) -> float:
-    """Of a line; without end for one that is damaged."""
-    try:
-        return json.loads(line)["iteration"]
-    except (ValueError, KeyError, TypeError):
-        return math.inf
+    def metrics(self) -> dict[str, float]:
+        """Return name -> value, as they are logged."""
+        batch = {} if self.batch is None else self.batch.metrics()
+        return batch | {"gradient": self.gradient_norm, "skipped": self.skipped}
 
 
 @contextmanager
-def tracker(accelerator: Any, done: int) -> Iterator[Callable[[Figures, int], None]]:
-    """Function (figures, iteration) that hands figures to the recipe's tracker, if it has one.
+def tracker(accelerator: Any, step: int) -> Iterator[Callable[[dict[str, float], int], None]]:
+    """Yield a function (metrics, step) that passes metrics to the recipe's tracker, if any.
 
     Args:
-        accelerator: of accelerate, made with that tracker.
-        done: iterations; curves that went on after them are cut.
+        accelerator: accelerate's, made with that tracker.
+        step: iterations done; curves that continue after it are cut.
     """
-    accelerator.init_trackers("run", init_kwargs={"tensorboard": {"purge_step": done + 1}})
+    accelerator.init_trackers("run", init_kwargs={"tensorboard": {"purge_step": step + 1}})
     try:
-        yield lambda figures, iteration: accelerator.log(figures, step=iteration)
+        yield lambda metrics, step: accelerator.log(metrics, step=step)
     finally:
         for each in accelerator.trackers:
             each.finish()
 
 
 @contextmanager
-def bar(done: int, total: int, shown: bool) -> Iterator[Callable[[Figures], None]]:
-    """Function (figures) that moves a progress bar on; figures shown are running means."""
+def progress_bar(
+    step: int, total: int, is_shown: bool
+) -> Iterator[Callable[[IterationStatistics], None]]:
+    """Yield a function that advances a progress bar, which shows running means."""
     from rich.progress import (
         BarColumn,
         MofNCompleteColumn,
@@ -77,15 +54,14 @@ def bar(done: int, total: int, shown: bool) -> Iterator[Callable[[Figures], None
         TimeRemainingColumn,
     )
 
-    running: Figures = {}
+    running: dict[str, float] = {}
 
-    def advance(figures: Figures) -> None:
-        for name, value in figures.items():
+    def advance(statistics: IterationStatistics) -> None:
+        for name, value in _shown(statistics.batch).items():
             running[name] = 0.9 * running.get(name, value) + 0.1 * value
-        names = [n for n in running if n.startswith("bias/") or n in ("alignment", "semantics")]
-        text = "  ".join(f"{n.removeprefix('bias/')} {running[n]:.2f}" for n in names)
-        if figures["skipped"]:
-            text += f"  skipped {figures['skipped']:.0f}"
+        text = "  ".join(f"{name} {value:.2f}" for name, value in running.items())
+        if statistics.skipped:
+            text += f"  skipped {statistics.skipped:.0f}"
         progress.update(task, advance=1, description=text)
 
     columns = (
@@ -95,6 +71,13 @@ def bar(done: int, total: int, shown: bool) -> Iterator[Callable[[Figures], None
         TimeRemainingColumn(),
         TextColumn("{task.description}"),
     )
-    with Progress(*columns, disable=not shown) as progress:
-        task = progress.add_task("", completed=done, total=total)
+    with Progress(*columns, disable=not is_shown) as progress:
+        task = progress.add_task("", completed=step, total=total)
         yield advance
+
+
+def _shown(batch: BatchStatistics | None) -> dict[str, float]:
+    if batch is None:
+        return {}
+    losses = {name: batch.losses[name] for name in ("alignment", "semantics")}
+    return losses | {name: classes.bias for name, classes in batch.attributes.items()}

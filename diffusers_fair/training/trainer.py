@@ -1,16 +1,14 @@
-"""Fine-tuning for fairness: the loop around the method. The only file that knows accelerate.
+"""Fine-tuning for fairness: the training loop. The only file that knows accelerate.
 
-    batch -> its gradient (gradient.py) -> AdamW -> moving average of the weights
-          -> now and then: checkpoint, validation, best adapter
+    batch -> its gradient (batch_gradient) -> AdamW -> moving average of the weights
+          -> at intervals: checkpoint, validation, best adapter
 
-Several processes share the images of an iteration; what is random depends on the seed and the
-number of the iteration alone, never on them nor on what was before.
+Several processes share the images of an iteration. All random numbers depend on the seed and the
+step alone, neither on the number of processes nor on earlier steps.
 """
 
 import math
-import shutil
 import time
-import warnings
 from collections.abc import Iterator
 from contextlib import contextmanager
 from datetime import timedelta
@@ -19,44 +17,44 @@ from tempfile import TemporaryDirectory
 from typing import Any
 
 import torch
-from torch import Tensor
 
-from diffusers_fair import atomic, distributed
-from diffusers_fair.adapters.folder import read_adapter, write_adapter
-from diffusers_fair.adapters.format import AdapterInfo, Lora, SoftTokens
+from diffusers_fair import distributed
+from diffusers_fair.adapters.folder import write_adapter
 from diffusers_fair.adapters.trainable import TrainableAdapter
 from diffusers_fair.backends.registry import base, load_base, load_judges
-from diffusers_fair.config.recipe import OptimizerSection, RunConfig
-from diffusers_fair.evaluation.evaluate import evaluate
-from diffusers_fair.families import denoiser_of, family_of
+from diffusers_fair.config.schema import RunConfig
+from diffusers_fair.families import denoiser_of
 from diffusers_fair.families.fingerprint import base_fingerprint
-from diffusers_fair.loading import local_folder
 from diffusers_fair.prompts import prompt_set
-from diffusers_fair.prompts.groups import vocabulary
 from diffusers_fair.prompts.mixtures import prompt_mixture
 from diffusers_fair.provenance import machine
 from diffusers_fair.publishing.hub import Push, push_adapter
-from diffusers_fair.reports.report import Report
-from diffusers_fair.training import memory
-from diffusers_fair.training.batch_gradient import MEMORY_OPTIONS, BatchGradient
-from diffusers_fair.training.batches import Batch, draw_batch
-from diffusers_fair.training.checkpoints import discard_after, load_checkpoint, save_checkpoint
-from diffusers_fair.training.guards import (
-    TERMINATED,
-    Caution,
-    NotFiniteError,
-    Termination,
-    TrainingStoppedError,
-    Watch,
-    room_on_disk,
+from diffusers_fair.training.adapter_folder import (
+    adapter_components,
+    adapter_info,
+    load_initial_adapter,
 )
-from diffusers_fair.training.progress import Events, Figures, bar, tracker
+from diffusers_fair.training.batch_gradient import BatchGradient, NotFiniteError
+from diffusers_fair.training.batches import draw_batch
+from diffusers_fair.training.checkpoints import load_checkpoint, save_checkpoint
+from diffusers_fair.training.memory import choose_micro_batch
+from diffusers_fair.training.monitor import TrainingMonitor
+from diffusers_fair.training.optimizer import NonFiniteGuard, clip_gradient, make_optimizer
+from diffusers_fair.training.progress import IterationStatistics, progress_bar, tracker
+from diffusers_fair.training.run_folder import RunFolder, claim_run_folder
+from diffusers_fair.training.stopping import (
+    TERMINATED,
+    SigtermHandler,
+    TrainingStoppedError,
+    explain_full_disk,
+)
+from diffusers_fair.training.validation import Validation, save_samples
 
-PATIENCE = timedelta(days=1)  # for which processes wait for one another: one may validate
+_PATIENCE = timedelta(days=1)  # for other processes: the main one may be validating
 
 
 class FairnessFinetuner:
-    """Trains an adapter by a recipe.
+    """Trains an adapter as a recipe describes.
 
         finetuner = FairnessFinetuner.from_recipe("my-recipe.yaml", output="runs/mine")
         finetuner.train()
@@ -67,7 +65,7 @@ class FairnessFinetuner:
 
     Raises:
         ModuleNotFoundError: a package that the recipe needs is missing; says how to install it.
-        ValueError: a base model, prompts, judges or an adapter to start from that cannot be had.
+        ValueError: the base model, prompts, judges or initial adapter cannot be loaded.
     """
 
     def __init__(self, config: RunConfig):
@@ -75,26 +73,25 @@ class FairnessFinetuner:
         from diffusers.training_utils import EMAModel
 
         self.config = config
-        self.accelerator = _accelerator(config)  # joins the processes, if there are several
+        self.accelerator = _accelerator(config)  # connects the processes, if there are several
         self.attributes = config.balanced()
-        names = config.prompts.sets
-        self.prompts = prompt_mixture(names, split=config.prompts.train, seed=config.train.seed)
+        sets, seed = config.prompts.sets, config.train.seed
+        self.prompts = prompt_mixture(sets, split=config.prompts.train, seed=seed)
         self.validation_prompts = [
             prompt
-            for name in names
+            for name in sets
             for prompt in prompt_set(name).prompts(config.prompts.validation)
         ]
         self.pipe = load_base(config.base.model, config.base.revision, config.base.dtype)
         self.pipe.to(self.accelerator.device)
         self.fingerprint = base_fingerprint(self.pipe)
         self.judges = load_judges(config.models, self.attributes, self.pipe.device, config.people)
-        self.adapter = TrainableAdapter(self.pipe, _components(config), config.train.seed)
+        self.adapter = TrainableAdapter(self.pipe, adapter_components(config), seed)
         _tune(self.pipe, config)
         self.gradient = BatchGradient(config, self.pipe, self.adapter, self.judges)
-        if config.adapter.init_from is not None:
-            self._start_from(config.adapter.init_from)
+        load_initial_adapter(config, self.adapter, self.fingerprint)
         self.parameters = self.adapter.parameters
-        self.optimizer = _optimizer(config.optimizer, self.adapter)
+        self.optimizer = make_optimizer(config.optimizer, self.adapter)
         self.schedule = get_scheduler(
             config.optimizer.schedule,
             self.optimizer,
@@ -102,159 +99,120 @@ class FairnessFinetuner:
             num_training_steps=config.train.iterations,
         )
         self.ema = EMAModel(self.parameters, decay=config.optimizer.ema_decay)
-        self.caution = Caution(config.train.max_skipped)
-        self.watch = Watch()
-        self.done = 0  # iterations
+        self.guard = NonFiniteGuard(config.train.max_skipped)
+        self.monitor = TrainingMonitor()
+        self.validation = Validation(
+            config, self.pipe, self.adapter, self.judges, self.validation_prompts
+        )
+        self.step = 0  # updates made
         self.seconds = 0.0  # that they took
-        self.best: float | None = None  # validation bias
-        self.base_clip_t: float | None = None  # of the original model, when it is asked for
 
     @classmethod
     def from_recipe(cls, recipe: str | Path, **overrides: Any) -> "FairnessFinetuner":
-        """Make one from a shipped recipe or a YAML file.
+        """Create a finetuner from a shipped recipe or a YAML file.
 
         Args:
             recipe: name or path.
             overrides: sections or values that replace the recipe's, as in `train={"seed": 1}`.
 
         Raises:
-            ValueError: an unknown recipe or key, or a value that does not fit.
+            ValueError: an unknown recipe or key, or an invalid value.
         """
         return cls(RunConfig.load(recipe, overrides))
 
     def train(self, *, progress: bool = True) -> Path:
-        """Train to the end of the recipe, from the run folder's newest checkpoint if it has one.
+        """Train to the end of the recipe, resuming from the run folder's newest checkpoint if any.
 
         Args:
-            progress: whether to show a bar with the running bias and losses.
+            progress: whether to show a progress bar with the running bias and losses.
 
         Returns:
             The run folder, with `adapter/` and `adapter-best/` in it.
 
         Raises:
-            TrainingStoppedError: by a SIGTERM, a full disk or too many updates that were not
-                finite; says how to go on.
-            ValueError: the run folder holds another run; a memory budget that is too small; more
-                processes than images.
+            TrainingStoppedError: stopped by a SIGTERM, a full disk or too many updates that were
+                not finite; says how to go on.
+            ValueError: the run folder holds another run; the memory budget is too small; there are
+                more processes than images.
         """
-        folder = self.config.claim_output()
-        with Termination() as termination, room_on_disk(folder):
+        folder = claim_run_folder(self.config)
+        with SigtermHandler() as sigterm, explain_full_disk(folder.path):
             self._resume(folder)
-            if self.config.train.memory_budget is not None and self.gradient.micro_batch is None:
-                self._fit_memory(self.config.train.memory_budget)
-            self._run(folder, progress and distributed.is_main(), termination)
-            self.save_adapter(folder / "adapter")
-        return folder
+            budget = self.config.train.memory_budget
+            if budget is not None and self.gradient.micro_batch is None:
+                choose_micro_batch(self.gradient, draw_batch(self.config, self.prompts, 0), budget)
+            self._loop(folder, progress and distributed.is_main(), sigterm)
+            self.save_adapter(folder.adapter)
+        return folder.path
 
-    def _run(self, folder: Path, progress: bool, termination: Termination) -> None:
-        """Iterate to the end, and write down what comes of it."""
-        total, events = self.config.train.iterations, Events(folder)
-        with tracker(self.accelerator, self.done) as track, bar(self.done, total, progress) as show:
+    def _loop(self, folder: RunFolder, show_progress: bool, sigterm: SigtermHandler) -> None:
+        total = self.config.train.iterations
+        with (
+            tracker(self.accelerator, self.step) as track,
+            progress_bar(self.step, total, show_progress) as advance,
+        ):
 
-            def log(figures: Figures) -> None:
+            def log(metrics: dict[str, float]) -> None:
                 if distributed.is_main():
-                    events.write(figures, self.done)
-                    track(figures, self.done)
+                    folder.events.write(metrics, self.step)
+                    track(metrics, self.step)
 
-            while self.done < total:
+            while self.step < total:
                 start = time.perf_counter()
-                figures = self.iteration(self.done)
+                statistics = self.iteration(self.step)
                 seconds = time.perf_counter() - start
-                self.done, self.seconds = self.done + 1, self.seconds + seconds
-                log(figures | {"seconds": round(seconds, 2)})
-                show(figures)
-                if distributed.is_main():
-                    self.watch.look(figures)
-                if self._due(self.config.train.validate_every):
+                self.step, self.seconds = self.step + 1, self.seconds + seconds
+                log(statistics.metrics() | {"seconds": round(seconds, 2)})
+                advance(statistics)
+                if distributed.is_main() and statistics.batch is not None:
+                    self.monitor.check_batch(statistics.batch)
+                if self._is_due(self.config.train.validate_every):
                     log(self._validate(folder))
-                stop = distributed.any_across(termination.asked)
-                if stop or self._due(self.config.train.checkpoint_every):
-                    self._save(folder, events)
-                if stop and self.done < total:
+                is_stopping = distributed.any_across(sigterm.is_requested)
+                if is_stopping or self._is_due(self.config.train.checkpoint_every):
+                    self._save_checkpoint(folder)
+                if is_stopping and self.step < total:
                     raise TrainingStoppedError(
-                        f"asked to stop after iteration {self.done} of {total}, which is saved in "
-                        f"'{folder}': give the same command again to go on",
+                        f"stopped after iteration {self.step} of {total}, which is saved in "
+                        f"'{folder.path}': give the same command again to resume",
                         TERMINATED,
                     )
 
-    def iteration(self, number: int) -> Figures:
-        """One update of the adapter's parameters; everything random depends on seed and number.
+    def iteration(self, step: int) -> IterationStatistics:
+        """Update the adapter's parameters once.
 
-        Returns:
-            Those of `BatchGradient.backward`, the length of the `gradient`, and how many updates
-            were `skipped` so far.
+        Args:
+            step: number of earlier updates; with the seed it determines all random numbers.
         """
         self.optimizer.zero_grad()
         try:
-            figures = self.gradient.backward(draw_batch(self.config, self.prompts, number), number)
+            batch = self.gradient.backward(draw_batch(self.config, self.prompts, step), step)
             norm = self._clip()
         except NotFiniteError:
-            figures, norm = {}, float("nan")
-        self.gradient.objective.steer(figures)
-        self.caution.record(math.isfinite(norm))
+            batch, norm = None, float("nan")
+        if batch is not None:
+            self.gradient.objective.update_targets(batch)
+        self.guard.record(math.isfinite(norm))
         if not math.isfinite(norm):
-            self.optimizer.zero_grad()  # nothing to step with
+            self.optimizer.zero_grad()  # leaves the parameters as they are
         for group in self.optimizer.param_groups:
-            group["lr"] *= self.caution.factor
+            group["lr"] *= self.guard.factor
         self.optimizer.step()
-        self.schedule.step()  # sets the learning rate anew
+        self.schedule.step()  # recomputes the learning rate
         self.ema.step(self.parameters)
-        return figures | {"gradient": norm, "skipped": self.caution.skipped}
+        return IterationStatistics(batch=batch, gradient_norm=norm, skipped=self.guard.skipped)
 
     def _clip(self) -> float:
-        """Shorten the gradient of all processes if it is too long; its length before."""
-        if distributed.world_size() > 1:
-            distributed.all_reduce_sum([_gradient(parameter) for parameter in self.parameters])
-        limit = self.config.optimizer.max_grad_norm or float("inf")
-        return torch.nn.utils.clip_grad_norm_(self.parameters, limit).item()
+        return clip_gradient(self.parameters, self.config.optimizer.max_grad_norm)
 
-    def _fit_memory(self, budget: float) -> None:
-        """Choose the micro-batch by trying the first iteration with a few of its images.
-
-        Where not even one fits, one memory option after the other is turned on.
-
-        Raises:
-            ValueError: the budget, in GB, is too small for one even so.
-        """
-        batch = draw_batch(self.config, self.prompts, 0)
-
-        def measure(images: int) -> int:
-            noise = batch.noise[: images * distributed.world_size()]
-            few = Batch(batch.prompts[:1], noise, batch.steps)
-            self.gradient.micro_batch = images  # also of the kept images, however many there are
-            self.gradient.backward(few, 0, banked=False)
-            self.gradient.micro_batch = None
-            self.optimizer.zero_grad()
-            return distributed.max_across(memory.peak(self.pipe.device))
-
-        images = len(batch.noise) // distributed.world_size()
-        left = [x for x in MEMORY_OPTIONS if x not in self.gradient.memory_options]
-        same = ""
-        while self.gradient.micro_batch is None:
-            try:
-                self.gradient.micro_batch = memory.fitting(measure, images, budget)
-            except memory.BudgetError:
-                if not left:
-                    raise
-                same += f" train.{left[0]}=true"
-                self.gradient.save_memory(left.pop(0))
-                memory.forget_peak(self.pipe.device)
-        if distributed.is_main():
-            found = self.gradient.micro_batch
-            warnings.warn(
-                f"{found} images at a time fit train.memory_budget, {budget:g} GB: the same as "
-                f"train.micro_batch={found}{same}",
-                stacklevel=3,
-            )
-
-    def _due(self, every: int | None) -> bool:
+    def _is_due(self, every: int | None) -> bool:
         if every is None:
             return False
-        return self.done % every == 0 or self.done == self.config.train.iterations
+        return self.step % every == 0 or self.step == self.config.train.iterations
 
     @contextmanager
     def averaged(self) -> Iterator[None]:
-        """Put the moving average of the weights in place, for the time being."""
+        """Replace the weights by their moving average within a `with` block."""
         self.ema.store(self.parameters)
         self.ema.copy_to(self.parameters)
         try:
@@ -262,55 +220,29 @@ class FairnessFinetuner:
         finally:
             self.ema.restore(self.parameters)
 
-    def _validate(self, folder: Path) -> Figures:
-        """Bias over the validation prompts by the judges of training; the best adapter is kept.
+    def _validate(self, folder: RunFolder) -> dict[str, float]:
+        """Validate in the main process, keep the best adapter, and return the metrics.
 
-        One process does it; the others wait for it and learn nothing of it.
+        The other processes wait, and return nothing.
         """
-        figures = self._validated(folder) if distributed.is_main() else {}
+        metrics = self._validate_here(folder) if distributed.is_main() else {}
         distributed.barrier()
-        return figures
+        return metrics
 
-    def _validated(self, folder: Path) -> Figures:
+    def _validate_here(self, folder: RunFolder) -> dict[str, float]:
         with self.averaged():
-            report = self._measure()
-        _save_samples(report, folder / "samples" / f"step-{self.done:06d}.png")
-        biases = {a.name: _mean_bias(report, a.name) for a in self.attributes}
-        found = {f"validation/{name}": b for name, b in biases.items() if b is not None}
-        clip_t, least = report.summary["scores"]["clip_t"]["mean"], self._least_clip_t()
-        self.watch.clip_t(clip_t, least)
-        if found and clip_t >= least:
-            mean = sum(found.values()) / len(found)
-            if self.best is None or mean < self.best:
-                self.best = mean
-                self._write_adapter(folder / "adapter-best")
-        return found | {"validation/clip_t": clip_t}
-
-    def _least_clip_t(self) -> float:
-        """CLIP-T of the original model on the validation prompts, less what may be lost."""
-        if self.base_clip_t is None:
-            with self.adapter.off():
-                self.base_clip_t = self._measure().summary["scores"]["clip_t"]["mean"]
-        return self.base_clip_t - self.config.train.clip_t_drop
-
-    def _measure(self) -> Report:
-        return evaluate(
-            self.pipe,
-            self.validation_prompts,
-            self.attributes,
-            judges=self.judges,
-            images_per_prompt=self.config.train.validation_images,
-            steps=self.config.sampling.steps[1],
-            guidance_scale=self.config.sampling.guidance_scale,
-            seed=self.config.train.seed,
-            groups=(),
-            progress=False,
-        )
+            report = self.validation.measure()
+        save_samples(report, folder.samples(self.step))
+        result = self.validation.judge(report)
+        self.monitor.check_clip_t(result.clip_t, result.minimum_clip_t)
+        if result.is_best:
+            self._write_adapter(folder.best_adapter)
+        return result.metrics()
 
     def save_adapter(self, folder: str | Path) -> Path:
-        """Write the adapter folder: the moving average of the weights, and what they are.
+        """Write the adapter folder: the moving average of the weights, and their description.
 
-        Of several processes the main one writes, and all return when it is there.
+        The main process writes; all processes return once it has.
 
         Raises:
             ValueError: the folder holds something else.
@@ -321,7 +253,7 @@ class FairnessFinetuner:
         return Path(folder)
 
     def push_to_hub(self, repo_id: str, **options: Any) -> Push | None:
-        """Publish the adapter as it is now, with its card; of several processes the main one does.
+        """Publish the adapter as it is now, with its card, from the main process.
 
         Args:
             repo_id: `user-or-organisation/name`.
@@ -329,10 +261,10 @@ class FairnessFinetuner:
                 `token`, `dry_run`.
 
         Returns:
-            What was pushed; None on other processes than the main one.
+            What was pushed; None in processes other than the main one.
 
         Raises:
-            ValueError: no token, or what the Hub refuses; and what has become of the repository.
+            ValueError: no token, or the Hub refuses; says what has become of the repository.
         """
         with TemporaryDirectory() as folder:
             adapter = self.save_adapter(Path(folder) / "adapter")
@@ -341,89 +273,50 @@ class FairnessFinetuner:
     def _write_adapter(self, folder: str | Path) -> None:
         with self.averaged():
             weights = self.adapter.weights()
-        info = AdapterInfo(
-            base_model=self.config.base.model,
-            base_revision=self.config.base.revision,
-            fingerprint=self.fingerprint,
-            components=self.adapter.components,
-            attributes=tuple(self.attributes),
-            words=vocabulary([section.wording() for section in self.config.attributes]),
-            recipe=self.config.model_dump(mode="json", exclude={"output"}),
-            training={
-                "iterations": self.done,
-                "seconds": round(self.seconds, 1),
-                "processes": distributed.world_size(),
-                "dtype": str(denoiser_of(self.pipe).dtype).removeprefix("torch."),
-                "machine": machine(),
-            },
-        )
+        training = {
+            "iterations": self.step,
+            "seconds": round(self.seconds, 1),
+            "processes": distributed.world_size(),
+            "dtype": str(denoiser_of(self.pipe).dtype).removeprefix("torch."),
+            "machine": machine(),
+        }
+        info = adapter_info(self.config, self.adapter, self.attributes, self.fingerprint, training)
         write_adapter(folder, weights, info)
 
-    def _start_from(self, adapter: str) -> None:
-        """Take over the weights of an adapter.
-
-        Raises:
-            ValueError: it cannot be read, or is of another base or other components.
-        """
-        try:
-            info, weights = read_adapter(local_folder(adapter))
-        except ValueError as error:
-            raise ValueError(
-                f"adapter.init_from: {error}: train the recipe that makes it, or name another "
-                "adapter of the same components"
-            ) from error
-        if info.fingerprint != self.fingerprint:
-            raise ValueError(
-                f"adapter.init_from: '{adapter}' was trained on '{info.base_model}', whose layers "
-                f"differ from those of '{self.config.base.model}': name an adapter of this base"
-            )
-        if dict(info.components) != self.adapter.components:
-            raise ValueError(
-                f"adapter.init_from: expected the components {self.adapter.components}, as the "
-                f"recipe has them, got {dict(info.components)} in '{adapter}': set "
-                "adapter.components, adapter.rank and adapter.soft_tokens to those of the adapter"
-            )
-        self.adapter.load(weights)
-
-    def _save(self, folder: Path, events: Events) -> None:
-        """Write a checkpoint, and wait for it."""
+    def _save_checkpoint(self, folder: RunFolder) -> None:
         if distributed.is_main():
-            events.settle()
+            folder.events.sync()
             keep = self.config.train.keep
-            save_checkpoint(folder / "checkpoints", self.done, self._state(), keep)
+            save_checkpoint(folder.checkpoints, self.step, self.state_dict(), keep)
         distributed.barrier()
 
-    def _state(self) -> dict[str, Any]:
+    def _resume(self, folder: RunFolder) -> None:
+        """Resume from the newest intact checkpoint, and remove what was written after it."""
+        state = load_checkpoint(folder.checkpoints)
+        if state is not None:
+            self.load_state_dict(state)
+        distributed.barrier()  # all processes have read it
+        if distributed.is_main():
+            folder.discard_after(self.step)
+
+    def state_dict(self) -> dict[str, Any]:
+        """Return the state for a checkpoint; its keys are a file format."""
         return {
             "parameters": [parameter.detach() for parameter in self.parameters],
             "ema": self.ema.state_dict(),
             "optimizer": self.optimizer.state_dict(),
             "schedule": self.schedule.state_dict(),
-            "caution": self.caution.state(),
-            "steering": self.gradient.objective.steering_state(),
-            "best": self.best,
-            "base_clip_t": self.base_clip_t,
+            "caution": self.guard.state_dict(),
+            "steering": self.gradient.objective.state_dict(),
+            "best": self.validation.best_bias,
+            "base_clip_t": self.validation.base_clip_t,
             "seconds": self.seconds,
             "micro_batch": self.gradient.micro_batch,
             "memory_options": self.gradient.memory_options,
         }
 
-    def _resume(self, folder: Path) -> None:
-        """Go on from the newest sound checkpoint of the run folder, and remove what came after."""
-        state = load_checkpoint(folder / "checkpoints")
-        if state is not None:
-            self._take(state)
-        distributed.barrier()  # all have read it
-        if distributed.is_main():
-            discard_after(folder / "checkpoints", self.done)
-            Events(folder).cut(self.done)
-            atomic.sweep(folder)
-            atomic.sweep(folder / "originals")
-            for left in folder.glob(".adapter*"):  # an adapter's folder that was not finished
-                shutil.rmtree(left)
-
-    def _take(self, state: dict[str, Any]) -> None:
-        """Be where a checkpoint was."""
+    def load_state_dict(self, state: dict[str, Any]) -> None:
+        """Restore the state of a checkpoint, which has the number of its `iteration`, too."""
         with torch.no_grad():
             for parameter, saved in zip(self.parameters, state["parameters"], strict=True):
                 parameter.copy_(saved)
@@ -431,92 +324,34 @@ class FairnessFinetuner:
         self.ema.to(self.pipe.device)
         self.optimizer.load_state_dict(state["optimizer"])
         self.schedule.load_state_dict(state["schedule"])
-        self.done, self.best = state["iteration"], state["best"]
-        self.base_clip_t = state["base_clip_t"]
+        self.step = state["iteration"]
+        self.validation.best_bias = state["best"]
+        self.validation.base_clip_t = state["base_clip_t"]
         if "caution" in state:  # not in checkpoints of the first version
-            self.caution = Caution(**state["caution"])
+            self.guard.load_state_dict(state["caution"])
             self.seconds, self.gradient.micro_batch = state["seconds"], state["micro_batch"]
-        self.gradient.objective.take_steering(state.get("steering", {}))
+        self.gradient.objective.load_state_dict(state.get("steering", {}))
         for option in state.get("memory_options", ()):
             if option not in self.gradient.memory_options:
                 self.gradient.save_memory(option)
 
 
 def _accelerator(config: RunConfig) -> Any:
-    """Finds the device, joins the processes and knows the recipe's tracker."""
+    """Make accelerate choose the device, connect the processes and set the tracker up."""
     from accelerate import Accelerator, InitProcessGroupKwargs
 
     return Accelerator(
         cpu="cpu" in (config.train.device, base(config.base.model).device),
         log_with=None if config.tracker == "none" else config.tracker,
         project_dir=Path(config.output) / "logs",
-        kwargs_handlers=[InitProcessGroupKwargs(timeout=PATIENCE)],
+        kwargs_handlers=[InitProcessGroupKwargs(timeout=_PATIENCE)],
     )
 
 
 def _tune(pipe: Any, config: RunConfig) -> None:
-    """How the frozen parts are evaluated; what they give is the same but for rounding."""
+    """Make the frozen parts faster; results are the same up to rounding."""
     if config.train.channels_last:
         for part in (denoiser_of(pipe), pipe.vae):
             part.to(memory_format=torch.channels_last)
     if config.train.compile:
         denoiser_of(pipe).compile()
-
-
-def _optimizer(options: OptimizerSection, adapter: TrainableAdapter) -> torch.optim.Optimizer:
-    """AdamW, with its state in float32 or in 8 bits; one group for each learning rate.
-
-    Raises:
-        ModuleNotFoundError: bitsandbytes, for the latter, is not installed.
-    """
-    kind: Any = torch.optim.AdamW
-    if options.name == "adamw8bit":
-        try:
-            from bitsandbytes.optim import AdamW8bit
-        except ModuleNotFoundError as error:
-            raise ModuleNotFoundError(
-                "optimizer.name 'adamw8bit' needs bitsandbytes: pip install bitsandbytes, or set "
-                "it to 'adamw'",
-                name=error.name,
-            ) from error
-        kind = AdamW8bit
-    denoiser, groups = family_of(adapter.pipe).denoiser, dict[float, list[torch.nn.Parameter]]()
-    for name, parameters in adapter.parts.items():
-        lr = options.lr if name == denoiser else options.text_encoder_lr or options.lr
-        groups.setdefault(lr, []).extend(parameters)
-    return kind(
-        [{"params": parameters, "lr": lr} for lr, parameters in groups.items()],
-        weight_decay=options.weight_decay,
-    )
-
-
-def _gradient(parameter: torch.nn.Parameter) -> Tensor:
-    """Its gradient; zeros, if nothing in this process depends on it."""
-    if parameter.grad is None:
-        parameter.grad = torch.zeros_like(parameter)
-    return parameter.grad
-
-
-def _components(config: RunConfig) -> dict[str, Lora | SoftTokens]:
-    """What the adapter is made of; the layers' alpha is their rank, so nothing scales them."""
-    asked = config.adapter
-    layers = Lora(rank=asked.rank, alpha=asked.rank)
-    tokens = SoftTokens(count=asked.soft_tokens)
-    return {name: tokens if name == "soft_tokens" else layers for name in asked.components}
-
-
-def _mean_bias(report: Report, attribute: str) -> float | None:
-    """Distance from the target, which is the bias where the target is uniform."""
-    summary = report.summary
-    figure = summary["deviation"].get(attribute, summary["bias"][attribute])
-    return None if figure is None else figure["mean"]
-
-
-def _save_samples(report: Report, file: Path) -> None:
-    """One row of images for each sampled prompt."""
-    import numpy as np
-    from PIL import Image
-
-    file.parent.mkdir(parents=True, exist_ok=True)
-    rows = [np.concatenate(list(images), axis=1) for images in report.samples.values()]
-    Image.fromarray(np.concatenate(rows)).save(file)

@@ -58,6 +58,11 @@ class Faces:
             return self.found.long()
         return torch.bincount(self.image, weights=self.found.double()).long()
 
+    def mean_per_image(self, values: Tensor) -> Tensor:
+        """Average values (m,) of the faces found over the faces of each image (n,); 0 without."""
+        owner, counts = self.owner[self.found], self.counts
+        return values.new_zeros(len(counts)).index_add(0, owner, values / counts[owner])
+
     def of_images(self, images: Tensor) -> tuple["Faces", Tensor]:
         """The faces of some images (m,), in whose order they are numbered, and their rows."""
         if self.image is None:
@@ -125,6 +130,39 @@ def no_faces(images: Tensor) -> Faces:
     """A `FaceDetector` that finds none: enough where only whole images are looked at."""
     n = len(images)
     return Faces(images.new_zeros(n, 4), torch.zeros(n, dtype=torch.bool, device=images.device))
+
+
+def match_faces(faces: Faces, originals: Faces) -> tuple[Tensor, Tensor]:
+    """Find the original face of each face found.
+
+    If only the largest faces count, those of an image and its original match. If all count, those
+    that overlap most do.
+
+    Args:
+        faces: of some images.
+        originals: of the original images.
+
+    Returns:
+        (m,) row of the original face, and (m,) bool, whether there is one.
+    """
+    boxes, owner = faces.boxes[faces.found], faces.owner[faces.found]
+    overlaps = overlap(boxes[:, None], originals.boxes)  # (m, rows)
+    overlaps, rows = torch.where(owner[:, None] == originals.owner, overlaps, -1.0).max(1)
+    is_face = originals.found[rows]
+    return rows, is_face if originals.image is None else is_face & (overlaps > 0)
+
+
+def inside_faces(faces: Faces, images: Tensor) -> Tensor:
+    """(n, h, w) bool: which pixels of images (n, c, h, w) are inside a face."""
+    h, w = images.shape[-2:]
+    low, high = faces.boxes[:, :2], faces.boxes[:, 2:]  # (rows, 2)
+    x, y = (torch.arange(n, device=images.device) + 0.5 for n in (w, h))
+    columns = (x >= low[:, :1]) & (x <= high[:, :1])  # (rows, w)
+    rows = (y >= low[:, 1:]) & (y <= high[:, 1:])  # (rows, h)
+    inside = rows[:, :, None] & columns[:, None, :] & faces.found[:, None, None]  # (rows, h, w)
+    if faces.image is None:
+        return inside
+    return inside.new_zeros(len(images), h, w).index_put((faces.image,), inside, accumulate=True)
 
 
 def overlap(a: Tensor, b: Tensor) -> Tensor:

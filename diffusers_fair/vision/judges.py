@@ -62,6 +62,38 @@ class Judges:
         order = [classifier.classes.index(name) for name in attribute.classes]
         return classifier(view(attribute, images, faces, classifier.size))[:, order]
 
+    def perceive(
+        self,
+        attributes: Sequence[Attribute],
+        images: Tensor,
+        faces: Faces,
+        micro_batch: int | None = None,
+    ) -> list[Tensor]:
+        """Classify the faces found, or the whole images, a few at a time; differentiable.
+
+        Args:
+            attributes: those that there are classifiers for.
+            images: (n, 3, h, w) in [-1, 1].
+            faces: of these images.
+            micro_batch: faces or images to classify at a time; left out, as many as images.
+
+        Returns:
+            For each attribute probabilities (m, classes) of the m faces found, or (n, classes) of
+            the images, in the attribute's order.
+        """
+        found, size = faces[faces.found], micro_batch or len(images)
+        shown = images[faces.owner[faces.found]]  # (m, 3, h, w)
+        rows = torch.arange(len(shown), device=images.device).split(size)
+
+        def classify(a: Attribute) -> Tensor:
+            if not a.of_faces:
+                return torch.cat([self.probabilities(a, x, found) for x in images.split(size)])
+            if not len(shown):
+                return images.new_zeros(0, len(a.classes))
+            return torch.cat([self.probabilities(a, shown[x], found[x]) for x in rows])
+
+        return [classify(attribute) for attribute in attributes]
+
 
 def confusion_of(attributes: Sequence[Attribute], judges: Judges) -> dict[str, list[list[float]]]:
     """Attribute -> confusion of its classifier in the attribute's order, where that is known."""

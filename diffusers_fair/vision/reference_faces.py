@@ -1,4 +1,4 @@
-"""Real faces that generated ones should look like, and what compares them."""
+"""Reference faces: real faces that generated ones should look like, and how to compare them."""
 
 from dataclasses import dataclass
 
@@ -9,26 +9,26 @@ from diffusers_fair.vision.faces import Faces, aligned_chips, face_chips
 
 
 @dataclass(frozen=True)
-class RealFaces:
-    """A bank of real faces, and the embedder that saw them; needed in training alone."""
+class ReferenceFaces:
+    """Embeddings of real faces, and their embedder; needed in training alone."""
 
     embedder: NetworkEncoder
-    """Of face chips."""
-    bank: Tensor
+    """Embedder of face chips."""
+    embeddings: Tensor
     """(m, d), of unit length."""
 
     def embed(self, images: Tensor, faces: Faces) -> Tensor:
-        """Embeddings of faces as the bank's were made: see `embed_faces`."""
+        """Embed faces as the reference faces were embedded: see `embed_faces`."""
         return embed_faces(self.embedder, images, faces)
 
 
 def embed_faces(embedder: NetworkEncoder, images: Tensor, faces: Faces) -> Tensor:
-    """What faces look like, by chips that are aligned where the detector gives landmarks.
+    """Embed faces: aligned chips if the detector gives landmarks, else square crops.
 
     Args:
-        embedder: of face chips.
+        embedder: embeds face chips.
         images: (n, 3, h, w) in [-1, 1].
-        faces: of these images, one row each; rows without a face are without meaning.
+        faces: of these images, one row each; rows without a face give meaningless embeddings.
 
     Returns:
         (n, d), of unit length, differentiable with respect to the images.

@@ -331,7 +331,9 @@ def training(*, gradient: dict[str, Any], bank: str, iterations: int, seed: int)
             tracker="none",
             output=f"{folder}/run",
         )
-        finetuner.base_clip_t = 0.0  # every adapter will do: the original is not validated
+        finetuner.validation.base_clip_t = (
+            0.0  # every adapter will do: the original is not validated
+        )
         if bank == "none":
             finetuner.gradient.bank = NoBank()
             batch_gradient.unroll = published  # of this job's process
@@ -392,7 +394,7 @@ def gradients(drawn: int | None, number: int, turns: int = 1) -> list[Tensor]:
     batch, found = draw_batch(finetuner.config, finetuner.prompts, number), []
     for turn in range(turns):
         finetuner.optimizer.zero_grad()
-        finetuner.gradient.backward(batch, turn, banked=False)
+        finetuner.gradient.backward(batch, turn, use_cache=False)
         parts = [p.grad.flatten() for p in finetuner.parameters if p.grad is not None]
         found.append(torch.cat(parts))
     return found
@@ -442,7 +444,7 @@ def evaluation() -> dict[str, Any]:
     """Measure testbed images generated and judged per second."""
     from diffusers_fair import evaluate, testbed
     from diffusers_fair.backends.registry import load_judges
-    from diffusers_fair.config.recipe import EvaluationModelsSection
+    from diffusers_fair.config.models import EvaluationModelsSection
     from diffusers_fair.prompts import prompt_set
     from diffusers_fair.testbed import world
 

@@ -148,7 +148,7 @@ def curve(name: str, seed: int, iterations: int) -> list[float]:
             },
             output=folder,
         )
-    return [trainer.iteration(number)["loss"] for number in range(iterations)]
+    return [trainer.iteration(number).batch.losses["loss"] for number in range(iterations)]
 
 
 def shares() -> dict[str, Any]:

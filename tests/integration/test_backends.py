@@ -32,7 +32,7 @@ from diffusers_fair.backends.registry import (
     base,
     load_base,
     load_judges,
-    load_real_faces,
+    load_reference_faces,
     provider,
     untouched_set,
     untouched_sets,
@@ -41,13 +41,9 @@ from diffusers_fair.backends.registry import (
 from diffusers_fair.backends.trained_classifier import load as load_classifier
 from diffusers_fair.backends.zero_shot import zero_shot
 from diffusers_fair.config import backends
-from diffusers_fair.config.recipe import (
-    ClassifierSection,
-    EvaluationModelsSection,
-    ModelsSection,
-    RunConfig,
-    recipes,
-)
+from diffusers_fair.config.models import ClassifierSection, EvaluationModelsSection, ModelsSection
+from diffusers_fair.config.recipe import recipes
+from diffusers_fair.config.schema import RunConfig
 from diffusers_fair.testbed.backend import load_evaluation_judges
 from diffusers_fair.training import batch_gradient as gradient
 
@@ -373,7 +369,7 @@ def test_a_bank_of_pictures_holds_the_faces_found(detector, models, tmp_path):
     (folder / "0.png").rename(folder / "more" / "0.PNG")
     (folder / "notes.txt").write_text("not a picture")
     asked = ModelsSection(face_embedder=f"timm:{models['timm']}", face_bank=str(folder))
-    real = load_real_faces(asked, detector)
+    real = load_reference_faces(asked, detector)
     with torch.no_grad():
         expected = real.embed(seen, detector(seen))[[2, 0]]
     assert torch.allclose(real.bank, expected, atol=1e-2)  # colours of a file are steps
@@ -391,7 +387,7 @@ def test_large_pictures_are_shrunk(tmp_path):
     [
         (None, "is no folder with pictures in it: put pictures with faces"),
         ({}, "is no folder with pictures in it: put pictures with faces"),
-        ({"a.jpg": b"x"}, r"a\.jpg' of the face_bank is no picture: remove it"),
+        ({"a.jpg": b"x"}, r"a\.jpg' in face_bank is not an image: remove it"),
     ],
 )
 def test_folders_that_are_no_bank(content, message, detector, models, tmp_path):
@@ -415,7 +411,7 @@ def test_a_bank_without_a_face(detector, models, tmp_path):
 def test_the_testbed_has_real_faces():
     from diffusers_fair.testbed import judges
 
-    real = load_real_faces(ModelsSection(), judges.face_detector())
+    real = load_reference_faces(ModelsSection(), judges.face_detector())
     assert real.embedder is judges.face_embedder()
     assert real.bank.shape == (1024, 64)
     assert torch.allclose(real.bank.norm(dim=1), torch.ones(1024))
@@ -430,14 +426,14 @@ def test_the_testbed_has_real_faces():
 
 def test_real_faces_of_the_testbed_stay_on_the_cpu(detector):
     with pytest.raises(ValueError, match=r"compute on the CPU, and the pipeline is on 'meta'"):
-        load_real_faces(ModelsSection(), detector, "meta")
+        load_reference_faces(ModelsSection(), detector, "meta")
 
 
 def test_real_faces_are_loaded_only_if_they_have_a_weight(monkeypatch, tmp_path):
     small = {"output": str(tmp_path), "prompts.images_per_prompt": 3, "sampling.steps": 2}
     small |= {"gradient.replay_steps": 1, "adapter.rank": 2, "train.prompts_per_iteration": 1}
     trained = FairnessFinetuner.from_recipe("testbed-gender", **small, **{"losses.face": 0.5})
-    figures = trained.iteration(0)
+    figures = trained.iteration(0).metrics()
     assert figures["face"] > 0
     terms = figures["alignment"] + figures["semantics"] + figures["face"]
     assert figures["loss"] == pytest.approx(terms, abs=1e-5)
@@ -445,9 +441,9 @@ def test_real_faces_are_loaded_only_if_they_have_a_weight(monkeypatch, tmp_path)
     def refuse(*args):
         raise AssertionError("real faces were loaded")
 
-    monkeypatch.setattr(gradient, "load_real_faces", refuse)
+    monkeypatch.setattr(gradient, "load_reference_faces", refuse)
     plain = FairnessFinetuner.from_recipe("testbed-gender", **small)
-    assert plain.gradient.objective.real_faces is None
+    assert plain.gradient.objective.reference_faces is None
 
 
 # ---- judges --------------------------------------------------------------------------------------
@@ -574,7 +570,7 @@ def test_the_testbed_stays_on_the_cpu(models):
         ("models.face_embedder=timm", "expected 'testbed' or 'timm:MODEL', got 'timm'"),
         (
             "models.face_embedder=timm:x",
-            "models: face_bank 'testbed' holds what the testbed's own .* saw, not 'timm:x': name a",
+            "models: face_bank 'testbed' holds embeddings by .*, not by 'timm:x': name a",
         ),
         ("evaluation.models.face_bank=x", r"unknown key 'evaluation\.models\.face_bank'"),
         ("models.classifiers=blip", r"classifiers\.\*\.kind: expected 'testbed', .* got 'blip'"),
@@ -597,7 +593,7 @@ def test_the_testbed_stays_on_the_cpu(models):
         ),
         (
             "models.classifiers.gender={kind: checkpoint, model: x, classes: {man: [a]}}",
-            r"its classifier is told of \['man'\]: they must be the same",
+            r"its classifier is given \['man'\]: they must be the same",
         ),
     ],
 )
@@ -717,7 +713,7 @@ def test_recipe_trains_one_iteration(name, models, stable_diffusion, monkeypatch
     assert trained.pipe.unet.dtype == torch.bfloat16
     assert type(trained.pipe.scheduler).__name__ == "DPMSolverMultistepScheduler"
     before = [p.detach().clone() for p in trained.parameters]
-    figures = trained.iteration(0)
+    figures = trained.iteration(0).metrics()
     assert figures["face"] >= 0
     assert figures["skipped"] == 0
     assert figures["gradient"] > 0

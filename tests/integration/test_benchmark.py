@@ -131,4 +131,4 @@ def test_a_warm_bank_holds_the_originals_of_every_iteration(tmp_path, monkeypatc
     assert len([*(tmp_path / "run" / "originals").iterdir()]) == 3
     monkeypatch.setattr(finetuner.adapter, "off", None)  # how an original would be drawn
     for number in range(4):
-        assert finetuner.iteration(number)["faces"] > 0
+        assert finetuner.iteration(number).batch.face_rate > 0

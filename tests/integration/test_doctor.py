@@ -10,7 +10,7 @@ from huggingface_hub import constants
 
 from diffusers_fair import cli, doctor
 from diffusers_fair.backends import open_clip, retinaface, timm
-from diffusers_fair.config.recipe import RunConfig
+from diffusers_fair.config.schema import RunConfig
 
 LABELS = ["Female", "Male"]
 CHECKPOINT = "models.classifiers.gender.model"
@@ -83,8 +83,8 @@ def test_a_recipe_on_an_empty_machine(monkeypatch, capsys):
         "missing  facebook/dinov2-base  (for models.dino)\n",
         "missing  face-embedder  (for models.face_embedder)\n",
         "  unknown to timm, or without weights: expected a name that timm knows, ",
-        "missing  pictures in 'real-faces'  (for models.face_bank)\n",
-        "  put pictures with faces (.png, .jpg, .jpeg, .webp) into it, or name another face_bank\n",
+        "missing  images in 'real-faces'  (for models.face_bank)\n",
+        "  put images with faces (.png, .jpg, .jpeg, .webp) into it, or name another face_bank\n",
         "(for evaluation.models.classifiers.gender, evaluation.models.clip)\n",
         "there    occupations  (for prompts)\n",
         "weights that are there: 0.0 GB",

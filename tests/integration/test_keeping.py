@@ -7,7 +7,7 @@ from tiny import encode_prompts, pipeline
 from diffusers_fair import FairnessFinetuner, distributed
 from diffusers_fair.adapters.format import Lora, SoftTokens
 from diffusers_fair.adapters.trainable import TrainableAdapter
-from diffusers_fair.config.recipe import RunConfig
+from diffusers_fair.config.schema import RunConfig
 from diffusers_fair.diffusion.scheduler import BiasedGradientScheduler
 from diffusers_fair.prompts import prompt_set
 from diffusers_fair.prompts.groups import vocabulary
@@ -228,7 +228,7 @@ def test_an_iteration_logs_and_trains_on_kept_prompts(tmp_path):
         "output": str(tmp_path / "run"),
     }
     finetuner = FairnessFinetuner.from_recipe("testbed-gender", **small)
-    first, second = finetuner.iteration(0), finetuner.iteration(1)
+    first, second = (finetuner.iteration(step).metrics() for step in (0, 1))
     assert first["keep/prediction"] == pytest.approx(0, abs=1e-10)
     assert second["keep/prediction"] > 1e-8
     assert first["keep/embedding"] == pytest.approx(0, abs=1e-10)

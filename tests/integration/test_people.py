@@ -9,12 +9,12 @@ import stand_ins
 import torch
 from judging import HUE, PROMPTS, QUICK, TONE, judges
 from pictures import held_out
-from test_bank import CPU, equal, never
 from test_baselines import PROMPTS as RIVAL_PROMPTS
 from test_baselines import judges as rival_judges
 from test_baselines import task as rival_task
 from test_evaluation import made_up
-from test_objective import TOY, Encoder, classifier, pictures
+from test_objective import TOY, Encoder, classifier, logged, pictures, section
+from test_original_images import CPU, equal, never
 from tiny import pipeline
 from together import together
 
@@ -22,20 +22,21 @@ from diffusers_fair import FairnessFinetuner, distributed, testbed
 from diffusers_fair.backends import retinaface
 from diffusers_fair.backends.registry import load_judges
 from diffusers_fair.baselines.uce import class_shares
-from diffusers_fair.config.recipe import EvaluationModelsSection, RunConfig
+from diffusers_fair.config.models import EvaluationModelsSection
+from diffusers_fair.config.schema import LossesSection, RunConfig
 from diffusers_fair.evaluation.evaluate import evaluate
 from diffusers_fair.objective.losses import alignment_loss
-from diffusers_fair.objective.objective import Aim, LossWeights, Objective
+from diffusers_fair.objective.objective import Objective
 from diffusers_fair.objective.targets import expected_targets
 from diffusers_fair.reports.comparison import Entry, compare
 from diffusers_fair.reports.report import Report
 from diffusers_fair.testbed import world
 from diffusers_fair.testbed.judges import face_detector
-from diffusers_fair.training.original_images import OriginalsBank
+from diffusers_fair.training.original_images import OriginalImageCache
 from diffusers_fair.vision.encoders import NetworkEncoder, Pixels
 from diffusers_fair.vision.faces import Faces, faces_of_images, no_faces, overlap
 from diffusers_fair.vision.judges import Judges
-from diffusers_fair.vision.reference_faces import RealFaces
+from diffusers_fair.vision.reference_faces import ReferenceFaces
 
 LEFT, RIGHT = (0.0, 1.0, 6.0, 7.0), (9.0, 1.0, 14.0, 6.0)  # the left one is the larger
 TWO = "a photo of two people, teachers"
@@ -141,7 +142,7 @@ def test_a_recipe_says_who_counts():
 # ---- the loss ------------------------------------------------------------------------------------
 
 
-def objective(people="all", detector=None, real_faces=None, **aim) -> Objective:
+def objective(people="all", detector=None, reference_faces=None, **options) -> Objective:
     made = Judges(
         face_detector=detector or Pair(),
         classifiers={"brightness": classifier()},
@@ -149,9 +150,9 @@ def objective(people="all", detector=None, real_faces=None, **aim) -> Objective:
         dino=Encoder(),
         people=people,
     )
-    aims = [Aim(attribute=TOY, **{"threshold": 0.0} | aim)]
-    weights = LossWeights(semantics=2.0, face=1.0 if real_faces else 0.0)
-    return Objective(made, aims, weights, real_faces)
+    sections = [section(TOY, **{"threshold": 0.0} | options)]
+    losses = LossesSection(semantics=2.0, face=1.0 if reference_faces else 0.0)
+    return Objective(made, sections, losses, reference_faces)
 
 
 def halves(left, right) -> torch.Tensor:
@@ -169,7 +170,7 @@ CROWD = halves([-0.8, -0.6, 0.5, None], [-0.4, None, -0.3, None])
 def test_every_face_is_transported_and_an_image_has_the_mean_of_its_own():
     x = CROWD.clone().requires_grad_()
     aim = objective()
-    loss, figures = aim(x, aim.originals(CROWD))
+    loss, figures = logged(aim(x, aim.originals(CROWD)))
     faces = Pair().all_faces(x)
     shown = faces[faces.found]
     p = aim.judges.probabilities(TOY, x[shown.owner], shown)  # of the five faces
@@ -190,7 +191,7 @@ def test_with_one_face_each_all_are_the_largest():
     found = []
     for people in ("largest", "all"):
         aim, x = objective(people, One()), CROWD.clone().requires_grad_()
-        loss, figures = aim(x, aim.originals(before))
+        loss, figures = logged(aim(x, aim.originals(before)))
         found.append((torch.autograd.grad(loss, x)[0], figures))
     torch.testing.assert_close(found[0][0], found[1][0])
     assert found[0][1] == pytest.approx(found[1][1])
@@ -198,12 +199,13 @@ def test_with_one_face_each_all_are_the_largest():
 
 def looked(x, originals, micro_batch=None):
     """This process's part of: gradient, and the figures of all."""
-    bank = torch.nn.functional.normalize(torch.ones(1, 3 * 16), dim=1)
-    real = RealFaces(NetworkEncoder(lambda chips: chips.flatten(1) + 0.1, Pixels(4)), bank)
-    aim, share = objective(real_faces=real), distributed.shard(len(x))
+    embeddings = torch.nn.functional.normalize(torch.ones(1, 3 * 16), dim=1)
+    embedder = NetworkEncoder(lambda chips: chips.flatten(1) + 0.1, Pixels(4))
+    real = ReferenceFaces(embedder, embeddings)
+    aim, share = objective(reference_faces=real), distributed.shard(len(x))
     images = x[share].clone().requires_grad_()
     before = aim.originals(originals[share], micro_batch)
-    loss, figures = aim(images, before, ("a", "b"), micro_batch)
+    loss, figures = logged(aim(images, before, ("a", "b"), micro_batch))
     return torch.autograd.grad(loss, images)[0].numpy(), figures
 
 
@@ -238,10 +240,10 @@ def test_a_face_is_compared_with_the_one_that_was_in_its_place(right, factor):
 
 
 def test_the_originals_of_crowds_come_back_from_the_disk(tmp_path):
-    bank = OriginalsBank(tmp_path, None)
+    cache = OriginalImageCache(tmp_path, None)
     made = objective().originals(CROWD)
-    bank.get({}, lambda: made, CPU)
-    again = bank.get({}, never, CPU)
+    cache.get({}, lambda: made, CPU)
+    again = cache.get({}, never, CPU)
     assert equal(again.faces.owner, made.faces.owner)
     assert equal(again.classes, made.classes)
 
@@ -365,7 +367,9 @@ def test_both_teachers_are_trained_on(tmp_path):
         tracker="none",
         output=str(tmp_path / "run"),
     )
-    figures = [trained.iteration(i) for i in range(2)]  # the second has its originals from the disk
+    figures = [
+        trained.iteration(i).metrics() for i in range(2)
+    ]  # the second has its originals from the disk
     assert all(f["skipped"] == 0 and f["gradient"] > 0 for f in figures)
     female = figures[0]["share/gender/female"]
     assert female * 4 != pytest.approx(round(female * 4))  # of more faces than images

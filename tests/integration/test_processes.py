@@ -8,7 +8,7 @@ import torch
 from accelerate import DistributedType
 from accelerate.commands.config.config_args import load_config_from_file
 from numpy.linalg import norm
-from test_objective import objective, pictures
+from test_objective import logged, objective, pictures
 from together import together
 
 from diffusers_fair import FairnessFinetuner, distributed
@@ -105,11 +105,13 @@ def test_all_know_what_one_knows():
 def looked(x: torch.Tensor, originals: torch.Tensor, prompts: list[str], micro_batch: int | None):
     """This process's part of: gradient, targets, and the figures of all."""
     aim, targets = objective(), []
-    find = aim._targets
-    aim._targets = lambda *args: targets.append(find(*args)) or targets[-1]
+    assign = aim.targets.assign
+    aim.targets.assign = lambda *args: targets.append(assign(*args)) or targets[-1]
     share = distributed.shard(len(x))
     images = x[share].clone().requires_grad_()
-    loss, figures = aim(images, aim.originals(originals[share], micro_batch), prompts, micro_batch)
+    loss, figures = logged(
+        aim(images, aim.originals(originals[share], micro_batch), prompts, micro_batch)
+    )
     (gradient,) = torch.autograd.grad(loss, images)
     return gradient.numpy(), [t.labels.tolist() for t in targets[0]], figures
 
@@ -152,7 +154,7 @@ def kept_images(x: torch.Tensor, originals: torch.Tensor, asked: list[dict]) -> 
     """This process's part of the gradient of kept images, and the figures of all."""
     aim, share = objective(), distributed.shard(len(x))
     images = x[share].clone().requires_grad_()
-    loss, figures = aim.keep(images, aim.originals(originals[share]), asked[share])
+    loss, figures = logged(aim.kept_images(images, aim.originals(originals[share]), asked[share]))
     return torch.autograd.grad(loss, images)[0].numpy(), figures
 
 
@@ -178,8 +180,9 @@ def trained(folder: str) -> tuple:
     }
     finetuner = FairnessFinetuner.from_recipe("testbed-gender", **TRAIN, train=train, output=folder)
     before = torch.cat([p.detach().flatten() for p in finetuner.parameters])
-    targets, find = [], finetuner.gradient.objective._targets
-    finetuner.gradient.objective._targets = lambda *args: targets.append(find(*args)) or targets[-1]
+    assignment = finetuner.gradient.objective.targets
+    targets, assign = [], assignment.assign
+    assignment.assign = lambda *args: targets.append(assign(*args)) or targets[-1]
     gradients, clip = [], finetuner._clip
 
     def clipped() -> float:
@@ -213,7 +216,7 @@ def kept(folder: str) -> tuple[np.ndarray, dict]:
     g = torch.Generator().manual_seed(0)
     for parameter in finetuner.parameters:
         parameter.data += 0.05 * torch.randn(parameter.shape, generator=g)
-    figures = finetuner.gradient._keep(finetuner.gradient.kept, 0, 1, False)
+    figures = finetuner.gradient._keep(finetuner.gradient.kept, 0, 1, False).metrics()
     distributed.all_reduce_sum([parameter.grad for parameter in finetuner.parameters])
     return torch.cat([p.grad.flatten() for p in finetuner.parameters]).numpy(), figures
 
@@ -240,9 +243,9 @@ def test_several_processes_train_the_same_adapter(alone, count, tmp_path):
     files = [
         {p.relative_to(f).as_posix() for p in f.rglob("*")} for f in (folder, tmp_path / "run")
     ]
-    banks = [{name for name in names if name.startswith("originals/")} for names in files]
-    assert [len(bank) for bank in banks] == [1, count]
-    assert files[0] - banks[0] == files[1] - banks[1]
+    caches = [{name for name in names if name.startswith("originals/")} for names in files]
+    assert [len(cache) for cache in caches] == [1, count]
+    assert files[0] - caches[0] == files[1] - caches[1]
     lines = (tmp_path / "run" / "events.jsonl").read_text().splitlines()
     assert [json.loads(line)["iteration"] for line in lines] == [1, 2]
     info, _ = read_adapter(tmp_path / "run" / "adapter")

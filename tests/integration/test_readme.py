@@ -8,7 +8,8 @@ import pytest
 from typer.main import get_command
 
 from diffusers_fair import FairnessFinetuner, cli
-from diffusers_fair.config.recipe import RunConfig, recipes
+from diffusers_fair.config.recipe import recipes
+from diffusers_fair.config.schema import RunConfig
 
 ROOT = Path(__file__).parents[2]
 README = (ROOT / "README.md").read_text("utf-8")

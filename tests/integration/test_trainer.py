@@ -15,11 +15,15 @@ import diffusers_fair.training.batch_gradient as gradient_module
 import diffusers_fair.training.trainer as trainer_module
 from diffusers_fair import FairnessFinetuner, atomic, testbed
 from diffusers_fair.adapters.folder import read_adapter
-from diffusers_fair.config.recipe import RunConfig, recipes
+from diffusers_fair.config.recipe import recipes
+from diffusers_fair.config.schema import RunConfig
 from diffusers_fair.diffusion.sampling import decode
 from diffusers_fair.objective.objective import Objective
+from diffusers_fair.objective.statistics import BatchStatistics
+from diffusers_fair.training import memory
 from diffusers_fair.training.batches import Share, draw_batch
-from diffusers_fair.training.guards import TrainingStoppedError
+from diffusers_fair.training.run_folder import RunFolder, claim_run_folder
+from diffusers_fair.training.stopping import TrainingStoppedError
 
 SMALL = {
     "base": {"dtype": "float32"},
@@ -120,7 +124,7 @@ def test_a_stopped_run_goes_on_to_the_same_adapter(run, tmp_path, monkeypatch):
     resumed.train(progress=False)
     first, again = (read_adapter(f / "adapter")[1] for f in (run[0], folder))
     assert all(torch.equal(first[key], again[key]) for key in first)
-    targets = [each.gradient.objective.steering["gender"].target for each in (run[1], resumed)]
+    targets = [each.gradient.objective.feedback["gender"].shifted() for each in (run[1], resumed)]
     assert torch.equal(*targets)
 
 
@@ -219,7 +223,7 @@ def test_killed_trainings_end_as_if_nothing_had_been(tmp_path, monkeypatch):
 def test_a_run_may_be_looked_into_before_it_is_trained(tmp_path):
     train = SMALL["train"] | {"iterations": 1, "distinct_iterations": 1, "validate_every": None}
     trainer = finetuner(tmp_path / "looked", train=train, prompts=NEUTRAL)
-    figures = trainer.iteration(0)
+    figures = trainer.iteration(0).metrics()
     assert len(list((tmp_path / "looked" / "originals").iterdir())) == 1
     again = finetuner(tmp_path / "looked", train=train, prompts=NEUTRAL)
     again.train(progress=False)
@@ -254,7 +258,7 @@ def test_an_adapter_of_other_components_or_another_base_is_refused(run, tmp_path
 
 
 def test_the_micro_batch_is_chosen_from_a_memory_budget_and_kept(tmp_path, monkeypatch):
-    monkeypatch.setattr(trainer_module.memory, "peak", lambda device: len(taken) * 10**9)
+    monkeypatch.setattr(memory, "peak", lambda device: len(taken) * 10**9)
     taken = []
     train = SMALL["train"] | {"iterations": 1, "validate_every": None, "memory_budget": 2.5}
     trainer = finetuner(tmp_path / "run", train=train)
@@ -283,7 +287,7 @@ def test_a_budget_without_room_for_one_image_turns_memory_options_on(tmp_path, m
     trainer = finetuner(tmp_path / "run", train=train)
     options = trainer.gradient.memory_options
     peak = lambda device: 10**9 * (2 if len(options) >= needed else 3)  # noqa: E731
-    monkeypatch.setattr(trainer_module.memory, "peak", peak)
+    monkeypatch.setattr(memory, "peak", peak)
     told = ["train.split_guidance=true", "train.gradient_checkpointing=true"][:needed]
     with pytest.warns(UserWarning, match=f"micro_batch=4 {' '.join(told)}$"):
         trainer.train(progress=False)
@@ -293,7 +297,7 @@ def test_a_budget_without_room_for_one_image_turns_memory_options_on(tmp_path, m
         assert one.gradient.memory_options == ["split_guidance", "gradient_checkpointing"][:needed]
         assert one.pipe.unet.is_gradient_checkpointing == (needed == 2)
         assert one.pipe.unet.training == (needed == 2)
-    monkeypatch.setattr(trainer_module.memory, "peak", lambda device: 3 * 10**9)
+    monkeypatch.setattr(memory, "peak", lambda device: 3 * 10**9)
     with pytest.raises(
         ValueError, match=r"memory_budget is 2\.5 GB, and one image at a time takes"
     ):
@@ -354,10 +358,10 @@ def test_a_gradient_that_is_not_finite_is_skipped_and_counted(tmp_path, monkeypa
     def backward(batch, number):
         for parameter in broken.parameters:
             parameter.grad = torch.full_like(parameter, float("nan"))
-        return {"loss": 1.0}
+        return BatchStatistics(losses={"loss": 1.0}, face_rate=1.0, attributes={})
 
     monkeypatch.setattr(broken.gradient, "backward", backward)
-    figures = broken.iteration(0)
+    figures = broken.iteration(0).metrics()
     assert figures["skipped"] == 1
     assert all(torch.equal(a, b) for a, b in zip(before, broken.parameters, strict=True))
 
@@ -375,7 +379,7 @@ def test_images_that_are_not_finite_are_skipped_and_the_next_update_is_smaller(
         patch.setattr(
             gradient_module, "decode", lambda pipe, z, n: decode(pipe, z, n) * float("nan")
         )
-        figures = broken.iteration(0)
+        figures = broken.iteration(0).metrics()
         assert figures.keys() == {"gradient", "skipped"}
         assert figures["skipped"] == 1
         assert all(torch.equal(a, b) for a, b in zip(before, broken.parameters, strict=True))
@@ -438,7 +442,7 @@ def test_every_recipe_of_the_testbed_trains_one_iteration(name, tmp_path):
         output=str(tmp_path / name),
     )
     before = [p.detach().clone() for p in trainer.parameters]
-    figures = trainer.iteration(0)
+    figures = trainer.iteration(0).metrics()
     assert figures["gradient"] > 0
     assert figures.keys() >= {f"bias/{attribute.name}" for attribute in trainer.attributes}
     assert any(not torch.equal(a, b) for a, b in zip(before, trainer.parameters, strict=True))
@@ -464,7 +468,7 @@ def compared(tmp_path_factory):
             gradient={"replay_steps": None} | section,
             train=SMALL["train"] | {"prompts_per_iteration": 2},
         )
-        figures = trainer.iteration(0)
+        figures = trainer.iteration(0).metrics()
         gradient = torch.cat([p.grad.flatten() for p in trainer.parameters])
         weights = torch.cat([p.detach().flatten() for p in trainer.parameters])
         found[method] = figures, gradient, weights
@@ -493,7 +497,7 @@ def test_micro_batches_change_nothing(compared, tmp_path):
     settings = {"prompts": {"images_per_prompt": 2, "keep": None}, "sampling": {"steps": 2}}
     settings["gradient"] = {"replay_steps": None}
     trainer = finetuner(tmp_path / "parts", **settings, train=train)
-    figures = trainer.iteration(0)
+    figures = trainer.iteration(0).metrics()
     gradient = torch.cat([p.grad.flatten() for p in trainer.parameters])
     expected, whole, _ = compared["replay"]
     assert (gradient - whole).norm() <= 1e-5 * whole.norm()
@@ -508,7 +512,7 @@ def test_batches_come_again_and_the_originals_from_the_disk(tmp_path, monkeypatc
     monkeypatch.setattr(Objective, "originals", lambda *args: drawn.append(1) or make(*args))
     for folder in folders:
         trainer = finetuner(folder, train=train, prompts=NEUTRAL)
-        trainer.config.claim_output()
+        claim_run_folder(trainer.config)
         for number in range(4):
             if folder == folders[1]:
                 shutil.rmtree(folder / "originals", ignore_errors=True)
@@ -582,12 +586,12 @@ def test_sets_are_mixed_by_their_weights(tmp_path):
 
 def test_an_adapter_that_costs_clip_t_is_not_the_best(tmp_path):
     trainer = finetuner(tmp_path / "floor")
-    trainer.base_clip_t = 2.0  # more than any
+    trainer.validation.base_clip_t = 2.0  # more than any
     with pytest.warns(UserWarning, match=r"CLIP-T fell to .*, below 1\.990"):
-        trainer._validate(tmp_path / "floor")
-    assert trainer.best is None
+        trainer._validate(RunFolder(tmp_path / "floor"))
+    assert trainer.validation.best_bias is None
     assert not (tmp_path / "floor" / "adapter-best").exists()
-    trainer.base_clip_t = -1.0
-    trainer._validate(tmp_path / "floor")
-    assert trainer.best is not None
+    trainer.validation.base_clip_t = -1.0
+    trainer._validate(RunFolder(tmp_path / "floor"))
+    assert trainer.validation.best_bias is not None
     assert (tmp_path / "floor" / "adapter-best").exists()

@@ -14,7 +14,17 @@ from test_baselines import judges as rival_judges
 from test_baselines import task as rival_task
 from test_evaluation import made_up
 from test_io import adapter_info, weights
-from test_objective import CONTRAST, TOY, Detector, Encoder, classifier, pictures, richness
+from test_objective import (
+    CONTRAST,
+    TOY,
+    Detector,
+    Encoder,
+    classifier,
+    logged,
+    pictures,
+    richness,
+    section,
+)
 from tiny import pipeline
 from together import together
 from torch.nn import functional as F
@@ -26,11 +36,12 @@ from diffusers_fair.adapters.format import INFO_FILE
 from diffusers_fair.attributes import Attribute
 from diffusers_fair.backends.registry import load_judges
 from diffusers_fair.baselines.uce import class_shares
-from diffusers_fair.config.recipe import ModelsSection, RunConfig
+from diffusers_fair.config.models import ModelsSection
+from diffusers_fair.config.schema import LossesSection, RunConfig
 from diffusers_fair.evaluation.evaluate import evaluate
 from diffusers_fair.loading import load_fair_adapter
 from diffusers_fair.objective.losses import alignment_loss
-from diffusers_fair.objective.objective import Aim, LossWeights, Objective
+from diffusers_fair.objective.objective import Objective
 from diffusers_fair.objective.targets import expected_targets, joint_targets, region_targets
 from diffusers_fair.reports.comparison import Entry, compare
 from diffusers_fair.reports.report import Report
@@ -99,7 +110,7 @@ def test_without_a_face_there_are_no_targets_of_faces():
 # ---- the loss ------------------------------------------------------------------------------------
 
 
-def objective(*attributes, detector=None, **aim) -> Objective:
+def objective(*attributes, detector=None, **options) -> Objective:
     """Brightness, of the face or of the whole image, and contrast."""
     made = Judges(
         face_detector=detector or Detector(),
@@ -110,8 +121,8 @@ def objective(*attributes, detector=None, **aim) -> Objective:
         clip=Encoder(),
         dino=Encoder(),
     )
-    aims = [Aim(attribute=a, **{"threshold": 0.0} | aim) for a in attributes]
-    return Objective(made, aims, LossWeights(semantics=2.0))
+    sections = [section(a, **{"threshold": 0.0} | options) for a in attributes]
+    return Objective(made, sections, LossesSection(semantics=2.0))
 
 
 def test_every_image_counts_and_all_of_it():
@@ -120,7 +131,7 @@ def test_every_image_counts_and_all_of_it():
     x.requires_grad_()
     aim = objective(WHOLE)
     originals = aim.originals(x.detach())
-    loss, figures = aim(x, originals)
+    loss, figures = logged(aim(x, originals))
     p = classifier()(F.interpolate(x, (4, 4), mode="bicubic", antialias=True))
     expected = alignment_loss(p, expected_targets(p, (0.5, 0.5)), 0.0).mean()
     assert figures["alignment"] == pytest.approx(expected.item(), rel=1e-5)
@@ -173,7 +184,7 @@ def looked(x, originals, micro_batch=None):
     aim, share = objective(WHOLE, CONTRAST), distributed.shard(len(x))
     images = x[share].clone().requires_grad_()
     before = aim.originals(originals[share], micro_batch)
-    loss, figures = aim(images, before, ("a", "b"), micro_batch)
+    loss, figures = logged(aim(images, before, ("a", "b"), micro_batch))
     return torch.autograd.grad(loss, images)[0].numpy(), figures
 
 
@@ -181,7 +192,7 @@ def test_a_face_and_its_whole_image_are_balanced_together():
     x, originals = mixed()
     x = x.requires_grad_()
     aim = objective(WHOLE, CONTRAST)
-    _, figures = aim(x, aim.originals(originals), ("a", "b"))
+    _, figures = logged(aim(x, aim.originals(originals), ("a", "b")))
     shown = x[:, 0, 0, 0] > -1
     p = aim.judges.probabilities(WHOLE, x, no_faces(x))
     q = aim.judges.probabilities(CONTRAST, x, Detector()(x))

@@ -10,8 +10,12 @@ import pytest
 import torch
 
 from diffusers_fair import atomic
-from diffusers_fair.training.checkpoints import discard_after, load_checkpoint, save_checkpoint
-from diffusers_fair.training.progress import Events
+from diffusers_fair.training.checkpoints import (
+    discard_checkpoints_after,
+    load_checkpoint,
+    save_checkpoint,
+)
+from diffusers_fair.training.run_folder import Events
 
 
 def state(number: int) -> dict:
@@ -77,10 +81,10 @@ def flip(path):
 )
 def test_one_that_is_damaged_is_passed_over(folder, damage, why):
     damage(folder / "step-000006" / "state.pt")
-    with pytest.warns(UserWarning, match=rf"step-000006' is damaged \(.*{why}.*going on from an"):
+    with pytest.warns(UserWarning, match=rf"step-000006' is damaged \(.*{why}.*resuming from an"):
         found = load_checkpoint(folder)
     assert found["iteration"] == 4
-    discard_after(folder, 4)
+    discard_checkpoints_after(folder, 4)
     assert names(folder) == ["step-000002", "step-000004"]
 
 
@@ -112,7 +116,7 @@ def test_what_was_not_finished_is_swept_up(folder):
     (folder / ".partial-17-step-000008").mkdir()
     (folder / ".partial-17-step-000008" / "state.pt").write_bytes(b"PK")
     assert load_checkpoint(folder)["iteration"] == 6
-    discard_after(folder, 6)
+    discard_checkpoints_after(folder, 6)
     assert names(folder) == ["step-000002", "step-000004", "step-000006"]
 
 
@@ -148,29 +152,29 @@ def test_a_name_is_given_only_to_what_is_on_the_disk(tmp_path, monkeypatch):
 
 
 def test_events_after_a_checkpoint_and_torn_lines_are_taken_out(tmp_path):
-    events = Events(tmp_path)
-    events.cut(0)  # there are none
+    events = Events(tmp_path / "events.jsonl")
+    events.discard_after(0)  # there are none
     for number in (1, 2, 3, 4):
         events.write({"loss": 1 / number}, number)
         events.write({"validation/x": 0.5}, number)
     with events.file.open("a") as file:
         file.write('{"iteration": 2, "lo')
-    events.cut(3)
+    events.discard_after(3)
     lines = [json.loads(line) for line in events.file.read_text().splitlines()]
     assert [line["iteration"] for line in lines] == [1, 1, 2, 2, 3, 3]
     before = events.file.stat().st_ino
-    events.cut(3)
+    events.discard_after(3)
     assert events.file.stat().st_ino == before  # nothing to do
 
 
 def test_a_line_that_is_damaged_is_taken_out(tmp_path):
-    events = Events(tmp_path)
+    events = Events(tmp_path / "events.jsonl")
     events.file.write_bytes(b'{"iteration": 1}\n\0\0\0\n[1]\n{"iteration": 2}\n')
-    events.cut(5)
+    events.discard_after(5)
     assert events.file.read_bytes() == b'{"iteration": 1}\n{"iteration": 2}\n'
 
 
 def test_a_figure_that_is_not_finite_is_no_json(tmp_path):
-    events = Events(tmp_path)
+    events = Events(tmp_path / "events.jsonl")
     events.write({"loss": float("nan"), "skipped": 1}, 3)
     assert events.file.read_text() == '{"iteration": 3, "skipped": 1}\n'

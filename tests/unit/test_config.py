@@ -6,7 +6,9 @@ import yaml
 from pydantic import ValidationError
 
 from diffusers_fair import Attribute, RunConfig
-from diffusers_fair.config.recipe import AttributeSection, recipes
+from diffusers_fair.config.recipe import recipes
+from diffusers_fair.config.schema import AttributeSection
+from diffusers_fair.training.run_folder import claim_run_folder
 
 TOY = """
 base: {model: testbed}
@@ -43,7 +45,7 @@ def test_defaults_are_the_papers(toy):
     config = RunConfig.load(toy)
     assert config.attributes[0].attribute() == Attribute("shape", ("round", "square", "flat"))
     assert config.attributes[0].threshold == 0.8
-    assert config.attributes[0].steering == 0  # the target stays where it was put
+    assert config.attributes[0].target_feedback == 0  # the target stays where it was put
     assert config.attributes[0].semantics_changed == config.attributes[0].semantics_face == 0.2
     assert (config.losses.semantics, config.losses.face) == (8, 0)  # realism is on when asked for
     assert config.prompts.images_per_prompt == 24
@@ -207,7 +209,7 @@ def test_every_key_is_documented():
             "gradient.truncated_steps=2",
             "truncated_steps is for method 'truncated', got 2 with method 'replay': set it to null",
         ),
-        ("gradient.method=truncated", "method 'truncated' needs truncated_steps, how many"),
+        ("gradient.method=truncated", "method 'truncated' needs truncated_steps, the number"),
         (
             "gradient={method: truncated, truncated_steps: 20}",
             r"gradient\.truncated_steps must be at most sampling\.steps \(19\), got 20",
@@ -268,32 +270,32 @@ def test_file_that_is_no_recipe(toy, text, message):
 
 def test_run_folder_is_made_and_found_again(toy, tmp_path):
     config = RunConfig.load(toy, [f"output={tmp_path / 'runs' / 'a'}"])
-    folder = config.claim_output()
+    folder = claim_run_folder(config).path
     assert [path.name for path in folder.iterdir()] == ["recipe.yaml"]
     assert RunConfig.load(folder / "recipe.yaml") == config
     (folder / "events.jsonl").write_text("{}")
-    assert config.claim_output() == folder
+    assert claim_run_folder(config).path == folder
 
 
 def test_folder_with_another_run_is_refused(toy, tmp_path):
     output = f"output={tmp_path / 'run'}"
-    folder = RunConfig.load(toy, [output]).claim_output()
+    folder = claim_run_folder(RunConfig.load(toy, [output])).path
     before = (folder / "recipe.yaml").read_text()
     message = r"holds another run \(train\.seed is 0 there and 1 here\): choose another folder"
     with pytest.raises(ValueError, match=message):
-        RunConfig.load(toy, [output, "train.seed=1"]).claim_output()
+        claim_run_folder(RunConfig.load(toy, [output, "train.seed=1"]))
     message = r"holds another run \(attributes\.0\.target\.0 is None there and 0\.5 here\)"
     with pytest.raises(ValueError, match=message):
-        RunConfig.load(toy, [output, "attributes.0.target=[.5,.5,0]"]).claim_output()
+        claim_run_folder(RunConfig.load(toy, [output, "attributes.0.target=[.5,.5,0]"]))
     assert (folder / "recipe.yaml").read_text() == before
 
 
 def test_folder_with_something_else_is_refused(toy, tmp_path):
     (tmp_path / "thesis.tex").write_text("mine")
     with pytest.raises(ValueError, match="holds something else: choose another folder"):
-        RunConfig.load(toy, [f"output={tmp_path}"]).claim_output()
+        claim_run_folder(RunConfig.load(toy, [f"output={tmp_path}"]))
     with pytest.raises(ValueError, match="holds something else: choose another folder"):
-        RunConfig.load(toy, [f"output={tmp_path / 'thesis.tex'}"]).claim_output()
+        claim_run_folder(RunConfig.load(toy, [f"output={tmp_path / 'thesis.tex'}"]))
     assert sorted(path.name for path in tmp_path.iterdir()) == ["thesis.tex", "toy.yaml"]
 
 

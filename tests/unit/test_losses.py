@@ -125,13 +125,13 @@ def test_gradient_pulls_towards_the_face_compared_with():
     torch.testing.assert_close(x.grad, -torch.stack([OWN[0], BANK[1]]))
 
 
-def test_the_order_of_the_bank_is_of_no_matter():
-    x, bank = unit(5, 8), unit(40, 8, seed=1)
-    bank = torch.cat([bank, bank[:7]])  # some are as near as others
+def test_the_order_of_the_reference_faces_is_of_no_matter():
+    x, reference = unit(5, 8), unit(40, 8, seed=1)
+    reference = torch.cat([reference, reference[:7]])  # some are as near as others
     losses, gradients = [], []
     for rows in (torch.arange(47), torch.randperm(47, generator=torch.Generator().manual_seed(2))):
         v = x.clone().requires_grad_()
-        loss = face_realism_loss(v, bank[rows], x, torch.zeros(5, dtype=torch.bool))
+        loss = face_realism_loss(v, reference[rows], x, torch.zeros(5, dtype=torch.bool))
         losses.append(loss.detach())
         gradients.append(torch.autograd.grad(loss.sum(), v)[0])
     torch.testing.assert_close(*losses)
@@ -139,17 +139,18 @@ def test_the_order_of_the_bank_is_of_no_matter():
 
 
 def test_more_real_faces_are_never_farther():
-    x, bank, nobody = unit(5, 8), unit(40, 8, seed=1), torch.zeros(5, dtype=torch.bool)
-    few, many = (face_realism_loss(x, bank[:n], x, nobody) for n in (3, 40))
+    x, reference, nobody = unit(5, 8), unit(40, 8, seed=1), torch.zeros(5, dtype=torch.bool)
+    few, many = (face_realism_loss(x, reference[:n], x, nobody) for n in (3, 40))
     assert (many <= few).all()
     assert ((many >= 0) & (few <= 2)).all()
 
 
-@pytest.mark.parametrize("bank", [torch.zeros(0, 2), torch.zeros(4, 3)])
-def test_banks_that_do_not_fit_are_refused(bank):
-    message = rf"bank of one or more .* embeddings of 2 numbers, .* got shape \({len(bank)}, "
+@pytest.mark.parametrize("reference", [torch.zeros(0, 2), torch.zeros(4, 3)])
+def test_reference_faces_that_do_not_fit_are_refused(reference):
+    shape = rf"\({len(reference)}, "
+    message = rf"one or more reference faces with embeddings of 2 numbers, .* got shape {shape}"
     with pytest.raises(ValueError, match=message):
-        face_realism_loss(FACES, bank, OWN, NONE)
+        face_realism_loss(FACES, reference, OWN, NONE)
 
 
 def test_own_faces_of_other_images_are_refused():

@@ -6,12 +6,14 @@ import pytest
 import torch
 
 from diffusers_fair.attributes import Attribute
-from diffusers_fair.objective.objective import Aim, LossWeights, Objective
+from diffusers_fair.config.schema import AttributeSection, LossesSection
+from diffusers_fair.objective.objective import Objective
+from diffusers_fair.objective.statistics import BatchStatistics
 from diffusers_fair.vision.classifiers import NetworkClassifier
 from diffusers_fair.vision.encoders import NetworkEncoder, Pixels
 from diffusers_fair.vision.faces import Faces, aligned_chips, face_chips
 from diffusers_fair.vision.judges import Judges
-from diffusers_fair.vision.reference_faces import RealFaces, embed_faces
+from diffusers_fair.vision.reference_faces import ReferenceFaces, embed_faces
 
 TOY = Attribute("brightness", ("dark", "bright"))
 CONTRAST = Attribute("contrast", ("flat", "rich"))
@@ -42,6 +44,17 @@ def classifier(classes=TOY.classes):
     return NetworkClassifier(lambda x: torch.stack([-logit(x), logit(x)], 1), classes, 4)
 
 
+def section(attribute: Attribute, **options) -> AttributeSection:
+    """An attribute as recipes have it."""
+    return AttributeSection(**attribute.json(), **options)
+
+
+def logged(result) -> tuple[torch.Tensor, dict[str, float]]:
+    """A loss, and its statistics as they are logged."""
+    loss, statistics = result
+    return loss, statistics.metrics()
+
+
 def objective(threshold=0.0, classes=TOY.classes) -> Objective:
     judges = Judges(
         face_detector=Detector(),
@@ -49,8 +62,9 @@ def objective(threshold=0.0, classes=TOY.classes) -> Objective:
         clip=Encoder(),
         dino=Encoder(),
     )
-    aim = Aim(attribute=TOY, threshold=threshold, semantics_changed=CHANGED, semantics_face=FACE)
-    return Objective(judges, [aim], LossWeights(semantics=KEPT))
+    options = {"semantics_changed": CHANGED, "semantics_face": FACE}
+    toy = section(TOY, threshold=threshold, **options)
+    return Objective(judges, [toy], LossesSection(semantics=KEPT))
 
 
 def pictures(levels, size=8):
@@ -61,22 +75,25 @@ def pictures(levels, size=8):
 def test_the_target_moves_by_what_was_seen_of_a_batch():
     x = pictures([0.3, 0.4, -0.2, 0.3])
     plain = objective()
-    aim = Objective(plain.judges, [replace(plain.aims[0], steering=1.0)], plain.weights)
-    _, figures = aim(x, aim.originals(x))
+    toy = plain.sections[0].model_copy(update={"target_feedback": 1.0})
+    aim = Objective(plain.judges, [toy], plain.losses)
+    _, statistics = aim(x, aim.originals(x))
+    figures, feedback = statistics.metrics(), aim.feedback["brightness"]
     shares = [figures[f"share/brightness/{c}"] for c in TOY.classes]
     assert shares == [0.25, 0.75]  # of faces, however sure the classifier is of them
-    assert aim.steering["brightness"].target.tolist() == [0.5, 0.5]  # until it is told
-    aim.steer(figures)
-    assert aim.steering["brightness"].target[0].item() > 0.5  # more dark ones are asked for
-    before = aim.steering["brightness"].target
-    aim.steer({"faces": 0.0})
-    assert torch.equal(aim.steering["brightness"].target, before)
+    assert statistics.attributes["brightness"].shares == (0.25, 0.75)
+    assert feedback.shifted().tolist() == [0.5, 0.5]  # until it is told
+    aim.update_targets(statistics)
+    assert feedback.shifted()[0].item() > 0.5  # more dark ones are asked for
+    before = feedback.shifted()
+    aim.update_targets(BatchStatistics(losses={}, face_rate=0.0, attributes={}))
+    assert torch.equal(feedback.shifted(), before)
 
 
 def test_four_dark_pictures_are_sent_apart():
     x = pictures([-0.8, -0.6, -0.4, -0.2]).requires_grad_()
     aim = objective()
-    loss, figures = aim(x, aim.originals(x.detach()))
+    loss, figures = logged(aim(x, aim.originals(x.detach())))
     assert figures["bias/brightness"] == 1
     assert figures["semantics"] == pytest.approx(0, abs=1e-5)  # the originals themselves
     (g,) = torch.autograd.grad(loss, x)
@@ -94,7 +111,7 @@ def test_a_picture_without_a_face_has_no_part_in_alignment():
         x + 0.01 * torch.randn(x.shape, generator=torch.Generator().manual_seed(1))
     ).requires_grad_()
     x.data[1, :, 0, 0] = -2
-    _, figures = aim(x, originals)
+    _, figures = logged(aim(x, originals))
     assert figures["faces"] == 0.75
     others = [0, 2, 3]
     part, _ = aim(x[others], aim.originals(x[others].detach()))
@@ -105,7 +122,7 @@ def test_no_face_at_all_leaves_the_semantics():
     x = pictures([-0.8, 0.8])
     x[:, :, 0, 0] = -2
     aim = objective()
-    _, figures = aim(x.requires_grad_(), aim.originals(x.detach() * 0.9))
+    _, figures = logged(aim(x.requires_grad_(), aim.originals(x.detach() * 0.9)))
     assert figures["alignment"] == 0
     assert figures["loss"] == pytest.approx(figures["semantics"])
     assert not any(name.startswith("bias/") for name in figures)
@@ -148,9 +165,10 @@ def test_prompts_together_are_prompts_one_by_one():
     original = (0.9 * x + 0.02 * torch.randn(x.shape)).clamp_min(-2)
     original[x[:, 0, 0, 0] == -2] = 1.1 * x[x[:, 0, 0, 0] == -2]
     x.requires_grad_()
-    loss, figures = aim(x, aim.originals(original), prompts=["a", "b", "c"])
+    loss, figures = logged(aim(x, aim.originals(original), prompts=["a", "b", "c"]))
     apart = [
-        aim(part, aim.originals(o)) for part, o in zip(x.split(4), original.split(4), strict=True)
+        logged(aim(part, aim.originals(o)))
+        for part, o in zip(x.split(4), original.split(4), strict=True)
     ]
     (whole,) = torch.autograd.grad(loss, x)
     (parts,) = torch.autograd.grad(sum(part for part, _ in apart) / 3, x)
@@ -180,11 +198,11 @@ def test_of_several_attributes_to_change_the_smallest_factor_counts():
         clip=Encoder(),
         dino=Encoder(),
     )
-    aims = [
-        Aim(attribute=TOY, threshold=1.0, semantics_changed=0.5, semantics_face=0.1),
-        Aim(attribute=CONTRAST, threshold=1.0, semantics_changed=0.3, semantics_face=0.4),
+    sections = [
+        section(TOY, threshold=1.0, semantics_changed=0.5, semantics_face=0.1),
+        section(CONTRAST, threshold=1.0, semantics_changed=0.3, semantics_face=0.4),
     ]
-    aim = Objective(judges, aims, LossWeights(semantics=KEPT))
+    aim = Objective(judges, sections, LossesSection(semantics=KEPT))
     levels = torch.tensor([-0.6, -0.6, 0.6, 0.6]).view(4, 1, 1, 1)
     spread = torch.tensor([0.05, 0.5, 0.05, 0.5]).view(4, 1, 1, 1)
     noise = torch.randn(2, 4, 3, 8, 8, generator=torch.Generator().manual_seed(0))
@@ -215,9 +233,9 @@ REAL = pictures([-0.3, 0.2, 0.5]) + torch.linspace(-0.5, 0.5, 8)
 
 def realistic(weight=0.5, threshold=0.0) -> Objective:
     plain = objective(threshold)
-    bank = embed_faces(EMBEDDER, REAL, Detector()(REAL))
-    weights = LossWeights(semantics=KEPT, face=weight)
-    return Objective(plain.judges, plain.aims, weights, RealFaces(EMBEDDER, bank))
+    real = ReferenceFaces(EMBEDDER, embed_faces(EMBEDDER, REAL, Detector()(REAL)))
+    losses = LossesSection(semantics=KEPT, face=weight)
+    return Objective(plain.judges, plain.sections, losses, real)
 
 
 def cosines(x, others) -> torch.Tensor:
@@ -238,7 +256,7 @@ def test_faces_that_stay_are_compared_with_their_own_if_their_class_is_sure(thre
     """Every class has a probability of 0.73 to 0.84."""
     original, aim = pictures(LEVELS), realistic(threshold=threshold)
     x = changed(original)
-    _, figures = aim(x.requires_grad_(), aim.originals(original))
+    _, figures = logged(aim(x.requires_grad_(), aim.originals(original)))
     nearest, own = cosines(x, REAL).amax(1), cosines(x, original).diag()
     expected = 0.5 * (1 - torch.cat([own[:kept], nearest[kept:]])).mean()
     assert figures["face"] == pytest.approx(expected.item(), rel=1e-4)
@@ -247,11 +265,11 @@ def test_faces_that_stay_are_compared_with_their_own_if_their_class_is_sure(thre
 
 def test_the_loss_is_the_sum_of_what_is_logged():
     aim, x = realistic(), changed(pictures(LEVELS))
-    loss, figures = aim(x, aim.originals(pictures(LEVELS)))
+    loss, figures = logged(aim(x, aim.originals(pictures(LEVELS))))
     assert loss.item() == figures["loss"]
     terms = figures["alignment"] + figures["semantics"] + figures["face"]
     assert loss.item() == pytest.approx(terms, rel=1e-5)
-    assert "face" not in objective()(x, objective().originals(x))[1]
+    assert "face" not in logged(objective()(x, objective().originals(x)))[1]
 
 
 def test_faces_pull_only_where_one_was_found():
@@ -264,7 +282,7 @@ def test_faces_pull_only_where_one_was_found():
     gradients, figures = [], {}
     for weight in (0.0, 1.0):
         aim = realistic(weight)
-        loss, figures = aim(x, aim.originals(original))
+        loss, figures = logged(aim(x, aim.originals(original)))
         gradients.append(torch.autograd.grad(loss, x)[0])
     pull = (gradients[1] - gradients[0]).abs().amax((1, 2, 3))
     assert (pull > 1e-4).tolist() == [True, True, False, True]
@@ -277,13 +295,15 @@ def test_without_any_face_nothing_is_compared():
     x = pictures([-0.8, 0.8])
     x[:, :, 0, 0] = -2
     aim = realistic()
-    assert aim(x.requires_grad_(), aim.originals(x.detach()))[1]["face"] == 0
+    assert logged(aim(x.requires_grad_(), aim.originals(x.detach())))[1]["face"] == 0
 
 
-def test_a_weight_without_real_faces_is_refused():
+def test_a_weight_without_reference_faces_is_refused():
     plain = objective()
-    with pytest.raises(ValueError, match=r"a face weight of 0\.1 needs real faces, got none: load"):
-        Objective(plain.judges, plain.aims, LossWeights(semantics=1.0, face=0.1))
+    with pytest.raises(
+        ValueError, match=r"face weight of 0\.1 needs reference faces, got none: load"
+    ):
+        Objective(plain.judges, plain.sections, LossesSection(semantics=1.0, face=0.1))
 
 
 def test_landmarks_align_the_chips():
@@ -298,14 +318,14 @@ def test_landmarks_align_the_chips():
 
 def test_each_prompt_is_led_to_its_own_target():
     """Of the same pictures, one prompt's are to be dark and another's bright."""
-    own = Attribute(TOY.name, TOY.classes, targets={"night": (1, 0), "noon": (0, 1)})
-    plain = objective()
-    aim = Objective(plain.judges, [replace(plain.aims[0], attribute=own)], plain.weights)
+    plain, targets = objective(), {"night": (1, 0), "noon": (0, 1)}
+    own = plain.sections[0].model_copy(update={"targets": targets})
+    aim = Objective(plain.judges, [own], plain.losses)
     x = pictures([-0.3, 0.1, 0.2, 0.3])
     x = torch.cat([x, x])
-    targets, find = [], aim._targets
-    aim._targets = lambda *args: targets.extend(find(*args)) or targets[-1:]
-    _, figures = aim(x, aim.originals(x), prompts=["night", "noon"])
+    targets, assign = [], aim.targets.assign
+    aim.targets.assign = lambda *args: targets.extend(assign(*args)) or targets[-1:]
+    _, figures = logged(aim(x, aim.originals(x), prompts=["night", "noon"]))
     assert targets[0].labels.tolist() == [0] * 4 + [1] * 4
     assert figures["target/brightness/dark"] == figures["target/brightness/bright"] == 0.5
 
@@ -319,11 +339,11 @@ def test_kept_images_are_to_stay_and_to_show_what_is_asked_for():
     x[3, :, 0, 0] = -2  # without a face
     original = aim.originals(0.5 * x)
     asked = [{"brightness": "bright"}, {}, {"brightness": "dark"}, {"brightness": "dark"}]
-    loss, figures = aim.keep(x, original, asked)
-    features = zip(aim._features(x), original.features, strict=True)
+    loss, figures = logged(aim.kept_images(x, original, asked))
+    features = zip(aim.semantics.features(x), original.features, strict=True)
     distance = sum(1 - (a * b).sum(1) for a, b in features)
     p = aim.judges.probabilities(TOY, x, aim.judges.face_detector(x))  # (n, 2), dark and bright
-    expected = aim.weights.semantics * distance
+    expected = aim.losses.semantics * distance
     expected[0] -= p[0, 1].log()
     expected[2] -= p[2, 0].log()
     assert loss.item() == pytest.approx(expected.mean().item(), rel=1e-5)
@@ -335,8 +355,8 @@ def test_kept_images_a_few_at_a_time_are_those_together():
     aim = objective()
     x = pictures([-0.3, 0.1, 0.2, 0.3]).requires_grad_()
     original, asked = aim.originals(0.5 * x), [{"brightness": "bright"}, {}] * 2
-    whole, figures = aim.keep(x, original, asked)
-    parts, again = aim.keep(x, original, asked, micro_batch=3)
+    whole, figures = logged(aim.kept_images(x, original, asked))
+    parts, again = logged(aim.kept_images(x, original, asked, micro_batch=3))
     torch.testing.assert_close(*(torch.autograd.grad(loss, x)[0] for loss in (whole, parts)))
     assert again == pytest.approx(figures)
 
@@ -344,6 +364,6 @@ def test_kept_images_a_few_at_a_time_are_those_together():
 def test_kept_images_that_ask_for_nothing_have_no_share_that_obeys():
     aim = objective()
     x = pictures([-0.3, 0.1])
-    loss, figures = aim.keep(x, aim.originals(x), [{}, {}])
+    loss, figures = logged(aim.kept_images(x, aim.originals(x), [{}, {}]))
     assert loss.item() == pytest.approx(0, abs=1e-6)
     assert "keep/obeyed" not in figures

@@ -7,8 +7,8 @@ from reports import HUE, report
 
 from diffusers_fair import metrics
 from diffusers_fair.attributes import Attribute
-from diffusers_fair.config.recipe import RunConfig
-from diffusers_fair.objective.target_feedback import Steering
+from diffusers_fair.config.schema import RunConfig
+from diffusers_fair.objective.target_feedback import TargetFeedback
 from diffusers_fair.prompts import prompt_set
 from diffusers_fair.prompts.tables import read_table, targets_by_prompt
 
@@ -95,20 +95,20 @@ def test_joint_targets_are_products_of_each_prompt_s_own():
 
 
 def test_feedback_sees_the_gap_to_each_prompt_s_own_target():
-    general, own = Steering((0.5, 0.5), 0.1), Steering((0.5, 0.5), 0.1)
+    general, own = TargetFeedback((0.5, 0.5), 0.1), TargetFeedback((0.5, 0.5), 0.1)
     for _ in range(3):
-        general.record([0.4, 0.6])
-        own.record([0.1, 0.9], [0.2, 0.8])  # as far below its target
-    torch.testing.assert_close(general.target, own.target)
-    moved = own.moved([0.2, 0.8])
+        general.update([0.4, 0.6])
+        own.update([0.1, 0.9], [0.2, 0.8])  # as far below its target
+    torch.testing.assert_close(general.shifted(), own.shifted())
+    moved = own.shifted([0.2, 0.8])
     assert moved[0].item() > 0.2
     assert moved.sum().item() == pytest.approx(1)
 
 
 def test_feedback_on_target_stays():
-    steering = Steering((0.5, 0.5), 0.1)
-    steering.record([0.2, 0.8], [0.2, 0.8])
-    assert steering.moved([0.2, 0.8]).tolist() == pytest.approx([0.2, 0.8])
+    feedback = TargetFeedback((0.5, 0.5), 0.1)
+    feedback.update([0.2, 0.8], [0.2, 0.8])
+    assert feedback.shifted([0.2, 0.8]).tolist() == pytest.approx([0.2, 0.8])
 
 
 def test_a_report_measures_each_prompt_by_its_own_target():

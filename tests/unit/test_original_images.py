@@ -1,16 +1,15 @@
-"""The bank of what was seen in the original images: found again, whole, and for its batch alone."""
+"""The cache of original images: found again, whole, and for its batch alone."""
 
 from dataclasses import asdict, astuple
 
 import pytest
 import torch
 
-from diffusers_fair.config.recipe import RunConfig
+from diffusers_fair.config.schema import RunConfig
 from diffusers_fair.diffusion.noise import Noise
-from diffusers_fair.objective.objective import Originals
-from diffusers_fair.training.batch_gradient import _about_originals
+from diffusers_fair.objective.originals import Originals
 from diffusers_fair.training.batches import Batch
-from diffusers_fair.training.original_images import OriginalsBank
+from diffusers_fair.training.original_images import OriginalImageCache, run_cache_key
 from diffusers_fair.vision.faces import Faces
 
 CPU = torch.device("cpu")
@@ -50,11 +49,11 @@ def never() -> Originals:
 @pytest.mark.parametrize("embeddings", [False, True])
 def test_what_was_kept_comes_back_bit_for_bit(tmp_path, landmarks, embeddings):
     made = originals(landmarks, embeddings)
-    bank = OriginalsBank(tmp_path / "bank", {"model": "x"})
-    assert bank.get(BATCH, lambda: made, CPU) is made
-    again = OriginalsBank(tmp_path / "bank", {"model": "x"}).get(BATCH, never, CPU)
+    cache = OriginalImageCache(tmp_path / "cache", {"model": "x"})
+    assert cache.get(BATCH, lambda: made, CPU) is made
+    again = OriginalImageCache(tmp_path / "cache", {"model": "x"}).get(BATCH, never, CPU)
     assert equal(astuple(again), astuple(made))
-    assert [path.suffix for path in (tmp_path / "bank").iterdir()] == [".safetensors"]
+    assert [path.suffix for path in (tmp_path / "cache").iterdir()] == [".safetensors"]
 
 
 @pytest.mark.parametrize(
@@ -68,22 +67,22 @@ def test_what_was_kept_comes_back_bit_for_bit(tmp_path, landmarks, embeddings):
 )
 def test_anything_else_is_made_anew(tmp_path, about, batch):
     first, other = originals(False, False), originals(True, True)
-    OriginalsBank(tmp_path, {"model": "x"}).get(BATCH, lambda: first, CPU)
-    assert OriginalsBank(tmp_path, about).get(batch, lambda: other, CPU) is other
+    OriginalImageCache(tmp_path, {"model": "x"}).get(BATCH, lambda: first, CPU)
+    assert OriginalImageCache(tmp_path, about).get(batch, lambda: other, CPU) is other
 
 
 def test_a_file_that_was_deleted_is_made_again(tmp_path):
-    bank, made = OriginalsBank(tmp_path, None), originals(False, False)
-    bank.get(BATCH, lambda: made, CPU)
+    cache, made = OriginalImageCache(tmp_path, None), originals(False, False)
+    cache.get(BATCH, lambda: made, CPU)
     for path in tmp_path.iterdir():
         path.unlink()
-    assert bank.get(BATCH, lambda: made, CPU) is made
+    assert cache.get(BATCH, lambda: made, CPU) is made
 
 
 def test_a_failure_leaves_nothing_behind(tmp_path):
     with pytest.raises(AssertionError, match="made again"):
-        OriginalsBank(tmp_path / "bank", None).get(BATCH, never, CPU)
-    assert not (tmp_path / "bank").exists()
+        OriginalImageCache(tmp_path / "cache", None).get(BATCH, never, CPU)
+    assert not (tmp_path / "cache").exists()
 
 
 def test_a_batch_knows_how_many_images_a_prompt_has():
@@ -95,4 +94,4 @@ def test_a_batch_knows_how_many_images_a_prompt_has():
 def test_words_are_not_what_originals_depend_on():
     plain = RunConfig.load("testbed-gender")
     changes = {"attributes.0.words": {"female": ["lady"]}, "attributes.0.nouns": {"male": ["man"]}}
-    assert _about_originals(RunConfig.load("testbed-gender", changes)) == _about_originals(plain)
+    assert run_cache_key(RunConfig.load("testbed-gender", changes)) == run_cache_key(plain)

@@ -1,0 +1,480 @@
+"""The recipe's keys: the configuration of a training run.
+
+The docstring below each key is its documentation. Unless it says otherwise, a default is the
+paper's value for one attribute of two classes (appendix A.2).
+"""
+
+from collections.abc import Iterable
+from pathlib import Path
+from typing import Annotated, Any, Literal
+
+import yaml
+from pydantic import AliasChoices, BeforeValidator, Field, ValidationError, model_validator
+
+from diffusers_fair.attributes import Attribute, People, Region
+from diffusers_fair.config.errors import sentences
+from diffusers_fair.config.models import EvaluationModelsSection, ModelsSection
+from diffusers_fair.config.recipe import Overrides, read_recipe
+from diffusers_fair.config.section import (
+    Fraction,
+    NonNegativeFloat,
+    NonNegativeInt,
+    PositiveFloat,
+    PositiveInt,
+    Section,
+    TwoOrMore,
+    WeightedSets,
+    Words,
+)
+from diffusers_fair.prompts.tables import read_table, targets_by_prompt
+from diffusers_fair.prompts.wording import Wording
+
+StepsRange = Annotated[
+    tuple[PositiveInt, PositiveInt],
+    BeforeValidator(lambda steps: (steps, steps) if isinstance(steps, int) else steps),
+]
+
+
+class BaseSection(Section):
+    """The model to align."""
+
+    model: str
+    """`testbed`, a Hub id or a folder."""
+    revision: str | None = None
+    """Commit, tag or branch on the Hub."""
+    dtype: Literal["auto", "float32", "bfloat16", "float16"] = "float32"
+    """Data type of the frozen parts; the adapter's weights are float32. `auto`: bfloat16 where the
+    GPU or the processor is faster in it, else float32."""
+
+
+class AttributeSection(Section):
+    """An attribute to balance, and its options."""
+
+    name: str
+    """Name of the attribute; the classifier is chosen by it."""
+    classes: tuple[str, ...]
+    """Names of the classes, in the order of the classifier's probabilities."""
+    target: tuple[float, ...] = ()
+    """Target share of each class. Left out: equal shares."""
+    targets: dict[str, tuple[float, ...]] = {}
+    """Targets of individual prompts: a prompt, or a subject of the prompt sets such as an
+    occupation -> target share of each class. Or the path of a table: a CSV file whose columns are
+    the prompt or subject and the classes, or JSON."""
+    region: Region = "face"
+    """Region that the classifier sees. `face`: a crop around the face; images without a face are
+    not counted. `image`: the whole image, resized to a square; every image is counted."""
+    words: dict[str, Words] = {}
+    """Class -> words that name it before the subject of a prompt, as in "a female chef". Used by
+    kept prompts, `evaluate`, its baselines, and adapters that respect words. A class that is left
+    out is named by its own name."""
+    nouns: dict[str, Words] = {}
+    """Class -> nouns that name it in place of "person", such as "woman". A class that is left out
+    has none."""
+    threshold: Fraction = 0.8
+    """C: minimum confidence of an image's target for the image to enter the alignment loss. With
+    more classes, fewer targets are confident when a prompt is near its target, and the loss gets
+    weaker there: lower the threshold then, or generate more images per prompt."""
+    cost: PositiveFloat = 1.0
+    """Weight of the attribute in the transport cost when several attributes are balanced
+    jointly."""
+    target_feedback: Annotated[
+        float,
+        Field(
+            ge=0,
+            validation_alias=AliasChoices("target_feedback", "steering"),
+            serialization_alias="steering",
+        ),
+    ] = 0.0
+    """Integral gain of the feedback that shifts the training target against a persistent gap; 0
+    disables it, as in the paper. The released name of this key, `steering`, keeps working."""
+    semantics_changed: Fraction = 0.2
+    """lambda_2 / lambda_1: fraction of `losses.semantics` that applies outside the face where the
+    class is to change. If several attributes of an image are to change, the smallest applies."""
+    semantics_face: Fraction = 0.2
+    """lambda_3 / lambda_2: fraction of the former that applies inside the face; the smallest
+    applies. Ignored for attributes of the whole image."""
+
+    @model_validator(mode="before")
+    @classmethod
+    def _read_table(cls, value: Any) -> Any:
+        if isinstance(value, dict) and isinstance(value.get("targets"), str):
+            table = read_table(value["targets"], list(map(str, value.get("classes") or ())))
+            return value | {"targets": table}
+        return value
+
+    @model_validator(mode="after")
+    def _check_attribute(self) -> "AttributeSection":
+        self.attribute()
+        for key in ("words", "nouns"):
+            for name in getattr(self, key):
+                if name not in self.classes:
+                    raise ValueError(
+                        f"{key} are for the classes {list(self.classes)}, got '{name}'"
+                    )
+        return self
+
+    def wording(self) -> Wording:
+        """Return the attribute and the words that name its classes."""
+        return Wording(self.attribute(), self.words, self.nouns)
+
+    def attribute(self, sets: Iterable[str] = ()) -> Attribute:
+        """Return the attribute without the options of training, its target filled in.
+
+        Args:
+            sets: prompt sets whose prompts `targets` refers to; left out, `targets` must name
+                whole prompts.
+
+        Raises:
+            ValueError: targets for a prompt or subject that is not in the sets.
+        """
+        targets = targets_by_prompt(self.targets, sets) if sets else self.targets
+        return Attribute(self.name, self.classes, self.target, targets, self.region)
+
+
+class KeepSection(Section):
+    """Prompts whose images the adapter must leave as the base model generates them."""
+
+    sets: WeightedSets | None = None
+    """Prompt sets. `named`: prompts whose words name a class of an attribute. `implied`: prompts
+    that imply one. `untouched`, or `testbed-untouched` on the testbed: prompts that show nobody,
+    the empty prompt, and negative prompts. Or prompt sets and files of your own. A list, or a
+    mapping of names to weights. Null: `named` with twice the weight of the other two."""
+    images: NonNegativeInt = 8
+    """Images of kept prompts per iteration, one per prompt. They must look like the original
+    images and show the class that their prompt names."""
+    weight: PositiveFloat = 1.0
+    """Weight of the loss of these images relative to the loss of the other images."""
+    distinct: PositiveInt = 96
+    """Number of distinct kept images. After that they repeat, and their original images come from
+    the cache."""
+    embedding: NonNegativeFloat = 3.0
+    """Weight of the relative squared change of the embeddings of kept prompts. Applies to adapters
+    with layers in the text encoder and no soft tokens; costs next to nothing. 0 disables it."""
+    texts: PositiveInt = 32
+    """Kept prompts whose embeddings are compared per iteration."""
+    prediction: NonNegativeFloat = 50.0
+    """Weight of the squared difference between the denoiser's guided predictions with and without
+    the adapter, at latents of the original model's trajectories for kept prompts. Cheap, as nothing
+    is sampled with the adapter. 0 disables it."""
+    pairs: PositiveInt = 24
+    """Pairs of kept prompt and sampling step whose predictions are compared per iteration."""
+    new_prompts: PositiveInt = 2
+    """Kept prompts whose sampling steps are added to the pool per iteration."""
+    pool: PositiveInt = 48
+    """Number of iterations that sampling steps stay in the pool."""
+
+
+class PromptsSection(Section):
+    """The prompts of training and validation."""
+
+    sets: WeightedSets
+    """Packaged prompt sets, or files: a list of names, or a mapping of names to weights, which are
+    the proportions of their prompts in training."""
+    train: str = "train"
+    """Split to train on."""
+    validation: str = "validation"
+    """Split that the best checkpoint is chosen by."""
+    images_per_prompt: TwoOrMore = 24
+    """N: images per prompt whose class distribution is compared with the target."""
+    keep: KeepSection | None = None
+    """Prompts whose images must stay those of the base model, because their words determine who is
+    shown or because they show nobody; trained on beside the neutral prompts. Null, as in the paper:
+    the adapter changes these images, too."""
+
+
+class AdapterSection(Section):
+    """The adapter to train."""
+
+    components: Annotated[
+        tuple[Literal["text_encoder", "unet", "soft_tokens"], ...], Field(min_length=1)
+    ] = ("text_encoder",)
+    """Components: LoRA layers in parts of the pipeline, soft tokens before every prompt."""
+    rank: Annotated[int, Field(ge=1, le=1024, strict=True)] = 50
+    """Rank of the LoRA layers."""
+    soft_tokens: Annotated[int, Field(ge=1, le=75, strict=True)] = 5
+    """Number of soft tokens."""
+    init_from: str | None = None
+    """Adapter of the same base and components to start from: a folder or a Hub id."""
+
+
+class SamplingSection(Section):
+    """Sampling of images in training."""
+
+    steps: StepsRange = (19, 23)
+    """K: scheduler steps, a number or a range `[low, high]` that is drawn from in each
+    iteration."""
+    guidance_scale: Annotated[float, Field(ge=1)] = 7.5
+    """s of classifier-free guidance; 1 disables it."""
+    antithetic: bool = False
+    """Draw each prompt's noise in pairs z, -z; each is still normal. If such images differ in class
+    more often than by chance, as on the testbed, batch statistics have less sampling variance, and
+    so has the loss."""
+
+
+class GradientSection(Section):
+    """Computation of the gradient from the image to the adapter."""
+
+    method: Literal["replay", "autograd", "naive", "truncated"] = "replay"
+    """`replay` and `autograd` compute the paper's biased gradient, step by step or, as its
+    Algorithm 1, in one graph; `naive` computes the exact gradient, `truncated` the exact gradient
+    of the last steps. All but `replay` are for comparison: their memory grows with the steps."""
+    standardize: Literal["paper", "exact", "none"] = "exact"
+    """Weights of the steps in the biased gradient. `paper`: the paper's coefficients. `exact`: all
+    equal, which gave the least bias in the repository's benchmark. `none`: the scheduler's own."""
+    replay_steps: PositiveInt | None = None
+    """For `replay`: steps sampled for each image's gradient, weighted by their inverse
+    probability; null uses all."""
+    truncated_steps: PositiveInt | None = None
+    """For `truncated`: number of last steps that the gradient goes through."""
+
+    @model_validator(mode="after")
+    def _check_method(self) -> "GradientSection":
+        for key, method in (("replay_steps", "replay"), ("truncated_steps", "truncated")):
+            value = getattr(self, key)
+            if value is not None and self.method != method:
+                raise ValueError(
+                    f"{key} is for method '{method}', got {value} with method '{self.method}': "
+                    "set it to null, or leave it out"
+                )
+        if self.method == "truncated" and self.truncated_steps is None:
+            raise ValueError("method 'truncated' needs truncated_steps, the number of last steps")
+        return self
+
+
+class LossesSection(Section):
+    """Weights of the losses other than the alignment loss, whose weight is 1 (section 4.1)."""
+
+    semantics: NonNegativeFloat = 8.0
+    """lambda_1: weight of the distance to the original image where its classes already are the
+    targets; attributes define the fraction that applies elsewhere."""
+    face: NonNegativeFloat = 0.0
+    """lambda_face: weight of the distance between a face and the nearest real face."""
+
+
+class OptimizerSection(Section):
+    """Optimizer, learning rate schedule and moving average."""
+
+    name: Literal["adamw", "adamw8bit"] = "adamw"
+    """`adamw8bit` keeps its state in 8 bits; it needs the package bitsandbytes."""
+    lr: PositiveFloat = 5e-5
+    """Learning rate after the warm-up."""
+    text_encoder_lr: PositiveFloat | None = None
+    """Learning rate of the text encoder's layers and the soft tokens; null is `lr`."""
+    weight_decay: NonNegativeFloat = 0.0
+    """Weight decay of AdamW."""
+    schedule: Literal["constant", "cosine", "linear"] = "constant"
+    """Learning rate after the warm-up: constant, or decaying to 0."""
+    warmup: NonNegativeInt = 0
+    """Iterations in which the learning rate rises linearly from 0."""
+    ema_decay: Annotated[float, Field(ge=0, lt=1)] = 0.996
+    """Decay of the moving average of the weights, which is what is validated and saved; 0 disables
+    averaging."""
+    max_grad_norm: PositiveFloat | None = 1.0
+    """Maximum gradient norm; null disables clipping."""
+
+
+class TrainSection(Section):
+    """Length of the training, memory, validation and checkpoints."""
+
+    iterations: PositiveInt = 10_000
+    """Number of updates."""
+    prompts_per_iteration: PositiveInt = 1
+    """Prompts per update, over all processes."""
+    distinct_iterations: PositiveInt | None = None
+    """Number of iterations with distinct prompts, noise and steps. After that they repeat, and what
+    is needed of the original images comes from the cache. Null: they never repeat."""
+    micro_batch: PositiveInt | None = None
+    """Images that the denoiser, the decoder and the judges process at a time, in each process; null
+    is all. Slower, less memory, the same result."""
+    memory_budget: PositiveFloat | None = None
+    """Memory budget in GB per process, from which `micro_batch` is chosen when training starts: GPU
+    memory, or on the CPU all memory of the process. If one image does not fit, `split_guidance` is
+    enabled, then `gradient_checkpointing`."""
+    split_guidance: bool = False
+    """Replay evaluates the denoiser for the prompt and for the empty prompt one after the other,
+    which halves its memory. The same result."""
+    gradient_checkpointing: bool = False
+    """Gradient checkpointing in the denoiser: slower, less memory, the same result."""
+    channels_last: bool = False
+    """Denoiser and decoder use the channels-last memory format, which most GPUs are faster with in
+    half precision."""
+    compile: bool = False
+    """Compile the denoiser with torch.compile; for long trainings, as the first iterations take
+    minutes."""
+    device: Literal["auto", "cpu"] = "auto"
+    """`auto`: the device that accelerate chooses, a GPU if there is one. The testbed always uses
+    the CPU."""
+    seed: NonNegativeInt = 0
+    """Random seed of the prompts, the noise and the adapter's initial weights."""
+    checkpoint_every: PositiveInt = 200
+    """Iterations between checkpoints."""
+    validate_every: PositiveInt | None = 200
+    """Iterations between validations; null disables validation, and no best adapter is kept."""
+    validation_images: PositiveInt = 24
+    """Images per validation prompt."""
+    clip_t_drop: NonNegativeFloat = 0.01
+    """Maximum drop of CLIP-T below the base model's for an adapter to become the best adapter,
+    which is the one with the least validation bias."""
+    keep: PositiveInt = 2
+    """Number of newest checkpoints to keep."""
+    max_skipped: PositiveInt = 10
+    """Number of successive updates that may be skipped because images or gradients are not finite
+    before training stops. Each skipped update halves the learning rate for a while."""
+
+    @model_validator(mode="after")
+    def _check_memory(self) -> "TrainSection":
+        if self.micro_batch is not None and self.memory_budget is not None:
+            raise ValueError(
+                f"memory_budget chooses micro_batch, got both ({self.memory_budget:g} and "
+                f"{self.micro_batch}): set one of them to null, or leave it out"
+            )
+        return self
+
+
+class EvaluationSection(Section):
+    """Evaluation of the finished adapter."""
+
+    split: str = "test"
+    """Split of the prompt sets."""
+    images_per_prompt: TwoOrMore = 60
+    """Images per prompt."""
+    steps: PositiveInt = 25
+    """Scheduler steps."""
+    guidance_scale: Annotated[float, Field(ge=1)] = 7.5
+    """s of classifier-free guidance."""
+    seed: NonNegativeInt = 0
+    """Random seed of the noise, which is the same with and without the adapter."""
+    models: EvaluationModelsSection = EvaluationModelsSection()
+    """The models that judge images; none of them should be used in training."""
+
+
+class RunConfig(Section):
+    """A whole recipe."""
+
+    base: BaseSection
+    attributes: Annotated[tuple[AttributeSection, ...], Field(min_length=1)]
+    people: People = "largest"
+    """Faces of an image that count for attributes of faces, in training and in evaluation: the
+    `largest`, or `all`. It defines what the target shares are shares of, so it applies to all
+    attributes and models. Ignored for attributes of the whole image."""
+    prompts: PromptsSection
+    models: ModelsSection = ModelsSection()
+    adapter: AdapterSection = AdapterSection()
+    sampling: SamplingSection = SamplingSection()
+    gradient: GradientSection = GradientSection()
+    losses: LossesSection = LossesSection()
+    optimizer: OptimizerSection = OptimizerSection()
+    train: TrainSection = TrainSection()
+    evaluation: EvaluationSection = EvaluationSection()
+    tracker: Literal["tensorboard", "none"] = "none"
+    """Experiment tracker for curves, in addition to `events.jsonl`."""
+    output: str
+    """Run folder."""
+
+    @classmethod
+    def load(cls, recipe: str | Path, overrides: Overrides = ()) -> "RunConfig":
+        """Read a recipe on top of the one that it names under `extends`, if it does.
+
+        Args:
+            recipe: a YAML file, or the name of a shipped recipe.
+            overrides: `key=value` with the key's path in dots and the value in YAML
+                (`train.iterations=10`, `attributes.0.target=[.5,.5]`), or the same as a mapping.
+
+        Raises:
+            ValueError: one sentence: no such recipe, an unknown key with the nearest known one, a
+                value with what was expected and what was got.
+        """
+        data = read_recipe(recipe, overrides)
+        try:
+            return cls.model_validate(data)
+        except ValidationError as error:
+            raise ValueError(f"recipe '{recipe}': {sentences(error, cls)}") from error
+
+    def to_yaml(self) -> str:
+        """Write the whole recipe, defaults included; `load` reads it back to an equal one."""
+        data = self.model_dump(mode="json")
+        return yaml.safe_dump(data, sort_keys=False, default_flow_style=None, width=100)
+
+    def differences(self, other: "RunConfig") -> dict[str, tuple[Any, Any]]:
+        """List the keys whose values differ, except the output: 'a.0.b' -> (ours, theirs)."""
+        ours, theirs = _flatten(self.model_dump()), _flatten(other.model_dump())
+        keys = sorted({*ours, *theirs} - {"output"})
+        pairs = {key: (ours.get(key), theirs.get(key)) for key in keys}
+        return {key: pair for key, pair in pairs.items() if pair[0] != pair[1]}
+
+    def balanced(self) -> list[Attribute]:
+        """Return the attributes, their targets spread over the prompts of the prompt sets.
+
+        Raises:
+            ValueError: targets for a prompt or subject that is not in the prompt sets.
+        """
+        return [section.attribute(self.prompts.sets) for section in self.attributes]
+
+    @property
+    def embeddings_stay(self) -> bool:
+        """Whether the embeddings of kept prompts can be preserved: soft tokens shift them all."""
+        trained = self.adapter.components
+        return "text_encoder" in trained and "soft_tokens" not in trained
+
+    @model_validator(mode="after")
+    def _check_steps(self) -> "RunConfig":
+        low, high = self.sampling.steps
+        if low > high:
+            raise ValueError(f"sampling.steps must be [low, high], low <= high, got {[low, high]}")
+        for key in ("replay_steps", "truncated_steps"):
+            count = getattr(self.gradient, key)
+            if (count or 0) > low:
+                raise ValueError(
+                    f"gradient.{key} must be at most sampling.steps ({low}), got {count}"
+                )
+        return self
+
+    @model_validator(mode="after")
+    def _check_learning_rates(self) -> "RunConfig":
+        if self.optimizer.text_encoder_lr and set(self.adapter.components) == {"unet"}:
+            raise ValueError(
+                "optimizer.text_encoder_lr is for text_encoder and soft_tokens, and "
+                "adapter.components has neither: add one, or set optimizer.lr alone"
+            )
+        return self
+
+    @model_validator(mode="after")
+    def _check_attributes(self) -> "RunConfig":
+        names = [attribute.name for attribute in self.attributes]
+        if len(set(names)) < len(names):
+            raise ValueError(f"attributes must have different names, got {names}")
+        for models in (self.models, self.evaluation.models):
+            for attribute in self.attributes:
+                models.classifier(attribute.attribute())
+        if self.losses.face and self.models.face_detector == "none":
+            raise ValueError(
+                f"losses.face is {self.losses.face:g}, and models.face_detector 'none' finds no "
+                "face: name a face detector, or set losses.face to 0"
+            )
+        if any(attribute.targets for attribute in self.attributes):
+            self.balanced()
+        return self
+
+    @model_validator(mode="after")
+    def _check_kept_prompts(self) -> "RunConfig":
+        keep = self.prompts.keep
+        if keep and not (
+            keep.images or keep.prediction or (keep.embedding and self.embeddings_stay)
+        ):
+            raise ValueError(
+                "prompts.keep trains nothing: set prompts.keep.images or prompts.keep.prediction "
+                "above 0, or prompts.keep to null"
+            )
+        return self
+
+
+def _flatten(tree: Any, prefix: str = "") -> dict[str, Any]:
+    """Nested keys and indices -> 'a.0.b': value."""
+    if not isinstance(tree, (dict, list, tuple)):
+        return {prefix: tree}
+    items = tree.items() if isinstance(tree, dict) else enumerate(tree)
+    return {
+        key: value
+        for name, inner in items
+        for key, value in _flatten(inner, f"{prefix}.{name}".removeprefix(".")).items()
+    }

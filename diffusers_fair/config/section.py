@@ -1,0 +1,45 @@
+"""The base class of a recipe's sections, and the value types that several of them share."""
+
+from typing import Annotated, Any
+
+from pydantic import AfterValidator, BaseModel, BeforeValidator, ConfigDict, Field
+
+PositiveFloat = Annotated[float, Field(gt=0)]
+NonNegativeFloat = Annotated[float, Field(ge=0)]
+Fraction = Annotated[float, Field(ge=0, le=1)]
+NonNegativeInt = Annotated[int, Field(ge=0, strict=True)]
+PositiveInt = Annotated[int, Field(ge=1, strict=True)]
+TwoOrMore = Annotated[int, Field(ge=2, strict=True)]
+
+
+def _equal_weights(sets: Any) -> Any:
+    return dict.fromkeys(sets, 1.0) if isinstance(sets, list) else sets
+
+
+WeightedSets = Annotated[
+    dict[str, PositiveFloat], BeforeValidator(_equal_weights), Field(min_length=1)
+]
+"""Prompt set -> weight. A list of names gives equal weights."""
+
+
+def _require_printable(word: str) -> str:
+    """Refuse words that `fair_adapter.json`, which they are written to, would refuse."""
+    if not (word.strip() and word.isprintable()):
+        raise ValueError(f"expected printable characters, got {ascii(word)[:100]}")
+    return word
+
+
+Word = Annotated[str, Field(max_length=300), AfterValidator(_require_printable)]
+Words = Annotated[tuple[Word, ...], Field(min_length=1, max_length=300)]
+
+
+class Section(BaseModel):
+    """A section of the recipe: keyword-only, immutable, no unknown keys."""
+
+    model_config = ConfigDict(
+        extra="forbid",
+        frozen=True,
+        allow_inf_nan=False,
+        use_attribute_docstrings=True,
+        serialize_by_alias=True,  # released keys are what is written
+    )

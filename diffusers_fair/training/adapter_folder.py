@@ -1,0 +1,82 @@
+"""The adapter folders that a training starts from and writes."""
+
+from typing import Any
+
+from diffusers_fair.adapters.folder import read_adapter
+from diffusers_fair.adapters.format import AdapterInfo, Lora, SoftTokens
+from diffusers_fair.adapters.trainable import TrainableAdapter
+from diffusers_fair.attributes import Attribute
+from diffusers_fair.config.schema import RunConfig
+from diffusers_fair.loading import local_folder
+from diffusers_fair.prompts.groups import vocabulary
+
+
+def adapter_components(config: RunConfig) -> dict[str, Lora | SoftTokens]:
+    """Describe the adapter's components; alpha equals the rank, so LoRA layers are unscaled."""
+    section = config.adapter
+    layers = Lora(rank=section.rank, alpha=section.rank)
+    tokens = SoftTokens(count=section.soft_tokens)
+    return {name: tokens if name == "soft_tokens" else layers for name in section.components}
+
+
+def load_initial_adapter(config: RunConfig, adapter: TrainableAdapter, fingerprint: str) -> None:
+    """Load the weights of the adapter that a recipe starts from, if it names one.
+
+    Args:
+        config: the recipe.
+        adapter: takes the weights.
+        fingerprint: of the base model.
+
+    Raises:
+        ValueError: it cannot be read, or has another base or other components.
+    """
+    name = config.adapter.init_from
+    if name is None:
+        return
+    try:
+        info, weights = read_adapter(local_folder(name))
+    except ValueError as error:
+        raise ValueError(
+            f"adapter.init_from: {error}: train the recipe that makes it, or name another adapter "
+            "of the same components"
+        ) from error
+    if info.fingerprint != fingerprint:
+        raise ValueError(
+            f"adapter.init_from: '{name}' was trained on '{info.base_model}', whose layers differ "
+            f"from those of '{config.base.model}': name an adapter of this base"
+        )
+    if dict(info.components) != adapter.components:
+        raise ValueError(
+            f"adapter.init_from: expected the components {adapter.components}, as the recipe has "
+            f"them, got {dict(info.components)} in '{name}': set adapter.components, adapter.rank "
+            "and adapter.soft_tokens to those of the adapter"
+        )
+    adapter.load(weights)
+
+
+def adapter_info(
+    config: RunConfig,
+    adapter: TrainableAdapter,
+    attributes: list[Attribute],
+    fingerprint: str,
+    training: dict[str, Any],
+) -> AdapterInfo:
+    """Describe an adapter for `fair_adapter.json`.
+
+    Args:
+        config: the recipe.
+        adapter: what is trained.
+        attributes: what is balanced.
+        fingerprint: of the base model.
+        training: facts on the training so far.
+    """
+    return AdapterInfo(
+        base_model=config.base.model,
+        base_revision=config.base.revision,
+        fingerprint=fingerprint,
+        components=adapter.components,
+        attributes=tuple(attributes),
+        words=vocabulary([section.wording() for section in config.attributes]),
+        recipe=config.model_dump(mode="json", exclude={"output"}),
+        training=training,
+    )

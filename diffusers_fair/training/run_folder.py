@@ -1,0 +1,109 @@
+"""The run folder: claimed by one recipe, logged to, and cleaned up before a run resumes."""
+
+import json
+import math
+import shutil
+from pathlib import Path
+
+from diffusers_fair import atomic
+from diffusers_fair.config.schema import RunConfig
+from diffusers_fair.training.checkpoints import discard_checkpoints_after
+
+_RECIPE = "recipe.yaml"
+
+
+class RunFolder:
+    """Names of a run's files.
+
+    Args:
+        path: the folder.
+    """
+
+    def __init__(self, path: Path):
+        self.path = path
+        self.checkpoints = path / "checkpoints"
+        self.originals = path / "originals"
+        self.adapter = path / "adapter"
+        self.best_adapter = path / "adapter-best"
+        self.events = Events(path / "events.jsonl")
+
+    def samples(self, step: int) -> Path:
+        """Sample images of a validation."""
+        return self.path / "samples" / f"step-{step:06d}.png"
+
+    def discard_after(self, step: int) -> None:
+        """Remove whatever was written after an iteration, or was left unfinished."""
+        discard_checkpoints_after(self.checkpoints, step)
+        self.events.discard_after(step)
+        atomic.sweep(self.path)
+        atomic.sweep(self.originals)
+        for unfinished in self.path.glob(".adapter*"):
+            shutil.rmtree(unfinished)
+
+
+def claim_run_folder(config: RunConfig) -> RunFolder:
+    """Create the run folder and write the recipe into it, or find the same run there.
+
+    Raises:
+        ValueError: the folder holds another run, or something else.
+    """
+    folder, recipe = Path(config.output), Path(config.output) / _RECIPE
+    if not recipe.exists():
+        if folder.exists() and (not folder.is_dir() or _has_other_files(folder)):
+            raise ValueError(f"output '{folder}' holds something else: choose another folder")
+        folder.mkdir(parents=True, exist_ok=True)
+        atomic.write(recipe, config.to_yaml().encode())
+    different = config.differences(RunConfig.load(recipe))
+    if different:
+        key, (mine, theirs) = next(iter(different.items()))
+        raise ValueError(
+            f"output '{folder}' holds another run ({key} is {theirs} there and {mine} here): "
+            "choose another folder, or use the same recipe to resume that run"
+        )
+    return RunFolder(folder)
+
+
+def _has_other_files(folder: Path) -> bool:
+    """Whether a folder holds more than what other processes write while they claim it."""
+    return any(
+        path.name != _RECIPE and not path.name.startswith(atomic.PARTIAL)
+        for path in folder.iterdir()
+    )
+
+
+class Events:
+    """`events.jsonl`: one line per iteration and per validation.
+
+    Args:
+        file: its path.
+    """
+
+    def __init__(self, file: Path):
+        self.file = file
+
+    def write(self, metrics: dict[str, float], step: int) -> None:
+        """Append a line; metrics that are not finite are left out."""
+        finite = {name: value for name, value in metrics.items() if math.isfinite(value)}
+        with self.file.open("a", encoding="utf-8") as file:
+            file.write(json.dumps({"iteration": step, **finite}) + "\n")
+
+    def sync(self) -> None:
+        """Wait until all lines are on the disk."""
+        atomic.sync(self.file)
+
+    def discard_after(self, step: int) -> None:
+        """Remove the lines of later iterations, and damaged or unfinished lines."""
+        if not self.file.exists():
+            return
+        lines = self.file.read_bytes().splitlines(keepends=True)
+        kept = [line for line in lines if line.endswith(b"\n") and _step(line) <= step]
+        if kept != lines:
+            atomic.write(self.file, b"".join(kept))
+
+
+def _step(line: bytes) -> float:
+    """Read the iteration of a line; infinity if the line is damaged."""
+    try:
+        return json.loads(line)["iteration"]
+    except (ValueError, KeyError, TypeError):
+        return math.inf

@@ -1,0 +1,116 @@
+"""Validation: bias and CLIP-T over the validation prompts, and which adapter is the best so far."""
+
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+from diffusers_fair.adapters.trainable import TrainableAdapter
+from diffusers_fair.config.schema import RunConfig
+from diffusers_fair.evaluation.evaluate import evaluate
+from diffusers_fair.reports.report import Report
+from diffusers_fair.vision.judges import Judges
+
+
+@dataclass(frozen=True, kw_only=True)
+class ValidationResult:
+    """Outcome of one validation."""
+
+    bias: dict[str, float]
+    """Attribute -> mean deviation from the target over the prompts; without attributes that no
+    image could be judged by."""
+    clip_t: float
+    minimum_clip_t: float
+    """CLIP-T of the original model minus the drop that the recipe allows."""
+    is_best: bool
+    """Whether the adapter is better than those of all earlier validations."""
+
+    def metrics(self) -> dict[str, float]:
+        """Return name -> value, as they are logged."""
+        bias = {f"validation/{name}": value for name, value in self.bias.items()}
+        return bias | {"validation/clip_t": self.clip_t}
+
+
+class Validation:
+    """Validates the adapter with training's judges.
+
+    Args:
+        config: the recipe.
+        pipe: the base model with the adapter.
+        adapter: the adapter that is trained.
+        judges: training's.
+        prompts: validation prompts.
+    """
+
+    def __init__(
+        self,
+        config: RunConfig,
+        pipe: Any,
+        adapter: TrainableAdapter,
+        judges: Judges,
+        prompts: list[str],
+    ):
+        self.config = config
+        self.pipe = pipe
+        self.adapter = adapter
+        self.judges = judges
+        self.prompts = prompts
+        self.attributes = config.balanced()
+        self.best_bias: float | None = None
+        self.base_clip_t: float | None = None  # of the original model; measured when needed
+
+    def measure(self) -> Report:
+        """Evaluate the pipeline as it is now."""
+        return evaluate(
+            self.pipe,
+            self.prompts,
+            self.attributes,
+            judges=self.judges,
+            images_per_prompt=self.config.train.validation_images,
+            steps=self.config.sampling.steps[1],
+            guidance_scale=self.config.sampling.guidance_scale,
+            seed=self.config.train.seed,
+            groups=(),
+            progress=False,
+        )
+
+    def judge(self, report: Report) -> ValidationResult:
+        """Compare the adapter of a report with the best one so far."""
+        biases = {a.name: _mean_bias(report, a.name) for a in self.attributes}
+        bias = {name: value for name, value in biases.items() if value is not None}
+        clip_t, minimum = _clip_t(report), self._minimum_clip_t()
+        mean = sum(bias.values()) / len(bias) if bias else None
+        is_best = mean is not None and clip_t >= minimum and _is_less(mean, self.best_bias)
+        if is_best:
+            self.best_bias = mean
+        return ValidationResult(bias=bias, clip_t=clip_t, minimum_clip_t=minimum, is_best=is_best)
+
+    def _minimum_clip_t(self) -> float:
+        if self.base_clip_t is None:
+            with self.adapter.off():
+                self.base_clip_t = _clip_t(self.measure())
+        return self.base_clip_t - self.config.train.clip_t_drop
+
+
+def save_samples(report: Report, file: Path) -> None:
+    """Write an image with a row of samples for each sampled prompt."""
+    import numpy as np
+    from PIL import Image
+
+    file.parent.mkdir(parents=True, exist_ok=True)
+    rows = [np.concatenate(list(images), axis=1) for images in report.samples.values()]
+    Image.fromarray(np.concatenate(rows)).save(file)
+
+
+def _is_less(value: float, best: float | None) -> bool:
+    return best is None or value < best
+
+
+def _clip_t(report: Report) -> float:
+    return report.summary["scores"]["clip_t"]["mean"]
+
+
+def _mean_bias(report: Report, attribute: str) -> float | None:
+    """Return the deviation from the target, which is the bias if the target is uniform."""
+    summary = report.summary
+    estimate = summary["deviation"].get(attribute, summary["bias"][attribute])
+    return None if estimate is None else estimate["mean"]
