@@ -231,7 +231,6 @@ def test_import_is_light():
         *(
             f"{OWN}.adapters.{name}"
             for name in (
-                "fingerprint",
                 "folder",
                 "format",
                 "json_schema",
