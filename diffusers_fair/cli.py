@@ -46,7 +46,7 @@ def demo(
     is printed beside each bias is for that many.
     """
     from diffusers_fair.prompts import prompt_set
-    from diffusers_fair.reports.report import require_free
+    from diffusers_fair.reports.folder import require_free
 
     require_free(out / "report")
     folder = _train("testbed-demo", [f"output={out}"])
@@ -267,8 +267,9 @@ def compare(
 ) -> None:
     """Put reports side by side: a page, a table in markdown, and all figures in JSON."""
     from diffusers_fair.reports.comparison import compare as side_by_side
+    from diffusers_fair.reports.folder import save_comparison
 
-    side_by_side([_entry(word) for word in reports], against).save(out)
+    save_comparison(side_by_side([_entry(word) for word in reports], against), out)
     console.print(f"comparison in {out}")
 
 
@@ -483,8 +484,8 @@ def _evaluate(
     from diffusers_fair.evaluation.evaluate import evaluate as measure
     from diffusers_fair.evaluation.evaluate import with_groups
     from diffusers_fair.loading import load_fair_adapter
-    from diffusers_fair.reports.obedience import warning
-    from diffusers_fair.reports.report import Report, require_free
+    from diffusers_fair.reports.folder import load_report, require_free
+    from diffusers_fair.reports.measures import warning
     from diffusers_fair.reports.table import table
 
     require_free(out)
@@ -514,7 +515,7 @@ def _evaluate(
         folder = out if alone else out / "base"
         before = measure(pipe, texts, chosen, groups=groups, out=folder, model=model, **options)
     else:
-        before = Report.load(reference).of(chosen, options["images_per_prompt"])
+        before = load_report(reference).select(chosen, options["images_per_prompt"])
         same = {key: value for key, value in options.items() if key != "judges"}
         before.settings.check_same_noise(replace(before.settings, prompts=tuple(texts), **same))
         before = with_groups(before, pipe, groups, judges=options["judges"], out=out)
@@ -565,7 +566,7 @@ def _audit(images: str, recipe: str | None, out: Path, attributes: list[str] | N
     """Look at the pictures of a folder; write the report, print the table."""
     from diffusers_fair.backends.registry import load_judges
     from diffusers_fair.evaluation.evaluate import audit
-    from diffusers_fair.reports.report import require_free
+    from diffusers_fair.reports.folder import require_free
     from diffusers_fair.reports.table import table
 
     require_free(out)
@@ -696,12 +697,12 @@ def _attributes(
 def _entry(word: str) -> Any:
     """A report to compare, named as in `group/ours=reports/ours`, or by its own label."""
     from diffusers_fair.reports.comparison import Entry
-    from diffusers_fair.reports.report import Report
+    from diffusers_fair.reports.folder import load_report
 
     name, found, folder = word.partition("=")
     if not found or Path(word).exists():  # a folder may have = in its name
         name, folder = "", word
-    report = Report.load(folder)
+    report = load_report(folder)
     group, _, label = name.rpartition("/")
     return Entry(label=label or report.label, report=report, group=group)
 

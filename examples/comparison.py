@@ -39,7 +39,14 @@ from diffusers_fair.prompts import prompt_set
 from diffusers_fair.prompts.groups import PromptGroup
 from diffusers_fair.provenance import provenance
 from diffusers_fair.reports.comparison import Entry, compare
-from diffusers_fair.reports.report import FILE, PAGE, Report
+from diffusers_fair.reports.folder import (
+    FILE,
+    PAGE,
+    load_report,
+    save_comparison,
+    save_report,
+)
+from diffusers_fair.reports.report import Report
 from diffusers_fair.testbed import world
 
 OURS = "this package"
@@ -76,9 +83,9 @@ def main(
             rows.append(Entry(label=f"{name}, {goal}", report=report, group=goal))
             costs[rows[-1].label] = cost
         if len(rows) > 1:
-            compare(rows).save(out / recipe)
+            save_comparison(compare(rows), out / recipe)
         entries += rows
-    compare(entries, against="base").save(out)
+    save_comparison(compare(entries, against="base"), out)
     write_costs(costs, out)
 
 
@@ -105,7 +112,7 @@ def light(make: Callable[[], Report], folder: Path, images: int) -> Report:
     if not (folder / FILE).exists():
         report = make()
         groups = {name: slim(group) for name, group in report.groups.items()}
-        replace(slim(report), groups=groups, reference=None).save(folder)
+        save_report(replace(slim(report), groups=groups, reference=None), folder)
         (folder / PAGE).unlink()
     return stored(folder, images)
 
@@ -117,7 +124,7 @@ def slim(seen: Any) -> Any:
 
 def stored(folder: Path, images: int) -> Report:
     """The report in a folder, which must be of that many images."""
-    report = Report.load(folder)
+    report = load_report(folder)
     there = report.settings.images_per_prompt
     if there != images:
         raise typer.BadParameter(

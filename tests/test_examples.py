@@ -19,7 +19,7 @@ import experiments
 
 from diffusers_fair import RunConfig
 from diffusers_fair.adapters.io import read_adapter
-from diffusers_fair.reports.report import Report
+from diffusers_fair.reports.folder import load_report, save_report
 from diffusers_fair.testbed import world
 
 CARDS = Path(__file__).parents[1] / "model_cards"
@@ -59,9 +59,9 @@ def test_processes_remove_a_base_report_with_fewer_images_once_all_have_read_it(
     monkeypatch, tmp_path
 ):
     folder = tmp_path / "reports" / "base" / "sports"
-    report().save(folder)
+    save_report(report(), folder)
     barrier, index = Barrier(2), ContextVar("index")
-    load = Report.load
+    load = load_report
 
     def slow(folder):
         sleep(0.2 * index.get())  # the first process is done long before the second
@@ -183,7 +183,7 @@ def test_words_that_are_lost_fall_short(experiment, short):
 
 def test_words_stand_in_the_table_where_a_report_has_them():
     plain = report(attributes=list(world.ATTRIBUTES.values())).summary
-    assert experiments.cells({"summary": plain})[-5:] == ["-"] * 5
+    assert experiments.cells({"summary": plain.json()})[-5:] == ["-"] * 5
     told = experiments.cells(with_words(plain, 1))[-5:]
     assert told == ["0.960", "0.810", "-", "0.960", "0.012"]
 

@@ -11,7 +11,7 @@ from PIL import Image
 from diffusers_fair.evaluation.evaluate import audit
 from diffusers_fair.evaluation.generate import pairs_of
 from diffusers_fair.evaluation.image_folder import picture_folder
-from diffusers_fair.reports.report import Report
+from diffusers_fair.reports.folder import load_report
 
 
 def paint(file, size=(16, 16), seed=0, mode="RGB", **options):
@@ -44,19 +44,19 @@ def look(folder, **changes):
 def test_gaps_are_explicit_and_prompts_count_their_own_pictures(folder, tmp_path):
     report = look(folder, out=tmp_path / "report", batch_size=2)
     assert report.settings.prompts == ("a baker", "a nurse", "a judge in a robe")
-    assert [p["images"] for p in report.prompts] == [4, 0, 1]
-    assert report.prompts[0]["attributes"]["hue"]["floor"] > 0.2
-    assert report.prompts[1]["attributes"] == report.prompts[2]["attributes"]
-    assert set(report.prompts[2]["attributes"].values()) == {None}
-    assert report.prompts[1]["scores"] == {"clip_t": None}
+    assert [p.images for p in report.prompts] == [4, 0, 1]
+    assert report.prompts[0].attributes["hue"].noise_floor > 0.2
+    assert report.prompts[1].attributes == report.prompts[2].attributes
+    assert set(report.prompts[2].attributes.values()) == {None}
+    assert report.prompts[1].scores == {"clip_t": None}
     summary = report.summary
-    assert summary["bias"]["hue"]["prompts"] == 1
-    assert summary["prompts_without_images"] == ["a nurse"]
-    assert summary["prompts_without_faces"] == ["a nurse"]
-    assert summary["prompts_with_one_face"] == ["a judge in a robe"]
-    assert summary["face_rate"]["mean"] == 1
-    json.dumps([summary, report.prompts], allow_nan=False)
-    again = Report.load(tmp_path / "report")
+    assert summary.bias["hue"].n == 1
+    assert summary.prompts_without_images == ["a nurse"]
+    assert summary.prompts_without_faces == ["a nurse"]
+    assert summary.prompts_with_one_face == ["a judge in a robe"]
+    assert summary.face_rate.mean == 1
+    json.dumps([summary.json(), *(p.json() for p in report.prompts)], allow_nan=False)
+    again = load_report(tmp_path / "report")
     assert again.summary == summary
     assert again.records.file.tolist()[-1] == "x1/0.tif"
     assert again.records.seed is None
@@ -67,13 +67,13 @@ def test_figures_do_not_depend_on_the_batches(folder):
     one, many = look(folder, batch_size=1), look(folder, batch_size=24)
     for key, values in one.records.scores.items():
         np.testing.assert_allclose(many.records.scores[key], values, atol=1e-5)
-    assert one.summary["bias"] == many.summary["bias"]
+    assert one.summary.bias == many.summary.bias
 
 
 def test_no_face_in_any_picture(folder):
     report = audit(folder, [HUE], judges=judges(face_detector=find_none), progress=False)
-    assert report.summary["bias"] == {"hue": None}
-    assert len(report.summary["prompts_without_faces"]) == 3
+    assert report.summary.bias == {"hue": None}
+    assert len(report.summary.prompts_without_faces) == 3
 
 
 def test_pictures_are_fitted_into_a_square(folder):

@@ -26,9 +26,11 @@ from diffusers_fair.evaluation.quality import prompt_features
 from diffusers_fair.prompts.groups import GROUPS, PromptGroup, evaluation_groups
 from diffusers_fair.prompts.wording import Wording
 from diffusers_fair.provenance import provenance
+from diffusers_fair.reports.folder import FILE, load_report, save_report
 from diffusers_fair.reports.groups import GroupReport
 from diffusers_fair.reports.records import Records, Settings
-from diffusers_fair.reports.report import FILE, SCORE_NAMES, Report
+from diffusers_fair.reports.report import Report
+from diffusers_fair.reports.summary import SCORE_NAMES
 from diffusers_fair.vision.judges import Judges, confusion_of
 
 PARTIAL = ".partial"  # in a report's folder, as long as the evaluation runs
@@ -173,7 +175,7 @@ def with_groups(
         judges, _positive(batch_size, "batch_size"), None if out is None else Path(out), progress
     )
     found = {
-        group.name: reference.groups[group.name].of(group)
+        group.name: reference.groups[group.name].select(group)
         if _has(reference, group)
         else _measure_group(pipe, group, settings, run, None, folder, reference.provenance)
         for group in groups
@@ -269,7 +271,7 @@ def _measure(
         raise ValueError(f"an extra score must not be called '{name}': that name is taken")
     facts: Mapping[str, Any] = provenance() | {"model": dict(about)}
     if run.out is not None and (run.out / FILE).exists():
-        return _same(Report.load(run.out), settings, groups, facts, run.out)
+        return _same(load_report(run.out), settings, groups, facts, run.out)
     asked = {"settings": settings.json(), "batch_size": run.batch_size, "label": label, **about}
     asked["reference"] = origin = None if reference is None else reference.provenance
     texts = prompt_features(settings.prompts, run.judges.clip)  # (P, d)
@@ -285,7 +287,7 @@ def _measure(
     records, samples = _joined(seen)
     measured = {}
     for group in groups:
-        base = None if reference is None else reference.groups[group.name].of(group).records
+        base = None if reference is None else reference.groups[group.name].select(group).records
         measured[group.name] = _measure_group(pipe, group, settings, run, base, run.folder, origin)
     report = Report(
         label=label,
@@ -413,7 +415,7 @@ def _finish(report: Report, out: Path) -> None:
     """Save the report once, after all processes have read what it is made of."""
     distributed.barrier()
     if distributed.rank() == 0:
-        report.save(out)
+        save_report(report, out)
         shutil.rmtree(out / PARTIAL)
     distributed.barrier()
 
@@ -444,7 +446,7 @@ def _usual_groups(settings: Settings, reference: Report | None) -> tuple[PromptG
     """
     if reference is None:
         return evaluation_groups(settings.prompts, [Wording(a, {}) for a in settings.attributes])
-    found = [group.of_attributes(settings.attributes) for group in reference.groups.values()]
+    found = [group.select_attributes(settings.attributes) for group in reference.groups.values()]
     if not found:
         raise ValueError(
             "the reference measured no groups of prompts that leave nothing to change: add them "

@@ -14,7 +14,12 @@ from diffusers_fair.evaluation.journal import Seen
 from diffusers_fair.evaluation.quality import image_features, quality_scores
 from diffusers_fair.prompts.groups import UNTOUCHED, PromptGroup
 from diffusers_fair.reports.groups import PIXELS, THUMBNAIL, pixel_change, with_obeyed
-from diffusers_fair.reports.images import GROUP_SAMPLES, SAMPLE_IMAGES, SAMPLE_PROMPTS, sampled
+from diffusers_fair.reports.images import (
+    GROUP_SAMPLES,
+    SAMPLE_IMAGES,
+    SAMPLE_PROMPTS,
+    sample_prompts,
+)
 from diffusers_fair.reports.records import Records, Settings
 from diffusers_fair.vision.classifiers import view
 from diffusers_fair.vision.faces import Faces
@@ -66,7 +71,7 @@ def look(
         scores={name: np.round(values.astype(float), 6) for name, values in scores.items()},
         features=features,
     )
-    return Seen(records, _samples(batch, sampled(len(settings.prompts), sampled_prompts)))
+    return Seen(records, _samples(batch, sample_prompts(len(settings.prompts), sampled_prompts)))
 
 
 @torch.no_grad()

@@ -281,7 +281,7 @@ class FairnessFinetuner:
         _save_samples(report, folder / "samples" / f"step-{self.done:06d}.png")
         biases = {a.name: _mean_bias(report, a.name) for a in self.attributes}
         found = {f"validation/{name}": b for name, b in biases.items() if b is not None}
-        clip_t, least = report.summary["scores"]["clip_t"]["mean"], self._least_clip_t()
+        clip_t, least = _clip_t(report), self._least_clip_t()
         self.watch.clip_t(clip_t, least)
         if found and clip_t >= least:
             mean = sum(found.values()) / len(found)
@@ -294,7 +294,7 @@ class FairnessFinetuner:
         """CLIP-T of the original model on the validation prompts, less what may be lost."""
         if self.base_clip_t is None:
             with self.adapter.off():
-                self.base_clip_t = self._measure().summary["scores"]["clip_t"]["mean"]
+                self.base_clip_t = _clip_t(self._measure())
         return self.base_clip_t - self.config.train.clip_t_drop
 
     def _measure(self) -> Report:
@@ -511,9 +511,14 @@ def _components(config: RunConfig) -> dict[str, Lora | SoftTokens]:
 
 def _mean_bias(report: Report, attribute: str) -> float | None:
     """Distance from the target, which is the bias where the target is uniform."""
-    summary = report.summary
-    figure = summary["deviation"].get(attribute, summary["bias"][attribute])
-    return None if figure is None else figure["mean"]
+    estimate = report.summary.from_target(attribute)
+    return None if estimate is None else estimate.mean
+
+
+def _clip_t(report: Report) -> float:
+    estimate = report.summary.scores["clip_t"]
+    assert estimate is not None  # every image has one
+    return estimate.mean
 
 
 def _save_samples(report: Report, file: Path) -> None:
