@@ -28,12 +28,13 @@ from typing import Annotated, Any
 
 import torch
 import typer
-from experiments import OCCUPATIONS, drawer, kept_alone
+from experiments import OCCUPATIONS, controls, drawer
 
 from diffusers_fair import RunConfig, evaluate, load_fair_adapter, testbed
 from diffusers_fair.adapters.io import read_adapter
+from diffusers_fair.assess import EvaluationDefaults, baseline_task
 from diffusers_fair.backends.registry import load_judges
-from diffusers_fair.baselines import BASELINES, Task, Wording, baseline
+from diffusers_fair.baselines import BASELINES, Task, baseline
 from diffusers_fair.evaluation.generate import generate
 from diffusers_fair.prompts import prompt_set
 from diffusers_fair.prompts.groups import PromptGroup
@@ -154,12 +155,11 @@ def training_seconds(adapter: Path) -> float:
 
 
 def task(config: RunConfig, pipe: Any) -> Task:
-    """What a rival is told: prompts, models and sampling of training."""
-    attributes = config.balanced()
-    return Task(
-        wordings=[Wording(a, s.words) for a, s in zip(attributes, config.attributes, strict=True)],
-        prompts=prompt_set(OCCUPATIONS).prompts(config.prompts.train),
-        judges=lambda: load_judges(config.models, attributes, pipe.device),
+    """The task of a baseline: prompts, models and sampling of training."""
+    return baseline_task(
+        config.balanced(),
+        EvaluationDefaults.of_config(testbed.NAME, config),
+        pipe.device,
         steps=config.sampling.steps[1],
         guidance_scale=config.sampling.guidance_scale,
         seed=config.evaluation.seed,
@@ -198,8 +198,8 @@ def measured(
 
 
 def words_kept() -> tuple[PromptGroup, ...]:
-    """Prompts that leave nothing to change, the same for all methods and goals."""
-    return kept_alone(OCCUPATIONS, RunConfig.load(RECIPES[-1]))
+    """Control prompts, the same for all methods and goals."""
+    return controls(OCCUPATIONS, RunConfig.load(RECIPES[-1]))
 
 
 def slowdown(pipe: Any, config: RunConfig) -> float:

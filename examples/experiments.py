@@ -26,14 +26,14 @@ from preview_card import preview
 
 from diffusers_fair import FairnessFinetuner, RunConfig, distributed, metrics, testbed
 from diffusers_fair.adapters.io import AdapterInfo, Weights, read_adapter, write_adapter
+from diffusers_fair.assess import EvaluationDefaults, control_groups
 from diffusers_fair.attributes import Attribute
-from diffusers_fair.backends.registry import load_base, load_judges, untouched_set
-from diffusers_fair.evaluation.evaluate import evaluate, with_groups
+from diffusers_fair.backends.registry import load_base, load_judges
+from diffusers_fair.evaluation.evaluate import evaluate
+from diffusers_fair.evaluation.groups import with_groups
 from diffusers_fair.loading import load_fair_adapter
 from diffusers_fair.prompts import prompt_set
-from diffusers_fair.prompts.groups import PromptGroup, evaluation_groups
-from diffusers_fair.prompts.training_words import kept_sets, mark_unseen
-from diffusers_fair.prompts.wording import recipe_wording
+from diffusers_fair.prompts.groups import PromptGroup
 from diffusers_fair.publishing.card import write_card
 from diffusers_fair.reports.estimate import GAP
 from diffusers_fair.reports.folder import FILE, GROUPS_SHEET, PAIRS, load_report
@@ -122,7 +122,7 @@ def measured(experiment: Experiment, runs: Path) -> Path:
     images = experiment.images or config.evaluation.images_per_prompt
     adapter = trained(experiment.recipe, runs)
     reference = base(experiment.prompts, images, config, runs).select(attributes, images)
-    groups = kept_alone(experiment.prompts, config)
+    groups = controls(experiment.prompts, config)
     pipe = drawer(config)
     judges = load_judges(config.evaluation.models, attributes, pipe.device)
     reference = with_groups(reference, pipe, groups, judges=judges, out=folder)
@@ -131,14 +131,11 @@ def measured(experiment: Experiment, runs: Path) -> Path:
     return folder
 
 
-def kept_alone(prompts: str, config: RunConfig) -> tuple[PromptGroup, ...]:
-    """Prompts that leave an adapter of that recipe nothing to change."""
-    recipe = config.model_dump(mode="json")
-    sections, balanced = recipe["attributes"], [section.name for section in config.attributes]
-    trained = [recipe_wording(section.attribute(), sections) for section in config.attributes]
-    texts = prompt_set(prompts).prompts(config.evaluation.split)
-    groups = evaluation_groups(texts, trained, untouched=untouched_set(testbed.NAME))
-    return mark_unseen(groups, kept_sets(recipe), balanced)
+def controls(prompts: str, config: RunConfig) -> tuple[PromptGroup, ...]:
+    """The control prompts of an adapter of that recipe."""
+    defaults = EvaluationDefaults.of_config(testbed.NAME, config)
+    attributes = [section.attribute() for section in config.attributes]
+    return control_groups(defaults.prompts(prompts, None), attributes, defaults)
 
 
 def drawer(config: RunConfig) -> Any:

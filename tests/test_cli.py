@@ -10,6 +10,7 @@ from PIL import Image
 
 from diffusers_fair import cli
 from diffusers_fair.adapters.io import read_adapter, write_info
+from diffusers_fair.assess import EvaluationDefaults, control_groups
 from diffusers_fair.baselines import BASELINES
 from diffusers_fair.prompts.training_words import kept_sets
 from diffusers_fair.reports.folder import load_report
@@ -176,7 +177,9 @@ def test_whose_words_are_words_of_training(
     """In how many of the two groups with words an attribute has any of training."""
     folder = None if prompts is None else str(with_recipe(adapter, tmp_path / "a", **prompts))
     chosen = [world.ATTRIBUTES[name] for name in attributes]
-    made = cli._groups(cli._asked("testbed", recipe), chosen, folder, ["a chef"], 1)
+    info = None if folder is None else read_adapter(folder)[0]
+    defaults = EvaluationDefaults.of("testbed", recipe)
+    made = control_groups(["a chef"], chosen, defaults, info, images_per_prompt=1)
     found = {
         name: sum(any(p.asks.keys() == {name} and not p.unseen for p in g.prompts) for g in made)
         for name in attributes

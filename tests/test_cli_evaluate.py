@@ -74,7 +74,7 @@ def test_pictures_made_by_anything(tmp_path, monkeypatch, capsys):
     assert run(monkeypatch, *words, "--out", tmp_path / "r") == 0
     report = load_report(tmp_path / "r")
     assert report.settings.prompts == ("a female person", "a male person")
-    shares = [p["attributes"]["gender"]["frequencies"]["female"] for p in report.prompts]
+    shares = [p.attributes["gender"].frequencies["female"] for p in report.prompts]
     np.testing.assert_allclose(shares, [1, 0])
     assert report.summary.bias["gender"].mean == 1
     assert report.summary.corrected["gender"].mean == pytest.approx(1, abs=1e-4)
@@ -83,7 +83,7 @@ def test_pictures_made_by_anything(tmp_path, monkeypatch, capsys):
 
 BAD = {
     "no folder": (["--images", "nowhere", "--recipe", "testbed-gender"], "no folder 'nowhere'"),
-    "no models": (["--images", "nowhere"], "need models that look at them: name a recipe"),
+    "no models": (["--images", "nowhere"], "need models that judge them: name a recipe"),
     "an adapter, too": (["--images", "x", "--adapter", "y"], "leave out --adapter"),
     "words, too": (
         ["--images", "x", "--respect-words"],

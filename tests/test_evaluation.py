@@ -5,6 +5,7 @@ import io
 import json
 import subprocess
 import sys
+from pathlib import Path
 
 import numpy as np
 import pytest
@@ -18,11 +19,12 @@ from diffusers_fair import metrics
 from diffusers_fair.attributes import Attribute
 from diffusers_fair.evaluation.evaluate import evaluate as evaluate_with_groups
 from diffusers_fair.evaluation.generate import generate, image_seed
-from diffusers_fair.reports.estimate import Estimate
+from diffusers_fair.reports.estimate import Estimate, estimate_text
 from diffusers_fair.reports.folder import load_report, save_report
 from diffusers_fair.reports.images import pairs_sheet, sample_prompts
 from diffusers_fair.reports.records import Records, Settings
 from diffusers_fair.reports.report import Report
+from diffusers_fair.reports.summary import Summary
 from diffusers_fair.reports.table import table
 from diffusers_fair.vision.classifiers import NetworkClassifier
 from diffusers_fair.vision.encoders import NetworkEncoder, Pixels
@@ -90,6 +92,9 @@ def shown(before, after=None):
     console = Console(width=100, record=True, file=io.StringIO())
     console.print(table(before, after))
     return console.export_text()
+
+
+KEPT_REPORTS = sorted((Path(__file__).parents[1] / "model_cards").rglob("report.json"))
 
 
 def finite(report):
@@ -390,6 +395,24 @@ def test_report_folder_round_trip(base, other, tmp_path):
     assert sorted(p.name for p in tmp_path.iterdir()) == ["adapter", "base"]
 
 
+def test_a_summary_is_read_from_its_json(base, other):
+    for report in (base, other, made_up([[1, 1], [0, 1]], [[[0, 1], [0, 0]]])):
+        assert Summary.from_json(json.loads(json.dumps(report.summary.json()))) == report.summary
+
+
+@pytest.mark.parametrize("file", KEPT_REPORTS, ids=lambda file: file.parent.name)
+def test_kept_summaries_are_written_as_they_were(file):
+    root = json.loads(file.read_text("utf-8"))["summary"]
+    assert json.dumps(Summary.from_json(root).json()) == json.dumps(root)
+
+
+def test_an_estimate_as_text():
+    assert str(Estimate(0.6714, 0.281, (0.592, 0.744), 9)) == "0.671 ± 0.281 [0.592, 0.744]"
+    assert str(Estimate(0.5, None, (0.0, 1.0), 9)) == "0.500 [0.000, 1.000]"
+    assert estimate_text(Estimate(0.5, 0.0, None, 1)) == "0.500 ± 0.000"
+    assert estimate_text(None) == "-"
+
+
 def test_a_loaded_report_is_a_reference(base, other, tmp_path):
     save_report(base, tmp_path / "base")
     loaded = load_report(tmp_path / "base")
@@ -419,7 +442,7 @@ def test_table_is_tidy_at_100_columns(base, other):
     assert "…" not in text
     heads = (
         "bias, hue x tone",
-        "deviation from target, tone",
+        "deviation, tone",
         "noise floor",
         "without sampling variance",
     )
@@ -446,7 +469,7 @@ def test_table_is_tidy_at_100_columns(base, other):
         ({"attributes": [Attribute("hat", "ab")]}, r"no classifier for attribute 'hat'.*'tone'"),
         (
             {"attributes": [Attribute("hue", ("red", "green"))]},
-            r"has classes \['red', 'green'\], but its classifier knows \['red', 'green', 'blue'\]",
+            r"has classes \['red', 'green'\], but its classifier has \['red', 'green', 'blue'\]",
         ),
         ({"judges": judges(extra={"clip_t": len})}, "must not be called 'clip_t'"),
         (

@@ -8,9 +8,9 @@ import torch
 from judging import HUE, TONE, find_none, judges
 from PIL import Image
 
-from diffusers_fair.evaluation.evaluate import audit
+from diffusers_fair.evaluation.audit import audit
 from diffusers_fair.evaluation.generate import pairs_of
-from diffusers_fair.evaluation.image_folder import picture_folder
+from diffusers_fair.evaluation.image_folder import image_folder
 from diffusers_fair.reports.folder import load_report
 
 
@@ -77,7 +77,7 @@ def test_no_face_in_any_picture(folder):
 
 
 def test_pictures_are_fitted_into_a_square(folder):
-    found = picture_folder(folder)
+    found = image_folder(folder)
     assert found.side == 30
     (pairs,) = pairs_of([len(files) for files in found.files], 24)
     images = found.read(pairs).images
@@ -89,7 +89,7 @@ def test_pictures_are_fitted_into_a_square(folder):
 def test_pictures_of_one_size_stay_as_they_are(tmp_path):
     paint(tmp_path / "a" / "0.png", (20, 12))
     paint(tmp_path / "b" / "0.png", (20, 12), 1)
-    found = picture_folder(tmp_path)
+    found = image_folder(tmp_path)
     assert found.side is None
     images = found.read(np.array([[1, 0]])).images
     pixels = np.array(Image.open(tmp_path / "b" / "0.png"))
@@ -104,7 +104,7 @@ def test_transparent_parts_are_white_and_cameras_are_turned(tmp_path):
     picture = Image.new("RGB", (8, 8), "black")
     picture.paste("white", (0, 0, 8, 4))
     picture.save(tmp_path / "a" / "1.png", exif=exif)
-    clear, turned = picture_folder(tmp_path).read(np.array([[0, 0], [0, 1]])).images
+    clear, turned = image_folder(tmp_path).read(np.array([[0, 0], [0, 1]])).images
     assert (clear == 1).all()
     assert (turned[:, :, 4:] == 1).all()
     assert (turned[:, :, :4] == -1).all()
@@ -113,32 +113,32 @@ def test_transparent_parts_are_white_and_cameras_are_turned(tmp_path):
 def test_a_picture_that_cannot_be_read(folder):
     file = folder / "a baker" / "1.jpg"
     file.write_bytes(file.read_bytes()[:200])
-    with pytest.raises(ValueError, match=r"1\.jpg' cannot be read as a picture \(.*\): mend it or"):
-        picture_folder(folder)
+    with pytest.raises(ValueError, match=r"1\.jpg' cannot be read as an image \(.*\): repair or"):
+        image_folder(folder)
 
 
 @pytest.mark.parametrize(
     ("make", "message"),
     [
         (lambda place: None, "there is no folder '.*nowhere': expected one with a folder per prom"),
-        (lambda place: place.mkdir(), r"has no folder with pictures \(0 pictures lie in it"),
-        (lambda place: paint(place / "0.png"), r"\(1 pictures lie in it directly\): expected a fo"),
-        (lambda place: (place / "a baker").mkdir(parents=True), "has no folder with pictures"),
+        (lambda place: place.mkdir(), r"has no subfolder with images \(0 images lie in it"),
+        (lambda place: paint(place / "0.png"), r"\(1 images lie in it directly\): expected a su"),
+        (lambda place: (place / "a baker").mkdir(parents=True), "has no subfolder with images"),
     ],
 )
 def test_folders_without_pictures(make, message, tmp_path):
     make(tmp_path / "nowhere")
     with pytest.raises(ValueError, match=message):
-        picture_folder(tmp_path / "nowhere")
+        image_folder(tmp_path / "nowhere")
 
 
 def test_prompts_that_are_not_clear(folder):
     (folder / "x1" / "prompt.txt").write_bytes(b"\xff\xfe\xfa")
     with pytest.raises(ValueError, match=r"prompt\.txt' holds no prompt: expected one as UTF-8"):
-        picture_folder(folder)
+        image_folder(folder)
     (folder / "x1" / "prompt.txt").write_text("a baker")
-    with pytest.raises(ValueError, match="two folders of the prompt 'a baker': make it one"):
-        picture_folder(folder)
+    with pytest.raises(ValueError, match="two subfolders of the prompt 'a baker': make it one"):
+        image_folder(folder)
 
 
 def test_other_pictures_do_not_go_on(folder, tmp_path):

@@ -113,7 +113,7 @@ def test_feedback_on_target_stays():
 
 def test_a_report_measures_each_prompt_by_its_own_target():
     plain = report()
-    counts = [p["attributes"]["hue"]["frequencies"] for p in plain.prompts]
+    counts = [p.attributes["hue"].frequencies for p in plain.prompts]
     own = {
         prompt: tuple(np.array(list(counts[i].values())) / sum(counts[i].values()))
         for i, prompt in enumerate(plain.settings.prompts)

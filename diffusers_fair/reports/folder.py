@@ -59,7 +59,7 @@ def require_free(folder: str | Path) -> Path:
     """
     folder = Path(folder)
     if (folder / FILE).exists():
-        raise ValueError(f"'{folder}' already holds a report: choose another folder")
+        raise ValueError(f"'{folder}' holds a report already: choose another folder")
     if folder.exists() and not folder.is_dir():
         raise ValueError(f"'{folder}' is a file: expected a folder to write the report to")
     return folder

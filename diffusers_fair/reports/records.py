@@ -115,15 +115,15 @@ class Records:
         rows = np.arange(len(self.found))
         if any(a.of_faces for a in attributes):
             rows = np.flatnonzero(self.found)
-        seen = [self.probabilities[a.name][rows] for a in attributes]
+        probabilities = [self.probabilities[a.name][rows] for a in attributes]
         if any(a.of_faces for a in attributes) and self.others_found is not None:
             image, place = self.others_found.nonzero()
             rows = np.concatenate([rows, image])
             for i, a in enumerate(attributes):
                 whole = self.probabilities[a.name][image]
                 more = self.others_probabilities[a.name][image, place] if a.of_faces else whole
-                seen[i] = np.concatenate([seen[i], more])
-        return self.prompt[rows], [p.argmax(-1) for p in seen]
+                probabilities[i] = np.concatenate([probabilities[i], more])
+        return self.prompt[rows], [p.argmax(-1) for p in probabilities]
 
     def arrays(self) -> dict[str, np.ndarray]:
         """Flatten to named arrays, as {"found": (n,), "scores/clip_t": (n,)}, without None."""
@@ -157,15 +157,15 @@ class Records:
                 treated as those of faces: images without a face leave them out.
         """
         whole = {a.name for a in attributes if not a.of_faces}
-        for i, found in enumerate(self.found.tolist()):
-            shown = {k: v for k, v in self.probabilities.items() if found or k in whole}
+        for i, has_face in enumerate(self.found.tolist()):
+            shown = {k: v for k, v in self.probabilities.items() if has_face or k in whole}
             yield {
                 "prompt": int(self.prompt[i]),
                 "image": int(self.image[i]),
                 **({} if self.seed is None else {"seed": int(self.seed[i])}),
                 **({} if self.file is None else {"file": str(self.file[i])}),
-                "found": found,
-                "box": self.boxes[i].tolist() if found else None,
+                "found": has_face,
+                "box": self.boxes[i].tolist() if has_face else None,
                 "probabilities": {k: v[i].tolist() for k, v in shown.items()} or None,
                 **({} if self.others_found is None else {"others": self._others(i)}),
                 "scores": {k: _json_float(v[i]) for k, v in self.scores.items()},
@@ -215,17 +215,17 @@ class Records:
 
 def _other_faces(lines: Sequence[dict], attributes: Sequence[Attribute]) -> dict[str, Any]:
     """Read the further faces that `lines` wrote."""
-    n, most = len(lines), max(len(line["others"]) for line in lines)
+    n, places = len(lines), max(len(line["others"]) for line in lines)
     of_faces = [a for a in attributes if a.of_faces]
-    found, boxes = np.zeros((n, most), bool), np.zeros((n, most, 4))
-    probabilities = {a.name: np.zeros((n, most, len(a.classes))) for a in of_faces}
+    exists, boxes = np.zeros((n, places), bool), np.zeros((n, places, 4))
+    probabilities = {a.name: np.zeros((n, places, len(a.classes))) for a in of_faces}
     for i, line in enumerate(lines):
         for j, face in enumerate(line["others"]):
-            found[i, j], boxes[i, j] = True, face["box"]
+            exists[i, j], boxes[i, j] = True, face["box"]
             for a in of_faces:
                 probabilities[a.name][i, j] = face["probabilities"][a.name]
     return {
-        "others_found": found,
+        "others_found": exists,
         "others_boxes": boxes,
         "others_probabilities": probabilities,
     }
@@ -234,9 +234,9 @@ def _other_faces(lines: Sequence[dict], attributes: Sequence[Attribute]) -> dict
 def _concatenated(parts: Sequence[np.ndarray], name: str) -> np.ndarray:
     """Concatenate; further faces are padded to the largest number that any image has."""
     if name.startswith("others"):
-        most = max(part.shape[1] for part in parts)
-        room = [[(0, 0), (0, most - p.shape[1])] + [(0, 0)] * (p.ndim - 2) for p in parts]
-        parts = [np.pad(part, gap) for part, gap in zip(parts, room, strict=True)]
+        places = max(part.shape[1] for part in parts)
+        padding = [[(0, 0), (0, places - p.shape[1])] + [(0, 0)] * (p.ndim - 2) for p in parts]
+        parts = [np.pad(part, width) for part, width in zip(parts, padding, strict=True)]
     return np.concatenate(parts)
 
 

@@ -30,6 +30,7 @@ def table(before: Report, after: Report | None = None) -> "Table":
     grid = Table(
         title=_title(reports[-1]),
         caption="mean ± std over prompts [95 % bootstrap interval of the mean over prompts]\n"
+        "deviation: from a target that is not uniform\n"
         "noise floor: expected value for a generator exactly on target, with as many images\n"
         "errors corrected: for the classifier's errors on other images; has a larger variance",
         title_justify="left",
@@ -65,7 +66,8 @@ def _bias_rows(column: BiasColumn, reports: Sequence[Report]) -> Iterator[list[s
     biases = [column.estimate(report) for report in reports]
     without = [bias and bias.without_sampling_variance for bias in biases]
     corrected = [column.corrected(report) for report in reports]
-    yield [column.head, *map(estimate_text, biases)]
+    head = f"deviation, {column.name}" if column.from_target else column.head  # short enough
+    yield [head, *map(estimate_text, biases)]
     yield ["  noise floor", *(f"{b.noise_floor:.{DIGITS}f}" if b else GAP for b in biases)]
     yield ["  without sampling variance", *map(estimate_text, without)]
     if any(corrected):
