@@ -1,4 +1,4 @@
-"""Pictures made by anything: a folder for each prompt, with its pictures in it."""
+"""Images from a folder, made by anything: a subfolder for each prompt."""
 
 import hashlib
 from dataclasses import dataclass
@@ -11,77 +11,79 @@ from torch import Tensor
 from diffusers_fair.evaluation.generate import Pictures
 from diffusers_fair.vision.images import from_pillow
 
-PROMPT = "prompt.txt"  # in a prompt's folder, where the folder's name is not the prompt
-LARGEST = 1024  # pixels, of the square that pictures of different sizes are brought to
+PROMPT = "prompt.txt"  # in a subfolder whose name is not the prompt
+MAX_SIDE = 1024  # of the square that images of different sizes are fitted into, in pixels
 
 
 @dataclass(frozen=True)
-class PictureFolder:
-    """The prompts of a folder and the files of each."""
+class ImageFolder:
+    """The prompts of a folder, and the image files of each prompt."""
 
     folder: Path
     prompts: tuple[str, ...]
     files: tuple[tuple[Path, ...], ...]
-    """Of each prompt, in the order of their names."""
+    """Files of each prompt, in the order of their names."""
     side: int | None
-    """Pixels, of the square that every picture is fitted into; None: all have one size already."""
+    """Side in pixels of the square that every image is fitted into; None if all have one size."""
 
     def read(self, pairs: np.ndarray) -> Pictures:
-        """The pictures j of prompts i, pairs (n, 2)."""
+        """Read the images j of prompts i, pairs (n, 2)."""
         files = [self.files[i][j] for i, j in pairs]
-        images = torch.stack([_picture(file, self.side) for file in files])
+        images = torch.stack([_image(file, self.side) for file in files])
         names = [file.relative_to(self.folder).as_posix() for file in files]
         prompt, image = pairs.T  # (n,) each
         return Pictures(images, prompt, image, file=np.array(names))
 
     def digest(self) -> str:
-        """Of the names and sizes of all files: another one if pictures were changed."""
+        """Hash the names and sizes of all files."""
         files = [file for group in self.files for file in group]
         lines = [f"{file.relative_to(self.folder)} {file.stat().st_size}" for file in files]
         return hashlib.sha256("\n".join(lines).encode()).hexdigest()[:16]
 
 
-def picture_folder(folder: str | Path) -> PictureFolder:
-    """Find the pictures of a folder, and see that all can be read.
+def image_folder(folder: str | Path) -> ImageFolder:
+    """Find the images of a folder, and check that all can be read.
 
-    Every folder in it is a prompt: the text in its `prompt.txt`, or else its own name. Pictures are
-    whatever Pillow reads, told by their endings; other files are passed over. If they have
-    different sizes, each is fitted into a square, with grey beside it: as large as the largest of
-    them, at most 1024 pixels.
+    Every subfolder is a prompt: the text in its `prompt.txt`, or else its name. All files with a
+    suffix that Pillow can read are images; other files are ignored. If the images have different
+    sizes, each is fitted into a grey square whose side is that of the largest image, at most 1024
+    pixels.
 
     Args:
-        folder: with a folder for each prompt. One without pictures counts as a gap.
+        folder: has a subfolder for each prompt. An empty subfolder is a prompt without images.
 
     Raises:
-        ValueError: no such folder, no folders or no pictures in it, a picture that cannot be read,
-            a prompt twice.
+        ValueError: there is no such folder, it has no subfolder with images, an image cannot be
+            read, or two subfolders have the same prompt.
     """
     folder = Path(folder)
     if not folder.is_dir():
         raise ValueError(f"there is no folder '{folder}': expected one with a folder per prompt")
-    inside = sorted(p for p in folder.iterdir() if p.is_dir() and not p.name.startswith("."))
-    files = tuple(tuple(_pictures_in(place)) for place in inside)
+    subfolders = sorted(p for p in folder.iterdir() if p.is_dir() and not p.name.startswith("."))
+    files = tuple(tuple(_images_in(place)) for place in subfolders)
     if not any(files):
-        loose = len(_pictures_in(folder))
+        loose = len(_images_in(folder))
         raise ValueError(
-            f"'{folder}' has no folder with pictures ({loose} pictures lie in it directly): "
-            "expected a folder for each prompt, named as the prompt"
+            f"'{folder}' has no subfolder with images ({loose} images lie in it directly): "
+            "expected a subfolder for each prompt, named as the prompt"
         )
-    prompts = [_prompt(place) for place in inside]
-    twice = {prompt for prompt in prompts if prompts.count(prompt) > 1}
-    if twice:
-        raise ValueError(f"'{folder}' has two folders of the prompt '{min(twice)}': make it one")
+    prompts = [_prompt(place) for place in subfolders]
+    duplicates = {prompt for prompt in prompts if prompts.count(prompt) > 1}
+    if duplicates:
+        raise ValueError(
+            f"'{folder}' has two subfolders of the prompt '{min(duplicates)}': make it one"
+        )
     sizes = {_size(file) for group in files for file in group}
-    side = None if len(sizes) == 1 else min(LARGEST, max(max(size) for size in sizes))
-    return PictureFolder(folder, tuple(prompts), files, side)
+    side = None if len(sizes) == 1 else min(MAX_SIDE, max(max(size) for size in sizes))
+    return ImageFolder(folder, tuple(prompts), files, side)
 
 
-def _pictures_in(folder: Path) -> list[Path]:
+def _images_in(folder: Path) -> list[Path]:
     from PIL import Image
 
-    endings = Image.registered_extensions()
-    found = (p for p in folder.iterdir() if p.is_file() and not p.name.startswith("."))
-    return sorted(p for p in found if p.suffix.lower() in endings)
+    suffixes = Image.registered_extensions()
+    files = (p for p in folder.iterdir() if p.is_file() and not p.name.startswith("."))
+    return sorted(p for p in files if p.suffix.lower() in suffixes)
 
 
 def _prompt(folder: Path) -> str:
@@ -98,33 +100,33 @@ def _prompt(folder: Path) -> str:
 
 
 def _size(file: Path) -> tuple[int, int]:
-    """Width and height; reads all of the picture, so that a damaged one is told at once."""
+    """Width and height; decodes the whole image, so that a damaged one is reported at once."""
     return _open(file).size
 
 
 def _open(file: Path):
-    """The picture upright, its transparent parts white, RGB."""
+    """The image as RGB, upright, with transparent parts white."""
     from PIL import Image, ImageOps
 
     try:
         with Image.open(file) as opened:
             upright = ImageOps.exif_transpose(opened)
             if upright.has_transparency_data:
-                seen = upright.convert("RGBA")
-                white = Image.new("RGBA", seen.size, "white")
-                return Image.alpha_composite(white, seen).convert("RGB")
+                image = upright.convert("RGBA")
+                white = Image.new("RGBA", image.size, "white")
+                return Image.alpha_composite(white, image).convert("RGB")
             return upright.convert("RGB")
-    except Exception as error:  # whatever a damaged file may cause
+    except Exception as error:  # a damaged file may cause any
         raise ValueError(
-            f"'{file}' cannot be read as a picture ({error}): mend it or take it out"
+            f"'{file}' cannot be read as an image ({error}): repair or remove it"
         ) from None
 
 
-def _picture(file: Path, side: int | None) -> Tensor:
+def _image(file: Path, side: int | None) -> Tensor:
     """(3, h, w) in [-1, 1]."""
     from PIL import ImageOps
 
-    picture = _open(file)
+    image = _open(file)
     if side is not None:
-        picture = ImageOps.pad(picture, (side, side), color=(127, 127, 127))
-    return from_pillow(picture)
+        image = ImageOps.pad(image, (side, side), color=(127, 127, 127))
+    return from_pillow(image)

@@ -1,4 +1,4 @@
-"""Judges and images -> what is kept of each image."""
+"""Judge a batch of images: the records of what the judges perceive in it."""
 
 from collections.abc import Mapping, Sequence
 from dataclasses import replace
@@ -10,41 +10,46 @@ from torch import Tensor
 
 from diffusers_fair.attributes import Attribute
 from diffusers_fair.evaluation.generate import Pictures
-from diffusers_fair.evaluation.journal import Seen
+from diffusers_fair.evaluation.journal import BatchRecords
 from diffusers_fair.evaluation.quality import image_features, quality_scores
 from diffusers_fair.prompts.groups import UNTOUCHED, PromptGroup
 from diffusers_fair.reports.groups import PIXELS, THUMBNAIL, pixel_change, with_obeyed
-from diffusers_fair.reports.images import GROUP_SAMPLES, SAMPLE_IMAGES, SAMPLE_PROMPTS, sampled
+from diffusers_fair.reports.images import (
+    GROUP_SAMPLES,
+    SAMPLE_IMAGES,
+    SAMPLE_PROMPTS,
+    sample_prompts,
+)
 from diffusers_fair.reports.records import Records, Settings
 from diffusers_fair.vision.classifiers import view
 from diffusers_fair.vision.faces import Faces
 from diffusers_fair.vision.images import to_arrays, to_bytes
 from diffusers_fair.vision.judges import Judges
 
-THUMB = 64  # pixels, side of a thumbnail
+THUMBNAIL_SIDE = 64  # pixels
 
 
 @torch.no_grad()
-def look(
+def judge_batch(
     batch: Pictures,
     settings: Settings,
     judges: Judges,
     texts: np.ndarray,
     reference: Records | None,
     sampled_prompts: int = SAMPLE_PROMPTS,
-) -> Seen:
-    """Everything that is kept of a batch of images.
+) -> BatchRecords:
+    """Judge a batch of images.
 
     Args:
         batch: the images.
-        settings: what was asked for.
-        judges: the models that look at them.
-        texts: CLIP's features (P, d) of the prompts.
+        settings: of the evaluation.
+        judges: the models that judge them.
+        texts: CLIP features (P, d) of the prompts.
         reference: the base model's records of the same noise.
-        sampled_prompts: prompts whose first images are kept.
+        sampled_prompts: number of prompts whose first images are kept.
 
     Raises:
-        ValueError: a judge that gives what is not finite, or not one score for each image.
+        ValueError: a judge returns values that are not finite, or not one score for each image.
     """
     faces = judges.faces(batch.images)
     features = image_features(batch.images, judges.clip, judges.dino)
@@ -61,31 +66,31 @@ def look(
         image=batch.image,
         seed=batch.seed,
         file=batch.file,
-        **_people(
-            faces, _probabilities(batch.images, faces, settings.attributes, judges), settings
-        ),
+        **_faces(faces, _probabilities(batch.images, faces, settings.attributes, judges), settings),
         scores={name: np.round(values.astype(float), 6) for name, values in scores.items()},
         features=features,
     )
-    return Seen(records, _samples(batch, sampled(len(settings.prompts), sampled_prompts)))
+    return BatchRecords(
+        records, _samples(batch, sample_prompts(len(settings.prompts), sampled_prompts))
+    )
 
 
 @torch.no_grad()
-def look_at_group(
+def judge_group_batch(
     batch: Pictures,
     group: PromptGroup,
     settings: Settings,
     judges: Judges,
     texts: np.ndarray,
     reference: Records | None,
-) -> Seen:
-    """Everything that is kept of images of a group's prompts; as `look`, but for the group.
+) -> BatchRecords:
+    """Judge a batch of images of control prompts, as `judge_batch` does for neutral prompts.
 
-    Adds the score "obeyed", and to untouched prompts "pixels", with a reference.
+    Adds the score "obeyed" and, for untouched prompts with a reference, the score "pixels".
     """
     judges = replace(judges, extra={})
-    seen = look(batch, settings, judges, texts, reference, GROUP_SAMPLES)
-    records = with_obeyed(seen.records, group.prompts, settings.attributes)
+    judged = judge_batch(batch, settings, judges, texts, reference, GROUP_SAMPLES)
+    records = with_obeyed(judged.records, group.prompts, settings.attributes)
     if group.name == UNTOUCHED:
         small = thumbnails(batch.images)
         records = replace(records, features={**records.features, THUMBNAIL: small})
@@ -93,38 +98,40 @@ def look_at_group(
             rows = batch.prompt * settings.images_per_prompt + batch.image  # (n,)
             change = np.round(pixel_change(small, reference.features[THUMBNAIL][rows]), 6)
             records = replace(records, scores={**records.scores, PIXELS: change})
-    return replace(seen, records=records)
+    return replace(judged, records=records)
 
 
 def thumbnails(images: Tensor) -> np.ndarray:
-    """Images (n, 3, h, w) in [-1, 1] -> (n, 3 * 64 * 64) in 0 to 255, whatever their size."""
-    small = torch.nn.functional.interpolate(images.float(), (THUMB, THUMB), mode="area")
+    """Shrink images (n, 3, h, w) in [-1, 1] of any size to (n, 3 * 64 * 64) in 0 to 255."""
+    small = torch.nn.functional.interpolate(
+        images.float(), (THUMBNAIL_SIDE, THUMBNAIL_SIDE), mode="area"
+    )
     return to_bytes(small).flatten(1).cpu().numpy()
 
 
-def _people(
+def _faces(
     faces: Faces, probabilities: Mapping[str, np.ndarray], settings: Settings
 ) -> dict[str, Any]:
-    """The largest face of each image and, where all count, the others, as `Records` has them."""
-    found, boxes = faces.found.cpu().numpy(), np.round(faces.boxes.double().cpu().numpy(), 2)
+    """The fields of `Records` on faces: the largest of each image and, if all count, the others."""
+    has_face, boxes = faces.found.cpu().numpy(), np.round(faces.boxes.double().cpu().numpy(), 2)
     if faces.image is None:
-        return {"found": found, "boxes": boxes, "probabilities": probabilities}
+        return {"found": has_face, "boxes": boxes, "probabilities": probabilities}
     image = faces.image.cpu().numpy()
     first = np.flatnonzero(np.diff(image, prepend=-1))  # (n,) row of each image's largest face
-    place = np.arange(len(image)) - first[image]  # (rows,) among the faces of the image
-    rest = place > 0
+    rank = np.arange(len(image)) - first[image]  # (rows,) among the faces of the image
+    is_other = rank > 0
 
     def others(values: np.ndarray) -> np.ndarray:
-        spread = np.zeros((len(first), place.max(), *values.shape[1:]), values.dtype)
-        spread[image[rest], place[rest] - 1] = values[rest]
-        return spread
+        padded = np.zeros((len(first), rank.max(), *values.shape[1:]), values.dtype)
+        padded[image[is_other], rank[is_other] - 1] = values[is_other]
+        return padded
 
     of_faces = {a.name for a in settings.attributes if a.of_faces}
     return {
-        "found": found[first],
+        "found": has_face[first],
         "boxes": boxes[first],
         "probabilities": {k: p[first] if k in of_faces else p for k, p in probabilities.items()},
-        "others_found": others(found),
+        "others_found": others(has_face),
         "others_boxes": others(boxes),
         "others_probabilities": {k: others(p) for k, p in probabilities.items() if k in of_faces},
     }
@@ -133,21 +140,21 @@ def _people(
 def _probabilities(
     images: Tensor, faces: Faces, attributes: Sequence[Attribute], judges: Judges
 ) -> dict[str, np.ndarray]:
-    """Attribute -> probabilities in the attribute's order, rounded.
+    """Attribute -> rounded probabilities, with the classes in the attribute's order.
 
-    Of attributes of faces (rows, classes), 0 where there is no face; else (n, classes).
+    They are (rows, classes) for attributes of faces, 0 without a face, and otherwise (n, classes).
     """
-    found, result = faces.found.cpu().numpy(), {}
-    shown, there = images[faces.owner[faces.found]], faces[faces.found]
+    has_face, result = faces.found.cpu().numpy(), {}
+    with_face, found = images[faces.owner[faces.found]], faces[faces.found]
     views: dict[tuple[bool, int], Tensor] = {}  # classifiers share them
     for a in attributes:
-        classifier, rows = judges.classifiers[a.name], found if a.of_faces else slice(None)
-        result[a.name] = np.zeros((len(found if a.of_faces else images), len(a.classes)))
-        if a.of_faces and not len(shown):
+        classifier, rows = judges.classifiers[a.name], has_face if a.of_faces else slice(None)
+        result[a.name] = np.zeros((len(has_face if a.of_faces else images), len(a.classes)))
+        if a.of_faces and not len(with_face):
             continue
         key = a.of_faces, classifier.size
         if key not in views:
-            views[key] = view(a, shown if a.of_faces else images, there, classifier.size)
+            views[key] = view(a, with_face if a.of_faces else images, found, classifier.size)
         p = classifier(views[key]).double().cpu().numpy()  # (faces or n, classes)
         if not np.isfinite(p).all():
             raise ValueError(

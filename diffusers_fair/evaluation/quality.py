@@ -1,7 +1,8 @@
-"""How well images fit their prompts, and how much they keep of the base model's images.
+"""Image quality: similarity to the prompt, and to the base model's image.
 
-CLIP-T is the cosine of an image and its prompt; CLIP-I and DINO are the cosines of an image and the
-base model's image of the same prompt and noise (section 5.1). All in [-1, 1]; 1 is the same.
+CLIP-T is the cosine similarity of an image and its prompt. CLIP-I and DINO are the cosine
+similarities of an image and the base model's image of the same prompt and noise (section 5.1). All
+are in [-1, 1]; 1 means equal.
 """
 
 from collections.abc import Mapping, Sequence
@@ -18,10 +19,10 @@ Features = Mapping[str, np.ndarray]
 
 @torch.no_grad()
 def image_features(images: Tensor, clip: ImageEncoder, dino: ImageEncoder) -> dict[str, np.ndarray]:
-    """What `quality_scores` compares, of images (n, 3, h, w) in [-1, 1].
+    """Encode images (n, 3, h, w) in [-1, 1] for `quality_scores`.
 
     Raises:
-        ValueError: features that are not finite.
+        ValueError: features are not finite.
     """
     features = {"clip": _array(clip(images)), "dino": _array(dino(images))}
     for name, values in features.items():
@@ -35,7 +36,7 @@ def image_features(images: Tensor, clip: ImageEncoder, dino: ImageEncoder) -> di
 
 @torch.no_grad()
 def prompt_features(prompts: Sequence[str], clip: ImageTextEncoder) -> np.ndarray:
-    """CLIP's unit-length features (P, d) of the prompts, 64 at a time."""
+    """Encode prompts by CLIP, 64 at a time: unit-length features (P, d)."""
     parts = [list(prompts[i : i + 64]) for i in range(0, len(prompts), 64)]
     return np.concatenate([_array(clip.texts(part)) for part in parts])
 
@@ -43,11 +44,11 @@ def prompt_features(prompts: Sequence[str], clip: ImageTextEncoder) -> np.ndarra
 def quality_scores(
     features: Features, texts: np.ndarray, reference: Features | None = None
 ) -> dict[str, np.ndarray]:
-    """CLIP-T of images, and with a reference CLIP-I and DINO.
+    """Compute CLIP-T of images and, with a reference, CLIP-I and DINO.
 
     Args:
         features: of n images.
-        texts: CLIP's features of their prompts (n, d).
+        texts: CLIP features of their prompts (n, d).
         reference: features of the base model's images of the same prompts and noise.
 
     Returns:
@@ -65,5 +66,5 @@ def _array(tensor: Tensor) -> np.ndarray:
 
 
 def _cosine(x: np.ndarray, y: np.ndarray) -> np.ndarray:
-    """Of rows of length 1."""
+    """Cosine similarity of unit-length rows (n, d)."""
     return np.einsum("nd,nd->n", x, y)

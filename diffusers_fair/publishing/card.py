@@ -1,13 +1,13 @@
-"""The card of an adapter folder, its README.md: figures come from a report, none is typed.
+"""The model card of an adapter folder, its README.md: every number comes from a report.
 
-A card is a function of `fair_adapter.json` and of the pictures in `samples/`: the report's summary
-goes into the one, its picture of pairs into the other.
+A card is a function of `fair_adapter.json`, which holds the report's summary, and of the images in
+`samples/`, which hold the report's sample sheets.
 """
 
 import json
 import re
 from collections.abc import Iterator, Mapping, Sequence
-from dataclasses import asdict, replace
+from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 from typing import Any
 
@@ -26,23 +26,26 @@ from diffusers_fair.adapters.folder import (
 from diffusers_fair.adapters.format import EMBEDS_FILE, AdapterInfo
 from diffusers_fair.attributes import Attribute
 from diffusers_fair.loading import MIRRORS, REPOSITORY
+from diffusers_fair.reports.estimate import DIGITS, GAP, Estimate, estimate_text
+from diffusers_fair.reports.folder import FILE, FORMAT, GROUPS_SHEET, PAIRS
 from diffusers_fair.reports.groups import GroupSummary, summaries_from_json
-from diffusers_fair.reports.obedience import by_attribute, measures, shortfalls, warning
-from diffusers_fair.reports.report import FILE, FORMAT, GAP, GROUPS_SHEET, PAIRS, SCORE_NAMES
+from diffusers_fair.reports.measures import attribute_measures, measures, shortfalls, warning
+from diffusers_fair.reports.summary import SCORE_NAMES, BiasEstimate, Summary
 
 TEMPLATE = Path(__file__).with_name("card.md.jinja")
 EXAMPLE = "a photo of the face of a teacher, a person"
-SHEETS = {  # pictures of a report folder -> what they show
+SHEETS = {  # sample sheets of a report folder -> their captions
     PAIRS: "The same noise, above without and below with the adapter",
     GROUPS_SHEET: "Prompts that leave nothing to change: the same noise, above without and below "
     "with the adapter",
 }
-SUMMARY = (  # what is kept of a report's summary
+SUMMARY = (  # the keys of a report's summary that fair_adapter.json keeps
     *("prompts", "images", "faces", "face_rate", "scores"),
     *("bias", "deviation", "corrected", "frequencies"),
 )
+NOT_EVALUATED = {"prompts": 0, "images": 0, "faces": 0, "bias": {}, "scores": {}}
 SETTINGS = ("images_per_prompt", "steps", "guidance_scale", "seed")
-LICENCES = {  # base model -> its licence, as the Hub calls it; it holds for adapters too
+LICENCES = {  # base model -> its licence, as the Hub names it; adapters have the same
     testbed.NAME: "apache-2.0",
     "CompVis/stable-diffusion-v1-4": "creativeml-openrail-m",
     "stable-diffusion-v1-5/stable-diffusion-v1-5": "creativeml-openrail-m",
@@ -58,20 +61,20 @@ def write_card(folder: str | Path | Adapter, report: str | Path | None = None) -
 
     Args:
         folder: the adapter's, or the open adapter.
-        report: folder of its report; the summary is noted in `fair_adapter.json`, and report and
-            pictures are copied beside it. Left out: what was noted there before, if anything.
+        report: folder of its report. The summary is stored in `fair_adapter.json`, and the report
+            and its sample sheets are copied beside it. Left out: the summary that is stored there.
 
     Returns:
         The card, `README.md` in the folder.
 
     Raises:
-        ValueError: no adapter, no report, a report of something else than the adapter balances.
+        ValueError: there is no adapter or no report, or the report is on other attributes.
     """
     adapter = open_adapter(folder)
     folder, info = adapter.folder, adapter.info
     if report is not None:
         info = replace(info, evaluation=_evaluation(Path(report), info.attributes))
-    text = _render(info, _pictures(folder, report))
+    text = _render(info, _images(folder, report))
     if report is not None:
         write_info(adapter, info)
         _copy(Path(report), folder)
@@ -83,10 +86,10 @@ def write_card(folder: str | Path | Adapter, report: str | Path | None = None) -
 
 
 def _evaluation(report: Path, attributes: Sequence[Attribute]) -> dict[str, Any]:
-    """What `fair_adapter.json` keeps of a report; `before` is the base model's, of the same noise.
+    """The part of a report that `fair_adapter.json` keeps; `before` is the base model's.
 
     Raises:
-        ValueError: no report that can be read, or one that looked at other attributes.
+        ValueError: the report cannot be read, or is on other attributes.
     """
     if not (report / FILE).is_file():
         raise ValueError(f"there is no report in '{report}': expected a file {FILE}")
@@ -94,17 +97,18 @@ def _evaluation(report: Path, attributes: Sequence[Attribute]) -> dict[str, Any]
         root = json.loads((report / FILE).read_text("utf-8"))
         if root["format"] != FORMAT:
             raise ValueError(f"its format version is {root['format']}, not {FORMAT}")
-        looked = {a["name"]: a["classes"] for a in root["settings"]["attributes"]}
+        evaluated = {a["name"]: a["classes"] for a in root["settings"]["attributes"]}
         evaluation = _kept(root)
     except (ValueError, LookupError, TypeError) as error:
         raise ValueError(
             f"the report in '{report}' is damaged or of another version: {error}"
         ) from error
     for attribute in attributes:
-        if looked.get(attribute.name) != list(attribute.classes):
+        if evaluated.get(attribute.name) != list(attribute.classes):
             raise ValueError(
                 f"the adapter balances '{attribute.name}' with the classes "
-                f"{list(attribute.classes)}, and the report looked at {looked}: evaluate it again"
+                f"{list(attribute.classes)}, and the report evaluated {evaluated}: evaluate the "
+                "adapter again"
             )
     return evaluation
 
@@ -126,7 +130,7 @@ def _kept(root: Mapping[str, Any]) -> dict[str, Any]:
 
 
 def _groups(root: Mapping[str, Any]) -> dict[str, Any]:
-    """Group -> summary of its prompts, which leave nothing to change."""
+    """Group of control prompts -> its summary."""
     return {name: asdict(summary) for name, summary in summaries_from_json(root).items()}
 
 
@@ -134,8 +138,8 @@ def _summary(summary: Mapping[str, Any]) -> dict[str, Any]:
     return {name: summary[name] for name in SUMMARY if name in summary}
 
 
-def _pictures(folder: Path, report: str | Path | None) -> list[str]:
-    """Names of the pictures that the card shows."""
+def _images(folder: Path, report: str | Path | None) -> list[str]:
+    """File names of the images that the card shows."""
     names = {path.name for path in (folder / SAMPLES_FOLDER).glob("*.png")}
     if report is not None:
         names |= {name for name in SHEETS if (Path(report) / name).is_file()}
@@ -143,7 +147,7 @@ def _pictures(folder: Path, report: str | Path | None) -> list[str]:
 
 
 def _copy(report: Path, folder: Path) -> None:
-    """Put a report's files beside the adapter, and its sheets among the samples."""
+    """Copy a report's files beside the adapter, and its sheets to the samples."""
     for name in REPORT_FILES:
         if (report / name).is_file():
             atomic.write(folder / name, (report / name).read_bytes())
@@ -156,7 +160,43 @@ def _copy(report: Path, folder: Path) -> None:
 # ---- the card ------------------------------------------------------------------------------------
 
 
-def _render(info: AdapterInfo, pictures: Sequence[str]) -> str:
+@dataclass(frozen=True)
+class _Evaluation:
+    """The evaluation in `fair_adapter.json`."""
+
+    root: Mapping[str, Any]
+    """Settings and provenance, as they stand there."""
+    before: Summary
+    """The base model's; empty if it was not evaluated."""
+    after: Summary
+    groups_before: Mapping[str, GroupSummary]
+    groups_after: Mapping[str, GroupSummary]
+
+    @property
+    def sides(self) -> tuple[Summary, Summary]:
+        """The summaries before and after."""
+        return self.before, self.after
+
+    @classmethod
+    def of(cls, info: AdapterInfo) -> "_Evaluation | None":
+        root = info.evaluation
+        if root is None:
+            return None
+        groups = root.get("groups") or {}
+        before, after = (
+            {name: GroupSummary.from_json(part) for name, part in groups.get(side, {}).items()}
+            for side in ("before", "after")
+        )
+        return cls(
+            root=root,
+            before=Summary.from_json(root.get("before") or NOT_EVALUATED),
+            after=Summary.from_json(root["after"]),
+            groups_before=before,
+            groups_after=after,
+        )
+
+
+def _render(info: AdapterInfo, images: Sequence[str]) -> str:
     """The text of the card."""
     import jinja2
 
@@ -168,6 +208,7 @@ def _render(info: AdapterInfo, pictures: Sequence[str]) -> str:
     environment.filters |= {"plain": _plain, "code": json.dumps}
     template = environment.from_string(TEMPLATE.read_text("utf-8"))
     try:
+        evaluation = _Evaluation.of(info)
         body = template.render(
             info=info,
             names=names,
@@ -176,31 +217,25 @@ def _render(info: AdapterInfo, pictures: Sequence[str]) -> str:
             on_testbed=info.base_model == testbed.NAME,
             licence=_licence(info.base_model),
             embeds=EMBEDS_FILE,
-            evaluation=info.evaluation,
+            shares=list(_shares(info, evaluation)),
             example=(info.evaluation or {}).get("example", EXAMPLE),
             sampling=_sampling(info),
-            shares=list(_shares(info)),
-            biases=list(_biases(info)),
-            uneven=any(side.get("deviation") for side in _sides(info)),
-            scores=list(_scores(info)),
-            kept=list(_kept_rows(info)),
-            warning=_plain(warning(shortfalls(*_kept_sides(info)), "The adapter")),
-            right=dict(_right(info)),
-            pictures=pictures,
+            images=images,
             sheets=SHEETS,
             recipe=yaml.safe_dump(info.recipe, sort_keys=False, allow_unicode=True),
+            **_measured(info, evaluation),
         )
-        metadata = _metadata(info).to_yaml()
+        metadata = _metadata(info, evaluation).to_yaml()
     except (LookupError, TypeError, AttributeError, jinja2.TemplateError) as error:
         raise ValueError(
-            f"what the adapter says of its evaluation cannot be shown ({error}): write the card "
+            f"the adapter's record of its evaluation cannot be shown ({error}): write the card "
             "with its report"
         ) from error
     return str(ModelCard(f"---\n{metadata}\n---\n\n{body}"))
 
 
-def _metadata(info: AdapterInfo) -> ModelCardData:
-    """What the Hub reads: it accepts only ids of its own as base models."""
+def _metadata(info: AdapterInfo, evaluation: _Evaluation | None) -> ModelCardData:
+    """The metadata for the Hub, which accepts only its own ids as base models."""
     base: dict[str, Any] = {}
     if _on_hub(info.base_model):
         base = {"base_model": info.base_model, "base_model_relation": "adapter"}
@@ -211,27 +246,27 @@ def _metadata(info: AdapterInfo) -> ModelCardData:
         pipeline_tag="text-to-image",
         tags=["diffusers-fair", "fairness", "bias-mitigation", "stable-diffusion", *kinds],
         model_name=f"fairness adapter for {info.base_model.rpartition('/')[2]}",
-        eval_results=list(_results(info)) or None,
+        eval_results=list(_results(evaluation)) or None,
         **base,
     )
 
 
-def _results(info: AdapterInfo) -> Iterator[EvalResult]:
-    """The figures of the adapter, one by one."""
-    if info.evaluation is None:
+def _results(evaluation: _Evaluation | None) -> Iterator[EvalResult]:
+    """The adapter's metrics, one by one."""
+    if evaluation is None:
         return
-    after = info.evaluation["after"]
-    biases = {f"bias, {name}": figure for name, figure in after["bias"].items()}
-    scores = {SCORE_NAMES.get(name, name): figure for name, figure in after["scores"].items()}
-    for name, figure in (biases | scores).items():
-        if figure is not None:
+    after = evaluation.after
+    metrics: dict[str, Estimate | None] = {f"bias, {k}": bias for k, bias in after.bias.items()}
+    metrics |= {SCORE_NAMES.get(name, name): score for name, score in after.scores.items()}
+    for name, estimate in metrics.items():
+        if estimate is not None:
             yield EvalResult(
                 task_type="text-to-image",
                 dataset_type="prompts",
-                dataset_name=f"{after['prompts']} prompts, {after['images']} images",
+                dataset_name=f"{after.prompts} prompts, {after.images} images",
                 metric_type=name.partition(",")[0].lower(),
                 metric_name=name,
-                metric_value=round(figure["mean"], 4),
+                metric_value=round(estimate.mean, 4),
             )
 
 
@@ -243,67 +278,84 @@ def _licence(base: str) -> str | None:
     return LICENCES.get(MIRRORS.get(base, base))
 
 
-# ---- what its tables hold ------------------------------------------------------------------------
+# ---- its tables ----------------------------------------------------------------------------------
 
 
-def _sides(info: AdapterInfo) -> list[Mapping[str, Any]]:
-    """Summaries before and after; an empty one for what was not measured."""
-    found = info.evaluation or {}
-    return [found.get("before") or {}, found.get("after") or {}]
+def _measured(info: AdapterInfo, evaluation: _Evaluation | None) -> dict[str, Any]:
+    """The template's values that an evaluation gives."""
+    if evaluation is None:
+        return {"evaluation": None}
+    balanced = {attribute.name for attribute in info.attributes}
+    targeted = {name: set(name.split(" x ")) <= balanced for name in evaluation.after.bias}
+    short = shortfalls(evaluation.groups_before, evaluation.groups_after)
+    return {
+        "evaluation": evaluation,
+        "biases": [row for name in targeted if targeted[name] for row in _biases(evaluation, name)],
+        "other_biases": [
+            row
+            for name in targeted
+            if not targeted[name]
+            for row in _biases(evaluation, name, details=False)
+        ],
+        "uneven": any(side.deviation for side in evaluation.sides),
+        "scores": list(_scores(evaluation)),
+        "control": list(_control(evaluation)),
+        "warning": _plain(warning(short, "The adapter")),
+        "accuracies": dict(_accuracies(evaluation)),
+    }
 
 
-def _shares(info: AdapterInfo) -> Iterator[list[str]]:
-    """Attribute, class, target, and how often it was perceived before and after."""
+def _shares(info: AdapterInfo, evaluation: _Evaluation | None) -> Iterator[list[str]]:
+    """Attribute, class, target and, if measured, the frequency before and after."""
     for attribute in info.attributes:
         for name, target in zip(attribute.classes, attribute.target, strict=True):
-            seen = [(s.get("frequencies", {}).get(attribute.name) or {}) for s in _sides(info)]
-            shown = [_share(classes.get(name)) for classes in seen]
-            yield [_plain(attribute.name), _plain(name), f"{target:.3f}", *shown]
+            measured = [
+                estimate_text(_frequency(side, attribute.name, name))
+                for side in (evaluation.sides if evaluation else ())
+            ]
+            yield [_plain(attribute.name), _plain(name), f"{target:.{DIGITS}f}", *measured]
 
 
-def _biases(info: AdapterInfo) -> Iterator[tuple[bool, list[str]]]:
-    """Whether it is asked for; figure, before, after, floor: what it balances comes first."""
-    asked = {attribute.name for attribute in info.attributes}
-    after = _sides(info)[1].get("bias", {})
-    for name in sorted(after, key=lambda name: not set(name.split(" x ")) <= asked):
-        wanted = set(name.split(" x ")) <= asked
-        for kind, head in (("bias", "bias"), ("deviation", "off target")):
-            figures = [side.get(kind, {}).get(name) for side in _sides(info)]
-            if figures[1] is not None:
-                floor = f"{figures[1]['floor']:.3f}"
-                yield wanted, [f"{head}, {_plain(name)}", *map(_cell, figures), floor]
-                without = [figure and figure["without_scatter"] for figure in figures]
-                if wanted:
-                    yield True, ["— scatter removed", *map(_cell, without), "0"]
-                corrected = [side.get("corrected", {}).get(name) for side in _sides(info)]
-                if wanted and kind == "bias" and corrected[1] is not None:
-                    yield True, ["— classifier's errors corrected", *map(_cell, corrected), GAP]
+def _frequency(summary: Summary, attribute: str, name: str) -> Estimate | None:
+    frequencies = summary.frequencies.get(attribute)
+    return frequencies.get(name) if frequencies else None
 
 
-def _scores(info: AdapterInfo) -> Iterator[list[str]]:
-    """Figure, before and after: faces and quality."""
-    sides = _sides(info)
-    yield ["images with a face", *(_cell(side.get("face_rate")) for side in sides)]
-    for name in sides[1].get("scores", {}):
-        cells = [_cell(side.get("scores", {}).get(name)) for side in sides]
-        yield [_plain(SCORE_NAMES.get(name, name)), *cells]
+def _biases(evaluation: _Evaluation, name: str, *, details: bool = True) -> Iterator[list[str]]:
+    """Metric, before, after and noise floor, for the bias of an attribute or a joint."""
+    sides = evaluation.sides
+    corrected = [side.corrected.get(name) for side in sides]
+    bias = [side.bias.get(name) for side in sides]
+    yield from _bias(f"bias, {_plain(name)}", bias, details)
+    if details and corrected[1] is not None:
+        yield ["— classifier's errors corrected", *map(estimate_text, corrected), GAP]
+    deviation = [side.deviation.get(name) for side in sides]
+    yield from _bias(f"deviation from target, {_plain(name)}", deviation, details)
 
 
-def _kept_sides(info: AdapterInfo) -> list[dict[str, GroupSummary]]:
-    """Summaries before and after of prompts that leave nothing to change."""
-    found = (info.evaluation or {}).get("groups") or {}
-    return [
-        {name: GroupSummary.from_json(root) for name, root in found.get(side, {}).items()}
-        for side in ("before", "after")
-    ]
+def _bias(head: str, biases: Sequence[BiasEstimate | None], details: bool) -> Iterator[list[str]]:
+    if biases[1] is None:
+        return
+    yield [head, *map(estimate_text, biases), f"{biases[1].noise_floor:.{DIGITS}f}"]
+    if details:
+        without = [bias and bias.without_sampling_variance for bias in biases]
+        yield ["— without sampling variance", *map(estimate_text, without), "0"]
 
 
-def _kept_rows(info: AdapterInfo) -> Iterator[list[str]]:
-    """Figure, before and after: what prompts ask for, and what shows nobody."""
-    before, after = _kept_sides(info)
-    for measure in [*measures([after]), *by_attribute(after)]:
-        figures = [measure.of(side) for side in (before, after)]
-        cells = [_cell(None if figure is None else asdict(figure)) for figure in figures]
+def _scores(evaluation: _Evaluation) -> Iterator[list[str]]:
+    """Metric, before and after: faces and quality."""
+    rates = [side.face_rate for side in evaluation.sides]
+    yield ["images with a face", *map(estimate_text, rates)]
+    for name in evaluation.after.scores:
+        scores = [side.scores.get(name) for side in evaluation.sides]
+        yield [_plain(SCORE_NAMES.get(name, name)), *map(estimate_text, scores)]
+
+
+def _control(evaluation: _Evaluation) -> Iterator[list[str]]:
+    """Metric, before and after, for the control prompts."""
+    before, after = evaluation.groups_before, evaluation.groups_after
+    for measure in [*measures([after]), *attribute_measures(after)]:
+        cells = [estimate_text(measure.estimate(side)) for side in (before, after)]
         if measure.base is not None:
             cells[0] = f"{measure.base:.0f}"
         yield [_plain(measure.name), *cells]
@@ -311,30 +363,17 @@ def _kept_rows(info: AdapterInfo) -> Iterator[list[str]]:
 
 def _sampling(info: AdapterInfo) -> str:
     """Arguments of a call that samples as the evaluation did."""
-    found = info.evaluation
-    if found is None:
+    root = info.evaluation
+    if root is None:
         return ""
-    return f", num_inference_steps={found['steps']}, guidance_scale={found['guidance_scale']}"
+    return f", num_inference_steps={root['steps']}, guidance_scale={root['guidance_scale']}"
 
 
-def _right(info: AdapterInfo) -> Iterator[tuple[str, str]]:
-    """Attribute -> how often its classifier is right, the mean over classes."""
-    for name, rows in ((info.evaluation or {}).get("confusion") or {}).items():
+def _accuracies(evaluation: _Evaluation) -> Iterator[tuple[str, str]]:
+    """Attribute -> accuracy of its classifier, the mean over classes."""
+    for name, rows in (evaluation.root.get("confusion") or {}).items():
         shares = [row[i] / sum(row) for i, row in enumerate(rows)]
         yield _plain(name), f"{sum(shares) / len(shares):.1%}"
-
-
-def _cell(figure: Mapping[str, Any] | None) -> str:
-    """As `0.671 ± 0.281 [0.592, 0.744]`; a dash for a gap."""
-    if figure is None:
-        return GAP
-    spread = f" ± {figure['std']:.3f}" if "std" in figure else ""
-    ends = figure.get("interval")
-    return f"{figure['mean']:.3f}{spread}" + (f" [{ends[0]:.3f}, {ends[1]:.3f}]" if ends else "")
-
-
-def _share(figure: Mapping[str, float] | None) -> str:
-    return GAP if figure is None else f"{figure['mean']:.3f} ± {figure['std']:.3f}"
 
 
 def _joined(names: Sequence[str]) -> str:
@@ -344,5 +383,5 @@ def _joined(names: Sequence[str]) -> str:
 
 
 def _plain(text: str) -> str:
-    """Text that markdown shows as it is, on one line."""
+    """Escape text for one line of Markdown."""
     return re.sub(r"([\\`*_{}\[\]<>|#&~])", r"\\\1", " ".join(text.split()))

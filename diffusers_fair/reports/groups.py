@@ -1,4 +1,4 @@
-"""Prompts that leave an adapter nothing to change: what was seen of them, and its figures."""
+"""Reports on groups of control prompts, for which an adapter should change nothing."""
 
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import asdict, dataclass, field, replace
@@ -7,81 +7,49 @@ from typing import Any
 
 import numpy as np
 
-from diffusers_fair import metrics
 from diffusers_fair.attributes import Attribute
 from diffusers_fair.prompts.groups import KeptPrompt, PromptGroup
+from diffusers_fair.reports.estimate import Estimate
 from diffusers_fair.reports.records import Records
 
 OBEYED, PIXELS, THUMBNAIL = "obeyed", "pixels", "thumbnail"  # two scores and a feature
 
 
-@dataclass(frozen=True)
-class Estimate:
-    """A mean over prompts, and how sure it is."""
-
-    mean: float
-    std: float
-    """Of these prompts, not an estimate for others."""
-    interval: tuple[float, float] | None
-    """95 % bootstrap interval of the mean over prompts; None for one prompt."""
-    n: int
-    """Number of prompts."""
-
-    @classmethod
-    def over(cls, values: Sequence[float] | np.ndarray) -> "Estimate | None":
-        """The mean of one value per prompt, NaN left out; None without any."""
-        finite = np.asarray(values, float)
-        finite = finite[np.isfinite(finite)]
-        if not len(finite):
-            return None
-        ends = metrics.bootstrap_interval(finite)
-        interval = None if ends is None else (round(ends[0], 6), round(ends[1], 6))
-        return cls(
-            round(float(finite.mean()), 6), round(float(finite.std()), 6), interval, len(finite)
-        )
-
-    @classmethod
-    def from_json(cls, root: Mapping[str, Any] | None) -> "Estimate | None":
-        """The estimate that `asdict` gave."""
-        if root is None:
-            return None
-        ends = root["interval"]
-        return cls(root["mean"], root["std"], ends and (ends[0], ends[1]), root["n"])
-
-
 @dataclass(frozen=True, kw_only=True)
 class GroupSummary:
-    """Figures of a group of prompts; None is a figure that no prompt has."""
+    """Estimates over the prompts of a group; None if no prompt has the value.
+
+    report.json holds it as `dataclasses.asdict` gives it.
+    """
 
     prompts: int
     images: int
     obeyed: Estimate | None
-    """Share of images that show all that their prompt asks for, in the largest face; with people
-    "all", mean over images of the share of faces that show it."""
+    """Share of images whose largest face shows every class that the prompt asks for. With
+    `people: all`, mean over images of the share of faces that show it."""
     seen: Estimate | None
-    """The same, of prompts with words of training, which are those of the kept prompts that an
-    adapter was trained with."""
+    """The same for prompts with training words: the words of the kept prompts in training."""
     unseen: Estimate | None
-    """The same, of prompts with other words."""
+    """The same for prompts with other words."""
     attributes: Mapping[str, Estimate]
-    """Attribute -> share of images that show the class asked for, of prompts that ask for one."""
+    """Attribute -> share of images that show its class, over prompts that ask for one."""
     clip_i: Estimate | None
-    """Likeness to the base model's image of the same noise, by CLIP; 1 is the same."""
+    """CLIP similarity to the base model's image of the same noise; 1 means equal."""
     dino: Estimate | None
-    """Likeness to the base model's image of the same noise, by DINO; 1 is the same."""
+    """DINO similarity to the base model's image of the same noise; 1 means equal."""
     pixels: Estimate | None
-    """Mean change of a pixel from the base model's image of the same noise, of 1; untouched
-    prompts only."""
+    """Mean change of a pixel, in [0, 1], from the base model's image of the same noise; for
+    untouched prompts only."""
 
     @classmethod
     def from_json(cls, root: Mapping[str, Any]) -> "GroupSummary":
-        """The summary that `asdict` gave."""
+        """Read what `dataclasses.asdict` wrote."""
         names = ("obeyed", "seen", "unseen", "clip_i", "dino", "pixels")
         estimates = {name: Estimate.from_json(root[name]) for name in names}
         by_attribute = {
-            name: found
+            name: estimate
             for name, part in root["attributes"].items()
-            if (found := Estimate.from_json(part))
+            if (estimate := Estimate.from_json(part))
         }
         return cls(
             prompts=root["prompts"], images=root["images"], attributes=by_attribute, **estimates
@@ -90,62 +58,64 @@ class GroupSummary:
 
 @dataclass(frozen=True, kw_only=True, eq=False)
 class GroupReport:
-    """What was seen of a group of prompts."""
+    """What the judges perceived in the images of a group of prompts."""
 
     group: PromptGroup
     attributes: tuple[Attribute, ...]
-    """Those that were looked at, in the classes' order of the records."""
+    """The evaluated attributes, with their classes in the records' order."""
     records: Records
     """Prompt by prompt, all images of each."""
     samples: Mapping[int, np.ndarray] = field(default_factory=dict, repr=False)
-    """Prompt -> its first images, (m, h, w, 3) uint8; of a few prompts."""
+    """Prompt -> its first images, (m, h, w, 3) uint8; for a few prompts."""
 
     @cached_property
     def summary(self) -> GroupSummary:
-        """The figures that follow from the records."""
+        """Estimates over the prompts, computed from the records."""
         unseen = np.array([prompt.unseen for prompt in self.group.prompts])
-        whole = self.by_prompt(OBEYED)
-        parts = obedience(self.group.prompts, self.attributes, self.records)
-        by_attribute = {name: Estimate.over(self._means(values)) for name, values in parts.items()}
+        obeyed = self.by_prompt(OBEYED)
+        shares = {
+            a.name: share_obeyed(self.group.prompts, [a], self.records) for a in self.attributes
+        }
+        by_attribute = {name: Estimate.over(self._means(values)) for name, values in shares.items()}
         return GroupSummary(
             prompts=len(self.group.prompts),
             images=len(self.records.prompt),
-            obeyed=Estimate.over(whole),
-            seen=Estimate.over(whole[~unseen]),
-            unseen=Estimate.over(whole[unseen]),
-            attributes={name: found for name, found in by_attribute.items() if found},
+            obeyed=Estimate.over(obeyed),
+            seen=Estimate.over(obeyed[~unseen]),
+            unseen=Estimate.over(obeyed[unseen]),
+            attributes={name: part for name, part in by_attribute.items() if part},
             clip_i=Estimate.over(self.by_prompt("clip_i")),
             dino=Estimate.over(self.by_prompt("dino")),
             pixels=Estimate.over(self.by_prompt(PIXELS)),
         )
 
     def by_prompt(self, score: str) -> np.ndarray:
-        """Mean score of each prompt's images, (P,); NaN for a gap."""
+        """Mean score of each prompt's images, (P,); NaN if they have none."""
         empty = np.full(len(self.records.prompt), np.nan)
         return self._means(self.records.scores.get(score, empty))
 
     def _means(self, values: np.ndarray) -> np.ndarray:
-        """Means (P,) of values (n,) that all images of a prompt have, or none."""
+        """Mean over the images of each prompt: (n,) -> (P,)."""
         return values.reshape(len(self.group.prompts), -1).mean(1)
 
     def covers(self, group: PromptGroup) -> bool:
-        """Whether all images of that group are here, judged by what its prompts ask for."""
-        known, looked = self._index(), {a.name for a in self.attributes}
+        """Whether all images of the group are there, with the attributes that it asks for."""
+        known, evaluated = self._index(), {a.name for a in self.attributes}
         return group.images_per_prompt <= self.group.images_per_prompt and all(
-            (p.text, p.negative) in known and looked.issuperset(p.asks) for p in group.prompts
+            (p.text, p.negative) in known and evaluated.issuperset(p.asks) for p in group.prompts
         )
 
-    def of(self, group: PromptGroup) -> "GroupReport":
-        """The same images, of that group's prompts and number of images alone.
+    def select(self, group: PromptGroup) -> "GroupReport":
+        """Reduce the report to the prompts and the number of images of that group.
 
         Raises:
-            ValueError: images that are not here.
+            ValueError: the report lacks some of the images.
         """
         if group == self.group:
             return self
         if not self.covers(group):
             raise ValueError(
-                f"the report has not all images of prompt group '{group.name}': evaluate again"
+                f"the report lacks images of the prompt group '{group.name}': evaluate again"
             )
         known, count = self._index(), group.images_per_prompt
         old = np.array([known[p.text, p.negative] for p in group.prompts])  # (P,)
@@ -162,19 +132,19 @@ class GroupReport:
             },
         )
 
-    def of_attributes(self, attributes: Sequence[Attribute]) -> "GroupReport | None":
-        """The images of prompts that ask for these attributes alone; None without any."""
+    def select_attributes(self, attributes: Sequence[Attribute]) -> "GroupReport | None":
+        """Reduce the report to prompts that ask only for these attributes; None without any."""
         names = {attribute.name for attribute in attributes}
         kept = tuple(p for p in self.group.prompts if names.issuperset(p.asks))
         if not kept:
             return None
-        return replace(self.of(replace(self.group, prompts=kept)), attributes=tuple(attributes))
+        return replace(self.select(replace(self.group, prompts=kept)), attributes=tuple(attributes))
 
     def _index(self) -> dict[tuple[str, str], int]:
         return {(p.text, p.negative): i for i, p in enumerate(self.group.prompts)}
 
     def json(self) -> dict[str, Any]:
-        """What report.json says of the group; records and pictures are elsewhere."""
+        """As report.json has it, without records and images."""
         return {
             "images_per_prompt": self.group.images_per_prompt,
             "prompts": [asdict(prompt) for prompt in self.group.prompts],
@@ -183,43 +153,34 @@ class GroupReport:
         }
 
     def lines(self) -> Iterator[dict[str, Any]]:
-        """One JSON object per image, without the features."""
+        """Yield one JSON object per image, without the features."""
         for line in self.records.lines(self.attributes):
             yield {"group": self.group.name, **line}
 
 
 def group_from_json(name: str, root: Mapping[str, Any]) -> PromptGroup:
-    """The group that `GroupReport.json` told."""
+    """Read the group that `GroupReport.json` wrote."""
     prompts = tuple(KeptPrompt(**prompt) for prompt in root["prompts"])
     return PromptGroup(name, prompts, root["images_per_prompt"])
 
 
 def summaries_from_json(root: Mapping[str, Any]) -> dict[str, GroupSummary]:
-    """Group -> its summary, as a report.json or its reference tells them; older ones tell none."""
+    """Read the summaries of the groups in a report.json or its reference; older ones have none."""
     return {
         name: GroupSummary.from_json(group["summary"])
         for name, group in root.get("groups", {}).items()
     }
 
 
-def obedience(
-    prompts: Sequence[KeptPrompt], attributes: Sequence[Attribute], records: Records
-) -> dict[str, np.ndarray]:
-    """Attribute -> how far each image shows the class asked for, (n,), as `share_obeyed` gives it.
-
-    NaN where the prompt asks for no class of the attribute.
-    """
-    return {a.name: share_obeyed(prompts, [a], records) for a in attributes}
-
-
 def share_obeyed(
     prompts: Sequence[KeptPrompt], attributes: Sequence[Attribute], records: Records
 ) -> np.ndarray:
-    """Share (n,) of an image's faces that are perceived as every class that its prompt asks for.
+    """Compute the share (n,) of each image's faces that show every class its prompt asks for.
 
-    With people "largest" the largest face alone counts, so the share is 0 or 1; with "all" every
-    face does. The share is 0 without a face, if an attribute of faces is asked for. If only
-    attributes of whole images are, it is 1 or 0. NaN where the prompt asks for no class.
+    With `people: largest` only the largest face counts, so the share is 0 or 1; with `people: all`
+    every face counts. If the prompt asks for an attribute of faces, an image without a face has the
+    share 0. If it asks only for attributes of whole images, the share is 0 or 1. It is NaN if the
+    prompt asks for no class.
     """
     faces = _every_face(records.found, records.others_found)  # (n, 1 + k)
     right = np.ones_like(faces)
@@ -240,18 +201,18 @@ def share_obeyed(
 
 
 def _every_face(largest: np.ndarray, others: np.ndarray | None) -> np.ndarray:
-    """Values (n,) of the largest faces before those (n, k) of the others, (n, 1 + k)."""
+    """Put the values (n,) of the largest faces before those (n, k) of the others: (n, 1 + k)."""
     return np.column_stack([largest] if others is None else [largest, others])
 
 
 def with_obeyed(
     records: Records, prompts: Sequence[KeptPrompt], attributes: Sequence[Attribute]
 ) -> Records:
-    """The records with the score "obeyed", as `share_obeyed` gives it for all attributes."""
+    """Add the score "obeyed": `share_obeyed` for all attributes."""
     scores = {**records.scores, OBEYED: share_obeyed(prompts, attributes, records)}
     return replace(records, scores=scores)
 
 
 def pixel_change(thumbnails: np.ndarray, reference: np.ndarray) -> np.ndarray:
-    """Mean absolute difference of thumbnails (n, d) in 0 to 255, as a share of 1, (n,)."""
+    """Mean absolute difference in [0, 1] of thumbnails (n, d) with values 0 to 255: (n,)."""
     return np.abs(thumbnails.astype(float) - reference.astype(float)).mean(-1) / 255

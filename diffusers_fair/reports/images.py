@@ -1,29 +1,29 @@
-"""Pictures to look at: the first images of a few prompts, two models' on the same noise."""
+"""Sample sheets: images of a few prompts, from two models with the same noise."""
 
 from collections.abc import Sequence
 from typing import TYPE_CHECKING
 
 import numpy as np
 
+from diffusers_fair.reports.report import Report
+
 if TYPE_CHECKING:
     from PIL.Image import Image
 
-    from diffusers_fair.reports.report import Report
-
-SAMPLE_PROMPTS, SAMPLE_IMAGES = 6, 8  # pictures that are kept to look at
-GROUP_SAMPLES = 4  # prompts of a group whose pictures are kept
-PAIR_HEIGHT = 96  # least height in pixels of an image in pairs.png
-CAPTION, CAPTION_WIDTH = 18, 480  # height and least width of a line of text, pixels
+SAMPLE_PROMPTS, SAMPLE_IMAGES = 6, 8  # prompts whose images are kept, and images of each
+GROUP_SAMPLES = 4  # prompts of a group whose images are kept
+PAIR_HEIGHT = 96  # minimum height of an image in pairs.png, in pixels
+CAPTION, CAPTION_WIDTH = 18, 480  # height and minimum width of a line of text, in pixels
 
 
-def sampled(prompts: int, most: int = SAMPLE_PROMPTS) -> list[int]:
-    """The few prompts whose pictures are kept: evenly spread, the same for every report."""
-    chosen = np.linspace(0, prompts - 1, min(prompts, most))
+def sample_prompts(prompts: int, limit: int = SAMPLE_PROMPTS) -> list[int]:
+    """Choose the few prompts whose images are kept: evenly spread, the same for every report."""
+    chosen = np.linspace(0, prompts - 1, min(prompts, limit))
     return [int(i) for i in chosen.round()]
 
 
-def pairs_picture(base: "Report", adapter: "Report") -> "Image":
-    """Same noise, base above and adapter below, for the prompts that both kept pictures of.
+def pairs_sheet(base: Report, adapter: Report) -> "Image":
+    """Put the adapter's images below the base model's with the same noise, for shared samples.
 
     Args:
         base: report of the base model.
@@ -36,8 +36,8 @@ def pairs_picture(base: "Report", adapter: "Report") -> "Image":
     return _sheet(blocks, base.label, adapter.label)
 
 
-def groups_picture(base: "Report", adapter: "Report") -> "Image | None":
-    """The same for prompts that leave nothing to change; None where both kept no pictures of any.
+def groups_sheet(base: Report, adapter: Report) -> "Image | None":
+    """Do the same for control prompts; None if the reports share no samples of them.
 
     Args:
         base: report of the base model.
@@ -50,14 +50,14 @@ def groups_picture(base: "Report", adapter: "Report") -> "Image | None":
             continue
         for i in sorted(before.samples.keys() & after.samples.keys()):
             prompt = after.group.prompts[i]
-            told = f"{name}: {prompt.text or '(empty prompt)'}"
-            told += f" (negative prompt: {prompt.negative})" if prompt.negative else ""
-            blocks.append((told, _above(before.samples[i], after.samples[i])))
+            caption = f"{name}: {prompt.text or '(empty prompt)'}"
+            caption += f" (negative prompt: {prompt.negative})" if prompt.negative else ""
+            blocks.append((caption, _above(before.samples[i], after.samples[i])))
     return _sheet(blocks, base.label, adapter.label) if blocks else None
 
 
 def _above(before: np.ndarray, after: np.ndarray) -> np.ndarray:
-    """Images (m, h, w, 3) of the one in a row above those of the other, made large enough."""
+    """Put one row of images (m, h, w, 3) above the other, enlarged to the minimum height."""
     count = min(len(before), len(after))
     block = np.concatenate([np.concatenate(list(x[:count]), axis=1) for x in (before, after)])
     zoom = max(1, -(-PAIR_HEIGHT * 2 // block.shape[0]))
@@ -65,17 +65,17 @@ def _above(before: np.ndarray, after: np.ndarray) -> np.ndarray:
 
 
 def _sheet(blocks: Sequence[tuple[str, np.ndarray]], above: str, below: str) -> "Image":
-    """Blocks of pictures, each under its caption."""
+    """Draw blocks of images, each below its caption."""
     from PIL import Image, ImageDraw
 
     width = max(CAPTION_WIDTH, *(block.shape[1] for _, block in blocks))
     height = CAPTION + sum(CAPTION + len(block) for _, block in blocks)
-    picture = Image.new("RGB", (width, height), "white")
-    draw = ImageDraw.Draw(picture)
+    sheet = Image.new("RGB", (width, height), "white")
+    draw = ImageDraw.Draw(sheet)
     draw.text((4, 3), f"same noise; above: {above}; below: {below}", fill="black")
     top = CAPTION
     for caption, block in blocks:
         draw.text((4, top + 3), caption, fill="black")
-        picture.paste(Image.fromarray(block), (0, top + CAPTION))
+        sheet.paste(Image.fromarray(block), (0, top + CAPTION))
         top += CAPTION + len(block)
-    return picture
+    return sheet

@@ -1,11 +1,11 @@
-"""report.html and compare.html: whole in one file, for someone who has not read the paper.
+"""report.html and compare.html: one self-contained file each, for readers without the paper.
 
-Templates escape whatever is put in them, and the pages forbid themselves to fetch anything.
+The templates escape every value, and the pages forbid themselves to fetch anything.
 """
 
 import base64
 import io
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Iterable, Sequence
 from functools import cache
 from itertools import count
 from pathlib import Path
@@ -15,31 +15,35 @@ import numpy as np
 
 from diffusers_fair.attributes import Attribute
 from diffusers_fair.metrics import PairedTest
-from diffusers_fair.reports.comparison import BIASES, Column, Comparison, columns, difference
+from diffusers_fair.reports.columns import (
+    BiasColumn,
+    Column,
+    bias_columns,
+    difference,
+    score_columns,
+)
+from diffusers_fair.reports.comparison import Comparison
+from diffusers_fair.reports.estimate import DIGITS
 from diffusers_fair.reports.groups import GroupReport
-from diffusers_fair.reports.obedience import by_attribute, measures, warning
+from diffusers_fair.reports.measures import attribute_measures, measures, warning
 from diffusers_fair.reports.report import Report
+from diffusers_fair.reports.summary import BiasEstimate
 
 if TYPE_CHECKING:
     from jinja2 import Environment
 
 TEMPLATES = Path(__file__).parent / "templates"
-PICTURE = 256  # longest side of a picture in the page, pixels
+IMAGE_SIZE = 256  # longest side of an image in the page, in pixels
 HUES = 8  # colours of classes in style.css
 WORST = 12  # prompts that are shown at once; the others on demand
-GAPS = {
-    "prompts_without_images": "No image",
-    "prompts_without_faces": "No image with a face",
-    "prompts_with_one_face": "Only one image with a face",
-}
-TEMPLATE_LETTERS = 10  # that prompts must share for only the rest of them to be shown
+MIN_SHARED_LETTERS = 10  # that all prompts must share for the page to show only the rest
 
 
 def report_page(report: Report) -> str:
-    """The page of a report, beside its reference where it has one.
+    """Render a report, beside its reference if it has one.
 
     Args:
-        report: of any pipeline; prompts and labels may hold anything.
+        report: its prompts and labels may hold any text.
 
     Returns:
         HTML.
@@ -59,14 +63,14 @@ def report_page(report: Report) -> str:
             shares=_shares(reports),
             charts=_charts(reports),
             worst=_worst(reports),
-            pictures=_pictures(reports),
-            kept=_kept_groups(reports),
-            kept_rows=_kept_rows(reports),
+            samples=_samples(reports),
+            control=_control_groups(reports),
+            control_rows=_control_rows(reports),
             warning=warning(report.shortfalls(), report.label),
-            unseen=_unseen(report),
-            errors=_errors(report),
-            few=_images_each(report),
-            gaps=GAPS,
+            unseen=_never_perceived(report),
+            errors=_error_rates(report),
+            images_each=_images_each(report),
+            gaps=_gaps(report),
             of_faces=[a.name for a in report.settings.attributes if a.of_faces],
             of_whole=[a.name for a in report.settings.attributes if not a.of_faces],
         )
@@ -74,28 +78,26 @@ def report_page(report: Report) -> str:
 
 
 def comparison_page(comparison: Comparison) -> str:
-    """The page of a comparison.
+    """Render a comparison.
 
     Returns:
         HTML.
     """
-    biases = [c for c in comparison.columns if c.kind in BIASES]
+    reports = [entry.report for entry in comparison.entries]
     return (
         _environment()
         .get_template("compare.html")
         .render(
             comparison=comparison,
-            settings=comparison.entries[0].report.settings,
-            few=_images_each(comparison.entries[0].report),
-            biases=[
-                (c, _top(c.figure(entry.report) for entry in comparison.entries)) for c in biases
-            ],
+            settings=reports[0].settings,
+            images_each=_images_each(reports[0]),
+            biases=[(c, _scale_end(map(c.estimate, reports))) for c in bias_columns(reports)],
         )
     )
 
 
 def prompt_template(prompts: Sequence[str]) -> tuple[str, str]:
-    """What all prompts begin and end with, if that is worth leaving out; else nothing twice."""
+    """Find the start and end that all prompts share; both are empty if that is too short."""
     if len(prompts) < 2:
         return "", ""
     start = _shared_start(prompts)
@@ -104,94 +106,105 @@ def prompt_template(prompts: Sequence[str]) -> tuple[str, str]:
     end = _shared_start(ends)[::-1]
     end = end[min((i for i in (end.find(" "), end.find(",")) if i >= 0), default=len(end)) :]
     rests = [prompt[len(start) : len(prompt) - len(end)].strip() for prompt in prompts]
-    worth = len(start + end) >= TEMPLATE_LETTERS and all(rests)
-    return (start, end) if worth else ("", "")
+    is_worth_it = len(start + end) >= MIN_SHARED_LETTERS and all(rests)
+    return (start, end) if is_worth_it else ("", "")
 
 
 def _shared_start(texts: Sequence[str]) -> str:
-    least, most = min(texts), max(texts)
-    pairs = enumerate(zip(least, most, strict=False))
-    return least[: next((i for i, (x, y) in pairs if x != y), min(len(least), len(most)))]
+    first, last = min(texts), max(texts)  # all others share at least as much
+    pairs = enumerate(zip(first, last, strict=False))
+    return first[: next((i for i, (x, y) in pairs if x != y), min(len(first), len(last)))]
 
 
 @cache
 def _environment() -> "Environment":
     from jinja2 import Environment, FileSystemLoader, StrictUndefined
 
-    made = Environment(
+    environment = Environment(
         loader=FileSystemLoader(TEMPLATES),
         autoescape=True,
         undefined=StrictUndefined,
         trim_blocks=True,
         lstrip_blocks=True,
     )
-    made.filters |= {"number": _number, "percent": _percent, "signed": _signed}
-    made.globals |= {"worst_shown": WORST}
-    return made
+    environment.filters |= {"number": _number, "percent": _percent, "signed": _signed}
+    environment.globals |= {"worst_shown": WORST}
+    return environment
 
 
 def _number(value: float | None) -> str:
-    return "no figure" if value is None else f"{value:.3f}"
+    return "no value" if value is None else f"{value:.{DIGITS}f}"
 
 
 def _signed(value: float) -> str:
-    return f"{value:+.3f}".replace("-", "\N{MINUS SIGN}")
+    return f"{value:+.{DIGITS}f}".replace("-", "\N{MINUS SIGN}")
 
 
 def _percent(value: float | None) -> str:
     return "too few faces" if value is None else f"{value:.0%}"
 
 
-# ---- figures -------------------------------------------------------------------------------------
+# ---- statistics ----------------------------------------------------------------------------------
 
 
 def _headline(reports: Sequence[Report]) -> list[dict[str, Any]]:
-    """Biases and distances from uneven targets: of each report, and what changed."""
-    alone = {a.name for a in reports[-1].settings.attributes}
-    whole = reports[-1].settings.measured()[-1].name
-    return [
-        {
-            "column": c,
-            "card": c.name in alone | {whole},
-            "figures": (figures := [c.figure(report) for report in reports]),
-            "top": _top(figures),
-            "corrected": [
-                report.summary["corrected"].get(c.name) if c.kind == "bias" else None
-                for report in reports
-            ],
-            "change": _change(c, reports),
-        }
-        for c in columns(reports)
-        if c.sign < 0
-    ]
+    """Biases and deviations from the target: each report's, and the change."""
+    measured = reports[-1].settings.measured()
+    cards = {a.name for a in reports[-1].settings.attributes} | {measured[-1].name}
+    rows = []
+    for column in bias_columns(reports):
+        estimates = [column.estimate(report) for report in reports]
+        rows.append(
+            {
+                "head": column.head,
+                "is_bias": True,
+                "card": column.name in cards,
+                "estimates": estimates,
+                "scale_end": _scale_end(estimates),
+                "can_be_corrected": not column.from_target,
+                "corrected": [column.corrected(report) for report in reports],
+                "change": _change(column, reports),
+            }
+        )
+    return rows
 
 
 def _score_rows(reports: Sequence[Report]) -> list[dict[str, Any]]:
     return [
         {
-            "column": c,
-            "figures": [c.figure(report) for report in reports],
-            "change": _change(c, reports),
+            "head": column.head,
+            "is_bias": False,
+            "estimates": [column.estimate(report) for report in reports],
+            "change": _change(column, reports),
         }
-        for c in columns(reports)
-        if c.sign >= 0
+        for column in score_columns(reports)
     ]
 
 
 def _change(column: Column, reports: Sequence[Report]) -> PairedTest | None:
-    """From the reference to the report, prompt by prompt; None where one of them has no figure."""
+    """Test the report against its reference, prompt by prompt; None if either lacks the value."""
     if len(reports) < 2:
         return None
     test = difference(column, *reports)
     return test if test.prompts else None
 
 
-def _top(figures: Iterable[Mapping[str, Any] | None]) -> float:
-    """End of a scale that holds the figures, their intervals and floors: a multiple of 0.1."""
+def _scale_end(biases: Iterable[BiasEstimate | None]) -> float:
+    """End of a scale that holds the means, intervals and noise floors: a multiple of 0.1."""
     shown = [0.1]
-    for figure in filter(None, figures):
-        shown += [figure["mean"], figure["floor"], *(figure["interval"] or ())]
+    for bias in filter(None, biases):
+        shown += [bias.mean, bias.noise_floor, *(bias.interval or ())]
     return float(np.ceil(max(shown) * 10 - 1e-9) / 10)
+
+
+def _gaps(report: Report) -> dict[str, Sequence[str]]:
+    """Reason -> prompts without a bias for it."""
+    summary = report.summary
+    return {
+        "No image": summary.prompts_without_images,
+        "No image with a face": summary.prompts_without_faces,
+        "Only one image with a face": summary.prompts_with_one_face,
+    }
 
 
 def _shares(reports: Sequence[Report]) -> list[dict[str, Any]]:
@@ -213,12 +226,12 @@ def _shares(reports: Sequence[Report]) -> list[dict[str, Any]]:
 
 
 def _share(report: Report, attribute: Attribute, name: str) -> float | None:
-    classes = report.summary["frequencies"][attribute.name]
-    return classes and classes[name]["mean"]
+    classes = report.summary.frequencies[attribute.name]
+    return None if classes is None else classes[name].mean
 
 
 def _charts(reports: Sequence[Report]) -> list[dict[str, Any]]:
-    """Figure 4 of the paper, for each class of each attribute: its share by prompt."""
+    """Share of each class of each attribute by prompt, as in Figure 4 of the paper."""
     return [
         {"attribute": a, "name": name, "target": target, "rows": _rows(reports, a, name, target)}
         for a in reports[-1].settings.attributes
@@ -229,11 +242,11 @@ def _charts(reports: Sequence[Report]) -> list[dict[str, Any]]:
 def _rows(
     reports: Sequence[Report], attribute: Attribute, name: str, target: float
 ) -> list[dict[str, Any]]:
-    """A class's share in each prompt, those farthest from the target first, gaps last."""
+    """Share of a class by prompt, those farthest from the target first, gaps last."""
     rows = []
     for i, prompt in enumerate(reports[-1].settings.prompts):
-        figures = [report.prompts[i]["attributes"][attribute.name] for report in reports]
-        shares = [figure and figure["frequencies"][name] for figure in figures]
+        biases = [report.prompts[i].attributes[attribute.name] for report in reports]
+        shares = [bias and bias.frequencies[name] for bias in biases]
         rows.append({"prompt": prompt, "shares": shares})
     return sorted(
         rows, key=lambda r: 1.0 if r["shares"][-1] is None else -abs(r["shares"][-1] - target)
@@ -241,30 +254,30 @@ def _rows(
 
 
 def _worst(reports: Sequence[Report]) -> dict[str, Any]:
-    """Every prompt's biases, the worst prompts first, gaps last."""
-    shown = [row["column"] for row in _headline(reports)]
-    values = [[c.by_prompt(report) for c in shown] for report in reports]
+    """Biases of every prompt, the worst prompts first, gaps last."""
+    shown, report = bias_columns(reports), reports[-1]
+    values = [[column.by_prompt(side) for column in shown] for side in reports]
     rows = [
         {
-            "prompt": reports[-1].settings.prompts[i],
-            "faces": reports[-1].prompts[i]["faces"],
-            "images": reports[-1].prompts[i]["images"],
+            "prompt": report.prompts[i].prompt,
+            "faces": report.prompts[i].faces,
+            "images": report.prompts[i].images,
             "values": [[_finite(v[k][i]) for v in values] for k in range(len(shown))],
         }
-        for i in _worst_first(reports[-1])
+        for i in _worst_first(report)
     ]
-    return {"columns": shown, "by": _judged_by(reports[-1]), "rows": rows}
+    return {"heads": [c.head for c in shown], "by": _ranking_column(report).head, "rows": rows}
 
 
-def _judged_by(report: Report) -> Column:
-    """What makes a prompt worse than another: the joint of all attributes, or the only one."""
+def _ranking_column(report: Report) -> BiasColumn:
+    """The column that ranks prompts: the joint of all attributes, or the only attribute."""
     name = report.settings.measured()[-1].name
-    found = [c for c in columns([report]) if c.name == name and c.sign < 0]
-    return found[-1]  # distance from the target, where that is not uniform
+    candidates = [column for column in bias_columns([report]) if column.name == name]
+    return candidates[-1]  # the deviation from the target, if that is not uniform
 
 
 def _worst_first(report: Report) -> list[int]:
-    values = _judged_by(report).by_prompt(report)  # (P,)
+    values = _ranking_column(report).by_prompt(report)  # (P,)
     return np.argsort(-np.nan_to_num(values, nan=-1.0), kind="stable").tolist()
 
 
@@ -272,8 +285,8 @@ def _finite(value: float) -> float | None:
     return float(value) if np.isfinite(value) else None
 
 
-def _unseen(report: Report) -> list[str]:
-    """Classes that were perceived nowhere."""
+def _never_perceived(report: Report) -> list[str]:
+    """Classes that were perceived in no image."""
     return [
         f"{a.name}: {name}"
         for a in report.settings.attributes
@@ -282,59 +295,59 @@ def _unseen(report: Report) -> list[str]:
     ]
 
 
-def _errors(report: Report) -> dict[str, float]:
-    """Attribute -> share of pictures of known class that its classifier sees wrongly."""
+def _error_rates(report: Report) -> dict[str, float]:
+    """Attribute -> error rate of its classifier on held-out images."""
     counts = {name: np.array(confusion, float) for name, confusion in report.confusion.items()}
     return {name: float(1 - np.trace(n) / n.sum()) for name, n in counts.items()}
 
 
 def _images_each(report: Report) -> str:
-    """As `60`, or `3 to 60` where prompts differ in it."""
-    drawn = np.bincount(report.records.prompt, minlength=len(report.settings.prompts))
-    return " to ".join(str(n) for n in sorted({int(drawn.min()), int(drawn.max())}))
+    """As `60`, or `3 to 60` if prompts differ in the number of images."""
+    images = np.bincount(report.records.prompt, minlength=len(report.settings.prompts))
+    return " to ".join(str(n) for n in sorted({int(images.min()), int(images.max())}))
 
 
-# ---- pictures ------------------------------------------------------------------------------------
+# ---- images --------------------------------------------------------------------------------------
 
 
-def _pictures(reports: Sequence[Report]) -> list[dict[str, Any]]:
-    """Images that were kept, prompt by prompt, the worst first; same noise side by side."""
+def _samples(reports: Sequence[Report]) -> list[dict[str, Any]]:
+    """Sample images, prompt by prompt, the worst first; same noise side by side."""
     after = reports[-1]
-    kept = set.intersection(*(set(report.samples) for report in reports)) or set(after.samples)
-    shown = [report for report in reports if kept <= set(report.samples)]
+    shared = set.intersection(*(set(report.samples) for report in reports)) or set(after.samples)
+    shown = [report for report in reports if shared <= set(report.samples)]
     return [
         {
             "prompt": after.settings.prompts[i],
             "pairs": [
                 [_tile(report.label, report, report.settings.attributes, i, j) for report in shown]
-                for j in range(_kept(shown, i))
+                for j in range(_shared_count(shown, i))
             ],
         }
         for i in _worst_first(after)
-        if i in kept
+        if i in shared
     ]
 
 
-def _kept(reports: Sequence[Report], prompt: int) -> int:
-    """Images of a prompt that every report kept and counted."""
+def _shared_count(reports: Sequence[Report], prompt: int) -> int:
+    """Number of sample images of a prompt that every report has."""
     return min(min(len(r.samples[prompt]), r.settings.images_per_prompt) for r in reports)
 
 
-def _kept_groups(reports: Sequence[Report]) -> list[dict[str, Any]]:
-    """The groups of prompts that leave nothing to change, and pictures of a few of them."""
+def _control_groups(reports: Sequence[Report]) -> list[dict[str, Any]]:
+    """The groups of control prompts, with samples of a few prompts."""
     return [
         {
             "name": name,
             "prompts": len(group.group.prompts),
             "images": group.group.images_per_prompt,
-            "pictures": _group_pictures(reports, group),
+            "samples": _group_samples(reports, group),
         }
         for name, group in reports[-1].groups.items()
     ]
 
 
-def _group_pictures(reports: Sequence[Report], group: GroupReport) -> list[dict[str, Any]]:
-    """Images of a group that were kept, prompt by prompt; same noise side by side."""
+def _group_samples(reports: Sequence[Report], group: GroupReport) -> list[dict[str, Any]]:
+    """Sample images of a group, prompt by prompt; same noise side by side."""
     named = [(report.label, report.group_like(group)) for report in reports]
     sides = [(label, side) for label, side in named if side is not None]
     return [
@@ -355,27 +368,27 @@ def _group_pictures(reports: Sequence[Report], group: GroupReport) -> list[dict[
     ]
 
 
-def _kept_rows(reports: Sequence[Report]) -> list[dict[str, Any]]:
-    """Each figure of the groups, of the reference and of the report."""
+def _control_rows(reports: Sequence[Report]) -> list[dict[str, Any]]:
+    """Measures of control prompts: the reference's and the report's."""
     sides = [report.group_summaries(reports[-1]) for report in reports]
     return [
-        {"name": measure.name, "base": measure.base, "figures": [measure.of(s) for s in sides]}
-        for measure in [*measures(sides), *by_attribute(sides[-1])]
+        {"name": m.name, "base": m.base, "estimates": [m.estimate(side) for side in sides]}
+        for m in [*measures(sides), *attribute_measures(sides[-1])]
     ]
 
 
 def _tile(
-    label: str, seen: Report | GroupReport, attributes: Sequence[Attribute], prompt: int, image: int
+    label: str, side: Report | GroupReport, attributes: Sequence[Attribute], prompt: int, image: int
 ) -> dict[str, Any]:
-    """A picture, the face in it, and what it was perceived as (Figure 3 of the paper)."""
-    records, pixels = seen.records, seen.samples[prompt][image]  # (h, w, 3)
+    """An image, its face, and the perceived classes (Figure 3 of the paper)."""
+    records, pixels = side.records, side.samples[prompt][image]  # (h, w, 3)
     row = int(np.flatnonzero((records.prompt == prompt) & (records.image == image))[0])
-    hue, perceived, found = count(), [], bool(records.found[row])
+    hue, perceived, has_face = count(), [], bool(records.found[row])
     for a in attributes:
         hues = [next(hue) % HUES for _ in a.classes]
         p = records.probabilities[a.name][row]  # (classes,)
         k = int(p.argmax())
-        if found or not a.of_faces:
+        if has_face or not a.of_faces:
             perceived.append(
                 {"attribute": a.name, "name": a.classes[k], "sure": float(p[k]), "hue": hues[k]}
             )
@@ -383,17 +396,17 @@ def _tile(
         "label": label,
         "source": _data_uri(pixels),
         "size": (pixels.shape[1], pixels.shape[0]),
-        "box": records.boxes[row].tolist() if found else None,
+        "box": records.boxes[row].tolist() if has_face else None,
         "perceived": perceived,
     }
 
 
 def _data_uri(pixels: np.ndarray) -> str:
-    """A picture (h, w, 3) within the page, no larger than is needed there."""
+    """Embed an image (h, w, 3), shrunk to the size that the page needs."""
     from PIL import Image
 
-    picture = Image.fromarray(pixels)
-    picture.thumbnail((PICTURE, PICTURE))
+    image = Image.fromarray(pixels)
+    image.thumbnail((IMAGE_SIZE, IMAGE_SIZE))
     file = io.BytesIO()
-    picture.save(file, "JPEG", quality=90, subsampling=0)
+    image.save(file, "JPEG", quality=90, subsampling=0)
     return "data:image/jpeg;base64," + base64.b64encode(file.getvalue()).decode()

@@ -1,224 +1,281 @@
-"""The figures that follow from records, per prompt and over prompts."""
+"""The summary of a report: estimates over its prompts."""
 
 from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
 from typing import Any, TypeAlias
 
 import numpy as np
 
 from diffusers_fair import metrics
 from diffusers_fair.attributes import Attribute
-from diffusers_fair.reports.records import Records, Settings, number
+from diffusers_fair.reports.estimate import (
+    Estimate,
+    Interval,
+    interval_from_json,
+    rounded,
+    rounded_interval,
+)
+from diffusers_fair.reports.prompt_statistics import (
+    MIN_COUNT,
+    Confusion,
+    counts_by_prompt,
+    error_rates,
+    has_uneven_target,
+    mean_of_finite,
+)
+from diffusers_fair.reports.records import Records, Settings
 
-Confusion: TypeAlias = Mapping[str, Sequence[Sequence[float]]]
-LEAST = 2  # faces, or images, that a prompt must have for its frequencies to tell anything
+SCORE_NAMES = {"clip_t": "CLIP-T", "clip_i": "CLIP-I", "dino": "DINO"}
 
 
-def counts_by_prompt(settings: Settings, records: Records) -> dict[str, np.ndarray]:
-    """Attribute (and joint) -> how often each class was perceived, (prompts, classes).
+@dataclass(frozen=True)
+class BiasEstimate(Estimate):
+    """The mean bias over prompts, or the mean deviation from the target."""
 
-    Of whole images all count; of faces, and of faces together with whole images, those with a face,
-    or every face.
-    """
-    counts = {}
-    for group, measured in zip(settings.groups(), settings.measured(), strict=True):
-        prompt, seen = records.counted(group)  # (faces or images,)
-        labels = metrics.joint_labels(seen, [len(a.classes) for a in group])
-        counts[measured.name] = metrics.class_counts(
-            labels, prompt, len(settings.prompts), len(measured.classes)
+    image_interval: Interval
+    """95 % bootstrap interval of the mean for the same prompts and other images."""
+    noise_floor: float
+    """Expected value for a generator that is exactly on target, with as many images."""
+    faces_per_prompt: float
+    without_sampling_variance: Estimate
+    """The mean less what a finite number of images adds to it; has no std."""
+
+    @classmethod
+    def from_json(cls, root: Mapping[str, Any] | None) -> "BiasEstimate | None":
+        """Read what `json` wrote."""
+        if root is None:
+            return None
+        without, n = root["without_scatter"], root["prompts"]
+        low, high = root["interval_images"]
+        return cls(
+            mean=root["mean"],
+            std=root["std"],
+            interval=interval_from_json(root["interval"]),
+            n=n,
+            image_interval=(low, high),
+            noise_floor=root["floor"],
+            faces_per_prompt=root["faces_per_prompt"],
+            without_sampling_variance=Estimate(
+                without["mean"], None, interval_from_json(without["interval"]), n
+            ),
         )
-    return counts
+
+    def json(self) -> dict[str, Any]:
+        """As the summary of report.json has it."""
+        without = self.without_sampling_variance.json()
+        return {
+            **super().json(),
+            "interval_images": list(self.image_interval),
+            "floor": self.noise_floor,
+            "faces_per_prompt": self.faces_per_prompt,
+            "without_scatter": {"mean": without["mean"], "interval": without["interval"]},
+        }
 
 
-def prompt_figures(
-    settings: Settings, records: Records, confusion: Confusion | None = None
-) -> list[dict[str, Any]]:
-    """Per prompt: images, faces, frequencies, bias and floor per attribute, mean scores.
+Frequencies: TypeAlias = Mapping[str, Estimate]
+"""Class -> its frequency over prompts, without an interval."""
 
-    A figure that cannot be had, such as the bias of a prompt without faces, is None. One face tells
-    nothing of frequencies: it is of one class whatever the generator's shares.
+
+@dataclass(frozen=True, kw_only=True)
+class Summary:
+    """Estimates over the prompts of a report.
+
+    Each estimate is over the prompts that have the value. An estimate is None if no prompt has it.
+    """
+
+    prompts: int
+    images: int
+    faces: int
+    """Number of images with a face."""
+    prompts_without_images: Sequence[str]
+    prompts_without_faces: Sequence[str]
+    prompts_with_one_face: Sequence[str]
+    face_rate: Estimate | None
+    """Share of images with a face."""
+    bias: Mapping[str, BiasEstimate | None]
+    """By attribute and joint attribute."""
+    deviation: Mapping[str, BiasEstimate | None]
+    """Deviation from the target, of attributes whose target is not uniform."""
+    corrected: Mapping[str, Estimate | None]
+    """Bias corrected for the classifiers' errors, of attributes for which these are known."""
+    frequencies: Mapping[str, Frequencies | None]
+    """Attribute or joint -> class -> its frequency."""
+    scores: Mapping[str, Estimate | None]
+
+    def from_target(self, attribute: str) -> BiasEstimate | None:
+        """The deviation from the target, which is the bias if the target is uniform."""
+        return self.deviation.get(attribute, self.bias[attribute])
+
+    @classmethod
+    def from_json(cls, root: Mapping[str, Any]) -> "Summary":
+        """Read what `json` wrote; a card keeps only a part of it."""
+        bias = {name: BiasEstimate.from_json(part) for name, part in root["bias"].items()}
+        deviation = root.get("deviation", {}).items()
+        return cls(
+            prompts=root["prompts"],
+            images=root["images"],
+            faces=root["faces"],
+            prompts_without_images=root.get("prompts_without_images", ()),
+            prompts_without_faces=root.get("prompts_without_faces", ()),
+            prompts_with_one_face=root.get("prompts_with_one_face", ()),
+            face_rate=Estimate.from_json(root.get("face_rate")),
+            bias=bias,
+            deviation={name: BiasEstimate.from_json(part) for name, part in deviation},
+            corrected=_estimates_from_json(root.get("corrected", {})),
+            frequencies={
+                name: _frequencies_from_json(shares, bias.get(name))
+                for name, shares in root.get("frequencies", {}).items()
+            },
+            scores=_estimates_from_json(root["scores"]),
+        )
+
+    def json(self) -> dict[str, Any]:
+        """As report.json has it."""
+        return {
+            "prompts": self.prompts,
+            "images": self.images,
+            "faces": self.faces,
+            "prompts_without_images": list(self.prompts_without_images),
+            "prompts_without_faces": list(self.prompts_without_faces),
+            "prompts_with_one_face": list(self.prompts_with_one_face),
+            "face_rate": self.face_rate and self.face_rate.json(),
+            "bias": _estimates_json(self.bias),
+            "deviation": _estimates_json(self.deviation),
+            "corrected": _estimates_json(self.corrected),
+            "frequencies": {
+                name: shares and {c: {"mean": s.mean, "std": s.std} for c, s in shares.items()}
+                for name, shares in self.frequencies.items()
+            },
+            "scores": _estimates_json(self.scores),
+        }
+
+
+def summarize(settings: Settings, records: Records, confusion: Confusion) -> Summary:
+    """Compute the estimates over prompts.
 
     Args:
-        settings: what was asked for.
-        records: what was seen.
-        confusion: attribute -> (K, K) of its classifier, where that is known; adds "corrected".
+        settings: of the evaluation.
+        records: of all its images.
+        confusion: attribute -> (K, K) of its classifier, if known.
     """
+    rows = [records.prompt == i for i in range(len(settings.prompts))]  # (n,) bool each
     counts = counts_by_prompt(settings, records)
-    rates = _rates(settings, confusion or {})
-    figures = []
-    for i, prompt in enumerate(settings.prompts):
-        mine = records.prompt == i
-        figures.append(
-            {
-                "prompt": prompt,
-                "images": int(mine.sum()),
-                "faces": int(records.found[mine].sum()),
-                "attributes": {
-                    a.name: _prompt_bias(a, prompt, counts[a.name][i], rates.get(a.name))
-                    for a in settings.measured()
-                },
-                "scores": {k: _mean_of_finite(v[mine]) for k, v in records.scores.items()},
-            }
-        )
-    return figures
-
-
-def summary_figures(
-    settings: Settings, records: Records, confusion: Confusion | None = None
-) -> dict[str, Any]:
-    """Over prompts: face rate, bias per attribute and joint, scores; each with its interval.
-
-    Means are over the prompts that have the figure, whose number is given; a figure that no prompt
-    has is None. "deviation" is from the target, given where that is not uniform; "corrected" is the
-    bias with the classifier's errors taken out, given where its confusion is known.
-
-    Args:
-        settings: what was asked for.
-        records: what was seen.
-        confusion: attribute -> (K, K) of its classifier.
-    """
-    counts = counts_by_prompt(settings, records)
-    prompts = range(len(settings.prompts))
-    biases, deviations = {}, {}
+    bias, deviation = {}, {}
     for a in settings.measured():
         targets = np.array([a.target_of(prompt) for prompt in settings.prompts])  # (P, K)
-        biases[a.name] = _bias_over_prompts(counts[a.name], targets)
-        if _uneven(a):
-            deviations[a.name] = _bias_over_prompts(counts[a.name], targets, of_target=True)
-    rows = [records.prompt == i for i in prompts]
-    per_prompt = {
-        name: [_mean_of_finite(values[mine]) for mine in rows]
-        for name, values in {"face_rate": records.found, **records.scores}.items()
-    }
-    spreads = {name: _spread([v for v in vs if v is not None]) for name, vs in per_prompt.items()}
-    faces = [int(records.found[mine].sum()) for mine in rows]
-    of_faces = any(a.of_faces for a in settings.attributes)
-    counted = [int(records.faces[mine].sum()) for mine in rows]
+        bias[a.name] = _bias_over_prompts(counts[a.name], targets)
+        if has_uneven_target(a):
+            deviation[a.name] = _bias_over_prompts(counts[a.name], targets, from_target=True)
+    rates = error_rates(settings, confusion)
+    return Summary(
+        prompts=len(settings.prompts),
+        images=len(records.found),
+        faces=int(records.found.sum()),
+        **_gaps(settings, records, rows),
+        face_rate=_score_over_prompts(records.found, rows),
+        bias=bias,
+        deviation=deviation,
+        corrected={name: _corrected_over_prompts(counts[name], r) for name, r in rates.items()},
+        frequencies={a.name: _frequencies(a, counts[a.name]) for a in settings.measured()},
+        scores={name: _score_over_prompts(v, rows) for name, v in records.scores.items()},
+    )
+
+
+def _gaps(
+    settings: Settings, records: Records, rows: Sequence[np.ndarray]
+) -> dict[str, Sequence[str]]:
+    """The prompts without a bias, by reason."""
+    needs_faces = any(a.of_faces for a in settings.attributes)
+    faces = [int(records.faces[of_prompt].sum()) for of_prompt in rows]
 
     def named(chosen: Sequence[bool]) -> list[str]:
-        return [settings.prompts[i] for i in prompts if chosen[i]]
+        return [
+            prompt for prompt, is_chosen in zip(settings.prompts, chosen, strict=True) if is_chosen
+        ]
 
     return {
-        "prompts": len(prompts),
-        "images": len(records.found),
-        "faces": sum(faces),
-        "prompts_without_images": named([not mine.any() for mine in rows]),
-        "prompts_without_faces": named([of_faces and n == 0 for n in counted]),
-        "prompts_with_one_face": named([of_faces and n == 1 for n in counted]),
-        "face_rate": spreads.pop("face_rate"),
-        "bias": biases,
-        "deviation": deviations,
-        "corrected": {
-            name: _corrected_over_prompts(counts[name], matrix)
-            for name, matrix in _rates(settings, confusion or {}).items()
-        },
-        "frequencies": {a.name: _class_spreads(a, counts[a.name]) for a in settings.measured()},
-        "scores": spreads,
+        "prompts_without_images": named([not of_prompt.any() for of_prompt in rows]),
+        "prompts_without_faces": named([needs_faces and n == 0 for n in faces]),
+        "prompts_with_one_face": named([needs_faces and n == 1 for n in faces]),
     }
-
-
-def _rates(settings: Settings, confusion: Confusion) -> dict[str, np.ndarray]:
-    """Attribute or joint -> error rates (K, K), of those whose classifiers tell them."""
-    return {
-        measured.name: metrics.joint_confusion([np.array(confusion[a.name]) for a in group])
-        for group, measured in zip(settings.groups(), settings.measured(), strict=True)
-        if all(a.name in confusion for a in group)
-    }
-
-
-def _prompt_bias(
-    attribute: Attribute, prompt: str, counts: np.ndarray, rates: np.ndarray | None
-) -> dict[str, Any] | None:
-    """Frequencies, bias and floor of one prompt, counts (K,); None with fewer than `LEAST`."""
-    n = int(counts.sum())
-    if n < LEAST:
-        return None
-    shares, target = metrics.frequencies(counts), attribute.target_of(prompt)
-    found = {
-        "frequencies": dict(zip(attribute.classes, map(number, shares), strict=True)),
-        "bias": number(metrics.bias(shares)),
-        "floor": number(metrics.floor(n, target)),
-    }
-    if _uneven(attribute):
-        found["deviation"] = number(metrics.deviation(shares, target))
-    if rates is not None:
-        found["corrected"] = number(metrics.bias(metrics.corrected(shares, rates)))
-    return found
 
 
 def _bias_over_prompts(
-    counts: np.ndarray, targets: np.ndarray, *, of_target: bool = False
-) -> dict[str, Any] | None:
-    """Bias, or deviation from the target, over prompts with two faces or more; None without one.
+    counts: np.ndarray, targets: np.ndarray, *, from_target: bool = False
+) -> BiasEstimate | None:
+    """Bias, or deviation from the target, over the prompts with enough faces.
 
-    Counts and targets (P, K): each prompt has its own.
+    Args:
+        counts: (P, K).
+        targets: (P, K), as each prompt has its own.
+        from_target: whether to measure from the target instead of from equal shares.
     """
-    told = counts.sum(-1) >= LEAST
-    seen, targets = counts[told], targets[told]
-    centre = targets if of_target else None
-    spread = _spread(metrics.deviation(metrics.frequencies(seen), centre))
-    if spread is None:
+    enough = counts.sum(-1) >= MIN_COUNT
+    counts, targets = counts[enough], targets[enough]
+    centre = targets if from_target else None
+    estimate = Estimate.over(metrics.deviation(metrics.frequencies(counts), centre))
+    if estimate is None:
         return None
-    kinds, prompts = np.unique(
-        np.column_stack([seen.sum(-1), targets]), axis=0, return_counts=True
-    )  # images and target
-    floors = [metrics.floor(int(n), t, t if of_target else None) for n, *t in kinds]
-    moments = metrics.scatter_moments(seen, centre)
-    interval = metrics.bootstrap_interval(moments, metrics.without_scatter)
+    low, high = metrics.image_interval(counts, centre)
+    moments = metrics.bias_moments(counts, centre)  # (P', 3)
+    return BiasEstimate(
+        **vars(estimate),
+        image_interval=(rounded(low), rounded(high)),
+        noise_floor=_mean_noise_floor(counts.sum(-1), targets, from_target),
+        faces_per_prompt=rounded(counts.sum(-1).mean()),
+        without_sampling_variance=Estimate(
+            rounded(metrics.without_sampling_variance(*moments.T)),
+            None,
+            rounded_interval(
+                metrics.bootstrap_interval(*moments.T, statistic=metrics.without_sampling_variance)
+            ),
+            estimate.n,
+        ),
+    )
+
+
+def _mean_noise_floor(images: np.ndarray, targets: np.ndarray, from_target: bool) -> float:
+    """Mean over prompts of their noise floors, each computed once for equal images and targets."""
+    kinds, prompts = np.unique(np.column_stack([images, targets]), axis=0, return_counts=True)
+    floors = [metrics.noise_floor(int(n), t, t if from_target else None) for n, *t in kinds]
+    return rounded(np.average(floors, weights=prompts))
+
+
+def _corrected_over_prompts(counts: np.ndarray, rates: np.ndarray) -> Estimate | None:
+    counts = counts[counts.sum(-1) >= MIN_COUNT]
+    if not len(counts):
+        return None
+    return Estimate.over(metrics.bias(metrics.corrected(metrics.frequencies(counts), rates)))
+
+
+def _frequencies(attribute: Attribute, counts: np.ndarray) -> Frequencies | None:
+    counts = counts[counts.sum(-1) >= MIN_COUNT]
+    if not len(counts):
+        return None
+    shares = metrics.frequencies(counts)
     return {
-        **spread,
-        "interval_images": _pair(metrics.image_interval(seen, centre)),
-        "floor": number(np.average(floors, weights=prompts)),
-        "faces_per_prompt": number(seen.sum(-1).mean()),
-        "without_scatter": {
-            "mean": number(metrics.without_scatter(moments)),
-            "interval": _pair(interval),
-        },
-    }
-
-
-def _corrected_over_prompts(counts: np.ndarray, rates: np.ndarray) -> dict[str, Any] | None:
-    """Bias of corrected frequencies over prompts with two faces or more; None without any."""
-    seen = counts[counts.sum(-1) >= LEAST]
-    if not len(seen):
-        return None
-    return _spread(metrics.bias(metrics.corrected(metrics.frequencies(seen), rates)))
-
-
-def _uneven(attribute: Attribute) -> bool:
-    """Whether a target is not uniform, so that the deviation from it is not the bias."""
-    targets = [attribute.target, *attribute.targets.values()]
-    return any(max(target) - min(target) > 1e-9 for target in targets)
-
-
-def _class_spreads(attribute: Attribute, counts: np.ndarray) -> dict[str, Any] | None:
-    """Class -> mean and std of its frequency over prompts with two faces or more."""
-    seen = counts[counts.sum(-1) >= LEAST]
-    if not len(seen):
-        return None
-    shares = metrics.frequencies(seen)
-    return {
-        name: {"mean": number(column.mean()), "std": number(column.std())}
+        name: Estimate(rounded(column.mean()), rounded(column.std()), None, len(shares))
         for name, column in zip(attribute.classes, shares.T, strict=True)
     }
 
 
-def _spread(values: Sequence[float] | np.ndarray) -> dict[str, Any] | None:
-    """Mean, std (of these prompts, not an estimate for others), interval and number of values."""
-    values = np.asarray(values, float)
-    if not len(values):
+def _score_over_prompts(values: np.ndarray, rows: Sequence[np.ndarray]) -> Estimate | None:
+    """Values (n,) of all images -> mean over prompts of their means."""
+    means = [mean_of_finite(values[of_prompt]) for of_prompt in rows]
+    return Estimate.over([mean for mean in means if mean is not None])
+
+
+def _estimates_json(estimates: Mapping[str, Any]) -> dict[str, Any]:
+    return {name: estimate and estimate.json() for name, estimate in estimates.items()}
+
+
+def _estimates_from_json(root: Mapping[str, Any]) -> dict[str, Estimate | None]:
+    return {name: Estimate.from_json(part) for name, part in root.items()}
+
+
+def _frequencies_from_json(
+    root: Mapping[str, Any] | None, bias: BiasEstimate | None
+) -> Frequencies | None:
+    if root is None or bias is None:
         return None
-    return {
-        "mean": number(values.mean()),
-        "std": number(values.std()),
-        "interval": _pair(metrics.bootstrap_interval(values)),
-        "prompts": len(values),
-    }
-
-
-def _mean_of_finite(values: np.ndarray) -> float | None:
-    values = values[np.isfinite(values)]
-    return number(values.mean()) if len(values) else None
-
-
-def _pair(interval: tuple[float, float] | None) -> list[float | None] | None:
-    return None if interval is None else [number(end) for end in interval]
+    return {name: Estimate(s["mean"], s["std"], None, bias.n) for name, s in root.items()}

@@ -1,20 +1,15 @@
-"""The headline of a report, or of two side by side."""
+"""The headline of a report, or of two side by side, as a console table."""
 
-from collections.abc import Iterator, Mapping, Sequence
-from typing import TYPE_CHECKING, Any
+from collections.abc import Iterator, Sequence
+from typing import TYPE_CHECKING
 
-from diffusers_fair.reports.groups import Estimate
-from diffusers_fair.reports.obedience import measures
-from diffusers_fair.reports.report import GAP, SCORE_NAMES, Report
+from diffusers_fair.reports.columns import BiasColumn, bias_columns, score_columns
+from diffusers_fair.reports.estimate import DIGITS, GAP, estimate_text
+from diffusers_fair.reports.measures import measures
+from diffusers_fair.reports.report import Report
 
 if TYPE_CHECKING:
     from rich.table import Table
-
-GAPS = {  # prompts of which there is no bias
-    "prompts_without_images": "prompts without images",
-    "prompts_without_faces": "prompts without any face",
-    "prompts_with_one_face": "prompts with one face only",
-}
 
 
 def table(before: Report, after: Report | None = None) -> "Table":
@@ -22,7 +17,7 @@ def table(before: Report, after: Report | None = None) -> "Table":
 
     Args:
         before: usually the base model's.
-        after: usually with the adapter.
+        after: usually the adapter's.
 
     Returns:
         A rich table, for `rich.print` or a console.
@@ -34,69 +29,66 @@ def table(before: Report, after: Report | None = None) -> "Table":
     reports = [before] if after is None else [before, after]
     grid = Table(
         title=_title(reports[-1]),
-        caption="mean ± std over prompts [95 % bootstrap interval of the mean, over prompts]\n"
-        "floor: what a generator exactly on target would score with as many images\n"
-        "errors corrected: from the classifier's errors on other pictures; scatters more",
+        caption="mean ± std over prompts [95 % bootstrap interval of the mean over prompts]\n"
+        "deviation: from a target that is not uniform\n"
+        "noise floor: expected value for a generator exactly on target, with as many images\n"
+        "errors corrected: for the classifier's errors on other images; has a larger variance",
         title_justify="left",
         caption_justify="left",
     )
     grid.add_column("")
     for report in reports:
-        grid.add_column(report.label, min_width=31)  # of "-0.123 ± 0.123 [-0.123, 0.123]"
-    for row in [*_rows([report.summary for report in reports]), *_group_rows(reports)]:
+        grid.add_column(report.label, min_width=31)  # width of "-0.123 ± 0.123 [-0.123, 0.123]"
+    for row in [*_rows(reports), *_measure_rows(reports)]:
         grid.add_row(*row)
     return grid
 
 
 def _title(report: Report) -> str:
-    """As `50 prompts x 60 images`, or the number of all images where prompts differ in it."""
-    prompts, each = len(report.settings.prompts), report.settings.images_per_prompt
+    """As `50 prompts x 60 images`, or the number of all images if prompts differ in theirs."""
+    prompts, images_per_prompt = len(report.settings.prompts), report.settings.images_per_prompt
     images = len(report.records.found)
-    if images == prompts * each:
-        return f"{prompts} prompts x {each} images"
+    if images == prompts * images_per_prompt:
+        return f"{prompts} prompts x {images_per_prompt} images"
     return f"{prompts} prompts, {images} images"
 
 
-def _rows(summaries: Sequence[dict[str, Any]]) -> Iterator[list[str]]:
-    """Head of a row and what it shows of each summary."""
-    for kind, head in (("bias", "bias"), ("deviation", "off target")):
-        for name in _names(summaries, kind):
-            figures = [s[kind].get(name) for s in summaries]
-            yield [f"{head}, {name}", *map(_cell, figures)]
-            yield ["  floor", *(GAP if f is None else f"{f['floor']:.3f}" for f in figures)]
-            yield ["  scatter removed", *(_cell(f and f["without_scatter"]) for f in figures)]
-            if kind == "bias" and any(name in s["corrected"] for s in summaries):
-                yield ["  errors corrected", *(_cell(s["corrected"].get(name)) for s in summaries)]
-    yield ["images with a face", *(_cell(s["face_rate"]) for s in summaries)]
-    for name in _names(summaries[::-1], "scores"):
-        yield [SCORE_NAMES.get(name, name), *(_cell(s["scores"].get(name)) for s in summaries)]
-    for gap, head in GAPS.items():
-        if any(s[gap] for s in summaries):
-            yield [head, *(str(len(s[gap])) for s in summaries)]
+def _rows(reports: Sequence[Report]) -> Iterator[list[str]]:
+    """Heads of rows and, for each report, their cells."""
+    for column in bias_columns(reports):
+        yield from _bias_rows(column, reports)
+    for score in score_columns(reports):
+        yield [score.head, *(estimate_text(score.estimate(report)) for report in reports)]
+    yield from _gap_rows(reports)
 
 
-def _group_rows(reports: Sequence[Report]) -> Iterator[list[str]]:
-    """Head and figures of what prompts ask for or leave alone, of the last report's prompts."""
+def _bias_rows(column: BiasColumn, reports: Sequence[Report]) -> Iterator[list[str]]:
+    biases = [column.estimate(report) for report in reports]
+    without = [bias and bias.without_sampling_variance for bias in biases]
+    corrected = [column.corrected(report) for report in reports]
+    head = f"deviation, {column.name}" if column.from_target else column.head  # short enough
+    yield [head, *map(estimate_text, biases)]
+    yield ["  noise floor", *(f"{b.noise_floor:.{DIGITS}f}" if b else GAP for b in biases)]
+    yield ["  without sampling variance", *map(estimate_text, without)]
+    if any(corrected):
+        yield ["  errors corrected", *map(estimate_text, corrected)]
+
+
+def _gap_rows(reports: Sequence[Report]) -> Iterator[list[str]]:
+    """How many prompts have no bias, by reason."""
+    gaps = {
+        "prompts without images": [report.summary.prompts_without_images for report in reports],
+        "prompts without any face": [report.summary.prompts_without_faces for report in reports],
+        "prompts with one face only": [report.summary.prompts_with_one_face for report in reports],
+    }
+    for head, prompts in gaps.items():
+        if any(prompts):
+            yield [head, *(str(len(names)) for names in prompts)]
+
+
+def _measure_rows(reports: Sequence[Report]) -> Iterator[list[str]]:
+    """Measures of control prompts, reduced to those of the last report."""
     sides = [report.group_summaries(reports[-1]) for report in reports]
     for measure in measures(sides):
         head = f"  {measure.part}" if measure.part else measure.head
-        yield [head, *(_estimate(measure.of(side)) for side in sides)]
-
-
-def _names(summaries: Sequence[dict[str, Any]], kind: str) -> list[str]:
-    """What any of the summaries has a figure of, in order."""
-    return list(dict.fromkeys(name for summary in summaries for name in summary[kind]))
-
-
-def _estimate(estimate: Estimate | None) -> str:
-    return GAP if estimate is None else _cell(vars(estimate))
-
-
-def _cell(figure: Mapping[str, Any] | None) -> str:
-    """As `0.671 ± 0.281 [0.592, 0.744]`; a dash for a gap."""
-    if figure is None:
-        return GAP
-    spread = f" ± {figure['std']:.3f}" if "std" in figure else ""
-    low_high = figure["interval"]
-    interval = f" [{low_high[0]:.3f}, {low_high[1]:.3f}]" if low_high else ""
-    return f"{figure['mean']:.3f}{spread}{interval}"
+        yield [head, *(estimate_text(measure.estimate(side)) for side in sides)]

@@ -106,11 +106,11 @@ def _is_less(value: float, best: float | None) -> bool:
 
 
 def _clip_t(report: Report) -> float:
-    return report.summary["scores"]["clip_t"]["mean"]
+    estimate = report.summary.scores["clip_t"]
+    assert estimate is not None  # every image has one
+    return estimate.mean
 
 
 def _mean_bias(report: Report, attribute: str) -> float | None:
-    """Return the deviation from the target, which is the bias if the target is uniform."""
-    summary = report.summary
-    estimate = summary["deviation"].get(attribute, summary["bias"][attribute])
-    return None if estimate is None else estimate["mean"]
+    estimate = report.summary.from_target(attribute)
+    return None if estimate is None else estimate.mean

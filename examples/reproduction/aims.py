@@ -3,7 +3,9 @@
 from collections.abc import Iterator, Mapping
 from typing import Any
 
+from diffusers_fair.reports.estimate import Estimate
 from diffusers_fair.reports.groups import summaries_from_json
+from diffusers_fair.reports.summary import Summary
 
 Range = tuple[float, float]
 
@@ -45,8 +47,9 @@ STOPS = {  # (experiment, figure) -> cause, as trainings with other settings hav
 
 def missed(experiment: str, report: Mapping[str, Any]) -> Iterator[list[str]]:
     """Yield rows: experiment, figure, value, limit, cause."""
-    found = figures(report["summary"]) | kept_words(report)
-    base = figures(report["reference"]["summary"]) | kept_words(report["reference"])
+    reference = report["reference"]
+    found = figures(Summary.from_json(report["summary"])) | kept_words(report)
+    base = figures(Summary.from_json(reference["summary"])) | kept_words(reference)
     for name, (low, high) in asked(experiment, base).items():
         if name in found and not low <= found[name] <= high:
             reason = STOPS.get((experiment, name), "not known")
@@ -77,20 +80,29 @@ def kept_words(report: Mapping[str, Any]) -> dict[str, float]:
     return {name: estimate.mean for name, estimate in found.items() if estimate is not None}
 
 
-def figures(summary: Mapping[str, Any]) -> dict[str, float]:
-    """What a report says, by the names that the table of experiments has."""
-    old = summary["frequencies"]["age"]["old"]
-    scores = {"context": "context", "CLIP-T": "clip_t"}
+def figures(summary: Summary) -> dict[str, float]:
+    """A report's means, by the names that the table of experiments has."""
+    scores = {"context": summary.scores.get("context"), "CLIP-T": summary.scores.get("clip_t")}
+    biases = {f"bias, {name}": bias for name, bias in summary.bias.items()}
     return {
-        **{f"bias, {name}": bias["mean"] for name, bias in summary["bias"].items()},
-        **{f"old, {key}": old[key] for key in ("mean", "std")},
-        "faces": summary["face_rate"]["mean"],
-        **{
-            name: summary["scores"][key]["mean"]
-            for name, key in scores.items()
-            if summary["scores"].get(key)
-        },
+        **{name: estimate.mean for name, estimate in (biases | scores).items() if estimate},
+        "old, mean": old(summary).mean,
+        "old, std": old(summary).std or 0.0,
+        "faces": face_rate(summary).mean,
     }
+
+
+def old(summary: Summary) -> Estimate:
+    """How often old people are perceived."""
+    frequencies = summary.frequencies["age"]
+    assert frequencies is not None
+    return frequencies["old"]
+
+
+def face_rate(summary: Summary) -> Estimate:
+    """Share of images with a face."""
+    assert summary.face_rate is not None
+    return summary.face_rate
 
 
 def told(low: float, high: float) -> str:

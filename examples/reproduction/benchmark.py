@@ -504,7 +504,7 @@ def median(function: Callable[[], Any], times: int) -> float:
 
 def document(found: dict[str, Any]) -> list[str]:
     """Lines of benchmark.md."""
-    from diffusers_fair.reports.comparison import markdown_table
+    from diffusers_fair.reports.markdown import markdown_table
 
     lines = ["# Benchmark", "", "Compare within a table; seconds tell little elsewhere.", ""]
     tables = {

@@ -28,18 +28,26 @@ from typing import Annotated, Any
 
 import torch
 import typer
-from experiments import OCCUPATIONS, drawer, kept_alone
+from experiments import OCCUPATIONS, controls, drawer
 
 from diffusers_fair import RunConfig, evaluate, load_fair_adapter, testbed
 from diffusers_fair.adapters.folder import read_adapter
+from diffusers_fair.assess import EvaluationDefaults, baseline_task
 from diffusers_fair.backends.registry import load_judges
-from diffusers_fair.baselines import BASELINES, Task, Wording, baseline
+from diffusers_fair.baselines import BASELINES, Task, baseline
 from diffusers_fair.evaluation.generate import generate
 from diffusers_fair.prompts import prompt_set
 from diffusers_fair.prompts.groups import PromptGroup
 from diffusers_fair.provenance import provenance
 from diffusers_fair.reports.comparison import Entry, compare
-from diffusers_fair.reports.report import FILE, PAGE, Report
+from diffusers_fair.reports.folder import (
+    FILE,
+    PAGE,
+    load_report,
+    save_comparison,
+    save_report,
+)
+from diffusers_fair.reports.report import Report
 from diffusers_fair.testbed import world
 
 OURS = "this package"
@@ -80,9 +88,9 @@ def main(
             rows.append(Entry(label=f"{name}, {goal}", report=report, group=goal))
             costs[rows[-1].label] = cost
         if len(rows) > 1:
-            compare(rows).save(out / recipe)
+            save_comparison(compare(rows), out / recipe)
         entries += rows
-    compare(entries, against="base").save(out)
+    save_comparison(compare(entries, against="base"), out)
     write_costs(costs, out)
 
 
@@ -109,7 +117,7 @@ def light(make: Callable[[], Report], folder: Path, images: int) -> Report:
     if not (folder / FILE).exists():
         report = make()
         groups = {name: slim(group) for name, group in report.groups.items()}
-        replace(slim(report), groups=groups, reference=None).save(folder)
+        save_report(replace(slim(report), groups=groups, reference=None), folder)
         (folder / PAGE).unlink()
     return stored(folder, images)
 
@@ -121,7 +129,7 @@ def slim(seen: Any) -> Any:
 
 def stored(folder: Path, images: int) -> Report:
     """The report in a folder, which must be of that many images."""
-    report = Report.load(folder)
+    report = load_report(folder)
     there = report.settings.images_per_prompt
     if there != images:
         raise typer.BadParameter(
@@ -151,12 +159,11 @@ def training_seconds(adapter: Path) -> float:
 
 
 def task(config: RunConfig, pipe: Any) -> Task:
-    """What a rival is told: prompts, models and sampling of training."""
-    attributes = config.balanced()
-    return Task(
-        wordings=[Wording(a, s.words) for a, s in zip(attributes, config.attributes, strict=True)],
-        prompts=prompt_set(OCCUPATIONS).prompts(config.prompts.train),
-        judges=lambda: load_judges(config.models, attributes, pipe.device),
+    """The task of a baseline: prompts, models and sampling of training."""
+    return baseline_task(
+        config.balanced(),
+        EvaluationDefaults.of_config(testbed.NAME, config),
+        pipe.device,
         steps=config.sampling.steps[1],
         guidance_scale=config.sampling.guidance_scale,
         seed=config.evaluation.seed,
@@ -195,8 +202,8 @@ def measured(
 
 
 def words_kept() -> tuple[PromptGroup, ...]:
-    """Prompts that leave nothing to change, the same for all methods and goals."""
-    return kept_alone(OCCUPATIONS, RunConfig.load(RECIPES[-1]))
+    """Control prompts, the same for all methods and goals."""
+    return controls(OCCUPATIONS, RunConfig.load(RECIPES[-1]))
 
 
 def slowdown(pipe: Any, config: RunConfig) -> float:

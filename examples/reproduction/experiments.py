@@ -27,17 +27,20 @@ from diffusers_fair import FairnessFinetuner, RunConfig, distributed, metrics, t
 from diffusers_fair.adapters.folder import read_adapter, write_adapter
 from diffusers_fair.adapters.format import AdapterInfo
 from diffusers_fair.adapters.tensors import Weights
+from diffusers_fair.assess import EvaluationDefaults, control_groups
 from diffusers_fair.attributes import Attribute
-from diffusers_fair.backends.registry import load_base, load_judges, untouched_set
-from diffusers_fair.evaluation.evaluate import evaluate, with_groups
+from diffusers_fair.backends.registry import load_base, load_judges
+from diffusers_fair.evaluation.evaluate import evaluate
+from diffusers_fair.evaluation.groups import with_groups
 from diffusers_fair.loading import load_fair_adapter
 from diffusers_fair.prompts import prompt_set
-from diffusers_fair.prompts.groups import PromptGroup, evaluation_groups
-from diffusers_fair.prompts.training_words import kept_sets, mark_unseen
-from diffusers_fair.prompts.wording import recipe_wording
+from diffusers_fair.prompts.groups import PromptGroup
 from diffusers_fair.publishing.card import write_card
-from diffusers_fair.reports.comparison import markdown_table
-from diffusers_fair.reports.report import FILE, GAP, GROUPS_SHEET, PAIRS, Report
+from diffusers_fair.reports.estimate import GAP
+from diffusers_fair.reports.folder import FILE, GROUPS_SHEET, PAIRS, load_report
+from diffusers_fair.reports.markdown import markdown_table
+from diffusers_fair.reports.report import Report
+from diffusers_fair.reports.summary import Summary
 from diffusers_fair.testbed import world
 
 OCCUPATIONS = "testbed-occupations"
@@ -123,8 +126,8 @@ def measured(experiment: Experiment, runs: Path) -> Path:
     attributes = counted(config)
     images = experiment.images or config.evaluation.images_per_prompt
     adapter = trained(experiment.recipe, runs)
-    reference = base(experiment.prompts, images, config, runs).of(attributes, images)
-    groups = kept_alone(experiment.prompts, config)
+    reference = base(experiment.prompts, images, config, runs).select(attributes, images)
+    groups = controls(experiment.prompts, config)
     pipe = drawer(config)
     judges = load_judges(config.evaluation.models, attributes, pipe.device)
     reference = with_groups(reference, pipe, groups, judges=judges, out=folder)
@@ -133,14 +136,11 @@ def measured(experiment: Experiment, runs: Path) -> Path:
     return folder
 
 
-def kept_alone(prompts: str, config: RunConfig) -> tuple[PromptGroup, ...]:
-    """Prompts that leave an adapter of that recipe nothing to change."""
-    recipe = config.model_dump(mode="json")
-    sections, balanced = recipe["attributes"], [section.name for section in config.attributes]
-    trained = [recipe_wording(section.attribute(), sections) for section in config.attributes]
-    texts = prompt_set(prompts).prompts(config.evaluation.split)
-    groups = evaluation_groups(texts, trained, untouched=untouched_set(testbed.NAME))
-    return mark_unseen(groups, kept_sets(recipe), balanced)
+def controls(prompts: str, config: RunConfig) -> tuple[PromptGroup, ...]:
+    """The control prompts of an adapter of that recipe."""
+    defaults = EvaluationDefaults.of_config(testbed.NAME, config)
+    attributes = [section.attribute() for section in config.attributes]
+    return control_groups(defaults.prompts(prompts, None), attributes, defaults)
 
 
 def drawer(config: RunConfig) -> Any:
@@ -158,7 +158,7 @@ def base(prompts: str, images: int, config: RunConfig, runs: Path) -> Report:
     """The base model's report with that many images or more."""
     folder = runs / "reports" / "base" / prompts
     if (folder / FILE).exists():
-        report = Report.load(folder)
+        report = load_report(folder)
         if report.settings.images_per_prompt >= images:
             return report
         distributed.barrier()  # all have read it
@@ -335,26 +335,27 @@ def shortfalls(found: Mapping[str, dict[str, Any]]) -> list[list[str]]:
 
 def part(report: Mapping[str, Any], column: str) -> list[str]:
     """Bias, its interval, what it would be were all prompts alike, and floor."""
-    bias = report["summary"]["bias"][column]
-    shares = [spread["mean"] for spread in report["summary"]["frequencies"][column].values()]
+    summary = Summary.from_json(report["summary"])
+    bias, frequencies = summary.bias[column], summary.frequencies[column]
+    assert bias is not None
+    assert frequencies is not None
+    shares = [share.mean for share in frequencies.values()]
     faces = [p["faces"] for p in report["prompts"] if p["attributes"][column]]
-    alike = sum(metrics.floor(n, shares) * faces.count(n) for n in set(faces)) / len(faces)
-    interval = " to ".join(f"{end:.3f}" for end in bias["interval"])
-    return [f"{bias['mean']:.3f}", interval, f"{alike:.3f}", f"{bias['floor']:.3f}"]
+    alike = sum(metrics.noise_floor(n, shares) * faces.count(n) for n in set(faces)) / len(faces)
+    interval = " to ".join(f"{end:.3f}" for end in bias.interval or ())
+    return [f"{bias.mean:.3f}", interval, f"{alike:.3f}", f"{bias.noise_floor:.3f}"]
 
 
 def cells(report: Mapping[str, Any]) -> list[str]:
     """A report's figures, or its reference's, in the table's order."""
-    summary = report["summary"]
+    summary = Summary.from_json(report["summary"])
     words = aims.kept_words(report)
-    biases = [summary["bias"][column] for column in COLUMNS]
-    old = summary["frequencies"]["age"]["old"]
-    scores = [summary["scores"].get(key) for key in ("context", "clip_t", "clip_i", "dino")]
+    scores = [summary.scores.get(key) for key in ("context", "clip_t", "clip_i", "dino")]
     return [
-        *(f"{b['mean']:.3f} ± {b['std']:.3f} ({b['floor']:.3f})" for b in biases),
-        f"{old['mean']:.3f} ± {old['std']:.3f}",
-        f"{summary['face_rate']['mean']:.3f}",
-        *(GAP if score is None else f"{score['mean']:.3f}" for score in scores),
+        *(f"{b.mean_and_std} ({b.noise_floor:.3f})" for b in map(summary.bias.get, COLUMNS) if b),
+        aims.old(summary).mean_and_std,
+        f"{aims.face_rate(summary).mean:.3f}",
+        *(GAP if score is None else f"{score.mean:.3f}" for score in scores),
         *(f"{words[name]:.3f}" if name in words else GAP for name in aims.WORDS),
     ]
 

@@ -23,6 +23,7 @@ from diffusers_fair.evaluation.evaluate import evaluate
 from diffusers_fair.evaluation.generate import generate
 from diffusers_fair.prompts import prompt_set
 from diffusers_fair.provenance import commit
+from diffusers_fair.reports.estimate import Estimate
 from diffusers_fair.testbed import judges as shipped
 from diffusers_fair.testbed import world
 from diffusers_fair.testbed.backend import load_evaluation_judges
@@ -104,15 +105,21 @@ def bias(pipe: Any, judges: Judges, images: int) -> list[Row]:
     found = report.summary
     wanted = {"gender": ".60 to .75", "race": ".35 to .50"}
     rows = [
-        (f"bias, {name}", f"{f['mean']:.3f} ± {f['std']:.3f}", wanted.get(name, ".18 to .25"))
-        for name, f in found["bias"].items()
+        (f"bias, {name}", bias.mean_and_std, wanted.get(name, ".18 to .25"))
+        for name, bias in found.bias.items()
+        if bias
     ]
     return [
         *rows,
-        ("context family recognised", f"{found['scores']['context']['mean']:.3f}", ">= .85"),
-        ("face found in drawn portraits", f"{found['face_rate']['mean']:.3f}", ">= .97"),
-        ("CLIP-T", f"{found['scores']['clip_t']['mean']:.3f}", ""),
+        ("context family recognised", mean(found.scores["context"]), ">= .85"),
+        ("face found in drawn portraits", mean(found.face_rate), ">= .97"),
+        ("CLIP-T", mean(found.scores["clip_t"]), ""),
     ]
+
+
+def mean(estimate: Estimate | None) -> str:
+    """The mean, as tables show it."""
+    return "-" if estimate is None else f"{estimate.mean:.3f}"
 
 
 def obedience(pipe: Any, judges: Judges, occupations: int = 20) -> list[Row]:

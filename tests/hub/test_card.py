@@ -23,7 +23,7 @@ from diffusers_fair.adapters.format import INFO_FILE
 from diffusers_fair.prompts.groups import KeptPrompt
 from diffusers_fair.publishing import card
 from diffusers_fair.publishing.card import write_card
-from diffusers_fair.reports.report import GROUPS_SHEET, Report
+from diffusers_fair.reports.folder import GROUPS_SHEET, load_report, report_json, save_report
 
 ROOT = Path(__file__).parents[2]
 CARDS = sorted(path.parent for path in (ROOT / "model_cards/adapters").glob("*/README.md"))
@@ -54,7 +54,7 @@ def measured():
         confusion={"hue": [[0.9, 0.1, 0.0], [0.0, 1.0, 0.0], [0.0, 0.2, 0.8]]},
         provenance={"date": "2031-05-06T07:08:09+00:00", "commit": "c" * 40},
     )
-    return json.dumps(report._json())
+    return json.dumps(report_json(report))
 
 
 @pytest.fixture
@@ -129,18 +129,21 @@ def test_figures_are_the_report_s(adapter, report):
     hue, tone = figures["bias"]["hue"], figures["deviation"]["tone"]
     ends = "[{:.3f}, {:.3f}]".format(*hue["interval"])
     assert f"| bias, hue | 0.667 ± 0.000 [0.667, 0.667] | 0.000 ± 0.000 {ends} | " in text
-    assert f"| off target, tone | 0.500 ± 0.000 [0.500, 0.500] | {tone['mean']:.3f} ± " in text
+    assert (
+        f"| deviation from target, tone | 0.500 ± 0.000 [0.500, 0.500] | {tone['mean']:.3f} ± "
+        in text
+    )
     assert f" | {hue['floor']:.3f} |" in text
     corrected = figures["corrected"]["hue"]["mean"]
     assert f"| — classifier's errors corrected | - | {corrected:.3f} ± " in text
-    assert "right for 90.0% (hue) of other" in text
+    assert "accuracy on held-out images, mean over classes: 90.0% (hue)." in text
     assert "| hue | red | 0.333 | 1.000 ± 0.000 | 0.333 ± 0.000 |" in text
     assert "| tone | dark | 0.750 | 0.500 ± 0.000 | 0.500 ± 0.000 |" in text
     assert (
         "2 prompts, 12 images (12 with a face), 1 steps, guidance 1.0, seed 0, on 2031-05-06"
         in (text)
     )
-    assert "Off target is the same for the distance" in text
+    assert "The deviation from target measures the distance" in text
 
 
 def add_groups(report, obeyed):
@@ -163,12 +166,12 @@ def add_groups(report, obeyed):
 
 def test_words_obeyed_and_what_is_left_alone(adapter, report):
     write_card(adapter, report)
-    assert "leaves alone" not in text_of(adapter)
+    assert "Control prompts" not in text_of(adapter)
     assert "groups" not in read_adapter(adapter)[0].evaluation
     add_groups(report, obeyed=0.75)
     write_card(adapter, report)
     text = text_of(adapter)
-    assert "### Obeys words, leaves alone" in text
+    assert "### Control prompts" in text
     assert "| words obeyed | 1.000 ± 0.000 [1.000, 1.000] | 0.750 ± 0.250 [0.500, 1.000] |" in text
     assert "| words obeyed, unseen words | 1.000 ± 0.000 | 0.500 ± 0.000 |" in text
     assert "| untouched: DINO | 1 | 0.970 ± 0.000 |" in text
@@ -185,15 +188,15 @@ def test_words_obeyed_and_what_is_left_alone(adapter, report):
 def test_no_warning_of_an_adapter_that_obeys(adapter, report):
     add_groups(report, obeyed=1.0)
     write_card(adapter, report)
-    assert "### Obeys words, leaves alone" in text_of(adapter)
+    assert "### Control prompts" in text_of(adapter)
     assert "Warning" not in text_of(adapter)
 
 
 def test_what_was_not_asked_for_stands_apart(tmp_path, report):
     adapter = lora(tmp_path / "other", attributes=(TONE,))
     write_card(adapter, report)
-    asked, other = text_of(adapter).split("may have moved all the same")
-    asked = asked.split("## What was measured")[1]
+    asked, other = text_of(adapter).split("may have changed")
+    asked = asked.split("## Evaluation")[1]
     assert "bias, tone" in asked
     assert "bias, hue" not in asked
     assert "bias, hue" in other
@@ -248,9 +251,9 @@ def test_the_prompt_to_type_for_soft_tokens(tmp_path, components):
     text = text_of(tmp_path / "a")
     assert 'pipe.load_textual_inversion("path/of/this/folder", weight_name="learned_' in text
     assert 'image = pipe("<fair> " + prompt).images[0]' in text
-    assert "the placeholder `<fair>` has to be typed before each prompt" in text
+    assert "put the placeholder `<fair>` once before each prompt" in text
     assert ("pipe.load_lora_weights(" in text) == (components == BOTH)
-    assert "`pipe.set_fair_adapter_scale(0)`, off, or `1)`, on" in text
+    assert "`pipe.set_fair_adapter_scale(0)` turns it off, and a scale of 1 on" in text
 
 
 def test_what_is_corrected_stands_below_its_bias(adapter, report):
@@ -258,22 +261,22 @@ def test_what_is_corrected_stands_below_its_bias(adapter, report):
     edit_report(report, put(["summary", "corrected", "tone"], hue))
     write_card(adapter, report)
     heads = [line.split(" | ")[0] for line in text_of(adapter).splitlines()]
-    tones = heads[heads.index("| bias, tone") : heads.index("| off target, tone")]
-    assert tones[1:] == ["| — scatter removed", "| — classifier's errors corrected"]
+    tones = heads[heads.index("| bias, tone") : heads.index("| deviation from target, tone")]
+    assert tones[1:] == ["| — without sampling variance", "| — classifier's errors corrected"]
 
 
 def test_without_a_report_it_says_so(adapter):
     write_card(adapter)
     text = text_of(adapter)
-    assert "Nothing yet: `diffusers-fair evaluate` measures it" in text
+    assert "Not evaluated yet: `diffusers-fair evaluate` measures it" in text
     assert ModelCard.load(adapter / "README.md").data.eval_results is None
     assert "| attribute | class | target |\n" in text
-    assert "What it took was not recorded" in text
+    assert "The cost was not recorded" in text
 
 
 def test_what_a_classifier_sees_and_who_counts(tmp_path):
     sky = dataclasses.replace(TONE, name="sky", region="image")
-    said = "Images without a face are not counted; of several faces "
+    said = "Images without a face are not counted. If an image has several faces, "
     texts = {}
     for name, attributes, recipe in (
         ("faces", (HUE,), {}),
@@ -282,9 +285,9 @@ def test_what_a_classifier_sees_and_who_counts(tmp_path):
     ):
         write_card(lora(tmp_path / name, attributes=attributes, recipe=recipe))
         texts[name] = text_of(tmp_path / name)
-    assert f"{said}the largest is.\n" in texts["faces"]
+    assert f"{said}only the largest is counted.\n" in texts["faces"]
     assert "assigns them to a face.\n" in texts["faces"]
-    assert f"{said}every one is.\n" in texts["crowds"]
+    assert f"{said}every one is counted.\n" in texts["crowds"]
     assert "assigns them to a face or, of sky, to the whole image.\n" in texts["crowds"]
     assert said not in texts["whole"]
 
@@ -292,8 +295,8 @@ def test_what_a_classifier_sees_and_who_counts(tmp_path):
 @pytest.mark.parametrize(
     ("recipe", "said"),
     [
-        ({}, "the largest counts. Words"),
-        ({"people": "all"}, "every one counts, by its share. Words"),
+        ({}, "only the largest counts. Words"),
+        ({"people": "all"}, "the share of those counts. Words"),
     ],
 )
 def test_the_card_says_which_faces_obey(recipe, said, tmp_path, report):
@@ -308,7 +311,7 @@ def test_a_report_without_a_base_shows_gaps(adapter, report):
     edit_report(report, put(["reference"], None))
     write_card(adapter, report)
     text = text_of(adapter)
-    assert "The base model was not measured" in text
+    assert "The base model was not evaluated" in text
     assert "| bias, hue | - | 0.000 ± 0.000" in text
     assert "| hue | red | 0.333 | - | 0.333 ± 0.000 |" in text
 
@@ -325,7 +328,7 @@ def test_what_training_took_and_the_recipe(tmp_path):
     write_card(adapter)
     text = text_of(adapter)
     assert "- iterations: 130\n- seconds: 1234.5\n- machine: 2 cores\n" in text
-    assert "What it took:\n" in text
+    assert "Cost:\n" in text
     block = text.partition("```yaml\n")[2].partition("```")[0]
     assert yaml.safe_load(block) == adapter_info().recipe
 
@@ -333,7 +336,7 @@ def test_what_training_took_and_the_recipe(tmp_path):
 def test_a_training_from_another_adapter_is_not_taken_for_all_of_it(tmp_path):
     recipe = {"adapter": {"init_from": "org/start"}}
     write_card(lora(tmp_path / "other", training={"seconds": 9}, recipe=recipe))
-    told = "What it took, from the adapter org/start on, whose own training is not counted:\n"
+    told = "Cost, starting from the adapter org/start, whose own training is not included:\n"
     assert told in text_of(tmp_path / "other")
 
 
@@ -391,7 +394,7 @@ def test_a_link_is_replaced_and_not_followed(adapter, report, tmp_path):
         (put(["settings"], 3), "is damaged or of another version: 'int'"),
         (
             put(["settings", "attributes", 0, "classes", 0], "pink"),
-            "balances 'hue' with the classes .'red', .*, and the report looked at .*: evaluate it",
+            "balances 'hue' with the classes .'red', .*, and the report evaluated .*: evaluate the",
         ),
         (put(["summary", "bias", "hue"], 3), "its evaluation cannot be shown .*: write the card"),
         (put(["summary", "scores"], None), "its evaluation cannot be shown"),
@@ -443,11 +446,11 @@ def test_a_report_as_evaluate_saves_it(adapter, tmp_path):
     after = evaluated.evaluate(
         evaluated.pipeline(seed=1), evaluated.PROMPTS, [HUE, TONE], reference=base, **options
     )
-    after.save(tmp_path / "measured")
+    save_report(after, tmp_path / "measured")
     write_card(adapter, tmp_path / "measured")
-    loaded = Report.load(tmp_path / "measured")
-    assert read_adapter(adapter)[0].evaluation["after"]["scores"] == loaded.summary["scores"]
+    loaded = load_report(tmp_path / "measured")
+    assert read_adapter(adapter)[0].evaluation["after"]["scores"] == loaded.summary.json()["scores"]
     assert "![The same noise" in text_of(adapter)
-    assert "The base model drew from the same noise" in text_of(adapter)
+    assert "The base model's images started from the same noise" in text_of(adapter)
     data = ModelCard.load(adapter / "README.md").data
-    assert len(data.eval_results) == 3 + len(loaded.summary["scores"])
+    assert len(data.eval_results) == 3 + len(loaded.summary.scores)

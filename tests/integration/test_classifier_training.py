@@ -188,8 +188,8 @@ def test_the_command(folder, tmp_path, monkeypatch, capsys):
     monkeypatch.setattr("sys.argv", list(map(str, words)))
     cli.main()
     said = capsys.readouterr().out
-    assert "on 8 held-out pictures" in said
-    assert "is, and is seen as" in said
+    assert "on 8 held-out images" in said
+    assert "true class, classified as" in said
     assert (out / "classifier.json").exists()
     with pytest.raises(SystemExit) as stop:
         cli.main()

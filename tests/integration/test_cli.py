@@ -10,9 +10,10 @@ from PIL import Image
 
 from diffusers_fair import cli
 from diffusers_fair.adapters.folder import read_adapter, write_info
+from diffusers_fair.assess import EvaluationDefaults, control_groups
 from diffusers_fair.baselines import BASELINES
 from diffusers_fair.prompts.training_words import kept_sets
-from diffusers_fair.reports.report import Report
+from diffusers_fair.reports.folder import load_report
 from diffusers_fair.testbed import world
 
 TINY = [
@@ -60,14 +61,14 @@ def test_evaluate_writes_both_reports_and_prints_the_table(
     out = tmp_path / "report"
     words = ["--adapter", adapter, "--prompts", lines, "--images", 2, "--steps", 2, "--out", out]
     assert run(monkeypatch, "evaluate", *words, "--group-images", 1) == 0
-    base, after = Report.load(out / "base"), Report.load(out)
+    base, after = load_report(out / "base"), load_report(out)
     assert base.settings == after.settings
-    assert after.summary["images"] == 4
+    assert after.summary.images == 4
     summaries = after.group_summaries()
     assert [s.images for s in summaries.values()] == [len(g.prompts) for g in groups_of(base)]
     assert groups_of(base) == groups_of(after)
     assert summaries["untouched"].dino is not None
-    assert "clip_i" in after.summary["scores"]
+    assert "clip_i" in after.summary.scores
     assert Image.open(out / "pairs.png").size[0] > 64
     said = capsys.readouterr().out
     assert "images with a face" in said
@@ -83,14 +84,14 @@ def test_a_reference_spares_the_base_models_half(adapter, lines, tmp_path, monke
     asked = ["--attribute", "race", "--attribute", "gender", "--out", tmp_path / "base"]
     asked += ["--no-groups"]  # as a report from before there were any
     assert run(monkeypatch, "evaluate", *common, *asked) == 0
-    assert Report.load(tmp_path / "base").groups == {}
+    assert load_report(tmp_path / "base").groups == {}
     words = ["--adapter", adapter, *common, "--out", tmp_path / "spared"]
     assert run(monkeypatch, "evaluate", *words, "--reference", tmp_path / "base") == 0
     assert not (tmp_path / "spared" / "base").exists()
     words[-1] = tmp_path / "whole"
     assert run(monkeypatch, "evaluate", *words) == 0
     assert "bias, race" not in capsys.readouterr().out.split("bias, gender")[-1]
-    spared, whole = (Report.load(tmp_path / name) for name in ("spared", "whole"))
+    spared, whole = (load_report(tmp_path / name) for name in ("spared", "whole"))
     assert spared.summary == whole.summary
     assert spared.settings == whole.settings
     assert spared.group_summaries() == whole.group_summaries()
@@ -109,10 +110,10 @@ def test_evaluate_a_baseline(name, more, lines, tmp_path, monkeypatch):
     words = ["--baseline", name, "--prompts", lines, "--images", 2, "--steps", 2]
     words += ["--group-images", 1]
     assert run(monkeypatch, "evaluate", *words, *more, "--out", tmp_path / "out") == 0
-    report, base = Report.load(tmp_path / "out"), Report.load(tmp_path / "out" / "base")
+    report, base = load_report(tmp_path / "out"), load_report(tmp_path / "out" / "base")
     assert report.label == name
     assert report.settings == base.settings
-    assert 0.5 < report.summary["scores"]["clip_i"]["mean"] < 0.9999
+    assert 0.5 < report.summary.scores["clip_i"].mean < 0.9999
     assert report.provenance["model"]["baseline"] == name
     assert report.group_summaries()["untouched"].pixels.mean > 0.001
 
@@ -127,7 +128,7 @@ def test_evaluate_a_base_model_alone(lines, tmp_path, monkeypatch):
     words = ["--attribute", "gender", "--attribute", "race", "--prompts", lines]
     words += ["--images", 2, "--steps", 2, "--out", tmp_path / "base", "--no-groups"]
     assert run(monkeypatch, "evaluate", *words) == 0
-    assert set(Report.load(tmp_path / "base").summary["bias"]) >= {"gender", "race"}
+    assert set(load_report(tmp_path / "base").summary.bias) >= {"gender", "race"}
 
 
 def with_recipe(adapter, folder, **prompts):
@@ -145,7 +146,7 @@ def test_words_of_training_are_those_that_the_adapter_kept(adapter, lines, tmp_p
     words = ["--adapter", folder, "--prompts", lines, "--images", 1, "--steps", 1]
     words += ["--group-images", 1, "--out", tmp_path / "r"]
     assert run(monkeypatch, "evaluate", *words) == 0
-    report = Report.load(tmp_path / "r")
+    report = load_report(tmp_path / "r")
     named = report.groups["named"].group.prompts
     seen = {p.text for p in named if p.asks == {"gender": "female"} and not p.unseen}
     assert seen
@@ -176,7 +177,9 @@ def test_whose_words_are_words_of_training(
     """In how many of the two groups with words an attribute has any of training."""
     folder = None if prompts is None else str(with_recipe(adapter, tmp_path / "a", **prompts))
     chosen = [world.ATTRIBUTES[name] for name in attributes]
-    made = cli._groups(cli._asked("testbed", recipe), chosen, folder, ["a chef"], 1)
+    info = None if folder is None else read_adapter(folder)[0]
+    defaults = EvaluationDefaults.of("testbed", recipe)
+    made = control_groups(["a chef"], chosen, defaults, info, images_per_prompt=1)
     found = {
         name: sum(any(p.asks.keys() == {name} and not p.unseen for p in g.prompts) for g in made)
         for name in attributes
@@ -198,7 +201,7 @@ def test_a_recipe_that_keeps_nothing(recipe):
 def test_an_adapter_that_draws_what_it_likes_is_warned_of(
     adapter, lines, tmp_path, monkeypatch, capsys
 ):
-    monkeypatch.setattr("diffusers_fair.reports.obedience.MARGIN", -0.1)
+    monkeypatch.setattr("diffusers_fair.reports.measures.MARGIN", -0.1)
     words = ["--adapter", adapter, "--prompts", lines, "--images", 1, "--steps", 1]
     words += ["--group-images", 1, "--out", tmp_path / "r"]
     assert run(monkeypatch, "evaluate", *words) == 0

@@ -7,7 +7,7 @@ from PIL import Image
 from test_cli import run
 
 from diffusers_fair.evaluation.journal import Journal
-from diffusers_fair.reports.report import Report
+from diffusers_fair.reports.folder import load_report
 
 RECIPE = """
 extends: testbed-race
@@ -29,7 +29,7 @@ def recipe(tmp_path):
 def test_what_is_left_out_comes_from_the_recipe(recipe, tmp_path, monkeypatch):
     words = ["--recipe", recipe, "--no-groups"]
     assert run(monkeypatch, "evaluate", *words, "--out", tmp_path / "r") == 0
-    report = Report.load(tmp_path / "r")
+    report = load_report(tmp_path / "r")
     settings = report.settings
     assert settings.prompts == ("a person reading", "a photo of a chef")
     assert [a.name for a in settings.attributes] == ["race"]
@@ -39,7 +39,7 @@ def test_what_is_left_out_comes_from_the_recipe(recipe, tmp_path, monkeypatch):
     assert "evaluate --recipe" in report.provenance["command"]
     words += ["--images", 3, "--seed", 0, "--steps", 1]
     assert run(monkeypatch, "evaluate", *words, "--out", tmp_path / "s") == 0
-    other = Report.load(tmp_path / "s").settings
+    other = load_report(tmp_path / "s").settings
     assert (other.images_per_prompt, other.steps, other.seed) == (3, 1, 0)
 
 
@@ -60,7 +60,7 @@ def test_the_same_command_goes_on(recipe, tmp_path, monkeypatch, capsys):
     assert run(monkeypatch, *words[:-1], out, "--seed", 9) == 2
     assert "was stopped, with other settings" in capsys.readouterr().err
     assert run(monkeypatch, *words) == 0
-    assert Report.load(out).summary["images"] == 26
+    assert load_report(out).summary.images == 26
 
 
 def test_pictures_made_by_anything(tmp_path, monkeypatch, capsys):
@@ -72,18 +72,18 @@ def test_pictures_made_by_anything(tmp_path, monkeypatch, capsys):
         Image.fromarray(pixels).save(folder / f"{number}.png")
     words = ["evaluate", "--images", tmp_path / "pictures", "--recipe", "testbed-gender"]
     assert run(monkeypatch, *words, "--out", tmp_path / "r") == 0
-    report = Report.load(tmp_path / "r")
+    report = load_report(tmp_path / "r")
     assert report.settings.prompts == ("a female person", "a male person")
-    shares = [p["attributes"]["gender"]["frequencies"]["female"] for p in report.prompts]
+    shares = [p.attributes["gender"].frequencies["female"] for p in report.prompts]
     np.testing.assert_allclose(shares, [1, 0])
-    assert report.summary["bias"]["gender"]["mean"] == 1
-    assert report.summary["corrected"]["gender"]["mean"] == pytest.approx(1, abs=1e-4)
+    assert report.summary.bias["gender"].mean == 1
+    assert report.summary.corrected["gender"].mean == pytest.approx(1, abs=1e-4)
     assert "images" in capsys.readouterr().out
 
 
 BAD = {
     "no folder": (["--images", "nowhere", "--recipe", "testbed-gender"], "no folder 'nowhere'"),
-    "no models": (["--images", "nowhere"], "need models that look at them: name a recipe"),
+    "no models": (["--images", "nowhere"], "need models that judge them: name a recipe"),
     "an adapter, too": (["--images", "x", "--adapter", "y"], "leave out --adapter"),
     "words, too": (
         ["--images", "x", "--respect-words"],

@@ -12,14 +12,16 @@ from test_resuming import Counting, interrupt
 from tiny import pipeline
 
 from diffusers_fair.baselines.base import ChangedPipeline
-from diffusers_fair.evaluation.evaluate import evaluate, with_groups
+from diffusers_fair.evaluation.evaluate import evaluate
 from diffusers_fair.evaluation.generate import image_seed, prompt_key, takes_negative_prompts
+from diffusers_fair.evaluation.groups import with_groups
 from diffusers_fair.evaluation.judge import thumbnails
 from diffusers_fair.prompts.groups import KeptPrompt, PromptGroup
-from diffusers_fair.reports.groups import Estimate, pixel_change, share_obeyed, summaries_from_json
-from diffusers_fair.reports.images import groups_picture
-from diffusers_fair.reports.obedience import MEASURES, Measure, warning
-from diffusers_fair.reports.report import Report
+from diffusers_fair.reports.estimate import Estimate
+from diffusers_fair.reports.folder import load_report, save_report
+from diffusers_fair.reports.groups import pixel_change, share_obeyed, summaries_from_json
+from diffusers_fair.reports.images import groups_sheet
+from diffusers_fair.reports.measures import MEASURES, Measure, warning
 
 NAMED = PromptGroup(
     "named",
@@ -276,16 +278,16 @@ def test_the_base_s_figures_are_of_the_same_prompts(base):
 
 def test_other_words_may_be_unseen_by_another_adapter(base):
     told = tuple(dataclasses.replace(prompt, unseen=True) for prompt in NAMED.prompts)
-    found = base.groups["named"].of(dataclasses.replace(NAMED, prompts=told)).summary
+    found = base.groups["named"].select(dataclasses.replace(NAMED, prompts=told)).summary
     assert found.seen is None
     assert found.unseen == base.groups["named"].summary.obeyed
 
 
 def test_counted_by_one_attribute_only_its_prompts_are_left(base):
-    one = base.of([HUE])
+    one = base.select([HUE])
     assert [p.text for p in one.groups["named"].group.prompts] == ["a red baker", "a blue judge"]
     same_records(one.groups["untouched"].records, base.groups["untouched"].records)
-    none = base.of([TONE])
+    none = base.select([TONE])
     assert list(none.groups) == ["untouched"]
     again = measured(attributes=[HUE], groups=None, reference=base)  # those of the reference
     assert [g.group for g in again.groups.values()] == [g.group for g in one.groups.values()]
@@ -338,8 +340,8 @@ def test_a_measure_by_prompt_has_gaps_for_other_prompts(base):
 
 
 def test_saved_and_loaded(other, tmp_path):
-    other.save(tmp_path / "r")
-    again = Report.load(tmp_path / "r")
+    save_report(other, tmp_path / "r")
+    again = load_report(tmp_path / "r")
     assert again.group_summaries() == other.group_summaries()
     for name, made in other.groups.items():
         loaded = again.groups[name]
@@ -359,36 +361,36 @@ def test_saved_and_loaded(other, tmp_path):
 
 
 def test_a_sheet_shows_base_above_adapter(base, other, tmp_path):
-    other.save(tmp_path / "r")
+    save_report(other, tmp_path / "r")
     sheet = np.array(Image.open(tmp_path / "r" / "groups.png"))
     top, bottom = (r.groups["named"].samples[0][0] for r in (base, other))  # 16 pixels, 6 times
     np.testing.assert_array_equal(sheet[36:132:6, 0:96:6], top)
     np.testing.assert_array_equal(sheet[132:228:6, 0:96:6], bottom)
     assert len(sheet) == 18 + 6 * (18 + 2 * 96)
-    assert groups_picture(dataclasses.replace(base, groups={}), other) is None
+    assert groups_sheet(dataclasses.replace(base, groups={}), other) is None
 
 
 def test_a_loaded_report_is_a_reference(base, other, tmp_path):
-    base.save(tmp_path / "base")
-    again = measured(pipeline(seed=1), reference=Report.load(tmp_path / "base"))
+    save_report(base, tmp_path / "base")
+    again = measured(pipeline(seed=1), reference=load_report(tmp_path / "base"))
     assert again.group_summaries() == other.group_summaries()
 
 
 def test_reports_from_before_there_were_groups(base, tmp_path):
-    dataclasses.replace(base, groups={}).save(tmp_path)
+    save_report(dataclasses.replace(base, groups={}), tmp_path)
     file = tmp_path / "report.json"
     root = json.loads(file.read_text())
     del root["groups"]
     file.write_text(json.dumps(root))
-    assert Report.load(tmp_path).groups == {}
+    assert load_report(tmp_path).groups == {}
 
 
 def test_records_of_a_group_that_are_missing(other, tmp_path):
-    other.save(tmp_path)
+    save_report(other, tmp_path)
     file = tmp_path / "records.jsonl"
     file.write_text("\n".join(file.read_text().splitlines()[:-1]))
     with pytest.raises(ValueError, match=r"incomplete .*expected 9 records, got 8"):
-        Report.load(tmp_path)
+        load_report(tmp_path)
 
 
 def test_stopped_and_started_again_it_repeats_nothing(base, tmp_path):
@@ -459,7 +461,7 @@ def test_measuring_what_a_reference_lacks_may_be_stopped(base, tmp_path):
 
 def test_pictures_that_were_there_already_get_no_others(base):
     settings = dataclasses.replace(base.settings, seed=None)
-    with pytest.raises(ValueError, match="images were not drawn here, so no others can be drawn"):
+    with pytest.raises(ValueError, match="images were not generated here, so no others can be"):
         with_groups(dataclasses.replace(base, settings=settings), None, GROUPS, judges=judges())
 
 
@@ -481,7 +483,10 @@ def test_a_reference_that_counts_other_faces(ask, base):
 @pytest.mark.parametrize(
     ("groups", "message"),
     [
-        (None, "the reference measured no groups of prompts .*: add them with evaluation.with_g"),
+        (
+            None,
+            "the reference measured no groups of control prompts: add them with evaluation",
+        ),
         (GROUPS, "reference lacks images of the group of prompts 'named': add them with evaluat"),
     ],
 )
@@ -505,11 +510,11 @@ RED = KeptPrompt("a red hat", {"hue": "red"})
         ([PromptGroup("named", (RED, RED))], "has the prompt 'a red hat' more than once, and its"),
         (
             [PromptGroup("named", (KeptPrompt("a hat", {"hue": "pink"}),))],
-            r"'a hat' asks for 'pink' of 'hue', and what is looked at is {'hue': \('red',",
+            r"'a hat' asks for 'pink' of 'hue', but the evaluated classes are {'hue': \('red',",
         ),
         (
             [PromptGroup("named", (KeptPrompt("a hat", {"size": "big"}),))],
-            "asks for 'big' of 'size', and what is looked at is",
+            "asks for 'big' of 'size', but the evaluated classes are",
         ),
     ],
 )
@@ -520,5 +525,5 @@ def test_groups_that_cannot_be_measured(groups, message):
 
 def test_images_that_a_report_has_not(base):
     more = dataclasses.replace(NAMED, images_per_prompt=3)
-    with pytest.raises(ValueError, match="has not all images of prompt group 'named': evaluate"):
-        base.groups["named"].of(more)
+    with pytest.raises(ValueError, match="lacks images of the prompt group 'named': evaluate"):
+        base.groups["named"].select(more)

@@ -16,7 +16,7 @@ from reports import report
 
 from diffusers_fair import RunConfig
 from diffusers_fair.adapters.folder import read_adapter
-from diffusers_fair.reports.report import Report
+from diffusers_fair.reports.folder import load_report, save_report
 from diffusers_fair.testbed import world
 
 CARDS = Path(__file__).parents[2] / "model_cards"
@@ -56,9 +56,9 @@ def test_processes_remove_a_base_report_with_fewer_images_once_all_have_read_it(
     monkeypatch, tmp_path
 ):
     folder = tmp_path / "reports" / "base" / "sports"
-    report().save(folder)
+    save_report(report(), folder)
     barrier, index = Barrier(2), ContextVar("index")
-    load = Report.load
+    load = load_report
 
     def slow(folder):
         sleep(0.2 * index.get())  # the first process is done long before the second
@@ -70,7 +70,7 @@ def test_processes_remove_a_base_report_with_fewer_images_once_all_have_read_it(
 
     monkeypatch.setattr(experiments.distributed, "barrier", lambda: barrier.wait(timeout=10))
     monkeypatch.setattr(experiments.distributed, "rank", index.get)
-    monkeypatch.setattr(experiments.Report, "load", slow)
+    monkeypatch.setattr(experiments, "load_report", slow)
     monkeypatch.setattr(experiments, "drawer", lambda config: None)
     monkeypatch.setattr(experiments, "look", lambda *_: folder.exists())
     with ThreadPoolExecutor(2) as pool:
@@ -97,23 +97,43 @@ def test_a_recipe_that_changed_since_is_told():
     ],
 )
 def test_a_bias_were_all_prompts_alike(shares, faces, bias):
-    found = {"mean": 1, "interval": [0.9, 1], "floor": 0.25}
-    spreads = {name: {"mean": share} for name, share in zip("ab", shares, strict=True)}
+    found = bias_of(1, interval=[0.9, 1], floor=0.25)
+    spreads = {name: {"mean": share, "std": 0} for name, share in zip("ab", shares, strict=True)}
     prompts = [{"faces": n, "attributes": {"hue": {"bias": 1}}} for n in faces]
     prompts.append({"faces": 0, "attributes": {"hue": None}})  # has no frequencies
-    summary = {"bias": {"hue": found}, "frequencies": {"hue": spreads}}
+    summary = COUNTS | {"bias": {"hue": found}, "frequencies": {"hue": spreads}, "scores": {}}
     told = experiments.part({"summary": summary, "prompts": prompts}, "hue")
     assert told == ["1.000", "0.900 to 1.000", bias, "0.250"]
+
+
+COUNTS = {"prompts": 1, "images": 1, "faces": 1}
+
+
+def estimate_of(mean, std=0.0):
+    return {"mean": mean, "std": std, "interval": None, "prompts": 1}
+
+
+def bias_of(mean, **changes):
+    without = {"mean": mean, "interval": None}
+    more = {
+        "interval_images": [0, 1],
+        "floor": 0,
+        "faces_per_prompt": 1,
+        "without_scatter": without,
+    }
+    return estimate_of(mean) | more | changes
 
 
 def summary_of(gender, race, old, spread, faces, context, clip):
     biases = {"gender": gender, "race": race, "gender x race": race / 2}
     scores = {"clip_t": clip, "context": context}
+    bias = {name: bias_of(x) for name, x in biases.items()}
     return {
-        "bias": {name: {"mean": x} for name, x in biases.items()},
+        **COUNTS,
+        "bias": bias | {"age": bias_of(0.5)},
         "frequencies": {"age": {"old": {"mean": old, "std": spread}}},
-        "face_rate": {"mean": faces},
-        "scores": {name: {"mean": x} if x is not None else None for name, x in scores.items()},
+        "face_rate": estimate_of(faces),
+        "scores": {name: None if x is None else estimate_of(x) for name, x in scores.items()},
     }
 
 
@@ -180,13 +200,13 @@ def test_words_that_are_lost_fall_short(experiment, short):
 
 def test_words_stand_in_the_table_where_a_report_has_them():
     plain = report(attributes=list(world.ATTRIBUTES.values())).summary
-    assert experiments.cells({"summary": plain})[-5:] == ["-"] * 5
+    assert experiments.cells({"summary": plain.json()})[-5:] == ["-"] * 5
     told = experiments.cells(with_words(plain, 1))[-5:]
     assert told == ["0.960", "0.810", "-", "0.960", "0.012"]
 
 
 def test_an_adapter_is_asked_for_the_words_of_its_recipe():
-    groups = experiments.kept_alone(experiments.OCCUPATIONS, RunConfig.load("testbed-gender"))
+    groups = experiments.controls(experiments.OCCUPATIONS, RunConfig.load("testbed-gender"))
     assert [group.name for group in groups] == ["named", "implied", "untouched"]
     assert {name for group in groups for p in group.prompts for name in p.asks} == {"gender"}
     assert "a photo of a kitchen without anybody" in [p.text for p in groups[2].prompts]

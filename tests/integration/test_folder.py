@@ -8,10 +8,10 @@ import torch
 from judging import HUE, TONE, find_none, judges
 from PIL import Image
 
-from diffusers_fair.evaluation.evaluate import audit
+from diffusers_fair.evaluation.audit import audit
 from diffusers_fair.evaluation.generate import pairs_of
-from diffusers_fair.evaluation.image_folder import picture_folder
-from diffusers_fair.reports.report import Report
+from diffusers_fair.evaluation.image_folder import image_folder
+from diffusers_fair.reports.folder import load_report
 
 
 def paint(file, size=(16, 16), seed=0, mode="RGB", **options):
@@ -44,19 +44,19 @@ def look(folder, **changes):
 def test_gaps_are_explicit_and_prompts_count_their_own_pictures(folder, tmp_path):
     report = look(folder, out=tmp_path / "report", batch_size=2)
     assert report.settings.prompts == ("a baker", "a nurse", "a judge in a robe")
-    assert [p["images"] for p in report.prompts] == [4, 0, 1]
-    assert report.prompts[0]["attributes"]["hue"]["floor"] > 0.2
-    assert report.prompts[1]["attributes"] == report.prompts[2]["attributes"]
-    assert set(report.prompts[2]["attributes"].values()) == {None}
-    assert report.prompts[1]["scores"] == {"clip_t": None}
+    assert [p.images for p in report.prompts] == [4, 0, 1]
+    assert report.prompts[0].attributes["hue"].noise_floor > 0.2
+    assert report.prompts[1].attributes == report.prompts[2].attributes
+    assert set(report.prompts[2].attributes.values()) == {None}
+    assert report.prompts[1].scores == {"clip_t": None}
     summary = report.summary
-    assert summary["bias"]["hue"]["prompts"] == 1
-    assert summary["prompts_without_images"] == ["a nurse"]
-    assert summary["prompts_without_faces"] == ["a nurse"]
-    assert summary["prompts_with_one_face"] == ["a judge in a robe"]
-    assert summary["face_rate"]["mean"] == 1
-    json.dumps([summary, report.prompts], allow_nan=False)
-    again = Report.load(tmp_path / "report")
+    assert summary.bias["hue"].n == 1
+    assert summary.prompts_without_images == ["a nurse"]
+    assert summary.prompts_without_faces == ["a nurse"]
+    assert summary.prompts_with_one_face == ["a judge in a robe"]
+    assert summary.face_rate.mean == 1
+    json.dumps([summary.json(), *(p.json() for p in report.prompts)], allow_nan=False)
+    again = load_report(tmp_path / "report")
     assert again.summary == summary
     assert again.records.file.tolist()[-1] == "x1/0.tif"
     assert again.records.seed is None
@@ -67,17 +67,17 @@ def test_figures_do_not_depend_on_the_batches(folder):
     one, many = look(folder, batch_size=1), look(folder, batch_size=24)
     for key, values in one.records.scores.items():
         np.testing.assert_allclose(many.records.scores[key], values, atol=1e-5)
-    assert one.summary["bias"] == many.summary["bias"]
+    assert one.summary.bias == many.summary.bias
 
 
 def test_no_face_in_any_picture(folder):
     report = audit(folder, [HUE], judges=judges(face_detector=find_none), progress=False)
-    assert report.summary["bias"] == {"hue": None}
-    assert len(report.summary["prompts_without_faces"]) == 3
+    assert report.summary.bias == {"hue": None}
+    assert len(report.summary.prompts_without_faces) == 3
 
 
 def test_pictures_are_fitted_into_a_square(folder):
-    found = picture_folder(folder)
+    found = image_folder(folder)
     assert found.side == 30
     (pairs,) = pairs_of([len(files) for files in found.files], 24)
     images = found.read(pairs).images
@@ -89,7 +89,7 @@ def test_pictures_are_fitted_into_a_square(folder):
 def test_pictures_of_one_size_stay_as_they_are(tmp_path):
     paint(tmp_path / "a" / "0.png", (20, 12))
     paint(tmp_path / "b" / "0.png", (20, 12), 1)
-    found = picture_folder(tmp_path)
+    found = image_folder(tmp_path)
     assert found.side is None
     images = found.read(np.array([[1, 0]])).images
     pixels = np.array(Image.open(tmp_path / "b" / "0.png"))
@@ -104,7 +104,7 @@ def test_transparent_parts_are_white_and_cameras_are_turned(tmp_path):
     picture = Image.new("RGB", (8, 8), "black")
     picture.paste("white", (0, 0, 8, 4))
     picture.save(tmp_path / "a" / "1.png", exif=exif)
-    clear, turned = picture_folder(tmp_path).read(np.array([[0, 0], [0, 1]])).images
+    clear, turned = image_folder(tmp_path).read(np.array([[0, 0], [0, 1]])).images
     assert (clear == 1).all()
     assert (turned[:, :, 4:] == 1).all()
     assert (turned[:, :, :4] == -1).all()
@@ -113,32 +113,32 @@ def test_transparent_parts_are_white_and_cameras_are_turned(tmp_path):
 def test_a_picture_that_cannot_be_read(folder):
     file = folder / "a baker" / "1.jpg"
     file.write_bytes(file.read_bytes()[:200])
-    with pytest.raises(ValueError, match=r"1\.jpg' cannot be read as a picture \(.*\): mend it or"):
-        picture_folder(folder)
+    with pytest.raises(ValueError, match=r"1\.jpg' cannot be read as an image \(.*\): repair or"):
+        image_folder(folder)
 
 
 @pytest.mark.parametrize(
     ("make", "message"),
     [
         (lambda place: None, "there is no folder '.*nowhere': expected one with a folder per prom"),
-        (lambda place: place.mkdir(), r"has no folder with pictures \(0 pictures lie in it"),
-        (lambda place: paint(place / "0.png"), r"\(1 pictures lie in it directly\): expected a fo"),
-        (lambda place: (place / "a baker").mkdir(parents=True), "has no folder with pictures"),
+        (lambda place: place.mkdir(), r"has no subfolder with images \(0 images lie in it"),
+        (lambda place: paint(place / "0.png"), r"\(1 images lie in it directly\): expected a su"),
+        (lambda place: (place / "a baker").mkdir(parents=True), "has no subfolder with images"),
     ],
 )
 def test_folders_without_pictures(make, message, tmp_path):
     make(tmp_path / "nowhere")
     with pytest.raises(ValueError, match=message):
-        picture_folder(tmp_path / "nowhere")
+        image_folder(tmp_path / "nowhere")
 
 
 def test_prompts_that_are_not_clear(folder):
     (folder / "x1" / "prompt.txt").write_bytes(b"\xff\xfe\xfa")
     with pytest.raises(ValueError, match=r"prompt\.txt' holds no prompt: expected one as UTF-8"):
-        picture_folder(folder)
+        image_folder(folder)
     (folder / "x1" / "prompt.txt").write_text("a baker")
-    with pytest.raises(ValueError, match="two folders of the prompt 'a baker': make it one"):
-        picture_folder(folder)
+    with pytest.raises(ValueError, match="two subfolders of the prompt 'a baker': make it one"):
+        image_folder(folder)
 
 
 def test_other_pictures_do_not_go_on(folder, tmp_path):

@@ -29,7 +29,7 @@ from diffusers_fair.objective.losses import alignment_loss
 from diffusers_fair.objective.objective import Objective
 from diffusers_fair.objective.targets import expected_targets
 from diffusers_fair.reports.comparison import Entry, compare
-from diffusers_fair.reports.report import Report
+from diffusers_fair.reports.folder import load_report, save_report
 from diffusers_fair.testbed import world
 from diffusers_fair.testbed.judges import face_detector
 from diffusers_fair.training.original_images import OriginalImageCache
@@ -288,23 +288,23 @@ def test_every_face_is_counted_with_its_image(tmp_path):
                 hues.append(records.others_probabilities["hue"][row, j].argmax())
                 tones.append(records.probabilities["tone"][row].argmax())
         shares = np.bincount(hues, minlength=3) / len(hues)
-        got = list(prompt["attributes"]["hue"]["frequencies"].values())
+        got = list(prompt.attributes["hue"].frequencies.values())
         np.testing.assert_allclose(got, shares, atol=1e-6)
         joint = np.bincount(np.array(hues) * 2 + tones, minlength=6) / len(hues)
-        got = list(prompt["attributes"]["hue x tone"]["frequencies"].values())
+        got = list(prompt.attributes["hue x tone"].frequencies.values())
         np.testing.assert_allclose(got, joint, atol=1e-6)
-        assert prompt["faces"] == 5  # images with a face
-    assert report.summary["bias"]["tone"] == largest.summary["bias"]["tone"]
-    faces = report.summary["bias"]["hue"]["faces_per_prompt"]
+        assert prompt.faces == 5  # images with a face
+    assert report.summary.bias["tone"] == largest.summary.bias["tone"]
+    faces = report.summary.bias["hue"].faces_per_prompt
     assert faces == pytest.approx((15 + others.sum()) / 3, abs=1e-6)
-    report.save(tmp_path / "report")
-    again = Report.load(tmp_path / "report")
+    save_report(report, tmp_path / "report")
+    again = load_report(tmp_path / "report")
     assert again.settings == report.settings
     assert again.settings.people == "all"
     assert again.summary == report.summary
     assert list(again.records.lines()) == list(records.lines())
     assert "every one counts" in (tmp_path / "report" / "report.html").read_text()
-    assert again.of([HUE], 3).records.others_found.shape == (9, records.others_found.shape[1])
+    assert again.select([HUE], 3).records.others_found.shape == (9, records.others_found.shape[1])
     entries = [Entry(label="a", report=report), Entry(label="b", report=largest)]
     with pytest.raises(
         ValueError, match="'b' counts the faces of an image by people 'largest', 'a"
@@ -316,15 +316,15 @@ def test_all_may_be_one(tmp_path):
     asked = judges(face_detector=One(), people="all")
     report = evaluate(pipeline(), PROMPTS, [HUE], judges=asked, **QUICK)
     assert report.records.others_found.shape == (15, 0)
-    report.save(tmp_path / "report")
-    again = Report.load(tmp_path / "report")
+    save_report(report, tmp_path / "report")
+    again = load_report(tmp_path / "report")
     assert again.summary == report.summary
     largest = evaluate(pipeline(), PROMPTS, [HUE], judges=judges(face_detector=One()), **QUICK)
     assert report.summary == largest.summary
 
 
 def test_a_report_of_the_largest_is_written_as_before(tmp_path):
-    made_up([[1, 1]], [[[0, 1]]]).save(tmp_path / "report")
+    save_report(made_up([[1, 1]], [[[0, 1]]]), tmp_path / "report")
     assert "people" not in json.loads((tmp_path / "report" / "report.json").read_text())["settings"]
     assert "others" not in (tmp_path / "report" / "records.jsonl").read_text()
 
@@ -347,8 +347,8 @@ def test_both_teachers_are_counted():
         judges=loaded,
         **{"images_per_prompt": 4, "steps": 8, "guidance_scale": 4.5, "progress": False},
     )
-    assert report.summary["bias"]["gender"]["faces_per_prompt"] >= 7
-    assert report.summary["faces"] == 4
+    assert report.summary.bias["gender"].faces_per_prompt >= 7
+    assert report.summary.faces == 4
 
 
 def test_both_teachers_are_trained_on(tmp_path):

@@ -44,7 +44,7 @@ def test_its_python_runs(short):
         exec(block, names)
     assert names["images"][0].size == (64, 64)
     assert Path("my-adapter/fair_adapter.json").exists()
-    assert names["report"].summary["images"] == 24
+    assert names["report"].summary.images == 24
 
 
 def test_its_commands_exist():

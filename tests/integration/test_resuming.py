@@ -17,7 +17,7 @@ from tiny import pipeline
 from diffusers_fair.evaluation.evaluate import evaluate
 from diffusers_fair.evaluation.journal import Journal
 from diffusers_fair.prompts.groups import KeptPrompt, PromptGroup
-from diffusers_fair.reports.report import Report
+from diffusers_fair.reports.folder import load_report
 
 ASKED = QUICK | {"images_per_prompt": 4, "batch_size": 2, "groups": ()}  # 6 batches
 
@@ -75,7 +75,7 @@ def whole(tmp_path_factory):
 
 def test_a_report_that_is_saved_is_that_which_is_returned(whole):
     report = judged(None)
-    assert Report.load(whole).summary == report.summary
+    assert load_report(whole).summary == report.summary
     assert not (whole / ".partial").exists()
     names = {"report.json", "records.jsonl", "features.npz", "samples-000.png"}
     assert names <= {file.name for file in whole.iterdir()}
@@ -100,7 +100,7 @@ def test_stopped_and_started_again_it_repeats_nothing(whole, tmp_path):
 
 def test_a_finished_report_is_not_made_again(whole):
     detector = Counting()
-    assert judged(whole, detector).summary == Report.load(whole).summary
+    assert judged(whole, detector).summary == load_report(whole).summary
     assert detector.looks == 0
     for changes in ({"seed": 1}, {"model": {"adapter": "x"}}):
         with pytest.raises(ValueError, match="report' holds a report of something else already"):
@@ -125,14 +125,14 @@ def test_other_settings_do_not_go_on(changes, named, tmp_path):
 
 
 def test_another_reference_does_not_go_on(whole, tmp_path):
-    base = Report.load(whole)
+    base = load_report(whole)
     with pytest.raises(KeyboardInterrupt):
         judged(tmp_path / "r", Counting(stop_after=1, how=interrupt), reference=base)
     other = dataclasses.replace(base, provenance={"date": "yesterday"})
     with pytest.raises(ValueError, match="was stopped, with other reference: start it with the"):
         judged(tmp_path / "r", reference=other)
-    report = judged(tmp_path / "r", reference=Report.load(whole))
-    assert report.summary["scores"]["dino"]["mean"] == 1
+    report = judged(tmp_path / "r", reference=load_report(whole))
+    assert report.summary.scores["dino"].mean == 1
 
 
 def test_the_journal_keeps_everything_and_no_half_batch(tmp_path):
@@ -188,7 +188,7 @@ def test_two_processes_share_groups_of_prompts(port, tmp_path):
     assert [ended(process) for process in both] == [0, 0]
     looks = [int((tmp_path / f"report-looks-{rank}").read_text()) for rank in (0, 1)]
     assert looks == [1 + 3, 1 + 2]  # batches of two images: two neutral, five named
-    assert list(Report.load(out).groups["named"].records.lines()) == list(alone.records.lines())
+    assert list(load_report(out).groups["named"].records.lines()) == list(alone.records.lines())
 
 
 def test_killed_alone_and_finished_by_two_processes(whole, port, tmp_path):

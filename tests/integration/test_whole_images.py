@@ -44,7 +44,7 @@ from diffusers_fair.objective.losses import alignment_loss
 from diffusers_fair.objective.objective import Objective
 from diffusers_fair.objective.targets import expected_targets, joint_targets, region_targets
 from diffusers_fair.reports.comparison import Entry, compare
-from diffusers_fair.reports.report import Report
+from diffusers_fair.reports.folder import load_report, save_report
 from diffusers_fair.testbed import world
 from diffusers_fair.vision.classifiers import NetworkClassifier, view
 from diffusers_fair.vision.encoders import Pixels
@@ -229,27 +229,25 @@ def test_counts_of_whole_images_faces_and_both():
     whole = replace(TONE, region="image")
     hues, tones = [[0, 1, 2], [0, 0, 1]], [[0, 1, 1], [0, 1, 0]]
     report = made_up([[1, 0, 1], [1, 1, 0]], [hues, tones], attributes=(HUE, whole))
-    first, second = (prompt["attributes"] for prompt in report.prompts)
-    assert list(first["hue"]["frequencies"].values()) == [0.5, 0, 0.5]
-    assert list(first["tone"]["frequencies"].values()) == pytest.approx([1 / 3, 2 / 3], abs=1e-6)
-    assert list(second["tone"]["frequencies"].values()) == pytest.approx([2 / 3, 1 / 3], abs=1e-6)
-    joint = first["hue x tone"]["frequencies"]
+    first, second = (prompt.attributes for prompt in report.prompts)
+    assert list(first["hue"].frequencies.values()) == [0.5, 0, 0.5]
+    assert list(first["tone"].frequencies.values()) == pytest.approx([1 / 3, 2 / 3], abs=1e-6)
+    assert list(second["tone"].frequencies.values()) == pytest.approx([2 / 3, 1 / 3], abs=1e-6)
+    joint = first["hue x tone"].frequencies
     assert {name: share for name, share in joint.items() if share} == {
         "red, dark": 0.5,
         "blue, light": 0.5,
     }
-    assert report.summary["bias"]["tone"]["faces_per_prompt"] == 3
-    assert report.summary["bias"]["hue x tone"]["faces_per_prompt"] == 2
-    assert report.summary["face_rate"]["mean"] == pytest.approx(2 / 3, abs=1e-6)
+    assert report.summary.bias["tone"].faces_per_prompt == 3
+    assert report.summary.bias["hue x tone"].faces_per_prompt == 2
+    assert report.summary.face_rate.mean == pytest.approx(2 / 3, abs=1e-6)
 
 
 def test_without_attributes_of_faces_no_prompt_lacks_one():
     whole = made_up([[0, 0], [1, 0]], [[[0, 1], [2, 2]]], attributes=(WHOLE_HUE,))
-    assert whole.summary["bias"]["hue"]["prompts"] == 2
-    assert whole.summary["prompts_without_faces"] == whole.summary["prompts_with_one_face"] == []
-    assert (
-        "prompt 0" in made_up([[0, 0], [1, 0]], [[[0, 1], [2, 2]]]).summary["prompts_without_faces"]
-    )
+    assert whole.summary.bias["hue"].n == 2
+    assert whole.summary.prompts_without_faces == whole.summary.prompts_with_one_face == []
+    assert "prompt 0" in made_up([[0, 0], [1, 0]], [[[0, 1], [2, 2]]]).summary.prompts_without_faces
 
 
 def test_evaluation_sees_whole_images_with_and_without_a_face(tmp_path):
@@ -262,25 +260,25 @@ def test_evaluation_sees_whole_images_with_and_without_a_face(tmp_path):
     assert 0 < found.sum() < len(found)
     assert np.allclose(report.records.probabilities["all"].sum(1), 1, atol=1e-5)
     plain = evaluate(pipe, PROMPTS, [HUE], judges=asked, **QUICK)
-    assert report.summary["bias"]["hue"] == plain.summary["bias"]["hue"]
-    report.save(tmp_path / "mixed")
-    again = Report.load(tmp_path / "mixed")
+    assert report.summary.bias["hue"] == plain.summary.bias["hue"]
+    save_report(report, tmp_path / "mixed")
+    again = load_report(tmp_path / "mixed")
     assert again.settings == report.settings
     assert again.summary == report.summary
     assert (
-        "and take no part in the figures of faces"
+        "and do not count for attributes of faces"
         in (tmp_path / "mixed" / "report.html").read_text()
     )
     lines = again.records.lines(again.settings.attributes)
     assert [set(line["probabilities"]) for line in lines] == [
         {"hue", "all"} if there else {"all"} for there in found
     ]
-    with pytest.raises(ValueError, match=r"not at 'all' with classes .*\(face\): evaluate again"):
-        report.of([replace(everything, region="face")])
+    with pytest.raises(ValueError, match=r"not 'all' with classes .*\(face\): evaluate again"):
+        report.select([replace(everything, region="face")])
     without = replace(asked, face_detector=no_faces)
     faceless = evaluate(pipe, PROMPTS, [everything], judges=without, **QUICK)
-    assert faceless.summary["bias"]["all"] == report.summary["bias"]["all"]
-    faceless.save(tmp_path / "whole")
+    assert faceless.summary.bias["all"] == report.summary.bias["all"]
+    save_report(faceless, tmp_path / "whole")
     page = (tmp_path / "whole" / "report.html").read_text()
     assert "show no face that was found" not in page
     assert "only the largest counts" not in page
@@ -288,12 +286,12 @@ def test_evaluation_sees_whole_images_with_and_without_a_face(tmp_path):
 
 def test_reports_of_faces_are_written_as_before_there_were_regions(tmp_path):
     report = made_up([[1, 1]], [[[0, 1]]])
-    report.save(tmp_path / "report")
+    save_report(report, tmp_path / "report")
     asked = json.loads((tmp_path / "report" / "report.json").read_text())["settings"]
     assert asked["attributes"] == [
         {"name": "hue", "classes": ["red", "green", "blue"], "target": [1 / 3] * 3}
     ]
-    assert Report.load(tmp_path / "report").settings == report.settings
+    assert load_report(tmp_path / "report").settings == report.settings
 
 
 def test_a_face_and_a_whole_image_are_not_compared():
@@ -449,4 +447,4 @@ def test_a_few_iterations_balance_the_backgrounds_of_the_testbed(tmp_path, monke
         **{"images_per_prompt": 8, "steps": 4, "guidance_scale": 4.5, "seed": 99},
         progress=False,
     )
-    assert report.summary["bias"]["backdrop"]["mean"] < 0.8  # of other noise; 1 without
+    assert report.summary.bias["backdrop"].mean < 0.8  # of other noise; 1 without

@@ -19,9 +19,9 @@ from reports import HUE, PROMPTS, TONE, certain, group, report
 from diffusers_fair.attributes import Attribute
 from diffusers_fair.prompts.groups import KeptPrompt
 from diffusers_fair.reports.comparison import Entry, compare
-from diffusers_fair.reports.obedience import warning
+from diffusers_fair.reports.measures import warning
 from diffusers_fair.reports.page import (
-    PICTURE,
+    IMAGE_SIZE,
     TEMPLATES,
     WORST,
     comparison_page,
@@ -131,31 +131,31 @@ def pages(page, comparison, kept):
 def test_headline_has_both_with_interval_floor_and_change(page, pair):
     text = Outline(page).text
     for name in ("hue", "tone", "hue x tone"):
-        for figure in (pair.summary["bias"][name], pair.reference.summary["bias"][name]):
-            low, high = figure["interval"]
-            assert (
-                f"{figure['mean']:.3f} ± {figure['std']:.3f} 95 %: {low:.3f} to {high:.3f}" in text
-            )
-        assert f"{pair.summary['bias'][name]['floor']:.3f}" in text
-    change = pair.summary["bias"]["hue"]["mean"] - pair.reference.summary["bias"]["hue"]["mean"]
+        for figure in (pair.summary.bias[name], pair.reference.summary.bias[name]):
+            low, high = figure.interval
+            assert f"{figure.mean:.3f} ± {figure.std:.3f} 95 %: {low:.3f} to {high:.3f}" in text
+        assert f"{pair.summary.bias[name].noise_floor:.3f}" in text
+    change = pair.summary.bias["hue"].mean - pair.reference.summary.bias["hue"].mean
     assert f"{change:+.3f}".replace("-", "\N{MINUS SIGN}") in text
-    assert f"off target, tone {pair.reference.summary['deviation']['tone']['mean']:.3f}" in text
+    assert (
+        f"deviation from target, tone {pair.reference.summary.deviation['tone'].mean:.3f}" in text
+    )
 
 
 def test_more_estimates_stand_beside(page, pair):
     text = Outline(page).text
-    figure = pair.summary["bias"]["hue"]
-    assert "{:.3f} to {:.3f}".format(*figure["interval_images"]) in text
-    assert f"{figure['without_scatter']['mean']:.3f}" in text
-    assert f"{pair.summary['corrected']['hue']['mean']:.3f} ±" in text
+    figure = pair.summary.bias["hue"]
+    assert "{:.3f} to {:.3f}".format(*figure.image_interval) in text
+    assert f"{figure.without_sampling_variance.mean:.3f}" in text
+    assert f"{pair.summary.corrected['hue'].mean:.3f} ±" in text
     assert "errors not known" in text  # of tone
 
 
 def test_errors_of_the_classifiers(page):
     text = Outline(page).text
-    assert "hue: other pictures, whose class is known; 10% were seen wrongly" in text
+    assert "hue: held-out images, whose class is known; error rate 10%" in text
     assert "green 0 (0%) 10 (100%) 0 (0%)" in text
-    assert "tone: how often the classifier errs is not known" in text
+    assert "tone: the classifier's error rate is not known" in text
 
 
 def test_without_a_reference_gaps_are_said(pages):
@@ -174,7 +174,7 @@ def test_no_face_anywhere():
     empty = report("empty", records={"found": np.zeros(24, bool)}, reference=report())
     text = Outline(report_page(empty)).text
     assert "Too few faces were found" in text
-    assert "No image with a face, and therefore no figures: “" + PROMPTS[0] in text
+    assert "No image with a face, and therefore no bias: “" + PROMPTS[0] in text
     assert "24 of 24 images show no face" in text
 
 
@@ -195,8 +195,8 @@ def test_pictures_that_were_there_already():
     )
     text = Outline(report_page(some)).text
     assert "1 to 8 for each of 3 prompts" in text
-    assert "the images were there already" in text
-    assert "Only one image with a face, and therefore no figures" in text
+    assert "the images come from a folder" in text
+    assert "Only one image with a face, and therefore no bias" in text
 
 
 def test_classes_that_were_never_perceived_are_named():
@@ -219,7 +219,7 @@ def test_what_is_obeyed_and_left_alone_stands_beside_the_base(pages):
     assert "untouched: DINO 1.000 compared with itself 0.810 ± 0.000" in text
     assert "untouched: pixel change 0.000 compared with itself 0.070" in text
     assert "implied words obeyed 1" not in text
-    assert "Of several faces in an image the largest counts." in text
+    assert "If an image has several faces, only the largest counts." in text
     assert "those of the kept prompts that the adapter was trained with" in text
 
 
@@ -239,8 +239,8 @@ def test_pictures_of_groups_say_what_was_asked_for(pages):
 
 
 def test_a_report_without_groups_has_no_section_for_them(page, pages):
-    assert 'id="kept"' in pages["kept"]
-    assert 'id="kept"' not in page
+    assert 'id="control"' in pages["kept"]
+    assert 'id="control"' not in page
 
 
 def test_compared_pages_have_columns_of_groups(pages):
@@ -265,7 +265,7 @@ def bar_heads(page: str) -> dict[str, list[str]]:
 def test_each_class_has_a_chart_of_all_prompts_the_worst_first(page, pair):
     charts = bar_heads(page)
     assert list(charts) == [f"{a.name}: {c}" for a in (HUE, TONE) for c in a.classes]
-    shares = [p["attributes"]["tone"]["frequencies"]["dark"] for p in pair.prompts]
+    shares = [p.attributes["tone"].frequencies["dark"] for p in pair.prompts]
     order = np.argsort([-abs(share - 0.75) for share in shares], kind="stable")
     names = ["baker", "tall judge", "nurse"]
     assert charts["tone: dark"] == [names[i] for i in order]
@@ -273,8 +273,7 @@ def test_each_class_has_a_chart_of_all_prompts_the_worst_first(page, pair):
 
 def test_bars_say_their_shares(page, pair):
     before, after = (
-        f"{r.prompts[0]['attributes']['hue']['frequencies']['red']:.0%}"
-        for r in (pair.reference, pair)
+        f"{r.prompts[0].attributes['hue'].frequencies['red']:.0%}" for r in (pair.reference, pair)
     )
     assert f"baker base: {before} adapter: {after}" in Outline(page).text
 
@@ -284,7 +283,7 @@ def test_many_prompts_are_shown_on_demand():
     page = report_page(report(prompts=prompts, attributes=(HUE,), samples={}))
     assert page.count("The other 3 prompts") == len(HUE.classes)
     assert page.count('class="bar-head"') == len(HUE.classes) * (WORST + 4)  # and the mean's
-    assert "kept no pictures" in page
+    assert "holds no sample images" in page
 
 
 @pytest.mark.parametrize(
@@ -360,11 +359,11 @@ def test_no_box_where_there_is_no_face():
 
 
 def test_large_pictures_are_made_smaller():
-    page = report_page(report(prompts=["a judge"], side=2 * PICTURE))
+    page = report_page(report(prompts=["a judge"], side=2 * IMAGE_SIZE))
     image = Outline(page).all("img")[0]
     data = base64.b64decode(image["src"].partition(",")[2])
-    assert Image.open(io.BytesIO(data)).size == (PICTURE, PICTURE)
-    assert image["width"] == str(2 * PICTURE)  # what boxes are measured in
+    assert Image.open(io.BytesIO(data)).size == (IMAGE_SIZE, IMAGE_SIZE)
+    assert image["width"] == str(2 * IMAGE_SIZE)  # what boxes are measured in
 
 
 def test_only_what_both_kept_is_paired():

@@ -138,6 +138,13 @@ def test_no_circles():
     assert not todo
 
 
+def test_no_circles_between_modules():
+    todo = {module: own(imports(module)) - {module} for module in BELOW}
+    while leaves := {name for name, others in todo.items() if not others & todo.keys()}:
+        todo = {name: others for name, others in todo.items() if name not in leaves}
+    assert not todo
+
+
 @pytest.mark.parametrize("module", BELOW)
 def test_imports_go_down(module):
     up = {name for name in own(imports(module)) if layer(name) > layer(module)}

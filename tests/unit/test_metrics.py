@@ -83,8 +83,8 @@ def test_figures_do_not_depend_on_the_order_of_classes(name, centred, rng):
     def figures(counts, target, centre):
         return [
             *metrics.deviation(metrics.frequencies(counts), centre),
-            metrics.floor(30, target, centre),
-            metrics.without_scatter(metrics.scatter_moments(counts, centre)),
+            metrics.noise_floor(30, target, centre),
+            metrics.without_sampling_variance(*metrics.bias_moments(counts, centre).T),
         ]
 
     np.testing.assert_allclose(
@@ -96,80 +96,88 @@ def test_figures_do_not_depend_on_the_order_of_classes(name, centred, rng):
 
 @pytest.mark.parametrize("images", [1, 2, 7, 60])
 @pytest.mark.parametrize("share", [0.5, 0.75, 1.0])
-def test_floor_of_two_classes_by_enumeration(images, share):
+def test_noise_floor_of_two_classes_by_enumeration(images, share):
     x = np.arange(images + 1)
     chances = scipy.stats.binom.pmf(x, images, share)
     for centre in (None, [share, 1 - share]):
         values = metrics.deviation(np.stack([x, images - x], -1) / images, centre)
-        assert metrics.floor(images, [share, 1 - share], centre) == pytest.approx(
+        assert metrics.noise_floor(images, [share, 1 - share], centre) == pytest.approx(
             chances @ values, abs=1e-12
         )
 
 
 @pytest.mark.parametrize("name", TARGETS)
-def test_floor_of_few_images_by_enumeration_of_all_outcomes(name):
+def test_noise_floor_of_few_images_by_enumeration_of_all_outcomes(name):
     target = np.array(TARGETS[name])
     outcomes = np.array(list(product(range(len(target)), repeat=3)))  # labels of 3 images
     chances = target[outcomes].prod(1)
     shares = np.stack([(outcomes == k).mean(1) for k in range(len(target))], -1)
     for centre in (None, target):
         expected = chances @ metrics.deviation(shares, centre)
-        assert metrics.floor(3, target, centre) == pytest.approx(expected, abs=1e-12)
+        assert metrics.noise_floor(3, target, centre) == pytest.approx(expected, abs=1e-12)
 
 
 @pytest.mark.parametrize("name", TARGETS)
-def test_floor_by_simulation(name, rng):
+def test_noise_floor_by_simulation(name, rng):
     target = np.array(TARGETS[name])
     values = metrics.deviation(rng.multinomial(80, target, size=20_000) / 80, target)
     error = values.std() / len(values) ** 0.5
-    assert metrics.floor(80, target, target) == pytest.approx(values.mean(), abs=5 * error + 1e-9)
+    assert metrics.noise_floor(80, target, target) == pytest.approx(
+        values.mean(), abs=5 * error + 1e-9
+    )
 
 
 @pytest.mark.parametrize(
     ("classes", "images", "rounded"), [(2, 60, 0.103), (4, 80, 0.063), (8, 160, 0.032)]
 )
-def test_floor_is_near_the_normal_approximation(classes, images, rounded):
+def test_noise_floor_is_near_the_normal_approximation(classes, images, rounded):
     normal = np.sqrt(2 / np.pi) * np.sqrt(2 / (classes * images))
     assert round(normal, 3) == rounded
-    assert metrics.floor(images, [1 / classes] * classes) == pytest.approx(normal, rel=0.005)
+    assert metrics.noise_floor(images, [1 / classes] * classes) == pytest.approx(normal, rel=0.005)
 
 
-def test_floor_of_many_images_and_of_none():
-    assert metrics.floor(100_000, [0.5, 0.5]) == pytest.approx(np.sqrt(2 / np.pi / 100_000), 1e-4)
+def test_noise_floor_of_many_images_and_of_none():
+    assert metrics.noise_floor(100_000, [0.5, 0.5]) == pytest.approx(
+        np.sqrt(2 / np.pi / 100_000), 1e-4
+    )
     with pytest.raises(ValueError, match="needs 1 image or more, got 0"):
-        metrics.floor(0, [0.5, 0.5])
+        metrics.noise_floor(0, [0.5, 0.5])
 
 
-def test_scatter_moments_are_unbiased(rng):
+def test_bias_moments_are_unbiased(rng):
     p = np.array([0.5, 0.3, 0.2])
-    b, m, s = metrics.scatter_moments(rng.multinomial(12, p, size=100_000)).T
+    b, m, s = metrics.bias_moments(rng.multinomial(12, p, size=100_000)).T
     true = np.mean([0.2**2, 0.3**2, 0.1**2])
     assert (m - s).mean() == pytest.approx(true, abs=5 * (m - s).std() / 100_000**0.5)
     assert b.mean() > metrics.bias(p)
 
 
 @pytest.mark.parametrize("spread", [0.0, 0.1, 0.3])
-def test_without_scatter_finds_the_true_bias(spread, rng):
+def test_without_sampling_variance_finds_the_true_bias(spread, rng):
     difference = rng.normal(0, spread, size=5000).clip(-1, 1)
     first = rng.binomial(60, (1 + difference) / 2)
-    moments = metrics.scatter_moments(np.stack([first, 60 - first], -1))
-    assert metrics.without_scatter(moments) == pytest.approx(abs(difference).mean(), abs=0.015)
+    moments = metrics.bias_moments(np.stack([first, 60 - first], -1))
+    assert metrics.without_sampling_variance(*moments.T) == pytest.approx(
+        abs(difference).mean(), abs=0.015
+    )
     assert moments[:, 0].mean() > abs(difference).mean() + 0.005
 
 
-def test_without_scatter_about_a_target(rng):
+def test_without_sampling_variance_about_a_target(rng):
     counts = rng.multinomial(40, [0.75, 0.25], size=2000)
-    about_target = metrics.scatter_moments(counts, [0.75, 0.25])
-    assert metrics.without_scatter(about_target) < 0.03 < about_target[:, 0].mean()
-    assert metrics.without_scatter(metrics.scatter_moments(counts)) == pytest.approx(0.5, abs=0.02)
+    about_target = metrics.bias_moments(counts, [0.75, 0.25])
+    assert metrics.without_sampling_variance(*about_target.T) < 0.03 < about_target[:, 0].mean()
+    assert metrics.without_sampling_variance(*metrics.bias_moments(counts).T) == pytest.approx(
+        0.5, abs=0.02
+    )
 
 
-def test_without_scatter_at_the_ends():
-    one_class = metrics.scatter_moments(np.array([[9, 0], [0, 7]]))
-    assert metrics.without_scatter(one_class) == 1
-    equal = metrics.scatter_moments(np.array([[4, 4], [5, 5]]))
-    assert metrics.without_scatter(equal) == 0
-    assert metrics.scatter_moments(np.array([[1, 0], [0, 0]])).shape == (0, 3)
+def test_without_sampling_variance_at_the_ends():
+    one_class = metrics.bias_moments(np.array([[9, 0], [0, 7]]))
+    assert metrics.without_sampling_variance(*one_class.T) == 1
+    equal = metrics.bias_moments(np.array([[4, 4], [5, 5]]))
+    assert metrics.without_sampling_variance(*equal.T) == 0
+    assert metrics.bias_moments(np.array([[1, 0], [0, 0]])).shape == (0, 3)
 
 
 def test_bootstrap_interval_is_scipys(rng):
@@ -192,10 +200,13 @@ def test_bootstrap_interval_covers_the_mean(rng):
 
 def test_bootstrap_interval_of_a_statistic_and_of_too_few():
     counts = np.array([[30, 30], [50, 10], [10, 50], [33, 27]])
-    moments = metrics.scatter_moments(counts)
-    low, high = metrics.bootstrap_interval(moments, metrics.without_scatter)
-    assert 0 <= low < metrics.without_scatter(moments) < high <= 1
-    assert metrics.bootstrap_interval(moments[:1], metrics.without_scatter) is None
+    moments = metrics.bias_moments(counts)
+    low, high = metrics.bootstrap_interval(*moments.T, statistic=metrics.without_sampling_variance)
+    assert 0 <= low < metrics.without_sampling_variance(*moments.T) < high <= 1
+    assert (
+        metrics.bootstrap_interval(*moments[:1].T, statistic=metrics.without_sampling_variance)
+        is None
+    )
     assert metrics.bootstrap_interval(np.array([])) is None
 
 
@@ -270,7 +281,7 @@ def test_corrected_is_the_nearest_in_the_simplex(rng):
 
 
 def test_a_confusion_matrix_needs_every_true_class():
-    with pytest.raises(ValueError, match="pictures of every true class, got a row of zeros"):
+    with pytest.raises(ValueError, match="images of every true class, got a row of zeros"):
         metrics.corrected(np.array([0.5, 0.5]), np.array([[1, 0], [0, 0]]))
 
 

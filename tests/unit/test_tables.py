@@ -113,16 +113,16 @@ def test_feedback_on_target_stays():
 
 def test_a_report_measures_each_prompt_by_its_own_target():
     plain = report()
-    counts = [p["attributes"]["hue"]["frequencies"] for p in plain.prompts]
+    counts = [p.attributes["hue"].frequencies for p in plain.prompts]
     own = {
         prompt: tuple(np.array(list(counts[i].values())) / sum(counts[i].values()))
         for i, prompt in enumerate(plain.settings.prompts)
     }
-    exact = plain.of([Attribute("hue", HUE.classes, HUE.target, own)])
-    assert exact.summary["deviation"]["hue"]["mean"] == pytest.approx(0, abs=1e-5)
-    assert exact.summary["bias"]["hue"]["mean"] == plain.summary["bias"]["hue"]["mean"]
-    floors = [metrics.floor(p["faces"], own[p["prompt"]], own[p["prompt"]]) for p in exact.prompts]
-    assert exact.summary["deviation"]["hue"]["floor"] == pytest.approx(np.mean(floors), abs=1e-6)
+    exact = plain.select([Attribute("hue", HUE.classes, HUE.target, own)])
+    assert exact.summary.deviation["hue"].mean == pytest.approx(0, abs=1e-5)
+    assert exact.summary.bias["hue"].mean == plain.summary.bias["hue"].mean
+    floors = [metrics.noise_floor(p.faces, own[p.prompt], own[p.prompt]) for p in exact.prompts]
+    assert exact.summary.deviation["hue"].noise_floor == pytest.approx(np.mean(floors), abs=1e-6)
 
 
 def test_splits_other_than_training_s_count():

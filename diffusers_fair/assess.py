@@ -1,0 +1,349 @@
+"""Evaluate a base model and what changes it, as `diffusers-fair evaluate` does."""
+
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, replace
+from hashlib import sha256
+from pathlib import Path
+from typing import Any
+
+from diffusers_fair.adapters.folder import read_adapter
+from diffusers_fair.adapters.format import AdapterInfo
+from diffusers_fair.attributes import Attribute, People
+from diffusers_fair.backends import registry
+from diffusers_fair.backends.registry import load_base, load_judges
+from diffusers_fair.baselines import Baseline, Task
+from diffusers_fair.baselines import baseline as find_baseline
+from diffusers_fair.config.models import ModelsSection
+from diffusers_fair.config.schema import EvaluationSection, RunConfig
+from diffusers_fair.evaluation.audit import audit
+from diffusers_fair.evaluation.evaluate import evaluate
+from diffusers_fair.evaluation.groups import with_groups
+from diffusers_fair.loading import load_fair_adapter, local_folder
+from diffusers_fair.prompts import prompt_set
+from diffusers_fair.prompts.groups import PromptGroup, evaluation_groups
+from diffusers_fair.prompts.training_words import kept_sets, mark_unseen
+from diffusers_fair.prompts.wording import attribute_sections, recipe_wording
+from diffusers_fair.reports.folder import load_report, require_free
+from diffusers_fair.reports.measures import warning
+from diffusers_fair.reports.report import Report
+
+
+@dataclass(frozen=True)
+class Assessment:
+    """The reports of a base model and of what changes it, on the same noise."""
+
+    base: Report
+    changed: Report | None
+    """With the adapter or the baseline; None if there is neither."""
+
+    @property
+    def warning(self) -> str:
+        """The control prompts that are worse than with the base model; empty if none are."""
+        if self.changed is None:
+            return ""
+        return warning(self.changed.shortfalls(self.base), self.changed.label)
+
+
+@dataclass(frozen=True, kw_only=True)
+class EvaluationDefaults:
+    """What an evaluation measures, and how, unless its caller says otherwise."""
+
+    section: EvaluationSection
+    attributes: Mapping[str, Attribute]
+    """Name -> attribute, for all that can be counted."""
+    counted: Sequence[str]
+    """Names of the attributes that are counted by default."""
+    prompt_sets: Sequence[str]
+    training_split: str
+    """Split of the prompt sets for what a baseline computes in advance."""
+    training_models: ModelsSection
+    """Judges for what a baseline computes in advance."""
+    attribute_sections: Sequence[dict[str, Any]]
+    """The attributes of a recipe, with the words that ask for their classes."""
+    untouched: str
+    """Name of the prompt set that shows nobody."""
+    people: People = "largest"
+    kept: frozenset[str] = frozenset()
+    """Names of the prompt sets that a recipe keeps by `prompts.keep`."""
+
+    @classmethod
+    def of(cls, base: str, recipe: str | None) -> "EvaluationDefaults":
+        """The defaults of a recipe or, without one, of a base that ships with its judges.
+
+        Raises:
+            ValueError: the base does not ship with judges, and there is no recipe.
+        """
+        if recipe is not None:
+            return cls.of_config(base, RunConfig.load(recipe))
+        usual = registry.base(base).usual_evaluation
+        if usual is None:
+            raise ValueError(
+                f"'{base}' needs models that judge its images: name a recipe that has them with "
+                "--recipe"
+            )
+        shipped = usual()
+        guidance_scale = registry.usual_guidance(base)
+        return cls(
+            section=EvaluationSection(steps=shipped.steps, guidance_scale=guidance_scale),
+            attributes=shipped.attributes,
+            counted=list(shipped.attributes)[:1],
+            prompt_sets=[shipped.prompt_set],
+            training_split="train",
+            training_models=ModelsSection(),
+            attribute_sections=[
+                {"name": a.name, "words": {c: shipped.words[c] for c in a.classes}}
+                for a in shipped.attributes.values()
+            ],
+            untouched=registry.untouched_set(base),
+        )
+
+    @classmethod
+    def of_config(cls, base: str, config: RunConfig) -> "EvaluationDefaults":
+        """The defaults of a recipe."""
+        root = config.model_dump(mode="json")
+        attributes = {attribute.name: attribute for attribute in config.balanced()}
+        return cls(
+            section=config.evaluation,
+            attributes=attributes,
+            counted=list(attributes),
+            prompt_sets=list(config.prompts.sets),
+            training_split=config.prompts.train,
+            training_models=config.models,
+            attribute_sections=root["attributes"],
+            untouched=registry.untouched_set(base),
+            people=config.people,
+            kept=kept_sets(root),
+        )
+
+    def choose(self, names: Sequence[str] | None) -> list[Attribute]:
+        """Look up attributes by name; left out, the default ones.
+
+        Raises:
+            ValueError: an unknown name.
+        """
+        for name in names or ():
+            if name not in self.attributes:
+                raise ValueError(
+                    f"unknown attribute '{name}': expected one of {', '.join(self.attributes)}"
+                )
+        return [self.attributes[name] for name in names or self.counted]
+
+    def prompts(self, name: str | None, split: str | None) -> list[str]:
+        """The prompts of a packaged set or a text file; left out, of the default sets and split."""
+        names = [name] if name else self.prompt_sets
+        return [
+            text for name in names for text in prompt_set(name).prompts(split or self.section.split)
+        ]
+
+
+def assess(
+    base: str,
+    *,
+    out: str | Path,
+    adapter: str | None = None,
+    baseline: str | None = None,
+    recipe: str | None = None,
+    prompts: Sequence[str] | None = None,
+    attributes: Sequence[str] | None = None,
+    images_per_prompt: int | None = None,
+    steps: int | None = None,
+    guidance_scale: float | None = None,
+    seed: int | None = None,
+    reference: str | Path | None = None,
+    group_images: int | None = 4,
+    respect_words: bool = False,
+) -> Assessment:
+    """Evaluate a base model, then an adapter or a baseline on the same noise, and save reports.
+
+    Args:
+        base: `testbed`, a Hub id or a folder.
+        out: folder of the report. With an adapter or a baseline, the base model's is in `base`
+            inside it.
+        adapter: folder or Hub id of an adapter.
+        baseline: name of a published method, in place of an adapter.
+        recipe: its evaluation models judge the images, and it gives the defaults of what follows;
+            needed for a base other than the testbed.
+        prompts: neutral prompts; left out, those of the recipe's test split.
+        attributes: names of the attributes to count; left out, those that the adapter balances, or
+            the recipe's.
+        images_per_prompt: images per neutral prompt.
+        steps: scheduler steps.
+        guidance_scale: scale of classifier-free guidance.
+        seed: random seed of the noise.
+        reference: the base model's report, with the same prompts and sampling and at least as many
+            images, so that the base is not evaluated again. Control prompts that it lacks are.
+        group_images: images per control prompt; None to leave out the control prompts.
+        respect_words: disable the adapter for prompts that name a class it balances.
+
+    Raises:
+        ValueError: the folder holds a report; the arguments contradict one another; the adapter,
+            the baseline, the recipe or an attribute is unknown; otherwise as `evaluate`.
+    """
+    require_free(out)
+    _check(adapter, baseline, reference, respect_words)
+    method = None if baseline is None else find_baseline(baseline)
+    defaults = EvaluationDefaults.of(base, recipe)
+    section = defaults.section
+    info = None if adapter is None else read_adapter(local_folder(adapter))[0]
+    if info is not None and attributes is None:
+        counted = list(info.attributes)
+    else:
+        counted = defaults.choose(attributes)
+    texts = defaults.prompts(None, None) if prompts is None else list(prompts)
+    groups: tuple[PromptGroup, ...] = ()
+    if group_images is not None:
+        groups = control_groups(texts, counted, defaults, info, images_per_prompt=group_images)
+    pipe = load_base(base)
+    model: dict[str, Any] = {"base": base, "recipe": recipe}
+    options: dict[str, Any] = {
+        "judges": load_judges(section.models, counted, pipe.device, defaults.people),
+        "images_per_prompt": (
+            section.images_per_prompt if images_per_prompt is None else images_per_prompt
+        ),
+        "steps": section.steps if steps is None else steps,
+        "guidance_scale": guidance_scale or section.guidance_scale,
+        "seed": section.seed if seed is None else seed,
+    }
+    is_base_alone = adapter is None and baseline is None
+    if reference is None:
+        folder = out if is_base_alone else Path(out) / "base"
+        before = evaluate(pipe, texts, counted, groups=groups, out=folder, model=model, **options)
+    else:
+        before = _reference(reference, texts, counted, options)
+        before = with_groups(before, pipe, groups, judges=options["judges"], out=out)
+    if is_base_alone:
+        return Assessment(before, None)
+    if adapter is not None:
+        respect: dict[str, Any] = {"respect_words": True} if respect_words else {}
+        load_fair_adapter(pipe, adapter, **respect)
+        model |= {"adapter": adapter, "adapter weights": _weights_digest(adapter), **respect}
+    else:
+        assert method is not None
+        pipe = _apply(method, pipe, counted, defaults, options)
+        model |= {"baseline": baseline, "hyperparameters": dict(vars(method))}
+    options |= {"reference": before, "label": baseline, "out": out}
+    after = evaluate(pipe, texts, counted, groups=groups, model=model, **options)
+    return Assessment(before, after)
+
+
+def assess_images(
+    folder: str | Path,
+    *,
+    out: str | Path,
+    recipe: str | None,
+    attributes: Sequence[str] | None = None,
+) -> Report:
+    """Evaluate the images of a folder, which anything may have made, and save the report.
+
+    Args:
+        folder: has a subfolder for each prompt, as `evaluation.image_folder` describes it.
+        out: folder of the report.
+        recipe: its evaluation models judge the images.
+        attributes: names of the attributes to count; left out, the recipe's.
+
+    Raises:
+        ValueError: the folder `out` holds a report; there is no recipe; an attribute is unknown;
+            otherwise as `audit`.
+    """
+    require_free(out)
+    if recipe is None:
+        raise ValueError(
+            f"the images in '{folder}' need models that judge them: name a recipe that has them "
+            "with --recipe (for images of the testbed, one of its own)"
+        )
+    defaults = EvaluationDefaults.of("", recipe)
+    counted = defaults.choose(attributes)
+    judges = load_judges(defaults.section.models, counted, people=defaults.people)
+    return audit(folder, counted, judges=judges, out=out, model={"recipe": recipe})
+
+
+def control_groups(
+    prompts: Sequence[str],
+    attributes: Sequence[Attribute],
+    defaults: EvaluationDefaults,
+    adapter: AdapterInfo | None = None,
+    *,
+    images_per_prompt: int = 4,
+) -> tuple[PromptGroup, ...]:
+    """Build the groups of control prompts, with words of training and with unseen words.
+
+    The words of training are those of the prompts that the adapter's recipe keeps; without an
+    adapter, those that the evaluation's recipe keeps.
+
+    Args:
+        prompts: neutral prompts.
+        attributes: the counted attributes.
+        defaults: give the words of their classes.
+        adapter: the evaluated adapter.
+        images_per_prompt: images per control prompt.
+    """
+    own: list[dict[str, Any]] = []
+    kept = defaults.kept
+    balanced = {section["name"] for section in defaults.attribute_sections}
+    if adapter is not None:
+        own, kept = attribute_sections(adapter.recipe), kept_sets(adapter.recipe)
+        balanced = {attribute.name for attribute in adapter.attributes}
+    wordings = []
+    for attribute in attributes:
+        is_trained = bool(own and kept) and attribute.name in balanced
+        sections = own if is_trained else [*own, *defaults.attribute_sections]
+        wordings.append(recipe_wording(attribute, sections))
+    groups = evaluation_groups(
+        prompts, wordings, untouched=defaults.untouched, images_per_prompt=images_per_prompt
+    )
+    return mark_unseen(groups, kept, balanced)
+
+
+def baseline_task(
+    attributes: Sequence[Attribute], defaults: EvaluationDefaults, device: Any, **sampling: Any
+) -> Task:
+    """The task of a baseline: training prompts, training judges and sampling."""
+    return Task(
+        wordings=[recipe_wording(a, defaults.attribute_sections) for a in attributes],
+        prompts=defaults.prompts(None, defaults.training_split),
+        judges=lambda: load_judges(defaults.training_models, attributes, device, defaults.people),
+        **sampling,
+    )
+
+
+def _check(
+    adapter: str | None, baseline: str | None, reference: str | Path | None, respect_words: bool
+) -> None:
+    if adapter is not None and baseline is not None:
+        raise ValueError("an --adapter and a --baseline are measured one at a time: leave one out")
+    if reference is not None and adapter is None and baseline is None:
+        raise ValueError(
+            "a reference is what an adapter is compared with: name an --adapter or a --baseline"
+        )
+    if respect_words and adapter is None:
+        raise ValueError("--respect-words is for an adapter: name one with --adapter")
+
+
+def _reference(
+    folder: str | Path,
+    prompts: Sequence[str],
+    attributes: Sequence[Attribute],
+    options: Mapping[str, Any],
+) -> Report:
+    """Load the base model's report, reduced to the attributes and the number of images."""
+    report = load_report(folder).select(attributes, options["images_per_prompt"])
+    sampling = {key: value for key, value in options.items() if key != "judges"}
+    report.settings.check_same_noise(replace(report.settings, prompts=tuple(prompts), **sampling))
+    return report
+
+
+def _apply(
+    method: Baseline,
+    pipe: Any,
+    attributes: Sequence[Attribute],
+    defaults: EvaluationDefaults,
+    options: Mapping[str, Any],
+) -> Any:
+    sampling = {name: options[name] for name in ("steps", "guidance_scale", "seed")}
+    return method.apply(pipe, baseline_task(attributes, defaults, pipe.device, **sampling))
+
+
+def _weights_digest(adapter: str) -> str:
+    """Hash an adapter's weights, which may change while its name stays."""
+    files = sorted(Path(local_folder(adapter)).glob("*.safetensors"))
+    return sha256(b"".join(file.read_bytes() for file in files)).hexdigest()[:16]

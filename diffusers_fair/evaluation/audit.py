@@ -1,0 +1,66 @@
+"""Measure images from a folder, made by anything."""
+
+from collections.abc import Mapping, Sequence
+from pathlib import Path
+from typing import Any
+
+from diffusers_fair.attributes import Attribute
+from diffusers_fair.evaluation.batches import Execution
+from diffusers_fair.evaluation.checks import checked_attributes, positive
+from diffusers_fair.evaluation.evaluate import measure
+from diffusers_fair.evaluation.image_folder import image_folder
+from diffusers_fair.reports.records import Settings
+from diffusers_fair.reports.report import Report
+from diffusers_fair.vision.judges import Judges
+
+
+def audit(
+    folder: str | Path,
+    attributes: Sequence[Attribute],
+    *,
+    judges: Judges,
+    batch_size: int = 24,
+    label: str = "images",
+    out: str | Path | None = None,
+    model: Mapping[str, Any] | None = None,
+    progress: bool = True,
+) -> Report:
+    """Measure the bias and the CLIP-T of images in a folder, with a subfolder for each prompt.
+
+    Prompts may have different numbers of images. One with fewer than two faces has no bias, and the
+    report says so.
+
+    Args:
+        folder: laid out as `image_folder` describes it.
+        attributes: attributes to count, as for `evaluate`.
+        judges: the models that judge the images.
+        batch_size: images judged together.
+        label: name of the images, as a column head.
+        out: folder that the report is saved to.
+        model: names of the judging models, for the provenance.
+        progress: whether to show a progress bar.
+
+    Raises:
+        ValueError: the folder has no images or one that cannot be read; otherwise as `evaluate`.
+    """
+    images = image_folder(folder)
+    counts = [len(files) for files in images.files]
+    settings = Settings(
+        prompts=images.prompts,
+        attributes=checked_attributes(attributes, judges),
+        images_per_prompt=max(counts),
+        people=judges.people,
+    )
+    return measure(
+        settings,
+        counts,
+        images.read,
+        Execution(
+            judges,
+            positive(batch_size, "batch_size"),
+            None if out is None else Path(out),
+            progress,
+        ),
+        label=label,
+        model={"images": str(folder), "files": images.digest(), **(model or {})},
+    )

@@ -1,0 +1,100 @@
+"""The loop over the batches of an evaluation: in one process or several, and resumable."""
+
+import shutil
+from collections.abc import Callable, Mapping, MutableMapping, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+
+from diffusers_fair import distributed
+from diffusers_fair.evaluation.generate import bar
+from diffusers_fair.evaluation.journal import BatchRecords, Journal
+from diffusers_fair.reports.folder import save_report
+from diffusers_fair.reports.records import Records
+from diffusers_fair.reports.report import Report
+from diffusers_fair.vision.judges import Judges
+
+PARTIAL = ".partial"  # in the report's folder while the evaluation runs
+
+
+@dataclass(frozen=True)
+class Execution:
+    """How the parts of an evaluation process their images."""
+
+    judges: Judges
+    batch_size: int
+    out: Path | None
+    """Folder of the report; None to keep everything in memory."""
+    progress: bool
+
+    @property
+    def journal_folder(self) -> Path | None:
+        """Folder of the journals, by which the evaluation can be resumed."""
+        return None if self.out is None else self.out / PARTIAL
+
+
+def judge_all(
+    folder: Path | None,
+    identity: Mapping[str, Any],
+    provenance: Mapping[str, Any],
+    batches: Sequence[np.ndarray],
+    judge: Callable[[np.ndarray], BatchRecords],
+    progress: bool,
+) -> tuple[Records, dict[int, np.ndarray], Mapping[str, Any]]:
+    """Judge every batch that is not in the journal yet.
+
+    Args:
+        folder: of the journal; None for none.
+        identity: settings that must be the same for an evaluation to be resumed.
+        provenance: of this start.
+        batches: (prompt, image) pairs (n, 2) of each batch.
+        judge: generates or reads the images of a batch, and judges them.
+        progress: whether to show a progress bar.
+
+    Returns:
+        The records of all images, sample images by prompt, and the provenance of the first start.
+    """
+    done: MutableMapping[int, BatchRecords] | Journal = {}
+    if folder is not None:
+        done = _journal(folder, identity, provenance)
+        provenance = done.provenance
+    is_shared = folder is not None  # without a journal, every process judges all batches
+    first, step = (distributed.rank(), distributed.world_size()) if is_shared else (0, 1)
+    own = range(first, len(batches), step)
+    with bar(sum(len(batches[i]) for i in own), progress and first == 0) as advance:
+        for i in own:
+            if i not in done:
+                done[i] = judge(batches[i])
+            advance(len(batches[i]))
+    if is_shared:
+        distributed.barrier()
+    return *_joined([done[i] for i in range(len(batches))]), provenance
+
+
+def save_once(report: Report, out: Path) -> None:
+    """Save the report from the main process, after every process has read the journals."""
+    distributed.barrier()
+    if distributed.rank() == 0:
+        save_report(report, out)
+        shutil.rmtree(out / PARTIAL)
+    distributed.barrier()
+
+
+def _journal(folder: Path, identity: Mapping[str, Any], provenance: Mapping[str, Any]) -> Journal:
+    """Open the journal that all processes share; the main process creates it."""
+    if distributed.rank() == 0:
+        Journal.begin(folder, identity, provenance)
+    distributed.barrier()
+    return Journal(folder)
+
+
+def _joined(batches: Sequence[BatchRecords]) -> tuple[Records, dict[int, np.ndarray]]:
+    """All records, and the sample images of each sampled prompt."""
+    samples: dict[int, list[np.ndarray]] = {}
+    for batch in batches:
+        for (i, _), image in batch.samples.items():
+            samples.setdefault(i, []).append(image)
+    records = Records.concatenate([batch.records for batch in batches])
+    return records, {i: np.stack(images) for i, images in samples.items()}

@@ -1,0 +1,140 @@
+"""Checks of what an evaluation is asked to do, before it generates any image."""
+
+from collections.abc import Sequence
+
+from diffusers_fair.attributes import Attribute, People
+from diffusers_fair.prompts.groups import GROUPS, PromptGroup
+from diffusers_fair.reports.records import Settings
+from diffusers_fair.reports.report import Report
+from diffusers_fair.vision.judges import Judges
+
+
+def checked_prompts(prompts: Sequence[str]) -> tuple[str, ...]:
+    """Return the prompts as a tuple.
+
+    Raises:
+        ValueError: there are none, or they are one string.
+    """
+    if isinstance(prompts, str):
+        raise ValueError(f"expected a list of prompts, got one string: use [{prompts!r}]")
+    if not prompts:
+        raise ValueError(
+            "there are no prompts to evaluate: give one or more, for example "
+            "prompt_set('testbed-occupations').prompts('test')"
+        )
+    return tuple(prompts)
+
+
+def checked_attributes(attributes: Sequence[Attribute], judges: Judges) -> tuple[Attribute, ...]:
+    """Return the attributes as a tuple.
+
+    Raises:
+        ValueError: there are none, two have the same name, or a classifier is missing or has other
+            classes.
+    """
+    if not attributes:
+        raise ValueError("there are no attributes to evaluate: give one or more")
+    names = [a.name for a in attributes]
+    if len(set(names)) < len(names):
+        raise ValueError(f"attributes must have different names, got {names}")
+    for attribute in attributes:
+        if attribute.name not in judges.classifiers:
+            raise ValueError(
+                f"there is no classifier for attribute '{attribute.name}': judges.classifiers has "
+                f"{sorted(judges.classifiers)}"
+            )
+        classes = judges.classifiers[attribute.name].classes
+        if set(classes) != set(attribute.classes):
+            raise ValueError(
+                f"attribute '{attribute.name}' has classes {list(attribute.classes)}, but its "
+                f"classifier has {list(classes)}: they must be the same"
+            )
+    return tuple(attributes)
+
+
+def positive(value: int, name: str) -> int:
+    """Return the value.
+
+    Raises:
+        ValueError: it is below 1.
+    """
+    if value < 1:
+        raise ValueError(f"{name} must be 1 or more, got {value}")
+    return value
+
+
+def check_groups(groups: Sequence[PromptGroup], attributes: Sequence[Attribute]) -> None:
+    """Check groups of control prompts.
+
+    Raises:
+        ValueError: a group is unknown, duplicate or empty, has the same prompt twice, or asks for
+            a class that is not evaluated.
+    """
+    names = [group.name for group in groups]
+    for group in groups:
+        if group.name not in GROUPS or names.count(group.name) > 1:
+            raise ValueError(
+                f"groups of prompts are {', '.join(GROUPS)}, each once at most; got {names}"
+            )
+        if not group.prompts:
+            raise ValueError(f"the group '{group.name}' has no prompts: leave it out")
+        positive(group.images_per_prompt, f"images_per_prompt of the group '{group.name}'")
+        _check_prompts(group, attributes)
+
+
+def _check_prompts(group: PromptGroup, attributes: Sequence[Attribute]) -> None:
+    classes = {a.name: a.classes for a in attributes}
+    texts = [(prompt.text, prompt.negative) for prompt in group.prompts]
+    for prompt in group.prompts:
+        if texts.count((prompt.text, prompt.negative)) > 1:
+            raise ValueError(
+                f"the group '{group.name}' has the prompt '{prompt.text}' more than once, and "
+                "its images would be the same: leave one out"
+            )
+        for name, wanted in prompt.asks.items():
+            if wanted not in classes.get(name, ()):
+                raise ValueError(
+                    f"the prompt '{prompt.text}' asks for '{wanted}' of '{name}', but the "
+                    f"evaluated classes are {classes}"
+                )
+
+
+def check_reference(reference: Report, settings: Settings, groups: Sequence[PromptGroup]) -> None:
+    """Check that images can be compared with the reference's one by one.
+
+    Raises:
+        ValueError: the noise, the sampling or the counted faces differ, or features or a group are
+            missing.
+    """
+    reference.settings.check_same_noise(settings)
+    check_people(reference, settings.people)
+    if not reference.records.features:
+        raise ValueError(
+            f"the reference '{reference.label}' has no image features to compare with: evaluate "
+            "it again"
+        )
+    for group in groups:
+        if not has_group(reference, group):
+            raise ValueError(
+                f"the reference lacks images of the group of prompts '{group.name}': add them with "
+                "evaluation.groups.with_groups and the base model's pipeline, or leave them out "
+                "with groups=()"
+            )
+
+
+def check_people(reference: Report, people: People) -> None:
+    """Check that the reference counts the same faces of an image.
+
+    Raises:
+        ValueError: it does not.
+    """
+    if reference.settings.people != people:
+        raise ValueError(
+            f"the reference '{reference.label}' counts the faces of an image by people "
+            f"'{reference.settings.people}', the judges by '{people}': evaluate one of them again"
+        )
+
+
+def has_group(reference: Report, group: PromptGroup) -> bool:
+    """Whether the reference has all images of the group."""
+    return group.name in reference.groups and reference.groups[group.name].covers(group)

@@ -1,0 +1,172 @@
+"""Control prompts of an evaluation: which ones, and how they are measured."""
+
+from collections.abc import Mapping, Sequence
+from dataclasses import asdict, replace
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+
+from diffusers_fair.evaluation.batches import Execution, judge_all
+from diffusers_fair.evaluation.checks import (
+    check_groups,
+    check_people,
+    checked_attributes,
+    has_group,
+    positive,
+)
+from diffusers_fair.evaluation.generate import (
+    draw,
+    pairs_of,
+    prompt_key,
+    takes_negative_prompts,
+)
+from diffusers_fair.evaluation.journal import BatchRecords
+from diffusers_fair.evaluation.judge import judge_group_batch
+from diffusers_fair.evaluation.quality import prompt_features
+from diffusers_fair.prompts.groups import PromptGroup, evaluation_groups
+from diffusers_fair.prompts.wording import Wording
+from diffusers_fair.reports.groups import GroupReport
+from diffusers_fair.reports.records import Records, Settings
+from diffusers_fair.reports.report import Report
+from diffusers_fair.vision.judges import Judges
+
+
+def with_groups(
+    reference: Report,
+    pipe: Any,
+    groups: Sequence[PromptGroup],
+    *,
+    judges: Judges,
+    batch_size: int = 24,
+    out: str | Path | None = None,
+    progress: bool = True,
+) -> Report:
+    """Measure the groups of control prompts that a base model's report lacks.
+
+    Args:
+        reference: the base model's report.
+        pipe: the base model, without any adapter.
+        groups: the groups that a later evaluation is to measure. Prompts with a negative prompt are
+            skipped if the pipeline has no parameter `negative_prompt`.
+        judges: the models that judge the images.
+        batch_size: images generated and judged together.
+        out: folder that the later evaluation is to save to. It holds the journal, by which this can
+            be resumed, until that evaluation has ended.
+        progress: whether to show a progress bar.
+
+    Returns:
+        The report with these groups.
+
+    Raises:
+        ValueError: the reference's images come from a folder, the judges count other faces than
+            the reference, or a group of prompts cannot be measured.
+    """
+    settings = reference.settings
+    if settings.seed is None:
+        raise ValueError(
+            "the reference's images were not generated here, so no others can be generated in the "
+            "same way: evaluate the base model first"
+        )
+    checked_attributes(settings.attributes, judges)
+    check_people(reference, judges.people)
+    groups = supported_groups(groups, pipe)
+    check_groups(groups, settings.attributes)
+    execution = Execution(
+        judges, positive(batch_size, "batch_size"), None if out is None else Path(out), progress
+    )
+    journals = execution.journal_folder
+    folder = None if journals is None else journals / "reference"
+    measured = {
+        group.name: reference.groups[group.name].select(group)
+        if has_group(reference, group)
+        else measure_group(pipe, group, settings, execution, None, folder, reference.provenance)
+        for group in groups
+    }
+    return replace(reference, groups=measured)
+
+
+def measure_group(
+    pipe: Any,
+    group: PromptGroup,
+    settings: Settings,
+    execution: Execution,
+    reference: Records | None,
+    folder: Path | None,
+    origin: Mapping[str, Any] | None,
+) -> GroupReport:
+    """Generate and judge the images of a group, with the sampling of the neutral prompts.
+
+    Args:
+        pipe: generates the images.
+        group: the prompts.
+        settings: of the neutral prompts.
+        execution: how images are processed.
+        reference: the base model's records of the same prompts and noise.
+        folder: of the journals.
+        origin: provenance of the reference.
+    """
+    own = replace(
+        settings,
+        prompts=tuple(prompt.text for prompt in group.prompts),
+        images_per_prompt=group.images_per_prompt,
+    )
+    texts = prompt_features(own.prompts, execution.judges.clip)  # (P, d)
+    sampling: dict[str, Any] = {
+        "steps": own.steps,
+        "guidance_scale": own.guidance_scale,
+        "seed": own.seed,
+        "negatives": [prompt.negative for prompt in group.prompts],
+        "keys": [prompt_key(prompt.text, prompt.negative) for prompt in group.prompts],
+    }
+
+    def judge(pairs: np.ndarray) -> BatchRecords:
+        images = draw(pipe, own.prompts, pairs, **sampling)
+        return judge_group_batch(images, group, own, execution.judges, texts, reference)
+
+    records, samples, _ = judge_all(
+        None if folder is None else folder / group.name,
+        {
+            **{"group": asdict(group), "settings": own.json()},
+            **{"batch_size": execution.batch_size, "reference": origin},
+        },
+        {},
+        pairs_of([group.images_per_prompt] * len(own.prompts), execution.batch_size),
+        judge,
+        execution.progress,
+    )
+    return GroupReport(
+        group=group, attributes=settings.attributes, records=records, samples=samples
+    )
+
+
+def default_groups(settings: Settings, reference: Report | None) -> tuple[PromptGroup, ...]:
+    """Choose the reference's groups, for comparison, or build some from the classes' names.
+
+    Raises:
+        ValueError: the reference has no groups.
+    """
+    if reference is None:
+        return evaluation_groups(settings.prompts, [Wording(a, {}) for a in settings.attributes])
+    reports = [group.select_attributes(settings.attributes) for group in reference.groups.values()]
+    if not reports:
+        raise ValueError(
+            "the reference measured no groups of control prompts: add them with "
+            "evaluation.groups.with_groups, evaluate the base model again, or leave them out with "
+            "groups=()"
+        )
+    return tuple(report.group for report in reports if report is not None)
+
+
+def supported_groups(groups: Sequence[PromptGroup], pipe: Any) -> tuple[PromptGroup, ...]:
+    """Drop prompts with a negative prompt, and groups of only such, if the pipeline takes none."""
+    if not any(prompt.negative for group in groups for prompt in group.prompts):
+        return tuple(groups)
+    if takes_negative_prompts(pipe):
+        return tuple(groups)
+    plain = [tuple(p for p in group.prompts if not p.negative) for group in groups]
+    return tuple(
+        replace(group, prompts=prompts)
+        for group, prompts in zip(groups, plain, strict=True)
+        if prompts or not group.prompts
+    )
