@@ -10,9 +10,9 @@ import shutil
 from pathlib import Path
 
 from diffusers_fair import testbed
-from diffusers_fair.backends.registry import load_evaluation_judges
-from diffusers_fair.evaluation.evaluate import audit
+from diffusers_fair.evaluation.audit import audit
 from diffusers_fair.testbed import world
+from diffusers_fair.testbed.backend import load_evaluation_judges
 
 IMAGES, REPORT = Path("runs/quickstart/images"), Path("runs/quickstart/audit")
 PROMPTS = [f"a photo of the face of a {job}, a person" for job in ("senator", "nurse", "chef")]
@@ -27,6 +27,6 @@ for prompt in PROMPTS:
 shutil.rmtree(REPORT, ignore_errors=True)  # what an earlier run left
 attribute = world.GENDER  # Attribute("gender", ("female", "male"), (0.5, 0.5))
 report = audit(IMAGES, [attribute], judges=load_evaluation_judges(["gender"]), out=REPORT)
-bias = report.summary["bias"]["gender"]
-print(f"bias {bias['mean']:.2f}; {bias['floor']:.2f} is expected of images exactly on target")
+bias = report.summary.bias["gender"]
+print(f"bias {bias.mean:.2f}; {bias.floor:.2f} is expected of images exactly on target")
 print(f"see {REPORT / 'report.html'}")

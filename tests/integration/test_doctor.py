@@ -169,12 +169,12 @@ def test_a_face_embedder_and_a_bank_in_folders(tmp_path):
     embedder = stand_ins.timm_folder(tmp_path / "timm")
     bank = stand_ins.picture_folder(tmp_path / "faces", torch.zeros(1, 3, 8, 8))
     found = gaps(f"models.face_embedder=timm:{embedder}", f"models.face_bank={bank}")
-    assert not {str(embedder), f"pictures in '{bank}'"} & {*found}
+    assert not {str(embedder), f"images in '{bank}'"} & {*found}
     (bank / "0.png").unlink()
     (embedder / "model.safetensors").unlink()
     found = gaps(f"models.face_embedder=timm:{embedder}", f"models.face_bank={bank}")
     assert found[str(embedder)].endswith("has no weights")
-    assert f"pictures in '{bank}'" in found
+    assert f"images in '{bank}'" in found
 
 
 def test_timm_that_is_not_installed(monkeypatch):

@@ -6,7 +6,7 @@ from pathlib import Path
 import pytest
 
 from diffusers_fair.adapters.folder import read_adapter
-from diffusers_fair.reports.report import Report
+from diffusers_fair.reports.folder import load_report
 
 SCRIPTS = Path(__file__).parents[2] / "examples" / "quickstart"
 LEFT = {  # script -> what it leaves in runs/quickstart
@@ -28,4 +28,4 @@ def test_a_script_leaves_what_it_says(script, tmp_path, monkeypatch, capsys):
     if script == "balance_attribute":
         assert [a.name for a in read_adapter(left)[0].attributes] == ["lighting"]
     if script == "audit_folder":
-        assert Report.load(left.parent).summary["images"] == 36
+        assert load_report(left.parent).summary.images == 36
