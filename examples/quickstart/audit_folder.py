@@ -28,5 +28,5 @@ shutil.rmtree(REPORT, ignore_errors=True)  # what an earlier run left
 attribute = world.GENDER  # Attribute("gender", ("female", "male"), (0.5, 0.5))
 report = audit(IMAGES, [attribute], judges=load_evaluation_judges(["gender"]), out=REPORT)
 bias = report.summary.bias["gender"]
-print(f"bias {bias.mean:.2f}; {bias.floor:.2f} is expected of images exactly on target")
+print(f"bias {bias.mean:.2f}; {bias.noise_floor:.2f} is expected of images exactly on target")
 print(f"see {REPORT / 'report.html'}")

@@ -154,7 +154,7 @@ def test_open_clip_that_is_not_installed(monkeypatch):
 
 
 def test_real_faces_are_needed_only_if_they_have_a_weight():
-    assert not {"face-embedder", "pictures in 'real-faces'"} & {*gaps("losses.face=0")}
+    assert not {"face-embedder", "images in 'real-faces'"} & {*gaps("losses.face=0")}
 
 
 def test_a_face_embedder_of_the_hub_and_of_timm(tmp_path):
