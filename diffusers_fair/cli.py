@@ -113,7 +113,7 @@ def classifier_train(
     """Train a classifier of one attribute from labelled pictures of faces; say how good it is."""
     from rich.table import Table
 
-    from diffusers_fair.training.classifier import Settings, read_pictures, train_classifier
+    from diffusers_fair.training.classifier import Settings, read_images, train_classifier
 
     settings = Settings(
         size=size,
@@ -124,7 +124,7 @@ def classifier_train(
         seed=seed,
         pretrained=pretrained,
     )
-    facts = train_classifier(read_pictures(source, label), out, settings)
+    facts = train_classifier(read_images(source, label), out, settings)
     grid = Table("is, and is seen as", *facts["classes"])
     for name, row in zip(facts["classes"], facts["confusion"], strict=True):
         grid.add_row(name, *map(str, row))
