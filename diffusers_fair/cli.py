@@ -125,7 +125,7 @@ def classifier_train(
     """Train a classifier of one attribute on labelled images of faces, and print its accuracy."""
     from rich.table import Table
 
-    from diffusers_fair.training.classifier import Settings, read_pictures, train_classifier
+    from diffusers_fair.training.classifier import Settings, read_images, train_classifier
 
     settings = Settings(
         size=size,
@@ -136,7 +136,7 @@ def classifier_train(
         seed=seed,
         pretrained=pretrained,
     )
-    facts = train_classifier(read_pictures(source, label), out, settings)
+    facts = train_classifier(read_images(source, label), out, settings)
     grid = Table("true class, classified as", *facts["classes"])
     for name, row in zip(facts["classes"], facts["confusion"], strict=True):
         grid.add_row(name, *map(str, row))

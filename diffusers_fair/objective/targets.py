@@ -1,8 +1,8 @@
 """Class probabilities -> a target class for each image: expected optimal transport. Pure.
 
 For images with class probabilities p_1..p_n and n targets u_1..u_n drawn from the distribution D,
-the transport sigma* moves the probabilities least (equation 4); a target class for an image is the
-likeliest one over all draws (equation 5):
+the transport sigma* moves the probabilities least (equation 4); the target class of an image is the
+most probable one over all draws (equation 5):
 
     sigma* = argmin_sigma sum_i |p_i - u_sigma(i)|,   q_i = E u_sigma*(i),
     y_i = argmax q_i,   c_i = max q_i
@@ -20,14 +20,14 @@ import numpy as np
 import torch
 from torch import Tensor
 
-MASS = 0.999  # of the multinomial that an exact sum covers
-_ENUMERATED = 20_000  # so many vectors of counts are still summed one by one
-_SAMPLES = 4096  # draws where there are more
+MASS = 0.999  # probability mass of the multinomial that an enumeration covers
+_ENUMERATED = 20_000  # largest number of count vectors that are enumerated
+_SAMPLES = 4096  # count vectors to sample if there are more
 
 
 @dataclass(frozen=True)
 class Targets:
-    """What each of n images should be for the batch to follow the target distribution."""
+    """Target classes of n images that make the batch follow the target distribution."""
 
     labels: Tensor
     """(n,), y_i, long."""
@@ -54,23 +54,25 @@ def expected_targets(
 ) -> Targets:
     """Find the target class of each image, for one attribute.
 
-    Among images of the same probabilities the order decides, so that some are sent to one class
-    and some to another; equal input gives equal targets on every process.
+    Ties between images of the same probabilities are broken by their order, so they get different
+    targets; equal input gives equal targets in every process.
 
     Args:
         probabilities: (n, classes), p_i; no gradient flows through targets.
         target: (classes,), D.
-        mass: of the multinomial that the sum has to cover, for more than two classes.
-        samples: number of draws if there are too many vectors of counts to sum over.
-        generator: for those draws, on the CPU; left out, one with seed 0.
+        mass: probability mass of the multinomial to enumerate, for more than two classes.
+        samples: number of samples if there are too many count vectors to enumerate.
+        generator: for these samples, on the CPU; left out, one with seed 0.
 
     Raises:
         ValueError: shapes that do not fit, a target that is no distribution, or probabilities that
             are not finite.
     """
     share = torch.as_tensor(target, dtype=torch.float64)
-    found = joint_targets([probabilities], share, mass=mass, samples=samples, generator=generator)
-    return found[0]
+    (targets,) = joint_targets(
+        [probabilities], share, mass=mass, samples=samples, generator=generator
+    )
+    return targets
 
 
 def joint_targets(
@@ -86,17 +88,17 @@ def joint_targets(
 
     Args:
         probabilities: for each attribute (n, classes of the attribute).
-        target: either a distribution for each attribute, taken as independent, which also aligns
-            each within the groups of the others; or one tensor (classes, classes, ...) of joint
-            shares.
-        cost_weights: w_a, how much each attribute counts in the cost of moving an image,
+        target: either a distribution for each attribute, taken as independent, so that each is
+            also aligned within the classes of the others; or one tensor (classes, classes, ...) of
+            joint shares.
+        cost_weights: w_a, weight of each attribute in the cost of moving an image,
             cost^2 = sum_a w_a |p_a - u_a|^2; left out, 1.
         mass: as in `expected_targets`.
         samples: as in `expected_targets`.
         generator: as in `expected_targets`.
 
     Returns:
-        For each attribute its targets, the joint plan summed over the other attributes' classes.
+        Targets of each attribute, from the joint plan summed over the other attributes' classes.
 
     Raises:
         ValueError: as in `expected_targets`.
@@ -124,11 +126,10 @@ def region_targets(
 ) -> list[Targets]:
     """Find the target classes for attributes of faces and of whole images together.
 
-    Faces are transported by all attributes at once, a whole image with each of its faces, so that
-    an attribute of the image is aligned within the classes of the faces, too; an image with several
-    faces has the mean of their plans. Images without a face are transported among themselves. Both
-    groups aim at the same distribution, and so do all images. Without attributes of faces no image
-    is told apart by its faces.
+    Faces are transported by all attributes jointly, a whole image with each of its faces, so that
+    an attribute of the image is also aligned within the classes of the faces; the plan of an image
+    with several faces is their mean. Images without a face are transported among themselves, with
+    the same target. If all attributes are of the whole image, faces are ignored.
 
     Args:
         probabilities: for each attribute (faces, classes), image by image, or, of whole images,
@@ -139,7 +140,7 @@ def region_targets(
         cost_weights: as in `joint_targets`.
 
     Returns:
-        For each attribute its targets, a row for each row of its probabilities.
+        Targets of each attribute, one row for each row of its probabilities.
 
     Raises:
         ValueError: as in `expected_targets`.
@@ -150,12 +151,12 @@ def region_targets(
     alone, kept = faces == 0, [a for a, w in enumerate(whole) if w]
     shown = [p[owner] if w else p for p, w in zip(probabilities, whole, strict=True)]
     found = _some_targets(shown, target, weights)
-    rest = _some_targets(
+    faceless = _some_targets(
         [probabilities[a][alone] for a in kept],
         [target[a] for a in kept],
         [weights[a] for a in kept],
     )
-    for a, other in zip(kept, rest, strict=True):
+    for a, other in zip(kept, faceless, strict=True):
         plan = other.plan.new_zeros(len(faces), other.plan.shape[1])
         plan.index_add_(0, owner, found[a].plan / faces[owner][:, None])
         plan[alone] = other.plan
@@ -168,14 +169,14 @@ def _some_targets(
     target: Sequence[Sequence[float] | Tensor],
     weights: Sequence[float],
 ) -> list[Targets]:
-    """`joint_targets`, of no image, too."""
+    """Call `joint_targets`, or return empty targets if there is no image."""
     if probabilities and len(probabilities[0]):
         return joint_targets(probabilities, target, cost_weights=weights)
     return [_targets(p.detach().double(), 0.0) for p in probabilities]
 
 
 def joined(parts: Sequence[Targets]) -> Targets:
-    """Targets of several batches, one after the other; the error is the largest of theirs."""
+    """Concatenate targets of several batches; the error is the largest of theirs."""
     return Targets(
         torch.cat([part.labels for part in parts]),
         torch.cat([part.confidence for part in parts]),
@@ -216,7 +217,7 @@ def _joint_share(target: Sequence[Sequence[float] | Tensor] | Tensor, sizes: lis
 
 
 def _require_probabilities(probabilities: Sequence[Tensor]) -> None:
-    """Refuse probabilities that cannot be transported."""
+    """Raise an error for probabilities that cannot be transported."""
     shapes = [tuple(p.shape) for p in probabilities]
     if any(len(shape) != 2 or shape[0] != shapes[0][0] for shape in shapes):
         raise ValueError(
@@ -240,48 +241,48 @@ def _cost(probabilities: Sequence[Tensor], weights: Sequence[float]) -> Tensor:
 def _expected_plan(
     cost: Tensor, share: Tensor, mass: float, samples: int, generator: torch.Generator | None
 ) -> tuple[Tensor, float]:
-    """Return E u_sigma* (n, classes) and how far off it may be (equation 5)."""
+    """Return E u_sigma* (n, classes) and its error (equation 5)."""
     count, classes = cost.shape
     if classes == 2:
         return _two_class_plan(cost, share), 0.0
     possible = math.comb(count + classes - 1, classes - 1)
     if possible <= _ENUMERATED:
-        counts, chances = _likeliest_counts(count, share, mass)
-        missing = max(0.0, 1 - chances.sum().item())
-        return _average_plan(cost, counts, chances / chances.sum()), missing
-    counts, chances = _sampled_counts(count, share, samples, generator)
-    plan = _average_plan(cost, counts, chances)
+        counts, weights = _most_probable_counts(count, share, mass)
+        missing = max(0.0, 1 - weights.sum().item())
+        return _average_plan(cost, counts, weights / weights.sum()), missing
+    counts, weights = _sampled_counts(count, share, samples, generator)
+    plan = _average_plan(cost, counts, weights)
     return plan, (plan * (1 - plan) / samples).max().sqrt().item()
 
 
 def _two_class_plan(cost: Tensor, share: Tensor) -> Tensor:
     """Return the expected plan of two classes: sort, and class 0 goes to the first k ~ binomial."""
     count = len(cost)
-    order = (cost[:, 0] - cost[:, 1]).argsort(stable=True)  # the readiest for class 0 first
+    order = (cost[:, 0] - cost[:, 1]).argsort(stable=True)  # cheapest for class 0 first
     k = torch.arange(count + 1)
-    chances = _multinomial(torch.stack([k, count - k], dim=1), share)  # (n + 1,), P(k)
+    weights = _multinomial(torch.stack([k, count - k], dim=1), share)  # (n + 1,), P(k)
     first = torch.empty(count, dtype=torch.float64)
-    first[order] = chances.flip(0).cumsum(0).flip(0)[1:]  # P(k > rank)
+    first[order] = weights.flip(0).cumsum(0).flip(0)[1:]  # P(k > rank)
     return torch.stack([first, 1 - first], dim=1).clamp(0, 1)
 
 
-def _likeliest_counts(count: int, share: Tensor, mass: float) -> tuple[Tensor, Tensor]:
-    """Return the likeliest vectors of counts (m, classes) that cover `mass`, and their chances."""
+def _most_probable_counts(count: int, share: Tensor, mass: float) -> tuple[Tensor, Tensor]:
+    """Return the most probable count vectors (m, classes) that cover `mass`, and their weights."""
     classes = len(share)
     bars = torch.tensor(list(combinations(range(count + classes - 1), classes - 1)))
     walls = torch.cat(
         [torch.full((len(bars), 1), -1), bars, torch.full((len(bars), 1), count + classes - 1)], 1
     )
     counts = walls.diff(dim=1) - 1  # (m, classes), stars between bars
-    chances, order = _multinomial(counts, share).sort(descending=True, stable=True)
-    kept = int((chances.cumsum(0) < mass).sum()) + 1
-    return counts[order[:kept]], chances[:kept]
+    weights, order = _multinomial(counts, share).sort(descending=True, stable=True)
+    kept = int((weights.cumsum(0) < mass).sum()) + 1
+    return counts[order[:kept]], weights[:kept]
 
 
 def _sampled_counts(
     count: int, share: Tensor, samples: int, generator: torch.Generator | None
 ) -> tuple[Tensor, Tensor]:
-    """Draw vectors of counts (m, classes), each with the share of the draws that it got."""
+    """Sample count vectors (m, classes), each with its relative frequency."""
     generator = generator or torch.Generator().manual_seed(0)
     drawn = torch.multinomial(share, samples * count, replacement=True, generator=generator)
     counts = torch.nn.functional.one_hot(drawn.view(samples, count), len(share)).sum(1)
@@ -290,23 +291,23 @@ def _sampled_counts(
 
 
 def _multinomial(counts: Tensor, share: Tensor) -> Tensor:
-    """Return the chance of each vector of counts (m, classes) under the shares. (m,)."""
+    """Return the probability of each count vector (m, classes) under the shares. (m,)."""
     counts = counts.double()
     ways = torch.lgamma(counts.sum(1) + 1) - torch.lgamma(counts + 1).sum(1)
     return (ways + torch.xlogy(counts, share).sum(1)).exp()
 
 
-def _average_plan(cost: Tensor, counts: Tensor, chances: Tensor) -> Tensor:
-    """Average the optimal assignments for many vectors of counts. (n, classes)."""
+def _average_plan(cost: Tensor, counts: Tensor, weights: Tensor) -> Tensor:
+    """Average the optimal assignments over many count vectors. (n, classes)."""
     plan = np.zeros(cost.shape)
     images, costs = np.arange(len(cost)), cost.numpy()
-    for numbers, chance in zip(counts.numpy(), chances.tolist(), strict=True):
-        plan[images, _assign(costs, numbers)] += chance
+    for numbers, probability in zip(counts.numpy(), weights.tolist(), strict=True):
+        plan[images, _assign(costs, numbers)] += probability
     return torch.from_numpy(plan)
 
 
 def _assign(cost: np.ndarray, numbers: np.ndarray) -> np.ndarray:
-    """Assign a class to each image, so many of each, at the least cost (equation 4). (n,)."""
+    """Assign classes to images, so many of each, at the least cost (equation 4). (n,)."""
     from scipy.optimize import linear_sum_assignment
 
     classes = np.repeat(np.arange(len(numbers)), numbers)  # (n,), u_1..u_n

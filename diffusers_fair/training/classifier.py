@@ -1,6 +1,6 @@
-"""Labelled face pictures -> a classifier of one attribute, and how good it is on held-out ones.
+"""Labelled face images -> a classifier of one attribute, and its accuracy on held-out images.
 
-The pictures should be cut as the judges cut faces: a square, half as large again as the face.
+The images should be cropped as the judges crop faces: a square 1.5 times the size of the face.
 """
 
 import json
@@ -24,36 +24,36 @@ FOLDER_SUFFIXES = (".png", ".jpg", ".jpeg", ".webp")
 
 
 @dataclass(frozen=True)
-class Pictures:
-    """Pictures of faces, and the class of each."""
+class LabelledImages:
+    """Images of faces, and their classes."""
 
     files: Sequence[Path | bytes]
     """Paths of image files, or their contents."""
     labels: Tensor
-    """(n,) positions in `classes`."""
+    """(n,) indices into `classes`."""
     classes: tuple[str, ...]
 
 
 @dataclass(frozen=True, kw_only=True)
 class Settings:
-    """How a classifier is trained.
+    """Options of a training.
 
     Raises:
         ValueError: a number out of its range.
     """
 
     size: int = 224
-    """Side of the chips it will take, in pixels; 32 or more."""
+    """Side of the face chips that it takes, in pixels; 32 or more."""
     epochs: int = 5
-    """Times that every picture is seen."""
+    """Passes over the images."""
     batch_size: int = 64
-    """Pictures in one update; 2 or more."""
+    """Images per update; 2 or more."""
     lr: float = 1e-3
-    """AdamW's learning rate at first; it falls to 0 along a cosine."""
+    """Initial learning rate of AdamW; it decays to 0 along a cosine."""
     held_out: float = 0.1
-    """Share of each class that is kept for measuring, between 0 and 1."""
+    """Share of each class that is held out for measuring, between 0 and 1."""
     seed: int = 0
-    """Of everything random."""
+    """Random seed."""
     pretrained: bool = True
     """Whether to start from ImageNet's weights, which are downloaded once."""
 
@@ -66,18 +66,18 @@ class Settings:
             raise ValueError(f"held_out must be between 0 and 1, got {self.held_out:g}")
 
 
-def read_pictures(source: str | Path, label: str = "label") -> Pictures:
-    """Find labelled pictures.
+def read_images(source: str | Path, label: str = "label") -> LabelledImages:
+    """List labelled images.
 
     Args:
-        source: a folder with a folder of pictures for each class; or a parquet file, or a folder of
+        source: a folder with a folder of images for each class; or a parquet file, or a folder of
             them, with a column `image` (contents, or a struct with `bytes`) and one of labels.
-        label: the column of labels: words, or numbers that the file's metadata give names to as
-            `datasets` does.
+        label: the column of labels: words, or numbers that the file's metadata name, as `datasets`
+            writes them.
 
     Raises:
         ModuleNotFoundError: a parquet file, and pyarrow is not installed.
-        ValueError: nothing there, no such column, or fewer than two pictures of a class.
+        ValueError: nothing there, no such column, or fewer than two images of a class.
     """
     source = Path(source)
     if not source.exists():
@@ -87,22 +87,24 @@ def read_pictures(source: str | Path, label: str = "label") -> Pictures:
     counts = Counter(words)
     if len(counts) < 2 or min(counts.values()) < 2:
         raise ValueError(
-            f"'{source}' must hold two or more classes with two or more pictures each, "
+            f"'{source}' must hold two or more classes with two or more images each, "
             f"got {dict(counts)}"
         )
     classes = [name for name in classes if counts[name]]
-    return Pictures(files, torch.tensor([classes.index(word) for word in words]), tuple(classes))
+    return LabelledImages(
+        files, torch.tensor([classes.index(word) for word in words]), tuple(classes)
+    )
 
 
 def _read_folder(source: Path) -> tuple[list[Path], list[str], list[str]]:
-    """Files, class of each, classes."""
+    """Return files, the class of each, and all classes."""
     files = sorted(f for f in source.glob("*/*") if f.suffix.lower() in FOLDER_SUFFIXES)
     words = [file.parent.name for file in files]
     return files, words, sorted(set(words))
 
 
 def _read_parquet(source: Path, label: str) -> tuple[list[bytes], list[str], list[str]]:
-    """Contents, class of each, classes."""
+    """Return file contents, the class of each, and all classes."""
     try:
         import pyarrow.parquet as pq
     except ModuleNotFoundError as error:
@@ -124,13 +126,13 @@ def _read_parquet(source: Path, label: str) -> tuple[list[bytes], list[str], lis
 
 
 def _named_labels(metadata: dict[bytes, bytes], label: str) -> list[str]:
-    """Names of numbered labels, as the library `datasets` keeps them."""
+    """Return the names of numbered labels, as the library `datasets` stores them."""
     info = json.loads(metadata.get(b"huggingface", b"{}")).get("info", {})
     return info.get("features", {}).get(label, {}).get("names", [])
 
 
 def hold_out(labels: Tensor, share: float, g: torch.Generator) -> tuple[Tensor, Tensor]:
-    """Row numbers to train on, and of those held out: the share of every class, one or more."""
+    """Return the rows to train on and the rows held out: a share of each class, one or more."""
     train, held = [], []
     for name in labels.unique():
         rows = (labels == name).nonzero()[:, 0]
@@ -141,16 +143,18 @@ def hold_out(labels: Tensor, share: float, g: torch.Generator) -> tuple[Tensor, 
     return torch.cat(train), torch.cat(held)
 
 
-def train_classifier(pictures: Pictures, folder: str | Path, settings: Settings) -> dict[str, Any]:
-    """Train a MobileNetV3-Large, measure it on held-out pictures, write its folder.
+def train_classifier(
+    images: LabelledImages, folder: str | Path, settings: Settings
+) -> dict[str, Any]:
+    """Train a MobileNetV3-Large, measure it on held-out images, and write its folder.
 
     Args:
-        pictures: labelled.
-        folder: where to write; `checkpoint:FOLDER` is the classifier's name in a recipe.
-        settings: how.
+        images: labelled images.
+        folder: output folder; the classifier's name in a recipe is `checkpoint:FOLDER`.
+        settings: options.
 
     Returns:
-        What `classifier.json` holds, among it `accuracy` (share of the held-out pictures) and
+        The contents of `classifier.json`, among them `accuracy` (of the held-out images) and
         `confusion` (rows are the true classes, columns the guesses).
 
     Raises:
@@ -160,17 +164,17 @@ def train_classifier(pictures: Pictures, folder: str | Path, settings: Settings)
     if folder.exists() and (not folder.is_dir() or any(folder.iterdir())):
         raise ValueError(f"'{folder}' holds something already: choose another folder")
     g = torch.Generator().manual_seed(settings.seed)
-    train, held = hold_out(pictures.labels, settings.held_out, g)
-    with torch.random.fork_rng():  # for the network's first weights, dropout and augmentation
+    train, held = hold_out(images.labels, settings.held_out, g)
+    with torch.random.fork_rng():  # initial weights, dropout and augmentation
         torch.manual_seed(settings.seed)
-        network = _network(len(pictures.classes), settings.pretrained)
+        network = _network(len(images.classes), settings.pretrained)
         network.to("cuda" if torch.cuda.is_available() else "cpu")
-        _fit(network, pictures, train, settings, g)
-    guesses = _guess(network, pictures, held, settings)
-    confusion = _confusion(pictures.labels[held], guesses, len(pictures.classes))
+        _fit(network, images, train, settings, g)
+    guesses = _guess(network, images, held, settings)
+    confusion = _confusion(images.labels[held], guesses, len(images.classes))
     facts = {
         "architecture": "mobilenet_v3_large",
-        "classes": list(pictures.classes),
+        "classes": list(images.classes),
         "size": settings.size,
         "accuracy": round(confusion.trace().item() / len(held), 4),
         "confusion": confusion.tolist(),
@@ -182,7 +186,7 @@ def train_classifier(pictures: Pictures, folder: str | Path, settings: Settings)
 
 
 def _network(classes: int, pretrained: bool) -> nn.Module:
-    """Start from ImageNet's weights but for the last layer, or from random ones."""
+    """Make a network with ImageNet's weights except in the last layer, or with random weights."""
     from torchvision.models import MobileNet_V3_Large_Weights, mobilenet_v3_large
 
     if not pretrained:
@@ -194,14 +198,14 @@ def _network(classes: int, pretrained: bool) -> nn.Module:
 
 
 def _fit(
-    network: nn.Module, pictures: Pictures, rows: Tensor, settings: Settings, g: torch.Generator
+    network: nn.Module, images: LabelledImages, rows: Tensor, settings: Settings, g: torch.Generator
 ) -> None:
-    """Minimise the cross-entropy of varied pictures."""
+    """Minimise the cross-entropy of augmented images."""
     from rich.progress import track
     from torchvision.transforms import v2
 
     size, epochs = settings.size, settings.epochs
-    vary = v2.Compose(
+    augment = v2.Compose(
         [
             v2.RandomHorizontalFlip(),
             v2.RandomResizedCrop(size, scale=(0.8, 1.0), ratio=(0.9, 1.1)),
@@ -217,41 +221,41 @@ def _fit(
         order = rows[torch.randperm(len(rows), generator=g)]
         batches = [b for b in order.split(settings.batch_size) if len(b) > 1]  # for the batch norms
         for batch in track(batches, f"epoch {epoch + 1} of {epochs}", transient=True):
-            colours = (_load(pictures, batch, size) + 1) / 2  # (n, 3, size, size) in [0, 1]
-            x = torch.stack([vary(picture) for picture in colours]).to(device) * 2 - 1
-            loss = F.cross_entropy(network(pixels(x)), pictures.labels[batch].to(device))
+            colours = (_load(images, batch, size) + 1) / 2  # (n, 3, size, size) in [0, 1]
+            x = torch.stack([augment(image) for image in colours]).to(device) * 2 - 1
+            loss = F.cross_entropy(network(pixels(x)), images.labels[batch].to(device))
             optimizer.zero_grad()
             loss.backward()
             optimizer.step()
         schedule.step()
-    # the running means of the norms move by hundredths: too slowly for a small set of pictures
-    plain = (pixels(_load(pictures, batch, size)) for batch in batches)
+    # running means of batch norms move by hundredths: too slowly for a small set of images
+    plain = (pixels(_load(images, batch, size)) for batch in batches)
     torch.optim.swa_utils.update_bn(plain, network, device)
 
 
 @torch.no_grad()
-def _guess(network: nn.Module, pictures: Pictures, rows: Tensor, settings: Settings) -> Tensor:
-    """Positions (n,) of the classes that the network sees."""
+def _guess(network: nn.Module, images: LabelledImages, rows: Tensor, settings: Settings) -> Tensor:
+    """Predict class indices (n,)."""
     device = next(network.parameters()).device
     pixels = Pixels(settings.size, trained_classifier.MEAN, trained_classifier.STD)
     network.eval()
-    batches = (_load(pictures, b, settings.size) for b in rows.split(settings.batch_size))
+    batches = (_load(images, b, settings.size) for b in rows.split(settings.batch_size))
     return torch.cat([network(pixels(x.to(device))).argmax(1).cpu() for x in batches])
 
 
-def _load(pictures: Pictures, rows: Tensor, size: int) -> Tensor:
-    """Pictures (n, 3, size, size) in [-1, 1], their middle where they are not square."""
+def _load(images: LabelledImages, rows: Tensor, size: int) -> Tensor:
+    """Read images (n, 3, size, size) in [-1, 1]; of those that are not square the centre."""
     from PIL import Image, ImageOps
     from torchvision.transforms.v2.functional import pil_to_tensor
 
-    def picture(row: int) -> Tensor:
-        file = pictures.files[row]
+    def read(row: int) -> Tensor:
+        file = images.files[row]
         image = Image.open(BytesIO(file) if isinstance(file, bytes) else file).convert("RGB")
         return pil_to_tensor(ImageOps.fit(image, (size, size), Image.Resampling.BICUBIC))
 
-    return from_bytes(torch.stack([picture(row) for row in rows.tolist()]))
+    return from_bytes(torch.stack([read(row) for row in rows.tolist()]))
 
 
 def _confusion(labels: Tensor, guesses: Tensor, classes: int) -> Tensor:
-    """(classes, classes) counts: row is the true class, column the guess."""
+    """Count (classes, classes): row is the true class, column the guess."""
     return torch.bincount(labels * classes + guesses, minlength=classes**2).view(classes, classes)

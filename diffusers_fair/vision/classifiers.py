@@ -16,17 +16,17 @@ class Classifier(Protocol):
 
     @property
     def classes(self) -> tuple[str, ...]:
-        """Names, in the order of the probabilities."""
+        """Names of the classes, in the order of the probabilities."""
 
     @property
     def size(self) -> int:
-        """Side of the chips or images it takes, in pixels."""
+        """Side of the face chips or images that it takes, in pixels."""
 
     @property
     def confusion(self) -> tuple[tuple[float, ...], ...] | None:
-        """Counts of held-out pictures: a row for each true class, a column for each class seen.
+        """Counts of held-out images: a row for each true class, a column for each predicted class.
 
-        In the order of `classes`; None where nobody measured it.
+        In the order of `classes`; None if it was not measured.
         """
 
     def __call__(self, chips: Tensor) -> Tensor:
@@ -34,12 +34,12 @@ class Classifier(Protocol):
 
 
 def view(attribute: Attribute, images: Tensor, faces: Faces, size: int) -> Tensor:
-    """What the classifier of an attribute gets to see, differentiable.
+    """Crop or resize images to the input of an attribute's classifier, differentiable.
 
     Args:
         attribute: of the face or of the whole image.
         images: (n, 3, h, w).
-        faces: of these images, one row each; not looked at for the whole image.
+        faces: of these images, one row each; ignored for the whole image.
         size: side of the result in pixels.
 
     Returns:
@@ -50,7 +50,7 @@ def view(attribute: Attribute, images: Tensor, faces: Faces, size: int) -> Tenso
 
 @dataclass(frozen=True)
 class NetworkClassifier:
-    """A `Classifier` out of any network from chips to the logits of one attribute's classes."""
+    """A `Classifier` made of any network from chips to the logits of one attribute's classes."""
 
     network: Callable[[Tensor], Tensor]
     """(n, 3, size, size) -> (n, classes) logits."""

@@ -1,7 +1,4 @@
-"""Images -> the largest face of each, or every face -> chips for classifiers and embedders.
-
-The detector is anyone's.
-"""
+"""Images -> the largest face of each, or every face -> chips for classifiers and embedders."""
 
 from collections.abc import Sequence
 from dataclasses import dataclass, replace
@@ -24,30 +21,30 @@ TEMPLATE_SIZE = 112  # pixels, of the chip that the template is for
 
 @dataclass(frozen=True)
 class Faces:
-    """The largest face of each image, or all its faces; `found` marks rows that are none."""
+    """The largest face of each image, or all its faces; rows that are not `found` are no faces."""
 
     boxes: Tensor
-    """(n, 4) corners x0, y0, x1, y1 in pixels; finite, but without meaning where not found."""
+    """(n, 4) corners x0, y0, x1, y1 in pixels; finite but meaningless where not found."""
     found: Tensor
     """(n,) bool."""
     landmarks: Tensor | None = None
     """(n, 5, 2) pixels: eyes, nose, corners of the mouth; None if the detector gives none."""
     image: Tensor | None = None
-    """(n,) number of each row's image, ascending, the largest face of an image first; an image
-    without a face has one row, which is not found. None: one row for each image."""
+    """(n,) index of each row's image, ascending, the largest face of an image first; an image
+    without a face has one row, which is not found. None: one row per image."""
 
     def __len__(self) -> int:
         return len(self.found)
 
     def __getitem__(self, rows: Tensor | slice) -> "Faces":
-        """Some of the rows: a mask, row numbers or a slice."""
+        """Select rows by a mask, indices or a slice."""
         landmarks = None if self.landmarks is None else self.landmarks[rows]
         image = None if self.image is None else self.image[rows]
         return Faces(self.boxes[rows], self.found[rows], landmarks, image)
 
     @property
     def owner(self) -> Tensor:
-        """(n,) number of each row's image."""
+        """(n,) index of each row's image."""
         rows = torch.arange(len(self), device=self.found.device)
         return rows if self.image is None else self.image
 
@@ -64,7 +61,7 @@ class Faces:
         return values.new_zeros(len(counts)).index_add(0, owner, values / counts[owner])
 
     def of_images(self, images: Tensor) -> tuple["Faces", Tensor]:
-        """The faces of some images (m,), in whose order they are numbered, and their rows."""
+        """Select images by their indices (m,), which renumbers them; returns the rows, too."""
         if self.image is None:
             return self[images], images
         image, rows = (self.image == images[:, None]).nonzero(as_tuple=True)
@@ -72,7 +69,7 @@ class Faces:
 
     @classmethod
     def joined(cls, parts: Sequence["Faces"]) -> "Faces":
-        """The faces of several batches of images, one after the other."""
+        """Concatenate the faces of several batches of images."""
         marks = [part.landmarks for part in parts if part.landmarks is not None]
         image, images = [], 0
         for part in parts:
@@ -96,7 +93,7 @@ class FaceDetector(Protocol):
 
 @runtime_checkable
 class EveryFaceDetector(FaceDetector, Protocol):
-    """Finds every face of every image, too."""
+    """Can find every face of every image, too."""
 
     def all_faces(self, images: Tensor) -> Faces:
         """(n, 3, h, w) in [-1, 1] -> Faces with `image`, without gradient."""
@@ -105,12 +102,12 @@ class EveryFaceDetector(FaceDetector, Protocol):
 def faces_of_images(
     boxes: Tensor, image: Tensor, images: int, landmarks: Tensor | None = None
 ) -> Faces:
-    """Every face of some images, as `Faces` has them, out of faces in any order.
+    """Make `Faces` with every face of some images from faces in any order.
 
     Args:
         boxes: (m, 4) corners in pixels.
-        image: (m,) number of each face's image, in [0, images).
-        images: how many images there are.
+        image: (m,) index of each face's image, in [0, images).
+        images: number of images.
         landmarks: (m, 5, 2) pixels.
     """
     without = torch.ones(images, dtype=torch.bool, device=boxes.device)
@@ -127,7 +124,7 @@ def faces_of_images(
 
 
 def no_faces(images: Tensor) -> Faces:
-    """A `FaceDetector` that finds none: enough where only whole images are looked at."""
+    """Find no faces: a `FaceDetector` for attributes of whole images."""
     n = len(images)
     return Faces(images.new_zeros(n, 4), torch.zeros(n, dtype=torch.bool, device=images.device))
 
@@ -182,7 +179,7 @@ def square_boxes(boxes: Tensor, margin: float) -> Tensor:
 
     Args:
         boxes: (n, 4) corners in pixels.
-        margin: share of the longer side that is added in all, half on either side.
+        margin: enlargement relative to the longer side, half of it on either side.
     """
     low, high = boxes[:, :2], boxes[:, 2:]
     side = (high - low).amax(1, keepdim=True) * (1 + margin)  # (n, 1)
@@ -190,11 +187,11 @@ def square_boxes(boxes: Tensor, margin: float) -> Tensor:
 
 
 def face_chips(images: Tensor, faces: Faces, size: int, margin: float = 0.5) -> Tensor:
-    """Square crops round the faces; what lies outside the image repeats its border.
+    """Crop squares around the faces; the border is repeated outside the image.
 
     Args:
         images: (n, 3, h, w).
-        faces: of these images, one row each. Rows without a face give a chip too: leave them out
+        faces: of these images, one row each. Rows without a face give a chip, too: leave them out
             before (`images[found]`, `faces[found]`) or after.
         size: side of the chips in pixels.
         margin: how much larger than the face's longer side the crop is.
@@ -218,7 +215,7 @@ def face_chips(images: Tensor, faces: Faces, size: int, margin: float = 0.5) -> 
 
 
 def aligned_chips(images: Tensor, faces: Faces, size: int) -> Tensor:
-    """Crops with eyes, nose and mouth where face embedders expect them, however a head is tilted.
+    """Crop faces with eyes, nose and mouth at the places that face embedders expect.
 
     Turn, scale and shift are those that bring the landmarks nearest to `TEMPLATE`, in the least
     squares (Umeyama, 1991), which are one complex division: a point x, y is the number x + iy, and

@@ -15,7 +15,7 @@ from diffusers_fair.vision.faces import EveryFaceDetector, FaceDetector, Faces
 
 @dataclass(frozen=True, kw_only=True)
 class Judges:
-    """The models that look at the images; they take no gradient and should be none that trained."""
+    """The models that judge images. Evaluation should use others than training did."""
 
     face_detector: FaceDetector
     classifiers: Mapping[str, Classifier]
@@ -25,17 +25,17 @@ class Judges:
     dino: ImageEncoder
     """For DINO."""
     extra: Mapping[str, Callable[[Tensor, Sequence[str]], Any]] = field(default_factory=dict)
-    """Name -> a score of one's own: (images (n, 3, h, w), their prompts) -> (n,), NaN where it does
-    not apply. `recognition` makes one from a classifier of whole images."""
+    """Name -> custom score: (images (n, 3, h, w), their prompts) -> (n,), NaN where it does not
+    apply. `recognition` makes one from a classifier of whole images."""
 
     people: People = "largest"
-    """Which faces of an image count."""
+    """Faces of an image that count."""
 
     def __post_init__(self) -> None:
-        """Check that the detector gives all faces, if all count.
+        """Check that the detector can detect all faces, if all count.
 
         Raises:
-            ValueError: it does not.
+            ValueError: it cannot.
         """
         if self.people == "all" and not isinstance(self.face_detector, EveryFaceDetector):
             raise ValueError(
@@ -45,18 +45,18 @@ class Judges:
             )
 
     def faces(self, images: Tensor) -> Faces:
-        """The faces that count, of images (n, 3, h, w) in [-1, 1]."""
+        """Detect the faces that count in images (n, 3, h, w) in [-1, 1]."""
         if isinstance(self.face_detector, EveryFaceDetector) and self.people == "all":
             return self.face_detector.all_faces(images)
         return self.face_detector(images)
 
     def probabilities(self, attribute: Attribute, images: Tensor, faces: Faces) -> Tensor:
-        """Probabilities (n, classes) in the attribute's order, differentiable.
+        """Return probabilities (n, classes) in the attribute's order, differentiable.
 
         Args:
-            attribute: one that there is a classifier for.
+            attribute: an attribute that has a classifier.
             images: (n, 3, h, w) in [-1, 1].
-            faces: of these images, one row each; not looked at for an attribute of whole images.
+            faces: of these images, one row each; ignored for an attribute of whole images.
         """
         classifier = self.classifiers[attribute.name]
         order = [classifier.classes.index(name) for name in attribute.classes]
@@ -72,7 +72,7 @@ class Judges:
         """Classify the faces found, or the whole images, a few at a time; differentiable.
 
         Args:
-            attributes: those that there are classifiers for.
+            attributes: attributes that have classifiers.
             images: (n, 3, h, w) in [-1, 1].
             faces: of these images.
             micro_batch: faces or images to classify at a time; left out, as many as images.
@@ -96,7 +96,7 @@ class Judges:
 
 
 def confusion_of(attributes: Sequence[Attribute], judges: Judges) -> dict[str, list[list[float]]]:
-    """Attribute -> confusion of its classifier in the attribute's order, where that is known."""
+    """Return attribute -> confusion matrix in the attribute's order, where it was measured."""
     found = {}
     for attribute in attributes:
         classifier = judges.classifiers[attribute.name]
@@ -109,14 +109,14 @@ def confusion_of(attributes: Sequence[Attribute], judges: Judges) -> dict[str, l
 def recognition(
     classifier: Classifier, class_of: Callable[[str], str | None]
 ) -> Callable[[Tensor, Sequence[str]], Tensor]:
-    """A score of its own for `Judges.extra`: is an image recognised as what its prompt names?
+    """Make a score for `Judges.extra`: is an image recognised as what its prompt names?
 
     Args:
         classifier: of whole images, which must have its size.
-        class_of: prompt -> the class its images should have, None for prompts without one.
+        class_of: prompt -> the class that its images should have, or None.
 
     Returns:
-        (images (n, 3, size, size), their prompts) -> (n,) 1 right, 0 wrong, NaN not applicable.
+        (images (n, 3, size, size), their prompts) -> (n,): 1 right, 0 wrong, NaN not applicable.
     """
 
     def score(images: Tensor, prompts: Sequence[str]) -> Tensor:

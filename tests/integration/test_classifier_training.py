@@ -13,7 +13,7 @@ from PIL import Image
 from diffusers_fair import cli
 from diffusers_fair.backends.trained_classifier import load as load_classifier
 from diffusers_fair.training import classifier as classifier_training
-from diffusers_fair.training.classifier import Settings, hold_out, read_pictures, train_classifier
+from diffusers_fair.training.classifier import Settings, hold_out, read_images, train_classifier
 
 COLOURS = {"green": (30, 200, 30), "red": (200, 30, 30)}
 SMALL = Settings(size=32, epochs=8, batch_size=8, held_out=0.25, pretrained=False)
@@ -47,7 +47,7 @@ def folder(tmp_path_factory):
 def trained(folder, tmp_path_factory):
     """A classifier's folder, and its facts."""
     out = tmp_path_factory.mktemp("classifier") / "colour"
-    return out, train_classifier(read_pictures(folder), out, SMALL)
+    return out, train_classifier(read_images(folder), out, SMALL)
 
 
 def write(file, labels, images, metadata=None):
@@ -60,7 +60,7 @@ def write(file, labels, images, metadata=None):
 
 
 def test_a_folder_for_each_class(folder):
-    found = read_pictures(folder)
+    found = read_images(folder)
     assert found.classes == ("green", "red")
     assert found.labels.tolist() == [0] * 16 + [1] * 16
     assert found.files[16].parent.name == "red"
@@ -69,7 +69,7 @@ def test_a_folder_for_each_class(folder):
 def test_a_parquet_file_of_words(tmp_path):
     words = ["red", "green", "red", "green"]
     images = [contents(word, i) for i, word in enumerate(words)]
-    found = read_pictures(write(tmp_path / "x.parquet", words, images), "colour")
+    found = read_images(write(tmp_path / "x.parquet", words, images), "colour")
     assert found.classes == ("green", "red")
     assert found.labels.tolist() == [1, 0, 1, 0]
     assert found.files == images
@@ -82,7 +82,7 @@ def test_a_folder_of_parquet_files_with_named_numbers(tmp_path):
     for part in ("a", "b"):
         images = [{"bytes": contents("red", i), "path": None} for i in range(3)]
         write(tmp_path / f"{part}.parquet", [0, 2, 0], images, metadata)
-    found = read_pictures(tmp_path, "colour")
+    found = read_images(tmp_path, "colour")
     assert found.classes == ("red", "green")  # nothing is blue
     assert found.labels.tolist() == [0, 1, 0, 0, 1, 0]
     assert all(isinstance(file, bytes) for file in found.files)
@@ -90,21 +90,21 @@ def test_a_folder_of_parquet_files_with_named_numbers(tmp_path):
 
 def test_sources_that_will_not_do(tmp_path, folder):
     with pytest.raises(ValueError, match="there is nothing at 'nowhere'"):
-        read_pictures("nowhere")
+        read_images("nowhere")
     with pytest.raises(ValueError, match=r"two or more classes .* got \{\}"):
-        read_pictures(tmp_path)
+        read_images(tmp_path)
     file = write(tmp_path / "x.parquet", ["red"] * 3, [b""] * 3)
     with pytest.raises(ValueError, match="has no column 'label', it has image, colour, other"):
-        read_pictures(file)
+        read_images(file)
     with pytest.raises(ValueError, match=r"two or more classes .* got \{'red': 3\}"):
-        read_pictures(file, "colour")
+        read_images(file, "colour")
     (tmp_path / "one").mkdir()
     for colour, count in {"red": 3, "green": 1}.items():
         (tmp_path / "one" / colour).mkdir()
         for i in range(count):
             picture(colour, i).save(tmp_path / "one" / colour / f"{i}.png")
-    with pytest.raises(ValueError, match="two or more pictures each"):
-        read_pictures(tmp_path / "one")
+    with pytest.raises(ValueError, match="two or more images each"):
+        read_images(tmp_path / "one")
 
 
 def test_the_share_of_every_class_is_held_out():
@@ -132,7 +132,7 @@ def test_the_folder_says_how_good_the_classifier_is(trained, folder):
 
 def test_what_was_measured_is_what_is_loaded(trained, folder):
     out, facts = trained
-    pictures = read_pictures(folder)
+    pictures = read_images(folder)
     _, held = hold_out(pictures.labels, SMALL.held_out, torch.Generator().manual_seed(SMALL.seed))
     classify = load_classifier(str(out), {})
     assert (classify.classes, classify.size) == (("green", "red"), 32)
@@ -144,7 +144,7 @@ def test_the_same_seed_gives_the_same_classifier(folder, tmp_path):
     quick = Settings(size=32, epochs=1, batch_size=12, held_out=0.25, pretrained=False)
     state = torch.get_rng_state()
     for name in ("a", "b"):
-        train_classifier(read_pictures(folder), tmp_path / name, quick)
+        train_classifier(read_images(folder), tmp_path / name, quick)
     a, b = ((tmp_path / name / "model.safetensors").read_bytes() for name in ("a", "b"))
     assert a == b
     assert torch.equal(torch.get_rng_state(), state)
@@ -152,7 +152,7 @@ def test_the_same_seed_gives_the_same_classifier(folder, tmp_path):
 
 def test_a_folder_that_holds_something_is_left_alone(trained, folder):
     with pytest.raises(ValueError, match="holds something already: choose another folder"):
-        train_classifier(read_pictures(folder), trained[0], SMALL)
+        train_classifier(read_images(folder), trained[0], SMALL)
 
 
 @pytest.mark.parametrize(
@@ -177,7 +177,7 @@ def test_imagenets_weights_that_cannot_be_had(folder, tmp_path, monkeypatch):
 
     monkeypatch.setattr("torchvision.models._api.load_state_dict_from_url", offline)
     with pytest.raises(ValueError, match=r"ImageNet's weights: no network; .*--no-pretrained"):
-        train_classifier(read_pictures(folder), tmp_path / "out", Settings(size=32))
+        train_classifier(read_images(folder), tmp_path / "out", Settings(size=32))
     assert not (tmp_path / "out").exists()
 
 

@@ -134,6 +134,23 @@ def test_a_mapping_changes_only_what_it_names(toy):
     assert (config.prompts.train, config.prompts.sets) == ("x", {"toys": 1.0})
 
 
+@pytest.mark.parametrize("key", ["steering", "target_feedback"])
+def test_a_key_may_be_given_by_its_released_name(toy, key):
+    """The last one counts, whatever it is called, and the released name is written."""
+    other = {"steering": "target_feedback", "target_feedback": "steering"}[key]
+    toy.write_text(TOY.replace("flat]}", f"flat], {other}: 0.5}}"))
+    assert RunConfig.load(toy).attributes[0].target_feedback == 0.5
+    config = RunConfig.load(toy, [f"attributes.0.{key}=0.25"])
+    assert config.attributes[0].target_feedback == 0.25
+    assert yaml.safe_load(config.to_yaml())["attributes"][0]["steering"] == 0.25
+    shape = {"name": "shape", "classes": ["round", "flat"], key: 0.75}
+    assert RunConfig.load(toy, {"attributes": [shape]}).attributes[0].target_feedback == 0.75
+    assert key in shape  # what was given is left as it is
+    assert AttributeSection(**shape).target_feedback == 0.75
+    with pytest.raises(ValueError, match=r"attributes\.0\.target_feedback: expected greater than"):
+        RunConfig.load(toy, [f"attributes.0.{key}=-1"])
+
+
 def test_a_number_of_steps_is_a_range_of_one(toy):
     assert RunConfig.load(toy, ["sampling.steps=5"]).sampling.steps == (5, 5)
 
