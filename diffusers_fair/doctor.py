@@ -1,4 +1,4 @@
-"""What a recipe needs and what of it is missing, looked up before hours are spent on training.
+"""Look up what a recipe needs and what is missing, before hours are spent on training.
 
 Nothing is downloaded and no model is loaded.
 """
@@ -47,7 +47,7 @@ def examine(config: RunConfig) -> dict[Need, list[str]]:
 
 
 def _reference_faces(models: ModelsSection) -> Parts:
-    """What the face realism loss needs."""
+    """List what the face realism loss needs."""
     return {
         "models.face_embedder": registry.model_needs(FACE_EMBEDDERS, models.face_embedder),
         "models.face_bank": registry.reference_faces_needs(models.face_bank),
@@ -55,7 +55,7 @@ def _reference_faces(models: ModelsSection) -> Parts:
 
 
 def _judges(models: JudgesSection, attributes: Sequence[Attribute], key: str) -> Parts:
-    """What the models that judge images need."""
+    """List what the models that judge images need."""
     return {
         f"{key}.face_detector": registry.model_needs(FACE_DETECTORS, models.face_detector),
         **{

@@ -74,7 +74,9 @@ def open_adapter(folder: "str | Path | Adapter") -> Adapter:
     checksums, digest = _hash(paths)
     for name, checksum in (info.checksums or {}).items():
         if checksum != checksums.get(name):
-            raise ValueError(f"'{folder / name}' is damaged: it is not what {INFO_FILE} names")
+            raise ValueError(
+                f"'{folder / name}' is damaged: its checksum is not the one in {INFO_FILE}"
+            )
     return Adapter(folder, info, weights, checksums, digest)
 
 
@@ -151,8 +153,8 @@ def _refuse_foreign(folder: Path) -> None:
     foreign = sorted(names - own)
     if foreign or (names and INFO_FILE not in names):
         raise ValueError(
-            f"'{folder}' holds something else than an adapter ('{(foreign or sorted(names))[0]}'): "
-            "choose another folder or empty it"
+            f"'{folder}' holds something other than an adapter "
+            f"('{(foreign or sorted(names))[0]}'): choose another folder or empty it"
         )
 
 
@@ -172,7 +174,7 @@ def _checked_file(path: Path) -> Path:
     if not path.is_file():
         raise ValueError(f"'{path.parent}' is not an adapter folder: '{path.name}' is missing")
     if not any(path.resolve().is_relative_to(home) for home in _homes(path.parent.resolve())):
-        raise ValueError(f"'{path}' is a link to somewhere else: put the file itself there")
+        raise ValueError(f"'{path}' is a link out of the folder: put the file itself there")
     check_size(str(path), path.name, path.stat().st_size)
     return path
 
@@ -192,7 +194,7 @@ def _weight_files(folder: Path, info: AdapterInfo) -> dict[str, Path]:
     is_described = {WEIGHTS_FILE: bool(info.lora), EMBEDS_FILE: info.soft_tokens is not None}
     for name, described in is_described.items():
         if not described and (folder / name).exists():
-            raise ValueError(f"'{folder}' has a '{name}', and its {INFO_FILE} names nothing in it")
+            raise ValueError(f"'{folder}' has a '{name}', which its {INFO_FILE} does not describe")
     return {name: _checked_file(folder / name) for name in is_described if is_described[name]}
 
 

@@ -1,4 +1,4 @@
-"""`fair_adapter.json`: what an adapter is, how that is written, and the schema that checks it.
+"""`fair_adapter.json`: its content in Python, how it is written, and the schema that checks it.
 
 `SCHEMA` is the one model of the file: untrusted files are checked against it, and
 `fair_adapter.schema.json` is generated from it.
@@ -96,8 +96,8 @@ _SOFT_TOKENS = _object(
             "description": "The placeholder that stands for all of them in a prompt.",
             "type": "string",
             "pattern": "^<[a-z0-9_-]{1,64}>$",
-            ERROR: "the placeholder of soft tokens must be of small letters, digits, '_' and '-' "
-            "in angle brackets, as '<fair>', got {got}",
+            ERROR: "the placeholder of soft tokens must consist of lowercase letters, digits, "
+            "'_' and '-' in angle brackets, such as '<fair>', got {got}",
         },
     },
 )
@@ -119,7 +119,7 @@ _ATTRIBUTE = _object(
             "additionalProperties": _SHARES,
         },
         "region": {
-            "description": "What the classifier sees. Left out: the face.",
+            "description": "Region that the classifier sees. Left out: the face.",
             "type": "string",
             "enum": list(get_args(Region)),
             ERROR: "the region of attribute {owner} must be one of {enum}, got {got}",
@@ -132,11 +132,11 @@ SCHEMA: Schema = {
     "$schema": "https://json-schema.org/draft/2020-12/schema",
     "title": INFO_FILE,
 } | _object(
-    f"What a fairness adapter is: the file beside its weights. Format version {FORMAT_VERSION}.",
+    f"Describes the fairness adapter in its folder. Format version {FORMAT_VERSION}.",
     {
         "format_version": {"type": "integer", "const": FORMAT_VERSION},
         "base_model": _object(
-            "What the adapter was trained on.",
+            "The model that the adapter was trained on.",
             {
                 "id": {"description": "A Hub id, a folder, or a shipped base's name."} | _LABEL,
                 "revision": {
@@ -149,14 +149,14 @@ SCHEMA: Schema = {
             },
         ),
         "components": _object(
-            "What the adapter is made of.",
+            "The parts of the adapter.",
             {**dict.fromkeys(LORA_PREFIXES, _LORA), SOFT_TOKENS: _SOFT_TOKENS},
             optional=(*LORA_PREFIXES, SOFT_TOKENS),
             minProperties=1,
             **{ERROR: "expected components of {names}, got {got}"},
         ),
         "attributes": {
-            "description": "What is balanced.",
+            "description": "The attributes that are balanced.",
             "type": "array",
             "minItems": 1,
             "items": _ATTRIBUTE,
@@ -181,7 +181,7 @@ SCHEMA: Schema = {
             "type": ["object", "null"],
         },
         "training": {
-            "description": "What the training took: iterations, seconds, machine.",
+            "description": "Cost of the training: iterations, seconds, machine.",
             "type": ["object", "null"],
         },
         "checksums": _object(
@@ -243,7 +243,7 @@ def library_versions() -> dict[str, str]:
 
 @dataclass(frozen=True, kw_only=True)
 class AdapterInfo:
-    """What an adapter is: the content of `fair_adapter.json`."""
+    """Description of an adapter: the content of `fair_adapter.json`."""
 
     base_model: str
     """The base that it was trained on: a Hub id, a folder, or the name of a shipped base."""
@@ -254,7 +254,7 @@ class AdapterInfo:
     components: Mapping[str, Lora | SoftTokens]
     """Part of the pipeline, one of `LORA_PREFIXES` -> its low-rank layers; and `soft_tokens`."""
     attributes: tuple[Attribute, ...]
-    """What is balanced, and the distribution to aim at."""
+    """The attributes that are balanced, and the distribution to aim at."""
     words: Mapping[str, Mapping[str, tuple[str, ...]]] = field(default_factory=dict)
     """Attribute -> class -> words that name it in a prompt, as `prompts.groups.vocabulary` gives
     them. Empty in older folders."""
@@ -265,7 +265,7 @@ class AdapterInfo:
     evaluation: dict[str, Any] | None = None
     """Summary of its report, if it was evaluated; set by `card.write_card`."""
     training: dict[str, Any] | None = None
-    """What the training took: `iterations`, `seconds`, machine."""
+    """Cost of the training: `iterations`, `seconds`, machine."""
     checksums: Mapping[str, str] | None = field(default=None, compare=False)
     """SHA-256 of each file of weights; set by `write_adapter`. None in older folders."""
 

@@ -104,14 +104,14 @@ def _check_soft_tokens(slices: _Slices, metadata: dict[str, str], info: AdapterI
     assert info.soft_tokens is not None
     count, token = info.soft_tokens.count, info.soft_tokens.token
     if list(slices) != [token]:
-        raise ValueError(f"expected '{token}' alone in it, got {str(list(slices))[:200]}")
+        raise ValueError(f"expected only '{token}' in it, got {str(list(slices))[:200]}")
     shape = slices[token].get_shape()
     if len(shape) != 2 or shape[0] != count or shape[1] < 1:
         raise ValueError(f"expected {count} rows of '{token}', got the shape {list(shape)}")
 
 
 def _lora_metadata(keys: Iterable[str], info: AdapterInfo) -> dict[str, Any]:
-    """What diffusers makes its `LoraConfig` from; without it, diffusers takes alpha = rank."""
+    """Metadata that diffusers makes a `LoraConfig` of; without it, diffusers takes alpha = rank."""
     metadata: dict[str, Any] = {}
     for part, lora in info.lora.items():
         modules = {
@@ -132,16 +132,16 @@ def _check_shapes(shapes: Mapping[str, tuple[int, ...]], components: Mapping[str
     for key, shape in shapes.items():
         match = re.fullmatch(names, key, re.ASCII)
         if match is None:
-            raise ValueError(f"{key[:200]!r} is no low-rank weight of {list(components)}")
+            raise ValueError(f"{key[:200]!r} is not a low-rank weight of {list(components)}")
         prefix, module, half = match.groups()
         axis, other = (0, "B") if half == "A" else (1, "A")
         if len(shape) != 2 or min(shape) < 1 or shape[axis] != ranks[prefix]:
             raise ValueError(f"'{key}' is of rank {ranks[prefix]} but has the shape {list(shape)}")
         if f"{prefix}{module}.lora_{other}.weight" not in shapes:
-            raise ValueError(f"'{key}' stands without its lora_{other}")
+            raise ValueError(f"'{key}' has no matching lora_{other}")
     for part in components:
         if not any(key.startswith(LORA_PREFIXES[part]) for key in shapes):
-            raise ValueError(f"nothing in it is for '{part}'")
+            raise ValueError(f"it holds no weights of '{part}'")
 
 
 def _check_dtypes(dtypes: Mapping[str, str]) -> None:

@@ -1,4 +1,4 @@
-"""What a model needs before it can be loaded, and whether that is available. No downloads."""
+"""Requirements of a model, and whether they are available. Nothing is downloaded."""
 
 from collections.abc import Sequence
 from dataclasses import dataclass

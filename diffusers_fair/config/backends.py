@@ -47,7 +47,7 @@ class ClassifierKind:
     models: tuple[str, ...] = ()
     """The models that it knows; empty: any, but one must be named."""
     takes: Literal["classes", "phrases", None] = None
-    """What the recipe says of each class: the labels of the model, or phrases that describe it."""
+    """What a recipe gives for each class: labels of the model, or phrases that describe it."""
     sees_whole_images: bool = True
     """Whether it can classify attributes of the whole image, not of faces alone."""
 

@@ -133,7 +133,7 @@ def _api(token: str | None) -> HfApi:
     token = token or get_token()
     if token is None:
         raise ValueError(
-            "publishing needs a token of the Hub that may write: run `hf auth login`, set "
+            "publishing needs a Hub token with write access: run `hf auth login`, set "
             "HF_TOKEN, or give one"
         )
     return HfApi(token=token, library_name="diffusers-fair")
@@ -185,13 +185,13 @@ class _Attempt:
             raise ValueError(f"'{self.repo_id}' has no '{self.branch}'")
         if self.main is not None and private and not self.main.private:
             raise ValueError(
-                f"'{self.repo_id}' is there and public: make it private on the Hub, or push "
-                "without private"
+                f"'{self.repo_id}' already exists and is public: make it private on the Hub, or "
+                "push without private"
             )
         names = set(_siblings(remote or self.main))
         if INFO_FILE not in names and (foreign := sorted(names - _HUB_NAMES)):
             raise ValueError(
-                f"'{self.repo_id}' holds something else than an adapter ('{foreign[0]}'): choose "
+                f"'{self.repo_id}' holds something other than an adapter ('{foreign[0]}'): choose "
                 "another repository"
             )
 
@@ -308,7 +308,7 @@ def _same(path: Path, remote: RepoSibling) -> bool:
 
 _REASONS = {  # HTTP status -> what it means for a push
     401: "the Hub does not accept the token: run `hf auth login` again",
-    402: "the Hub asks for a payment",
+    402: "the Hub asks for payment",
     403: "the token may not write there: give one with write access to that user or organisation",
     404: "there is no such repository that the token may read",
     409: "a repository of that name is there, which the token may not read, or it is being changed",
@@ -333,7 +333,7 @@ def _reason(error: BaseException) -> str:
     if isinstance(
         error, json.JSONDecodeError | UnicodeDecodeError | LookupError | TypeError | AttributeError
     ):
-        return "what answered does not speak as the Hub does, or was cut off: push again"
+        return "the answer is not the Hub's, or was cut off: push again"
     return _line(error)
 
 

@@ -47,7 +47,7 @@ STYLE_CUES = {
 
 @dataclass(frozen=True)
 class Subject:
-    """What a prompt is about, and the distribution of people if it does not describe the person."""
+    """Subject of a prompt, and the distribution of people if the prompt does not describe them."""
 
     text: str
     family: str

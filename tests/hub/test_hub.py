@@ -229,7 +229,7 @@ def test_links_are_not_followed(hub, folder, tmp_path, name):
 
 def test_no_token(hub, folder, monkeypatch):
     monkeypatch.delenv("HF_TOKEN")
-    refused(hub, "needs a token of the Hub that may write: run `hf auth login`", folder)
+    refused(hub, "needs a Hub token with write access: run `hf auth login`", folder)
 
 
 def test_a_token_that_nobody_knows(hub, folder):
@@ -250,14 +250,14 @@ def test_a_repository_that_cannot_be_read(hub, folder):
 
 def test_a_repository_with_something_else(hub, folder):
     foreign(hub, model_bin=b"weights", README_md=b"# A model")
-    refused(hub, "'org/fair' holds something else than an adapter .'model.bin'", folder)
+    refused(hub, "'org/fair' holds something other than an adapter .'model.bin'", folder)
     foreign(hub, README_md=b"# Begun on the website", LICENSE=b"")
     push_adapter(folder, "org/fair")
 
 
 def test_private_into_a_public_repository(hub, folder):
     foreign(hub)
-    refused(hub, "is there and public", folder, private=True)
+    refused(hub, "already exists and is public", folder, private=True)
 
 
 def test_pull_requests_that_cannot_be(hub, folder):

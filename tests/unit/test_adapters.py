@@ -248,8 +248,8 @@ def test_adapters_refuse_what_cannot_be():
     [
         (0, "<fair>", "there can be 1 to 1024 soft tokens, got 0"),
         (76, "<fair>", "a prompt has room for 1 to 75 soft tokens, got 76"),
-        (1, "fair", "the placeholder .* in angle brackets, as '<fair>', got 'fair'"),
-        (1, "<Fair>", "small letters.* got '<Fair>'"),
+        (1, "fair", "the placeholder .* in angle brackets, such as '<fair>', got 'fair'"),
+        (1, "<Fair>", "lowercase letters.* got '<Fair>'"),
         (3, "<other>", "tokenizer has a token '<other>_2' already: unload that textual inversion"),
     ],
 )

@@ -205,7 +205,7 @@ def test_an_empty_folder_is_used(tmp_path):
 def test_a_folder_with_something_else_is_refused(tmp_path, name):
     (tmp_path / name).write_text("mine")
     with pytest.raises(
-        ValueError, match=f"holds something else than an adapter .'{name}'.*another"
+        ValueError, match=f"holds something other than an adapter .'{name}'.*another"
     ):
         write_adapter(tmp_path, weights(), adapter_info())
     assert [path.name for path in tmp_path.iterdir()] == [name]
@@ -213,7 +213,7 @@ def test_a_folder_with_something_else_is_refused(tmp_path, name):
 
 def test_an_adapter_folder_with_foreign_files_is_refused(folder):
     (folder / "notes.txt").write_text("mine")
-    with pytest.raises(ValueError, match=r"something else than an adapter .*notes"):
+    with pytest.raises(ValueError, match=r"something other than an adapter .*notes"):
         write_adapter(folder, weights(), adapter_info())
     assert (folder / "notes.txt").exists()
 
@@ -230,12 +230,12 @@ def test_a_file_is_refused(tmp_path):
         ({TEXT + "A.weight": torch.tensor([[torch.nan]])}, {}, "shape"),
         (weights() | {TEXT + "A.weight": torch.full((3, 8), torch.inf)}, {}, "NaN or infinite"),
         (weights(torch.float64), {}, "F64"),
-        (weights(), {"components": {"unet": Lora(rank=2, alpha=2.0)}}, "no low-rank weight"),
-        (weights(), {"components": SOFT}, f"has a '{WEIGHTS_FILE}', and its {INFO_FILE}"),
-        (weights() | embeds(), {}, f"has a '{EMBEDS_FILE}', and its fair_adapter.json names no"),
-        (weights(), {"components": BOTH}, r"expected '<fair>' alone in it, got \[\]"),
-        (embeds(), {"components": BOTH}, "nothing in it is for 'text_encoder'"),
-        (embeds() | {"x": torch.ones(1)}, {"components": SOFT}, f"has a '{WEIGHTS_FILE}', and"),
+        (weights(), {"components": {"unet": Lora(rank=2, alpha=2.0)}}, "not a low-rank weight"),
+        (weights(), {"components": SOFT}, f"has a '{WEIGHTS_FILE}', which its {INFO_FILE}"),
+        (weights() | embeds(), {}, f"has a '{EMBEDS_FILE}', which its fair_adapter.json does not"),
+        (weights(), {"components": BOTH}, r"expected only '<fair>' in it, got \[\]"),
+        (embeds(), {"components": BOTH}, "it holds no weights of 'text_encoder'"),
+        (embeds() | {"x": torch.ones(1)}, {"components": SOFT}, f"has a '{WEIGHTS_FILE}', which"),
         (embeds(), {"components": {"unet": SoftTokens(count=2)}}, "expected unet to have the keys"),
         (weights(), {"evaluation": {"bias": float("nan")}}, "Out of range float"),
     ],
@@ -279,7 +279,7 @@ def test_file_that_is_not_named(whole, name, part):
     named = [part] if part else list(LORA_PREFIXES)
     edit(whole, lambda data: [data["components"].pop(key) for key in named])
     with pytest.raises(
-        ValueError, match=f"has a '{name}', and its fair_adapter.json names nothing"
+        ValueError, match=f"has a '{name}', which its fair_adapter.json does not describe"
     ):
         read_adapter(whole)
 
@@ -351,8 +351,11 @@ def test_brackets_in_strings_are_no_depth(tmp_path):
         (put(["components", "soft_tokens", "count"], True), "'count' of soft_tokens must not be"),
         (put(["components", "soft_tokens", "count"], 0), "can be 1 to 1024 soft tokens, got 0"),
         (put(["components", "soft_tokens", "count"], 1025), "1 to 1024 soft tokens, got 1025"),
-        (put(["components", "soft_tokens", "token"], "a"), "in angle brackets, as '<fair>', got"),
-        (put(["components", "soft_tokens", "token"], "<A>"), "of small letters, .* got '<A>'"),
+        (
+            put(["components", "soft_tokens", "token"], "a"),
+            "in angle brackets, such as '<fair>', got",
+        ),
+        (put(["components", "soft_tokens", "token"], "<A>"), "of lowercase letters, .* got '<A>'"),
         (put(["components", "soft_tokens", "token"], "<a>\n"), "in angle brackets"),
         (put(["components", "soft_tokens", "token"], f"<{'a' * 65}>"), "in angle brackets"),
         (put(["attributes", 0], "round"), "expected an attribute to have the keys"),
@@ -393,12 +396,15 @@ def test_json_in_another_encoding(folder):
         (put([TEXT + "A.weight"], torch.zeros(3, 8).double()), "is of type F64, expected one of"),
         (put([TEXT + "A.weight"], torch.full((3, 8), torch.nan)), "holds NaN or infinite values"),
         (put([UNET + "B.weight"], torch.full((7, 2), -torch.inf)), "holds NaN or infinite values"),
-        (lambda tensors: tensors.pop(TEXT + "B.weight"), "stands without its lora_B"),
-        (put(["vae.x.lora_A.weight"], torch.zeros(3, 8)), "'vae.*' is no low-rank weight"),
-        (put(["unet.x.weight"], torch.zeros(2, 8)), "'unet.x.weight' is no low-rank weight"),
-        (put(["unet.../x.lora_A.weight"], torch.zeros(2, 8)), "is no low-rank weight"),
-        (put(["unet.x.lora_A.weight\n"], torch.zeros(2, 8)), "is no low-rank weight"),
-        (lambda tensors: [tensors.pop(f"{UNET}{x}.weight") for x in "AB"], "nothing in it is for"),
+        (lambda tensors: tensors.pop(TEXT + "B.weight"), "has no matching lora_B"),
+        (put(["vae.x.lora_A.weight"], torch.zeros(3, 8)), "'vae.*' is not a low-rank weight"),
+        (put(["unet.x.weight"], torch.zeros(2, 8)), "'unet.x.weight' is not a low-rank weight"),
+        (put(["unet.../x.lora_A.weight"], torch.zeros(2, 8)), "is not a low-rank weight"),
+        (put(["unet.x.lora_A.weight\n"], torch.zeros(2, 8)), "is not a low-rank weight"),
+        (
+            lambda tensors: [tensors.pop(f"{UNET}{x}.weight") for x in "AB"],
+            "it holds no weights of",
+        ),
         (
             lambda tensors: tensors.update(
                 {f"unet.x.lora_{x}.weight": torch.zeros(2, 2) for x in "AB"}
@@ -427,9 +433,9 @@ def test_bad_tensors(folder, change, message):
         ),
         (put(["<fair>"], torch.zeros(2, 4).int()), "is of type I32, expected one of"),
         (put(["<fair>"], torch.full((2, 4), torch.nan)), "holds NaN or infinite values"),
-        (put(["<other>"], torch.zeros(2, 4)), "expected '<fair>' alone in it, got"),
-        (lambda tensors: tensors.clear(), r"expected '<fair>' alone in it, got \[\]"),
-        (lambda t: t.update({"<a>": t.pop("<fair>")}), r"alone in it, got \['<a>'\]"),
+        (put(["<other>"], torch.zeros(2, 4)), "expected only '<fair>' in it, got"),
+        (lambda tensors: tensors.clear(), r"expected only '<fair>' in it, got \[\]"),
+        (lambda t: t.update({"<a>": t.pop("<fair>")}), r"only '<fair>' in it, got \['<a>'\]"),
     ],
 )
 def test_bad_soft_tokens(whole, change, message):
@@ -511,7 +517,10 @@ def test_weights_that_are_others_than_were_written_are_refused(whole):
     other = {key: 2 * value for key, value in weights().items()}
     write_adapter(whole.with_name("other"), other | embeds(), adapter_info(components=BOTH))
     shutil.copy(whole.with_name("other") / WEIGHTS_FILE, whole)
-    with pytest.raises(ValueError, match=f"{WEIGHTS_FILE}' is damaged: it is not what"):
+    with pytest.raises(
+        ValueError,
+        match=f"{WEIGHTS_FILE}' is damaged: its checksum is not the one in fair_adapter.json",
+    ):
         read_adapter(whole)
     edit(whole, lambda data: data.pop("checksums"))
     assert torch.equal(read_adapter(whole)[1][f"{UNET}A.weight"], other[f"{UNET}A.weight"])
@@ -549,7 +558,7 @@ def test_a_string_without_an_end_is_refused_in_linear_time(folder, end):
 def test_links_out_of_the_folder_are_not_followed(whole, tmp_path, name):
     (whole / name).rename(tmp_path / "elsewhere")
     (whole / name).symlink_to(tmp_path / "elsewhere")
-    with pytest.raises(ValueError, match=f"{name}' is a link to somewhere else: put the file"):
+    with pytest.raises(ValueError, match=f"{name}' is a link out of the folder: put the file"):
         read_adapter(whole)
 
 
