@@ -100,6 +100,7 @@ def test_kept_cards_are_shown_with_their_images_and_tables(kept, tmp_path):
     assert page.count("<table>") == page.count('<div class="scroll" tabindex="0"><table>') >= 3
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("kept", CARDS[:1], ids=lambda path: path.name)
 def test_what_a_kept_card_says_loads_the_adapter(kept, monkeypatch):
     """Its Python, run on the testbed: with this package and with diffusers alone, the same."""

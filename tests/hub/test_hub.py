@@ -366,6 +366,7 @@ def calls(hub, folder, begin) -> list[tuple[str, int]]:
     return [(route, asked[:i].count(route)) for i, route in enumerate(asked)]
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("scene", SCENES)
 @pytest.mark.parametrize(("kind", "times"), FAULTS)
 def test_a_fault_at_every_call(hub, folder, begin, kind, times):
@@ -412,6 +413,7 @@ def test_ctrl_c_takes_back_the_new_repository(hub, folder, monkeypatch):
 # ---- and back ------------------------------------------------------------------------------------
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(("kind", "times"), [*FAULTS, ("cut", 99)])
 def test_a_fault_at_every_call_of_a_download(hub, folder, tmp_path, monkeypatch, kind, times):
     """The adapter is read as it was pushed, or one sentence says why not."""
@@ -549,6 +551,7 @@ def python(hub, home: Path, *words: object) -> str:
     return done.stdout + done.stderr
 
 
+@pytest.mark.slow
 @pytest.mark.filterwarnings("ignore")
 def test_from_training_to_the_readmes_three_lines_on_another_machine(hub, tmp_path):
     recipe = RunConfig.load("testbed-gender", TINY | {"output": str(tmp_path / "run")})

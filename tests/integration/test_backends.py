@@ -429,6 +429,7 @@ def test_real_faces_of_the_testbed_stay_on_the_cpu(detector):
         load_reference_faces(ModelsSection(), detector, "meta")
 
 
+@pytest.mark.slow
 def test_real_faces_are_loaded_only_if_they_have_a_weight(monkeypatch, tmp_path):
     small = {"output": str(tmp_path), "prompts.images_per_prompt": 3, "sampling.steps": 2}
     small |= {"gradient.replay_steps": 1, "adapter.rank": 2, "train.prompts_per_iteration": 1}
@@ -472,6 +473,7 @@ def test_classes_that_are_not_the_attributes(models):
         load_judges(asked, [SHAPE])
 
 
+@pytest.mark.slow
 def test_attributes_of_ones_own_are_trained_and_measured(models, tmp_path, monkeypatch):
     """Two that no file of the package knows, one of three classes, in a recipe like any other."""
     from diffusers_fair import cli
@@ -679,6 +681,7 @@ def test_recipe_has_the_papers_figures(name):
     assert set(config.models.classifiers) == set(config.evaluation.models.classifiers) == judged
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(
     ("units", "expected"),
     [
@@ -702,6 +705,7 @@ def test_the_dtype_that_suits_the_gpu(stable_diffusion, monkeypatch):
         assert load_base(stable_diffusion, dtype="auto").unet.dtype == expected
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("name", [name for name in recipes() if name.startswith("sd15-")])
 def test_recipe_trains_one_iteration(name, models, stable_diffusion, monkeypatch, tmp_path):
     stand_ins.retinaface(monkeypatch, tmp_path / "torch")
@@ -720,6 +724,7 @@ def test_recipe_trains_one_iteration(name, models, stable_diffusion, monkeypatch
     assert any(not torch.equal(a, b) for a, b in zip(before, trained.parameters, strict=True))
 
 
+@pytest.mark.slow
 def test_recipe_evaluates(models, stable_diffusion, monkeypatch, tmp_path, capsys):
     from diffusers_fair import cli
 

@@ -158,6 +158,7 @@ def test_drawn_words_follow_the_target_and_leave_the_noise_alone():
 # ---- all of them ---------------------------------------------------------------------------------
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("version", [1, 2])
 @pytest.mark.parametrize("name", BASELINES)
 def test_images_are_decided_by_their_generators_and_the_pipeline_is_restored(name, version):

@@ -29,6 +29,7 @@ def test_an_unknown_part_is_refused(tmp_path):
         benchmark.main(tmp_path, ["targets", "speed"])
 
 
+@pytest.mark.slow
 def test_targets_are_timed_once_and_kept(tmp_path, monkeypatch):
     job = ("targets/24/2", benchmark.targets, {"n": 24, "classes": 2})
     monkeypatch.setattr(benchmark, "jobs", lambda part: [job] if part == "targets" else [])
@@ -116,6 +117,7 @@ def test_the_document_holds_a_table_for_each_part_that_is_done():
     assert "One iteration" not in text
 
 
+@pytest.mark.slow
 def test_a_warm_bank_holds_the_originals_of_every_iteration(tmp_path, monkeypatch):
     finetuner = FairnessFinetuner.from_recipe(
         "testbed-gender",

@@ -119,6 +119,7 @@ def test_the_share_of_every_class_is_held_out():
 # ---- training ------------------------------------------------------------------------------------
 
 
+@pytest.mark.slow
 def test_the_folder_says_how_good_the_classifier_is(trained, folder):
     out, facts = trained
     assert sorted(path.name for path in out.iterdir()) == ["classifier.json", "model.safetensors"]
@@ -130,6 +131,7 @@ def test_the_folder_says_how_good_the_classifier_is(trained, folder):
     assert facts["accuracy"] >= 0.75  # red is not green; 1 here
 
 
+@pytest.mark.slow
 def test_what_was_measured_is_what_is_loaded(trained, folder):
     out, facts = trained
     pictures = read_images(folder)
@@ -140,6 +142,7 @@ def test_what_was_measured_is_what_is_loaded(trained, folder):
     assert (guesses == pictures.labels[held]).float().mean() == facts["accuracy"]
 
 
+@pytest.mark.slow
 def test_the_same_seed_gives_the_same_classifier(folder, tmp_path):
     quick = Settings(size=32, epochs=1, batch_size=12, held_out=0.25, pretrained=False)
     state = torch.get_rng_state()
@@ -150,6 +153,7 @@ def test_the_same_seed_gives_the_same_classifier(folder, tmp_path):
     assert torch.equal(torch.get_rng_state(), state)
 
 
+@pytest.mark.slow
 def test_a_folder_that_holds_something_is_left_alone(trained, folder):
     with pytest.raises(ValueError, match="holds something already: choose another folder"):
         train_classifier(read_images(folder), trained[0], SMALL)
@@ -181,6 +185,7 @@ def test_imagenets_weights_that_cannot_be_had(folder, tmp_path, monkeypatch):
     assert not (tmp_path / "out").exists()
 
 
+@pytest.mark.slow
 def test_the_command(folder, tmp_path, monkeypatch, capsys):
     out = tmp_path / "colour"
     words = ["--out", out, "--size", 32, "--epochs", 1, "--batch-size", 12, "--no-pretrained"]

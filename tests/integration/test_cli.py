@@ -55,6 +55,7 @@ def lines(tmp_path):
     return file
 
 
+@pytest.mark.slow
 def test_evaluate_writes_both_reports_and_prints_the_table(
     adapter, lines, tmp_path, monkeypatch, capsys
 ):
@@ -79,6 +80,7 @@ def groups_of(report):
     return [group.group for group in report.groups.values()]
 
 
+@pytest.mark.slow
 def test_a_reference_spares_the_base_models_half(adapter, lines, tmp_path, monkeypatch, capsys):
     common = ["--prompts", lines, "--images", 2, "--steps", 2, "--group-images", 1]
     asked = ["--attribute", "race", "--attribute", "gender", "--out", tmp_path / "base"]
@@ -103,6 +105,7 @@ def test_a_reference_spares_the_base_models_half(adapter, lines, tmp_path, monke
     assert not (tmp_path / "other").exists()
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(
     ("name", "more"), [("attribute-words", []), ("concept-algebra", ["--recipe", "testbed-race"])]
 )
@@ -124,6 +127,7 @@ def test_help_names_every_baseline(monkeypatch, capsys):
     assert all(name in said for name in BASELINES)
 
 
+@pytest.mark.slow
 def test_evaluate_a_base_model_alone(lines, tmp_path, monkeypatch):
     words = ["--attribute", "gender", "--attribute", "race", "--prompts", lines]
     words += ["--images", 2, "--steps", 2, "--out", tmp_path / "base", "--no-groups"]
@@ -159,6 +163,7 @@ def test_words_of_training_are_those_that_the_adapter_kept(adapter, lines, tmp_p
 KEEP = {"sets": {"named": 1.0, "implied": 1.0}}
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(
     ("prompts", "recipe", "attributes", "expected"),
     [
@@ -291,6 +296,7 @@ BAD = {
 }
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("case", BAD)
 def test_bad_input_is_one_sentence_and_exit_code_2(case, tmp_path, monkeypatch, capsys):
     words, message = BAD[case]

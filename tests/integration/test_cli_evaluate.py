@@ -26,6 +26,7 @@ def recipe(tmp_path):
     return file
 
 
+@pytest.mark.slow
 def test_what_is_left_out_comes_from_the_recipe(recipe, tmp_path, monkeypatch):
     words = ["--recipe", recipe, "--no-groups"]
     assert run(monkeypatch, "evaluate", *words, "--out", tmp_path / "r") == 0
@@ -43,6 +44,7 @@ def test_what_is_left_out_comes_from_the_recipe(recipe, tmp_path, monkeypatch):
     assert (other.images_per_prompt, other.steps, other.seed) == (3, 1, 0)
 
 
+@pytest.mark.slow
 def test_the_same_command_goes_on(recipe, tmp_path, monkeypatch, capsys):
     out = tmp_path / "r"
     keep = Journal.__setitem__
@@ -63,6 +65,7 @@ def test_the_same_command_goes_on(recipe, tmp_path, monkeypatch, capsys):
     assert load_report(out).summary.images == 26
 
 
+@pytest.mark.slow
 def test_pictures_made_by_anything(tmp_path, monkeypatch, capsys):
     images, labels = held_out("portrait", 12)
     for number, (image, name) in enumerate(zip(images, labels["gender1"], strict=True)):

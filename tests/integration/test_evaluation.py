@@ -106,6 +106,7 @@ def finite(report):
 # --- images ---
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("algorithm", ["dpmsolver++", "sde-dpmsolver++"])
 def test_images_do_not_depend_on_the_batch(algorithm):
     pipe = pipeline(algorithm_type=algorithm)
@@ -158,6 +159,7 @@ def test_progress_is_on_stderr_with_the_time_left(pipe, capsys):
 # --- evaluate ---
 
 
+@pytest.mark.slow
 def test_records_do_not_depend_on_the_batch_size(pipe, base):
     for size in (1, 7):
         again = evaluate(
@@ -565,6 +567,7 @@ def test_missing_extra_names_the_install_command(base, pipe, monkeypatch):
         evaluate(pipe, PROMPTS, [HUE], judges=judges(), **QUICK | {"progress": True})
 
 
+@pytest.mark.slow
 def test_the_judge_does_not_know_the_contestant():
     code = (
         "import sys, diffusers_fair.evaluation as e\n"

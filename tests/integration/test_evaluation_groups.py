@@ -71,6 +71,7 @@ def test_neutral_images_are_the_same_with_and_without_groups(base):
     assert without.summary == base.summary
 
 
+@pytest.mark.slow
 def test_they_are_measured_unless_they_are_left_out():
     found = measured(groups=None, attributes=[HUE], images_per_prompt=1)
     assert list(found.groups) == ["named", "untouched"]  # nothing implies a colour
@@ -78,6 +79,7 @@ def test_they_are_measured_unless_they_are_left_out():
     assert asked == set(HUE.classes)
 
 
+@pytest.mark.slow
 def test_an_image_is_decided_by_its_words_and_not_by_its_place(base):
     turned = dataclasses.replace(NAMED, prompts=NAMED.prompts[::-1], images_per_prompt=1)
     again = measured(groups=[turned], batch_size=1).groups["named"]
@@ -129,6 +131,7 @@ class NoNegatives:
         return getattr(self.pipe, name)
 
 
+@pytest.mark.slow
 def test_a_pipeline_without_negative_prompts_skips_prompts_that_have_one(base, tmp_path):
     pipe, alone = NoNegatives(pipeline()), PromptGroup("implied", UNTOUCHED.prompts[2:])
     out = tmp_path / "r"
@@ -393,6 +396,7 @@ def test_records_of_a_group_that_are_missing(other, tmp_path):
         load_report(tmp_path)
 
 
+@pytest.mark.slow
 def test_stopped_and_started_again_it_repeats_nothing(base, tmp_path):
     out, options = tmp_path / "r", {"batch_size": 4}  # 4 neutral batches, 2 named, 3 untouched
     for done in (3, 2, 2):
@@ -413,6 +417,7 @@ def test_stopped_and_started_again_it_repeats_nothing(base, tmp_path):
         measured(out=out, groups=(), **options)
 
 
+@pytest.mark.slow
 def test_other_prompts_of_a_group_do_not_go_on(tmp_path):
     stop = judges(face_detector=Counting(stop_after=5, how=interrupt))
     with pytest.raises(KeyboardInterrupt):
@@ -426,6 +431,7 @@ def test_other_prompts_of_a_group_do_not_go_on(tmp_path):
 # ---- a reference that lacks them -----------------------------------------------------------------
 
 
+@pytest.mark.slow
 def test_what_a_reference_lacks_is_measured(base, other, tmp_path):
     plain = dataclasses.replace(base, groups={})
     looks = Counting()
@@ -444,6 +450,7 @@ def test_what_a_reference_has_is_not_measured_again(base):
     assert full.groups["named"].group == some
 
 
+@pytest.mark.slow
 def test_measuring_what_a_reference_lacks_may_be_stopped(base, tmp_path):
     plain = dataclasses.replace(base, groups={})
     options = {"batch_size": 4, "out": tmp_path / "r"}

@@ -241,6 +241,7 @@ def drawn(monkeypatch):
     return calls
 
 
+@pytest.mark.slow
 def test_every_method_for_every_goal_is_compared_and_measured_once(drawn, tmp_path):
     runs, out = tmp_path / "runs", tmp_path / "out"
     methods = [comparison.OURS, *comparison.BASELINES]

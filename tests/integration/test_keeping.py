@@ -72,6 +72,7 @@ def by_autograd(kept, number, scale) -> float:
     return loss.item()
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("components", COMPONENTS)
 @pytest.mark.parametrize("scale", [1.0, 4.0])
 def test_the_gradient_is_that_of_autograd(components, scale):
@@ -100,6 +101,7 @@ def test_the_change_of_embeddings_is_measured_token_by_token():
         torch.testing.assert_close(got, exact, rtol=1e-6, atol=1e-9)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("components", ["text_encoder", "unet", "both"])
 def test_an_adapter_that_changes_nothing_has_nothing_to_lose(components):
     kept = keeper(components, moved=False)
@@ -129,6 +131,7 @@ def test_the_original_model_s_way_is_that_of_its_pipeline():
     torch.testing.assert_close(z, image)
 
 
+@pytest.mark.slow
 def test_a_run_that_goes_on_has_the_same_pairs():
     through, resumed = keeper("text_encoder"), keeper("text_encoder")
     for number in range(6):
@@ -215,6 +218,7 @@ def test_words_of_no_class_are_refused():
             RunConfig.load("testbed-gender", [f"attributes.0.{key}={{femele: [x]}}"])
 
 
+@pytest.mark.slow
 def test_an_iteration_logs_and_trains_on_kept_prompts(tmp_path):
     small = {
         "base": {"dtype": "float32"},

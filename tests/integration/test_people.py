@@ -265,6 +265,7 @@ class Corners:
         return faces_of_images(boxes, torch.cat([torch.arange(n), second]), n)
 
 
+@pytest.mark.slow
 def test_every_face_is_counted_with_its_image(tmp_path):
     pipe, whole = pipeline(), replace(TONE, region="image")
     asked = judges(face_detector=Corners(), people="all")
@@ -312,6 +313,7 @@ def test_every_face_is_counted_with_its_image(tmp_path):
         compare(entries)
 
 
+@pytest.mark.slow
 def test_all_may_be_one(tmp_path):
     asked = judges(face_detector=One(), people="all")
     report = evaluate(pipeline(), PROMPTS, [HUE], judges=asked, **QUICK)
@@ -338,6 +340,7 @@ def test_a_rival_method_counts_every_face():
 # ---- the testbed ---------------------------------------------------------------------------------
 
 
+@pytest.mark.slow
 def test_both_teachers_are_counted():
     loaded = load_judges(EvaluationModelsSection(), [world.GENDER], people="all")
     report = evaluate(
@@ -351,6 +354,7 @@ def test_both_teachers_are_counted():
     assert report.summary.faces == 4
 
 
+@pytest.mark.slow
 def test_both_teachers_are_trained_on(tmp_path):
     (tmp_path / "prompts.txt").write_text(TWO)
     options = {"prompts_per_iteration": 1, "distinct_iterations": 1, "validate_every": None}

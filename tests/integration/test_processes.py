@@ -124,6 +124,7 @@ def example(faceless: slice) -> tuple[torch.Tensor, torch.Tensor]:
     return x, originals
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("count", [2, 3, 4])
 @pytest.mark.parametrize(
     "faceless", [slice(0, 0), slice(4, 8), slice(0, 8)], ids=["all", "some", "none"]
@@ -221,6 +222,7 @@ def kept(folder: str) -> tuple[np.ndarray, dict]:
     return torch.cat([p.grad.flatten() for p in finetuner.parameters]).numpy(), figures
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("count", [2, 4])
 def test_several_processes_share_the_kept_prompts(count, tmp_path):
     gradient, figures = kept(str(tmp_path / "alone"))
@@ -230,6 +232,7 @@ def test_several_processes_share_the_kept_prompts(count, tmp_path):
         assert found == pytest.approx(figures, rel=1e-4)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("count", [2, 4])
 def test_several_processes_train_the_same_adapter(alone, count, tmp_path):
     folder, (labels, gradients, update) = alone

@@ -36,6 +36,7 @@ def short(monkeypatch, tmp_path):
     FairnessFinetuner.from_recipe("testbed-demo").save_adapter("runs/demo/adapter")
 
 
+@pytest.mark.slow
 def test_its_python_runs(short):
     blocks = re.findall(r"```python\n(.*?)```", README, re.DOTALL)
     assert len(blocks) == 5

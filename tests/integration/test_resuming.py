@@ -179,6 +179,7 @@ def port():
         return free.getsockname()[1]
 
 
+@pytest.mark.slow
 def test_two_processes_share_groups_of_prompts(port, tmp_path):
     prompts = tuple(KeptPrompt(f"a red hat {i}", {"hue": "red"}) for i in range(5))
     changes = {"groups": [PromptGroup("named", prompts, 2)], "prompts": PROMPTS[:1]}
@@ -191,6 +192,7 @@ def test_two_processes_share_groups_of_prompts(port, tmp_path):
     assert list(load_report(out).groups["named"].records.lines()) == list(alone.records.lines())
 
 
+@pytest.mark.slow
 def test_killed_alone_and_finished_by_two_processes(whole, port, tmp_path):
     out = tmp_path / "report"
     killed = Counting(stop_after=3, how=lambda: os.kill(os.getpid(), signal.SIGKILL))

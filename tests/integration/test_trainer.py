@@ -61,6 +61,7 @@ def run(tmp_path_factory):
     return folder, trained
 
 
+@pytest.mark.slow
 def test_a_run_leaves_what_the_design_says(run):
     folder, _ = run
     names = {path.name for path in folder.iterdir()}
@@ -92,12 +93,14 @@ def test_the_adapter_says_what_it_is(run):
     assert len(moved) == 4 * 6  # every layer of the text encoder has learned something
 
 
+@pytest.mark.slow
 def test_same_recipe_and_seed_give_the_same_adapter(run, tmp_path):
     finetuner(tmp_path / "again").train(progress=False)
     first, again = (read_adapter(f / "adapter")[1] for f in (run[0], tmp_path / "again"))
     assert all(torch.equal(first[key], again[key]) for key in first)
 
 
+@pytest.mark.slow
 def test_another_seed_gives_another_adapter(run, tmp_path):
     other = finetuner(tmp_path / "other", **{"train": SMALL["train"] | {"seed": 1}})
     other.train(progress=False)
@@ -105,6 +108,7 @@ def test_another_seed_gives_another_adapter(run, tmp_path):
     assert not all(torch.equal(first[key], second[key]) for key in first)
 
 
+@pytest.mark.slow
 def test_a_stopped_run_goes_on_to_the_same_adapter(run, tmp_path, monkeypatch):
     folder = tmp_path / "stopped"
     stopped = finetuner(folder)
@@ -128,6 +132,7 @@ def test_a_stopped_run_goes_on_to_the_same_adapter(run, tmp_path, monkeypatch):
     assert torch.equal(*targets)
 
 
+@pytest.mark.slow
 def test_a_sigterm_saves_and_says_how_to_go_on(run, tmp_path, monkeypatch):
     folder = tmp_path / "stopped"
     whole = FairnessFinetuner.iteration
@@ -150,6 +155,7 @@ def test_a_sigterm_saves_and_says_how_to_go_on(run, tmp_path, monkeypatch):
     same_outcome(run[0], folder)
 
 
+@pytest.mark.slow
 def test_a_full_disk_stops_the_run_which_goes_on_when_there_is_room(run, tmp_path, monkeypatch):
     folder = tmp_path / "full"
     sync = atomic.sync
@@ -170,6 +176,7 @@ def test_a_full_disk_stops_the_run_which_goes_on_when_there_is_room(run, tmp_pat
     same_outcome(run[0], folder)
 
 
+@pytest.mark.slow
 def test_a_damaged_checkpoint_and_leftovers_are_no_hindrance(run, tmp_path):
     """Also a checkpoint of the first version, which knew less."""
     folder = tmp_path / "damaged"
@@ -209,6 +216,7 @@ def same_outcome(expected, folder):
     assert events[0] == events[1]
 
 
+@pytest.mark.slow
 def test_killed_trainings_end_as_if_nothing_had_been(tmp_path, monkeypatch):
     monkeypatch.syspath_prepend(Path(__file__).parents[2] / "examples" / "reproduction")
     import kill_test
@@ -220,6 +228,7 @@ def test_killed_trainings_end_as_if_nothing_had_been(tmp_path, monkeypatch):
     assert not all(kill["finished"] for kill in found["kills"])
 
 
+@pytest.mark.slow
 def test_a_run_may_be_looked_into_before_it_is_trained(tmp_path):
     train = SMALL["train"] | {"iterations": 1, "distinct_iterations": 1, "validate_every": None}
     trainer = finetuner(tmp_path / "looked", train=train, prompts=NEUTRAL)
@@ -257,6 +266,7 @@ def test_an_adapter_of_other_components_or_another_base_is_refused(run, tmp_path
         finetuner(tmp_path / "x", adapter=adapter | {"rank": 2})
 
 
+@pytest.mark.slow
 def test_the_micro_batch_is_chosen_from_a_memory_budget_and_kept(tmp_path, monkeypatch):
     monkeypatch.setattr(memory, "peak", lambda device: len(taken) * 10**9)
     taken = []
@@ -281,6 +291,7 @@ def test_the_micro_batch_is_chosen_from_a_memory_budget_and_kept(tmp_path, monke
         finetuner(tmp_path / "x", train=train | {"micro_batch": 2})
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("needed", [1, 2])
 def test_a_budget_without_room_for_one_image_turns_memory_options_on(tmp_path, monkeypatch, needed):
     train = SMALL["train"] | {"iterations": 1, "validate_every": None, "memory_budget": 2.5}
@@ -304,6 +315,7 @@ def test_a_budget_without_room_for_one_image_turns_memory_options_on(tmp_path, m
         finetuner(tmp_path / "other", train=train).train(progress=False)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(
     "option", ["split_guidance", "gradient_checkpointing", "channels_last", "compile"]
 )
@@ -366,6 +378,7 @@ def test_a_gradient_that_is_not_finite_is_skipped_and_counted(tmp_path, monkeypa
     assert all(torch.equal(a, b) for a, b in zip(before, broken.parameters, strict=True))
 
 
+@pytest.mark.slow
 def test_images_that_are_not_finite_are_skipped_and_the_next_update_is_smaller(
     tmp_path, monkeypatch
 ):
@@ -400,6 +413,7 @@ def test_images_that_are_not_finite_are_skipped_and_the_next_update_is_smaller(
             broken.iteration(3)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(
     ("components", "rates", "expected"),
     [
@@ -429,6 +443,7 @@ def test_each_part_moves_at_its_own_learning_rate(components, rates, expected, t
     assert len(trained.optimizer.param_groups) == len(set(expected.values()))
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("name", [name for name in recipes() if name.startswith("testbed-")])
 def test_every_recipe_of_the_testbed_trains_one_iteration(name, tmp_path):
     trainer = FairnessFinetuner.from_recipe(
@@ -475,6 +490,7 @@ def compared(tmp_path_factory):
     return found
 
 
+@pytest.mark.slow
 def test_replay_and_autograd_give_the_same_update(compared):
     (_, expected, weights), (_, gradient, others) = compared["autograd"], compared["replay"]
     assert (gradient - expected).norm() <= 1e-4 * expected.norm()
@@ -492,6 +508,7 @@ def test_other_methods_give_another_gradient(compared, method):
     assert (compared[method][1] - expected).norm() > 0.05 * expected.norm()
 
 
+@pytest.mark.slow
 def test_micro_batches_change_nothing(compared, tmp_path):
     train = SMALL["train"] | {"prompts_per_iteration": 2, "micro_batch": 3}
     settings = {"prompts": {"images_per_prompt": 2, "keep": None}, "sampling": {"steps": 2}}
@@ -504,6 +521,7 @@ def test_micro_batches_change_nothing(compared, tmp_path):
     assert figures == pytest.approx(expected, abs=1e-5)
 
 
+@pytest.mark.slow
 def test_batches_come_again_and_the_originals_from_the_disk(tmp_path, monkeypatch):
     train = SMALL["train"] | {"distinct_iterations": 2, "validate_every": None}
     folders = [tmp_path / "whole", tmp_path / "emptied"]
@@ -527,6 +545,7 @@ def test_batches_come_again_and_the_originals_from_the_disk(tmp_path, monkeypatc
     assert batches[0] != batches[1]
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("images", [4, 3])
 def test_antithetic_noise_comes_in_pairs_of_one_prompt(tmp_path, images):
     trainer = finetuner(
@@ -584,6 +603,7 @@ def test_sets_are_mixed_by_their_weights(tmp_path):
     assert len(trainer.validation_prompts) == 20
 
 
+@pytest.mark.slow
 def test_an_adapter_that_costs_clip_t_is_not_the_best(tmp_path):
     trainer = finetuner(tmp_path / "floor")
     trainer.validation.base_clip_t = 2.0  # more than any

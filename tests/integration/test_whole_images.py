@@ -250,6 +250,7 @@ def test_without_attributes_of_faces_no_prompt_lacks_one():
     assert "prompt 0" in made_up([[0, 0], [1, 0]], [[[0, 1], [2, 2]]]).summary.prompts_without_faces
 
 
+@pytest.mark.slow
 def test_evaluation_sees_whole_images_with_and_without_a_face(tmp_path):
     pipe = pipeline()
     asked = judges(face_detector=find_faces)
@@ -363,6 +364,7 @@ def test_recipes_that_do_not_fit(overrides, message):
         recipe(**overrides)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("kind", ["zero_shot", "transformers", "checkpoint"])
 def test_any_classifier_may_see_whole_images(kind, tmp_path):
     with torch.random.fork_rng():
@@ -400,6 +402,7 @@ def backdrop(images):
 BACKDROP = Attribute("backdrop", ("dark", "light"), region="image")
 
 
+@pytest.mark.slow
 def test_a_few_iterations_balance_the_backgrounds_of_the_testbed(tmp_path, monkeypatch):
     """A chef stands before something light; half of the backgrounds should be dark."""
 

@@ -479,6 +479,7 @@ def test_a_pickle_is_not_read(folder):
         read_adapter(folder)
 
 
+@pytest.mark.slow
 def test_random_damage_gives_a_clear_error_or_the_same_weights(whole):
     """Bytes changed, cut off, put in or twice there: 600 folders."""
     folder, rng = whole, random.Random(0)

@@ -166,6 +166,7 @@ def relative(found, expected):
     return ((found - expected).norm() / expected.norm()).item()
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("adapter", ADAPTERS)
 @pytest.mark.parametrize("guidance_scale", [1, 7.5])
 @pytest.mark.parametrize("order", [1, 2])
@@ -194,6 +195,7 @@ def test_routes_agree_however_steps_are_standardised(world, standardize, adapter
     assert relative(found, expected) <= TOLERANCE
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("adapter", ADAPTERS)
 @pytest.mark.parametrize("name", OTHERS)
 def test_routes_agree_with_any_linear_scheduler(world, name, adapter):
@@ -205,6 +207,7 @@ def test_routes_agree_with_any_linear_scheduler(world, name, adapter):
     assert relative(found, expected) <= TOLERANCE
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("adapter", ADAPTERS)
 @pytest.mark.parametrize("guidance_scale", [1, 7.5])
 def test_three_routes_agree_for_stable_diffusion_2(guidance_scale, adapter):
@@ -220,6 +223,7 @@ def test_three_routes_agree_for_stable_diffusion_2(guidance_scale, adapter):
     assert slope == pytest.approx(found.norm().item(), rel=TOLERANCE)
 
 
+@pytest.mark.slow
 def test_text_encoder_and_unet_together(world):
     pipe, text = adapted("text_encoder")
     both = text + add_lora(pipe, "unet", 2)
@@ -231,6 +235,7 @@ def test_text_encoder_and_unet_together(world):
     assert relative(found, expected) <= TOLERANCE
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("adapter", ADAPTERS)
 def test_biased_is_not_the_exact_gradient(world, adapter):
     """What is left out is not small: the routes agree on the biased gradient, not on any."""
@@ -242,6 +247,7 @@ def test_biased_is_not_the_exact_gradient(world, adapter):
     assert relative(found, take_gradients(parameters)) > 0.01
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("dtype", [torch.float32, torch.float64])
 @pytest.mark.parametrize("guidance_scale", [1, 7.5])
 def test_samples_are_the_pipelines_bit_for_bit(dtype, guidance_scale):
@@ -264,6 +270,7 @@ def test_samples_are_the_pipelines_bit_for_bit(dtype, guidance_scale):
         assert torch.equal(found.latents, expected)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("adapter", ADAPTERS)
 @pytest.mark.parametrize("micro_batch", [1, 2, 3, 5, 7])
 def test_micro_batches_make_no_difference(world, micro_batch, adapter):
@@ -290,6 +297,7 @@ def test_micro_batches_make_no_difference(world, micro_batch, adapter):
         p.grad = None
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("adapter", ADAPTERS)
 def test_guidance_branches_one_after_the_other_make_no_difference(world, adapter):
     pipe, parameters = world[adapter]
@@ -304,6 +312,7 @@ def test_guidance_branches_one_after_the_other_make_no_difference(world, adapter
     assert relative(found, expected) <= 1e-9
 
 
+@pytest.mark.slow
 def test_shared_embeddings_gather_the_gradients_of_all_images(world):
     pipe, _ = world["text_encoder"]
     cond, uncond = embed(pipe)
@@ -322,6 +331,7 @@ def test_shared_embeddings_gather_the_gradients_of_all_images(world):
     torch.testing.assert_close(each.sum(0, keepdim=True), shared)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("adapter", ADAPTERS)
 def test_subsets_of_steps_average_to_the_whole(world, adapter):
     pipe, parameters = world[adapter]
@@ -342,6 +352,7 @@ def test_subsets_of_steps_average_to_the_whole(world, adapter):
     assert relative(found[0], expected) > 0.1
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("micro_batch", [None, 1])
 @pytest.mark.parametrize("adapter", ADAPTERS)
 def test_each_image_is_replayed_at_its_own_steps(world, adapter, micro_batch):
@@ -421,6 +432,7 @@ def test_gradients_add_to_what_the_unet_has(world):
         p.grad = None
 
 
+@pytest.mark.slow
 def test_half_precision_embeddings_gather_in_float32():
     found = {}
     for dtype in (torch.float32, torch.bfloat16):

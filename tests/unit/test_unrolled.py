@@ -51,6 +51,7 @@ def gradient_of(world, scheduler, guidance_scale=5, **options):
     return take_gradients(parameters)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("guidance_scale", [1, 5])
 @pytest.mark.parametrize("dtype", [torch.float32, torch.float64])
 def test_latents_are_those_of_sampling_bit_for_bit(dtype, guidance_scale):
@@ -63,6 +64,7 @@ def test_latents_are_those_of_sampling_bit_for_bit(dtype, guidance_scale):
             assert torch.equal(found, expected)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("guidance_scale", [1, 5])
 @pytest.mark.parametrize("standardize", ["paper", "exact", "none"])
 def test_biased_scheduler_gives_what_replay_gives(world, standardize, guidance_scale):
@@ -116,6 +118,7 @@ def entries(world, scheduler, index):
     return found
 
 
+@pytest.mark.slow
 def test_exact_gradient_is_that_of_finite_differences_and_the_biased_is_not(world):
     """By DDIM, whose steps keep float64."""
     index = (1, 1)
