@@ -2,11 +2,9 @@
 
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, replace
-from hashlib import sha256
 from pathlib import Path
 from typing import Any
 
-from diffusers_fair.adapters.folder import read_adapter
 from diffusers_fair.adapters.format import AdapterInfo
 from diffusers_fair.attributes import Attribute, People
 from diffusers_fair.backends import registry
@@ -18,7 +16,7 @@ from diffusers_fair.config.schema import EvaluationSection, RunConfig
 from diffusers_fair.evaluation.audit import audit
 from diffusers_fair.evaluation.evaluate import evaluate
 from diffusers_fair.evaluation.groups import with_groups
-from diffusers_fair.loading import load_fair_adapter, local_folder
+from diffusers_fair.loading import load_fair_adapter, open_fair_adapter
 from diffusers_fair.prompts import prompt_set
 from diffusers_fair.prompts.groups import PromptGroup, evaluation_groups
 from diffusers_fair.prompts.training_words import kept_sets, mark_unseen
@@ -184,7 +182,8 @@ def assess(
     method = None if baseline is None else find_baseline(baseline)
     defaults = EvaluationDefaults.of(base, recipe)
     section = defaults.section
-    info = None if adapter is None else read_adapter(local_folder(adapter))[0]
+    opened = None if adapter is None else open_fair_adapter(adapter)
+    info = None if opened is None else opened.info
     if info is not None and attributes is None:
         counted = list(info.attributes)
     else:
@@ -213,10 +212,10 @@ def assess(
         before = with_groups(before, pipe, groups, judges=options["judges"], out=out)
     if is_base_alone:
         return Assessment(before, None)
-    if adapter is not None:
+    if opened is not None:
         respect: dict[str, Any] = {"respect_words": True} if respect_words else {}
-        load_fair_adapter(pipe, adapter, **respect)
-        model |= {"adapter": adapter, "adapter weights": _weights_digest(adapter), **respect}
+        load_fair_adapter(pipe, opened, **respect)
+        model |= {"adapter": adapter, "adapter weights": opened.digest, **respect}
     else:
         assert method is not None
         pipe = _apply(method, pipe, counted, defaults, options)
@@ -341,9 +340,3 @@ def _apply(
 ) -> Any:
     sampling = {name: options[name] for name in ("steps", "guidance_scale", "seed")}
     return method.apply(pipe, baseline_task(attributes, defaults, pipe.device, **sampling))
-
-
-def _weights_digest(adapter: str) -> str:
-    """Hash an adapter's weights, which may change while its name stays."""
-    files = sorted(Path(local_folder(adapter)).glob("*.safetensors"))
-    return sha256(b"".join(file.read_bytes() for file in files)).hexdigest()[:16]

@@ -14,7 +14,7 @@ from typing import Any
 import yaml
 from huggingface_hub import EvalResult, ModelCard, ModelCardData
 
-from diffusers_fair import atomic, testbed
+from diffusers_fair import atomic
 from diffusers_fair.adapters.folder import (
     README_FILE,
     REPORT_FILES,
@@ -25,6 +25,7 @@ from diffusers_fair.adapters.folder import (
 )
 from diffusers_fair.adapters.format import EMBEDS_FILE, AdapterInfo
 from diffusers_fair.attributes import Attribute
+from diffusers_fair.config.backends import SHIPPED_BASES
 from diffusers_fair.loading import MIRRORS, REPOSITORY
 from diffusers_fair.reports.estimate import DIGITS, GAP, Estimate, estimate_text
 from diffusers_fair.reports.folder import FILE, FORMAT, GROUPS_SHEET, PAIRS
@@ -46,7 +47,7 @@ SUMMARY = (  # the keys of a report's summary that fair_adapter.json keeps
 NOT_EVALUATED = {"prompts": 0, "images": 0, "faces": 0, "bias": {}, "scores": {}}
 SETTINGS = ("images_per_prompt", "steps", "guidance_scale", "seed")
 LICENCES = {  # base model -> its licence, as the Hub names it; adapters have the same
-    testbed.NAME: "apache-2.0",
+    **dict.fromkeys(SHIPPED_BASES, "apache-2.0"),
     "CompVis/stable-diffusion-v1-4": "creativeml-openrail-m",
     "stable-diffusion-v1-5/stable-diffusion-v1-5": "creativeml-openrail-m",
     "stabilityai/stable-diffusion-2": "openrail++",
@@ -214,7 +215,7 @@ def _render(info: AdapterInfo, images: Sequence[str]) -> str:
             names=names,
             base=base,
             on_hub=_on_hub(info.base_model),
-            on_testbed=info.base_model == testbed.NAME,
+            on_testbed=info.base_model in SHIPPED_BASES,
             licence=_licence(info.base_model),
             embeds=EMBEDS_FILE,
             shares=list(_shares(info, evaluation)),
