@@ -18,7 +18,7 @@ import numpy as np
 
 from diffusers_fair import FairnessFinetuner, testbed
 from diffusers_fair.prompts import prompt_set
-from diffusers_fair.training.classifier import Settings, read_pictures, train_classifier
+from diffusers_fair.training.classifier import Settings, read_images, train_classifier
 
 OUT = Path("runs/quickstart/lighting")
 IMAGES, CLASSIFIER = OUT / "labelled", OUT / "classifier"
@@ -61,7 +61,7 @@ def train_adapter() -> None:
 shutil.rmtree(OUT, ignore_errors=True)  # what an earlier run left
 collect_images()
 settings = Settings(size=64, epochs=6, batch_size=8, pretrained=False)
-facts = train_classifier(read_pictures(IMAGES), CLASSIFIER, settings)
+facts = train_classifier(read_images(IMAGES), CLASSIFIER, settings)
 print(f"classifier accuracy on held-out images: {facts['accuracy']:.0%}")
 train_adapter()
 print(f"the adapter is in {OUT / 'run' / 'adapter'}")
