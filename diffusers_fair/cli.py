@@ -422,7 +422,7 @@ def recipes() -> None:
 def main() -> None:
     """Run the command: exit code 0 done, 2 bad input (one sentence), 1 anything else.
 
-    143 is a training that a SIGTERM stopped where it can be gone on from.
+    143 means that SIGTERM stopped a training that can be resumed.
     """
     try:
         if app(standalone_mode=False):  # the code of an interruption
