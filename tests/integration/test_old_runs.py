@@ -9,7 +9,7 @@ from pathlib import Path
 
 import pytest
 import torch
-from diffusers_fair.adapters.io import read_adapter
+from diffusers_fair.adapters.folder import read_adapter
 
 from diffusers_fair import FairnessFinetuner, RunConfig
 from diffusers_fair.objective.objective import Objective
