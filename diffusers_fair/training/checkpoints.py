@@ -31,13 +31,13 @@ def save_checkpoint(folder: Path, step: int, state: dict[str, Any], keep: int) -
     torch.save(state | {"iteration": step}, buffer)
     data = buffer.getvalue()
     final = folder / _name(step)
-    unfinished = atomic.partial(final)
+    unfinished = atomic.partial_path(final)
     unfinished.mkdir(parents=True)
     try:
         (unfinished / _STATE).write_bytes(data)
         (unfinished / _DIGEST).write_text(hashlib.sha256(data).hexdigest())
         shutil.rmtree(final, ignore_errors=True)  # a damaged one
-        atomic.settle(unfinished, final)
+        atomic.finish(unfinished, final)
     except BaseException:
         shutil.rmtree(unfinished, ignore_errors=True)
         raise
@@ -67,7 +67,7 @@ def discard_checkpoints_after(folder: Path, step: int) -> None:
     for path in _checkpoints(folder):
         if path.name > _name(step):
             shutil.rmtree(path)
-    atomic.sweep(folder)
+    atomic.remove_partial(folder)
 
 
 def _read(path: Path) -> dict[str, Any]:

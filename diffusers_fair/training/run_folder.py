@@ -35,8 +35,8 @@ class RunFolder:
         """Remove whatever was written after an iteration, or was left unfinished."""
         discard_checkpoints_after(self.checkpoints, step)
         self.events.discard_after(step)
-        atomic.sweep(self.path)
-        atomic.sweep(self.originals)
+        atomic.remove_partial(self.path)
+        atomic.remove_partial(self.originals)
         for unfinished in self.path.glob(".adapter*"):
             shutil.rmtree(unfinished)
 
@@ -89,7 +89,7 @@ class Events:
 
     def sync(self) -> None:
         """Wait until all lines are on the disk."""
-        atomic.sync(self.file)
+        atomic.fsync(self.file)
 
     def discard_after(self, step: int) -> None:
         """Remove the lines of later iterations, and damaged or unfinished lines."""

@@ -72,7 +72,7 @@ def refusal(images: int) -> str:
 
 def test_more_processes_than_images_are_refused():
     (said, _) = together(2, refusal, 1)
-    assert said.startswith("1 images an iteration cannot be shared by 2 processes: start fewer")
+    assert said.startswith("1 images per iteration cannot be shared by 2 processes: start fewer")
 
 
 def told() -> tuple:

@@ -158,7 +158,7 @@ def test_a_sigterm_saves_and_says_how_to_go_on(run, tmp_path, monkeypatch):
 @pytest.mark.slow
 def test_a_full_disk_stops_the_run_which_goes_on_when_there_is_room(run, tmp_path, monkeypatch):
     folder = tmp_path / "full"
-    sync = atomic.sync
+    sync = atomic.fsync
 
     def full(path):
         if "step-000004" in str(path):
@@ -166,7 +166,7 @@ def test_a_full_disk_stops_the_run_which_goes_on_when_there_is_room(run, tmp_pat
         sync(path)
 
     with monkeypatch.context() as patch:
-        patch.setattr(atomic, "sync", full)
+        patch.setattr(atomic, "fsync", full)
         with pytest.raises(
             TrainingStoppedError, match=r"no room on the disk for '.*full' \(No space left"
         ):

@@ -347,11 +347,11 @@ def test_a_recipe_of_whole_images_needs_no_face_detector():
         ({"attributes": [SKY | {"region": "nose"}]}, r"attributes\.0\.region: expected 'face' or"),
         (
             {"attributes": [SKY | {"region": "face"}]},
-            "'sky' is of faces, which face_detector 'none",
+            "'sky' has region 'face', but face_detector 'none",
         ),
         (
             {"models": {"classifiers": "testbed"}},
-            "of the whole image, and the testbed's classifiers",
+            "'sky' has region 'image', but classifiers of kind 'testbed' only",
         ),
         (
             {"losses": {"face": 0.1}},
