@@ -9,7 +9,7 @@ FAMILIES: tuple[Family, ...] = (STABLE_DIFFUSION,)
 LORA_PREFIXES = {
     component: prefix for family in FAMILIES for component, prefix in family.lora_prefixes.items()
 }
-"""Component that can carry LoRA, of any family -> prefix of its keys in the weights file."""
+"""Component of any family that can have LoRA layers -> prefix of its keys in the weights file."""
 
 
 def family_of(pipe: Any) -> Family:

@@ -20,7 +20,7 @@ import numpy as np
 import torch
 from torch import Tensor
 
-MASS = 0.999  # probability mass of the multinomial that an enumeration covers
+_MASS = 0.999  # probability mass of the multinomial that an enumeration covers
 _ENUMERATED = 20_000  # largest number of count vectors that are enumerated
 _SAMPLES = 4096  # count vectors to sample if there are more
 
@@ -48,7 +48,7 @@ def expected_targets(
     probabilities: Tensor,
     target: Sequence[float] | Tensor,
     *,
-    mass: float = MASS,
+    mass: float = _MASS,
     samples: int = _SAMPLES,
     generator: torch.Generator | None = None,
 ) -> Targets:
@@ -62,25 +62,25 @@ def expected_targets(
         target: (classes,), D.
         mass: probability mass of the multinomial to enumerate, for more than two classes.
         samples: number of samples if there are too many count vectors to enumerate.
-        generator: for these samples, on the CPU; left out, one with seed 0.
+        generator: CPU generator for these samples; default: one with seed 0.
 
     Raises:
         ValueError: shapes that do not fit, a target that is no distribution, or probabilities that
             are not finite.
     """
     share = torch.as_tensor(target, dtype=torch.float64)
-    (targets,) = joint_targets(
+    (targets,) = _joint_targets(
         [probabilities], share, mass=mass, samples=samples, generator=generator
     )
     return targets
 
 
-def joint_targets(
+def _joint_targets(
     probabilities: Sequence[Tensor],
     target: Sequence[Sequence[float] | Tensor] | Tensor,
     *,
     cost_weights: Sequence[float] | None = None,
-    mass: float = MASS,
+    mass: float = _MASS,
     samples: int = _SAMPLES,
     generator: torch.Generator | None = None,
 ) -> list[Targets]:
@@ -92,7 +92,7 @@ def joint_targets(
             also aligned within the classes of the others; or one tensor (classes, classes, ...) of
             joint shares.
         cost_weights: w_a, weight of each attribute in the cost of moving an image,
-            cost^2 = sum_a w_a |p_a - u_a|^2; left out, 1.
+            cost^2 = sum_a w_a |p_a - u_a|^2; default: 1.
         mass: as in `expected_targets`.
         samples: as in `expected_targets`.
         generator: as in `expected_targets`.
@@ -126,18 +126,18 @@ def region_targets(
 ) -> list[Targets]:
     """Find the target classes for attributes of faces and of whole images together.
 
-    Faces are transported by all attributes jointly, a whole image with each of its faces, so that
-    an attribute of the image is also aligned within the classes of the faces; the plan of an image
-    with several faces is their mean. Images without a face are transported among themselves, with
-    the same target. If all attributes are of the whole image, faces are ignored.
+    Faces are transported jointly for all attributes, with the probabilities of the whole image for
+    attributes of whole images. These are thus also aligned within the classes of the faces. The
+    plan of an image with several faces is their mean. Images without a face are transported among
+    themselves, with the same target. If no attribute is one of faces, faces are ignored.
 
     Args:
-        probabilities: for each attribute (faces, classes), image by image, or, of whole images,
-            (n, classes).
+        probabilities: for each attribute of faces (m, classes), ordered by image; for each
+            attribute of whole images (n, classes).
         target: a distribution for each attribute.
         faces: (n,) number of faces in each image.
-        whole: whether each attribute is of the whole image.
-        cost_weights: as in `joint_targets`.
+        whole: for each attribute, whether it is one of whole images.
+        cost_weights: as in `_joint_targets`.
 
     Returns:
         Targets of each attribute, one row for each row of its probabilities.
@@ -169,9 +169,9 @@ def _some_targets(
     target: Sequence[Sequence[float] | Tensor],
     weights: Sequence[float],
 ) -> list[Targets]:
-    """Call `joint_targets`, or return empty targets if there is no image."""
+    """Call `_joint_targets`, or return empty targets if there is no image."""
     if probabilities and len(probabilities[0]):
-        return joint_targets(probabilities, target, cost_weights=weights)
+        return _joint_targets(probabilities, target, cost_weights=weights)
     return [_targets(p.detach().double(), 0.0) for p in probabilities]
 
 
@@ -192,7 +192,7 @@ def _targets(plan: Tensor, error: float) -> Targets:
 
 
 def _marginal(joint: Tensor, attribute: int) -> Tensor:
-    """Sum a plan (n, classes, classes, ...) over all attributes but one. (n, classes)."""
+    """Sum a plan (n, classes, classes, ...) over all attributes but one, to (n, classes)."""
     return joint.movedim(attribute + 1, 1).flatten(2).sum(2) if joint.ndim > 2 else joint
 
 
@@ -307,7 +307,7 @@ def _average_plan(cost: Tensor, counts: Tensor, weights: Tensor) -> Tensor:
 
 
 def _assign(cost: np.ndarray, numbers: np.ndarray) -> np.ndarray:
-    """Assign classes to images, so many of each, at the least cost (equation 4). (n,)."""
+    """Assign classes to images at the least cost, with a number of images per class. (n,)."""
     from scipy.optimize import linear_sum_assignment
 
     classes = np.repeat(np.arange(len(numbers)), numbers)  # (n,), u_1..u_n

@@ -20,7 +20,7 @@ from diffusers_fair.adapters.trainable import TrainableAdapter
 from diffusers_fair.backends.registry import load_reference_faces
 from diffusers_fair.config.schema import RunConfig
 from diffusers_fair.diffusion.noise import initial_noise
-from diffusers_fair.diffusion.replay import draw_steps, replay
+from diffusers_fair.diffusion.replay import replay, sample_steps
 from diffusers_fair.diffusion.sampling import Trajectory, decode, decode_backward, sample
 from diffusers_fair.diffusion.scheduler import BiasedGradientScheduler
 from diffusers_fair.diffusion.unrolled import unroll
@@ -215,7 +215,7 @@ class BatchGradient:
         steps, inverse_probabilities = None, None
         if count := self.config.gradient.replay_steps:
             g = torch.Generator().manual_seed(1_000_003 * self.config.train.seed + number)
-            drawn = draw_steps(len(weights), count, len(share.batch.noise), g)
+            drawn = sample_steps(len(weights), count, len(share.batch.noise), g)
             steps, inverse_probabilities = drawn
             steps = steps[share.images]
         return replay(

@@ -77,7 +77,7 @@ def _to_tensors(originals: Originals) -> dict[str, Tensor]:
     clip, dino = originals.features
     tensors = {
         "boxes": originals.faces.boxes,
-        "found": originals.faces.found,
+        "found": originals.faces.is_face,
         "landmarks": originals.faces.landmarks,
         "image": originals.faces.image,
         "clip": clip,

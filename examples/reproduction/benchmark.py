@@ -277,11 +277,11 @@ def replayed(
     split: bool,
 ) -> None:
     """Run the gradient pass of replay."""
-    from diffusers_fair.diffusion.replay import draw_steps, replay
+    from diffusers_fair.diffusion.replay import replay, sample_steps
 
     weights = scheduler.gradient_weights()
     g = torch.Generator().manual_seed(0)
-    steps, factors = draw_steps(len(weights), drawn, len(v), g) if drawn else (None, None)
+    steps, factors = sample_steps(len(weights), drawn, len(v), g) if drawn else (None, None)
     options = {"steps": steps, "inverse_probabilities": factors, "split_guidance": split}
     replay(pipe, trajectory, branches, v, weights, **options)
 

@@ -105,7 +105,7 @@ def spots(*anchors: int) -> torch.Tensor:
 
 def test_retinaface_takes_the_largest_face(detector):
     faces = detector(torch.cat([spots(0), spots(0, 1), spots()]))
-    assert faces.found.tolist() == [True, True, False]
+    assert faces.is_face.tolist() == [True, True, False]
     assert torch.allclose(faces.boxes[0], torch.tensor([10.0, 10, 30, 30]))
     assert torch.allclose(faces.boxes[1], torch.tensor([44.0, 10, 76, 30]))
     assert faces.boxes.isfinite().all()

@@ -15,7 +15,7 @@ from diffusers_fair import FairnessFinetuner, distributed
 from diffusers_fair.adapters.folder import read_adapter
 from diffusers_fair.config.recipe import RECIPES
 from diffusers_fair.diffusion.noise import Noise
-from diffusers_fair.objective.targets import joint_targets
+from diffusers_fair.objective.targets import _joint_targets
 from diffusers_fair.training.batches import Batch, Share
 
 PROMPTS, EACH = 2, 3  # images: over four processes a share has images of two prompts
@@ -259,4 +259,4 @@ def test_several_processes_train_the_same_adapter(alone, count, tmp_path):
 def test_the_targets_of_the_example_are_not_trivial():
     """Those above would also agree if all of them were the same."""
     p = torch.tensor([[0.9, 0.1], [0.8, 0.2], [0.7, 0.3], [0.6, 0.4]])
-    assert joint_targets([p], [[0.5, 0.5]])[0].labels.tolist() == [0, 0, 1, 1]
+    assert _joint_targets([p], [[0.5, 0.5]])[0].labels.tolist() == [0, 0, 1, 1]

@@ -173,7 +173,9 @@ def test_a_prompt_that_names_two_classes_names_both():
 
 
 def test_words_of_no_class_are_refused():
-    with pytest.raises(ValueError, match="attribute 'hue' has no class 'pink' to have words for"):
+    with pytest.raises(
+        ValueError, match="given for 'pink', which is not a class of attribute 'hue'"
+    ):
         Wording(HUE.attribute, {}, {"pink": ("rose",)})
 
 

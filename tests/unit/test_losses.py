@@ -148,7 +148,7 @@ def test_more_real_faces_are_never_farther():
 @pytest.mark.parametrize("reference", [torch.zeros(0, 2), torch.zeros(4, 3)])
 def test_reference_faces_that_do_not_fit_are_refused(reference):
     shape = rf"\({len(reference)}, "
-    message = rf"one or more reference faces with embeddings of 2 numbers, .* got shape {shape}"
+    message = rf"one or more reference faces with embeddings of size 2, .* got shape {shape}"
     with pytest.raises(ValueError, match=message):
         face_realism_loss(FACES, reference, OWN, NONE)
 
