@@ -154,7 +154,7 @@ def set_fair_adapter_scale(
         layer.set_scale(adapter_name, scale)
     for switch in (prefix, _switch(pipe, adapter_name)):
         if switch is not None:
-            switch.on = bool(scale)
+            switch.is_on = bool(scale)
 
 
 # ---- finding the folder --------------------------------------------------------------------------

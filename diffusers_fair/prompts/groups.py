@@ -28,7 +28,7 @@ class KeptPrompt:
     """A prompt whose images an adapter must not change."""
 
     text: str
-    asks: Mapping[str, str] = field(default_factory=dict)
+    expected_classes: Mapping[str, str] = field(default_factory=dict)
     """Attribute -> class that the images should show."""
     negative: str = ""
     """The negative prompt."""
@@ -115,15 +115,21 @@ def named_prompts(
 
 
 def _of_class(
-    prompts: Sequence[str], asks: Mapping[str, str], wording: Wording, count: int, further: bool
+    prompts: Sequence[str],
+    expected_classes: Mapping[str, str],
+    wording: Wording,
+    count: int,
+    further: bool,
 ) -> Iterator[KeptPrompt]:
     """Cycle through prompts and phrases for a class; combinations repeat as late as possible."""
-    (name,) = asks.values()
+    (name,) = expected_classes.values()
     phrases = _phrases(wording, name, further)
     for i in range(count):
         shift = i // lcm(len(phrases), len(prompts))  # avoids repeating the same pairs
         phrase = phrases[(i + shift) % len(phrases)]
-        yield KeptPrompt(phrase.insert_into(prompts[i % len(prompts)]), asks, unseen=phrase.unseen)
+        yield KeptPrompt(
+            phrase.insert_into(prompts[i % len(prompts)]), expected_classes, unseen=phrase.unseen
+        )
 
 
 def implied_prompts(

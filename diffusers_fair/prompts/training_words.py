@@ -36,7 +36,7 @@ def mark_unseen(
     """
 
     def marked(group: PromptGroup, prompt: KeptPrompt) -> KeptPrompt:
-        is_kept = group.name in kept and prompt.asks.keys() <= set(balanced)
+        is_kept = group.name in kept and prompt.expected_classes.keys() <= set(balanced)
         return replace(prompt, unseen=prompt.unseen or not is_kept)
 
     return tuple(

@@ -1,4 +1,4 @@
-"""Warnings about a training that makes no progress."""
+"""Warns about training that makes no progress."""
 
 import warnings
 from dataclasses import dataclass, field
@@ -10,10 +10,10 @@ PATIENCE = 20  # successive iterations before a warning
 
 @dataclass
 class TrainingMonitor:
-    """Warns once about each problem that lasts."""
+    """Warns once about each persistent problem."""
 
     streaks: dict[str, int] = field(default_factory=dict)
-    """Problem -> successive iterations with it, up to the last one."""
+    """Problem -> number of successive iterations with it so far."""
     warned: set[str] = field(default_factory=set)
 
     def check_batch(self, statistics: BatchStatistics) -> None:

@@ -40,7 +40,7 @@ SIZES = {"text_encoder": Lora(rank=3, alpha=12.0), "unet": Lora(rank=2, alpha=2.
 
 
 def train(pipe, parts=SIZES, seed=0):
-    """Put random low-rank layers on a pipeline with peft; return them in diffusers' layout."""
+    """Put random LoRA layers on a pipeline with peft; return them in diffusers' layout."""
     weights = {}
     torch.manual_seed(seed)
     for part in parts:

@@ -6,7 +6,7 @@ from tiny import LATENT, encode_prompts, pipeline
 
 from diffusers_fair import testbed
 from diffusers_fair.adapters.format import Lora, SoftTokens
-from diffusers_fair.adapters.lora import add_lora, trainable_parameters, without_adapter
+from diffusers_fair.adapters.lora import _trainable_parameters, add_lora, without_adapter
 from diffusers_fair.adapters.prompt_encoder import prompt_prefix
 from diffusers_fair.adapters.soft_tokens import add_soft_tokens, load_soft_tokens
 from diffusers_fair.adapters.trainable import TrainableAdapter
@@ -43,7 +43,7 @@ def trained(components, dtype=torch.float32):
     return pipe, adapter
 
 
-# ---- low-rank layers -----------------------------------------------------------------------------
+# ---- LoRA --------------------------------------------------------------------------------------
 
 
 @pytest.mark.parametrize("component", STABLE_DIFFUSION.targets)
@@ -52,7 +52,7 @@ def test_lora_changes_nothing_at_first_and_freezes_the_rest(component):
     before = predict(pipe)
     parameters = add_lora(pipe, component, 4, seed=1)
     assert torch.equal(predict(pipe), before)
-    assert trainable_parameters(getattr(pipe, component)) == parameters
+    assert _trainable_parameters(getattr(pipe, component)) == parameters
     assert {min(p.shape) for p in parameters} == {4}
     assert all("lora_" in n for n, p in pipe.unet.named_parameters() if p.requires_grad)
     again = add_lora(pipeline(), component, 4, seed=1)
@@ -73,7 +73,7 @@ def test_without_adapter_is_the_original_model_for_the_time_being(component):
     with without_adapter(pipe):
         assert torch.equal(predict(pipe), predict(pipeline()))
     assert torch.equal(predict(pipe), found)
-    assert trainable_parameters(getattr(pipe, component)) == adapter.parameters
+    assert _trainable_parameters(getattr(pipe, component)) == adapter.parameters
 
 
 # ---- soft tokens ---------------------------------------------------------------------------------
@@ -112,7 +112,7 @@ def test_soft_tokens_start_from_the_vocabulary():
     tokens = add_soft_tokens(pipe, 4, torch.Generator().manual_seed(0))
     assert tokens.shape == (4, vocabulary.shape[1])
     assert all((vocabulary == token).all(1).any() for token in tokens)
-    assert trainable_parameters(pipe.text_encoder) == [tokens]
+    assert _trainable_parameters(pipe.text_encoder) == [tokens]
 
 
 def test_a_half_precision_pipeline_stays_so_around_float32_parameters():
@@ -138,7 +138,7 @@ def test_only_the_adapter_is_trained(components):
     for module in (pipe.vae, pipe.text_encoder, pipe.unet):
         module.requires_grad_(True)
     adapter = TrainableAdapter(pipe, components)
-    free = [p for m in (pipe.vae, pipe.text_encoder, pipe.unet) for p in trainable_parameters(m)]
+    free = [p for m in (pipe.vae, pipe.text_encoder, pipe.unet) for p in _trainable_parameters(m)]
     assert {id(p) for p in free} == {id(p) for p in adapter.parameters}
     assert len(free) == len(adapter.parameters) > 0
 
@@ -149,7 +149,7 @@ def test_off_is_the_original_model_for_the_time_being(components):
     base = pipeline()
     found, encoded = images(pipe), encode_prompts(pipe, [PROMPT, ""])
     assert not torch.equal(found, images(base))
-    with adapter.off():
+    with adapter.disabled():
         assert torch.equal(encode_prompts(pipe, [PROMPT, ""]), encode_prompts(base, [PROMPT, ""]))
         assert torch.equal(images(pipe), images(base))
     assert torch.equal(images(pipe), found)
@@ -160,7 +160,7 @@ def test_off_is_the_original_model_for_the_time_being(components):
 def test_on_again_after_an_error():
     pipe, adapter = trained(SOFT | UNET)
     found = images(pipe)
-    with pytest.raises(KeyboardInterrupt), adapter.off():
+    with pytest.raises(KeyboardInterrupt), adapter.disabled():
         raise KeyboardInterrupt
     assert torch.equal(images(pipe), found)
 

@@ -35,7 +35,7 @@ def test_named_prompts_ask_for_every_class_in_every_form():
         "a portrait of an actor, a male person",
         "a photo of the face of a chef, a male person",
     ]
-    assert [p.asks["gender"] for p in found] == ["female"] * 3 + ["male"] * 3
+    assert [p.expected_classes["gender"] for p in found] == ["female"] * 3 + ["male"] * 3
     assert not any(p.unseen or p.negative for p in found)
 
 
@@ -46,13 +46,13 @@ def test_a_noun_stands_before_the_subject_with_its_article():
 
 def test_two_attributes_are_asked_for_at_once():
     found = named_prompts(NEUTRAL, [GENDER, HUE], 6)
-    both = [p for p in found if len(p.asks) == 2]
+    both = [p for p in found if len(p.expected_classes) == 2]
     assert [p.text for p in both] == [
         "a photo of the face of a crimson female chef, a person",
         "a portrait of a green female actor",
         "a photo of the face of a blue female chef, a person",
     ]
-    assert both[0].asks == {"gender": "female", "hue": "red"}
+    assert both[0].expected_classes == {"gender": "female", "hue": "red"}
 
 
 def test_an_attribute_that_no_lexicon_knows_is_asked_for_by_its_words():
@@ -86,7 +86,7 @@ def test_untouched_prompts_come_with_and_without_a_negative_prompt():
     found = untouched_prompts("untouched", "test")
     assert found[0].text == ""
     assert [p.negative for p in found if p.negative] == list(NEGATIVES)
-    assert not any(p.asks for p in found)
+    assert not any(p.expected_classes for p in found)
 
 
 @pytest.mark.parametrize("name", ["untouched", "testbed-untouched"])

@@ -20,13 +20,13 @@ from diffusers_fair.adapters import folder as folders
 from diffusers_fair.adapters import tensors
 from diffusers_fair.adapters.folder import open_adapter, read_adapter, write_adapter, write_info
 from diffusers_fair.adapters.format import (
+    _MAX_LABEL,
+    _MAX_RANK,
+    _MAX_WORDS,
     EMBEDS_FILE,
     FORMAT_VERSION,
     INFO_FILE,
     MAX_BYTES,
-    MAX_LABEL,
-    MAX_RANK,
-    MAX_WORDS,
     SCHEMA_FILE,
     SOFT_TOKENS,
     WEIGHTS_FILE,
@@ -91,7 +91,7 @@ def folder(tmp_path):
 
 @pytest.fixture
 def whole(tmp_path):
-    """An adapter of low-rank layers and soft tokens."""
+    """An adapter of LoRA layers and soft tokens."""
     write_adapter(tmp_path / "whole", weights() | embeds(), adapter_info(components=BOTH))
     return tmp_path / "whole"
 
@@ -230,7 +230,7 @@ def test_a_file_is_refused(tmp_path):
         ({TEXT + "A.weight": torch.tensor([[torch.nan]])}, {}, "shape"),
         (weights() | {TEXT + "A.weight": torch.full((3, 8), torch.inf)}, {}, "NaN or infinite"),
         (weights(torch.float64), {}, "F64"),
-        (weights(), {"components": {"unet": Lora(rank=2, alpha=2.0)}}, "not a low-rank weight"),
+        (weights(), {"components": {"unet": Lora(rank=2, alpha=2.0)}}, "not a LoRA weight"),
         (weights(), {"components": SOFT}, f"has a '{WEIGHTS_FILE}', which its {INFO_FILE}"),
         (weights() | embeds(), {}, f"has a '{EMBEDS_FILE}', which its fair_adapter.json does not"),
         (weights(), {"components": BOTH}, r"expected only '<fair>' in it, got \[\]"),
@@ -397,10 +397,10 @@ def test_json_in_another_encoding(folder):
         (put([TEXT + "A.weight"], torch.full((3, 8), torch.nan)), "holds NaN or infinite values"),
         (put([UNET + "B.weight"], torch.full((7, 2), -torch.inf)), "holds NaN or infinite values"),
         (lambda tensors: tensors.pop(TEXT + "B.weight"), "has no matching lora_B"),
-        (put(["vae.x.lora_A.weight"], torch.zeros(3, 8)), "'vae.*' is not a low-rank weight"),
-        (put(["unet.x.weight"], torch.zeros(2, 8)), "'unet.x.weight' is not a low-rank weight"),
-        (put(["unet.../x.lora_A.weight"], torch.zeros(2, 8)), "is not a low-rank weight"),
-        (put(["unet.x.lora_A.weight\n"], torch.zeros(2, 8)), "is not a low-rank weight"),
+        (put(["vae.x.lora_A.weight"], torch.zeros(3, 8)), "'vae.*' is not a LoRA weight"),
+        (put(["unet.x.weight"], torch.zeros(2, 8)), "'unet.x.weight' is not a LoRA weight"),
+        (put(["unet.../x.lora_A.weight"], torch.zeros(2, 8)), "is not a LoRA weight"),
+        (put(["unet.x.lora_A.weight\n"], torch.zeros(2, 8)), "is not a LoRA weight"),
         (
             lambda tensors: [tensors.pop(f"{UNET}{x}.weight") for x in "AB"],
             "it holds no weights of",
@@ -672,10 +672,10 @@ def test_the_schema_is_one():
     assert properties["format_version"] == {"type": "integer", "const": FORMAT_VERSION}
     components = properties["components"]["properties"]
     assert set(components) == {*LORA_PREFIXES, SOFT_TOKENS}
-    assert components["unet"]["properties"]["rank"]["maximum"] == MAX_RANK
-    assert properties["base_model"]["properties"]["id"]["maxLength"] == MAX_LABEL
+    assert components["unet"]["properties"]["rank"]["maximum"] == _MAX_RANK
+    assert properties["base_model"]["properties"]["id"]["maxLength"] == _MAX_LABEL
     of_class = properties["words"]["additionalProperties"]["additionalProperties"]
-    assert of_class["maxItems"] == MAX_WORDS
+    assert of_class["maxItems"] == _MAX_WORDS
     assert {*properties} - {*schema.schema["required"]} == {"words", "training", "checksums"}
 
 

@@ -153,15 +153,15 @@ def test_the_most_images_that_fit_are_found_by_doubling(budget, most, fits, trie
     """Two GB, and one for each image."""
     sizes = []
     measure = lambda n: sizes.append(n) or (2 + n) * GB  # noqa: E731
-    assert memory.largest_fitting(measure, most, budget) == fits
+    assert memory._largest_fitting(measure, most, budget) == fits
     assert sizes == tried
 
 
 def test_a_budget_that_is_too_small_for_one_image_is_refused():
     with pytest.raises(
-        ValueError, match=r"memory_budget is 2 GB, and one image at a time takes 3\.00: raise it"
+        ValueError, match=r"memory_budget is 2 GB, but one image at a time takes 3\.00: raise it"
     ):
-        memory.largest_fitting(lambda n: (2 + n) * GB, 8, 2)
+        memory._largest_fitting(lambda n: (2 + n) * GB, 8, 2)
 
 
 def test_the_peak_is_what_was_taken_at_most():
@@ -175,5 +175,5 @@ def test_the_peak_is_forgotten_when_asked():
     cpu = torch.device("cpu")
     torch.ones(memory.peak(cpu) // 4 + 2**26).sum()
     before = memory.peak(cpu)
-    memory.reset_peak(cpu)
+    memory._reset_peak(cpu)
     assert memory.peak(cpu) <= before - 2**27
