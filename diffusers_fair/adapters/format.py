@@ -16,7 +16,7 @@ from diffusers_fair.attributes import Attribute, Region
 from diffusers_fair.families import LORA_PREFIXES
 from diffusers_fair.version import __version__
 
-FORMAT_VERSION = 1
+_FORMAT_VERSION = 1
 INFO_FILE = "fair_adapter.json"
 WEIGHTS_FILE = "pytorch_lora_weights.safetensors"
 EMBEDS_FILE = "learned_embeds.safetensors"
@@ -133,9 +133,9 @@ SCHEMA: Schema = {
     "$schema": "https://json-schema.org/draft/2020-12/schema",
     "title": INFO_FILE,
 } | _object(
-    f"Describes the fairness adapter in its folder. Format version {FORMAT_VERSION}.",
+    f"Describes the fairness adapter in its folder. Format version {_FORMAT_VERSION}.",
     {
-        "format_version": {"type": "integer", "const": FORMAT_VERSION},
+        "format_version": {"type": "integer", "const": _FORMAT_VERSION},
         "base_model": _object(
             "The model that the adapter was trained on.",
             {
@@ -291,7 +291,7 @@ def dump_info(info: AdapterInfo) -> bytes:
         ValueError: a number is not finite.
     """
     data = {
-        "format_version": FORMAT_VERSION,
+        "format_version": _FORMAT_VERSION,
         "base_model": {
             "id": info.base_model,
             "revision": info.base_revision,
@@ -321,10 +321,10 @@ def load_info(content: bytes, where: str) -> AdapterInfo:
         ValueError: it is truncated, of another format version, or not what `SCHEMA` describes.
     """
     data = parse_json(content, where, MAX_BYTES[INFO_FILE])
-    if isinstance(data, dict) and data.get("format_version", FORMAT_VERSION) != FORMAT_VERSION:
+    if isinstance(data, dict) and data.get("format_version", _FORMAT_VERSION) != _FORMAT_VERSION:
         raise ValueError(
             f"'{where}' is of format version {str(data['format_version'])[:40]}, and this package "
-            f"reads version {FORMAT_VERSION}: use the diffusers-fair that wrote it, or a newer one"
+            f"reads version {_FORMAT_VERSION}: use the diffusers-fair that wrote it, or a newer one"
         )
     try:
         check(data, SCHEMA, "the file")

@@ -58,9 +58,9 @@ def _depth(text: str) -> int:
     return max(accumulate((mark in "[{") - (mark in "]}") for mark in bare), default=0)
 
 
-def _finite(number: str) -> float:
-    if not math.isfinite(value := float(number)):
-        raise ValueError(f"{number[:40]} is not a finite number")
+def _finite(text: str) -> float:
+    if not math.isfinite(value := float(text)):
+        raise ValueError(f"{text[:40]} is not a finite number")
     return value
 
 

@@ -20,7 +20,7 @@ from diffusers_fair.prompts.wording import attribute_sections, recipe_wording
 if TYPE_CHECKING:
     from peft.tuners.lora import LoraLayer
 
-Vocabulary = dict[str, dict[str, tuple[str, ...]]]
+_Vocabulary = dict[str, dict[str, tuple[str, ...]]]
 """Attribute -> class -> words that name it."""
 
 
@@ -82,7 +82,7 @@ class WordSwitch:
         family: the family of the pipeline.
     """
 
-    def __init__(self, adapter_name: str, words: Vocabulary, family: Family):
+    def __init__(self, adapter_name: str, words: _Vocabulary, family: Family):
         self.adapter_name = adapter_name
         self.words = words
         self.family = family
@@ -143,7 +143,7 @@ class WordSwitch:
         self.denoiser_mask.set_prompts(rows if any(named) else None, embeds)
 
 
-def adapter_words(info: AdapterInfo) -> Vocabulary:
+def adapter_words(info: AdapterInfo) -> _Vocabulary:
     """Return the words that name an adapter's classes.
 
     Older folders do not contain them: their words come from the recipe and the lexicon.

@@ -37,11 +37,11 @@ def _known_classifier(kind: str) -> str:
     return kind
 
 
-FaceDetectorName = Annotated[str, _one_of(FACE_DETECTORS)]
-ClipName = Annotated[str, _one_of(CLIPS)]
-DinoName = Annotated[str, _one_of(DINOS)]
-FaceEmbedderName = Annotated[str, _one_of(FACE_EMBEDDERS)]
-ClassifierKindName = Annotated[str, AfterValidator(_known_classifier)]
+_FaceDetectorName = Annotated[str, _one_of(FACE_DETECTORS)]
+_ClipName = Annotated[str, _one_of(CLIPS)]
+_DinoName = Annotated[str, _one_of(DINOS)]
+_FaceEmbedderName = Annotated[str, _one_of(FACE_EMBEDDERS)]
+_ClassifierKindName = Annotated[str, AfterValidator(_known_classifier)]
 
 
 class ClassifierSection(Section):
@@ -50,7 +50,7 @@ class ClassifierSection(Section):
     Use different classifiers for training and for evaluation.
     """
 
-    kind: ClassifierKindName
+    kind: _ClassifierKindName
     """Kind of classifier. `testbed`: the testbed's own. `transformers`: an image classification
     model. `zero_shot`: an open_clip model that compares faces, or whole images, with phrases.
     `checkpoint`: the output of `diffusers-fair classifier train`."""
@@ -98,17 +98,17 @@ Classifiers = Annotated[
 class JudgesSection(Section):
     """The models that judge images."""
 
-    face_detector: FaceDetectorName = "testbed"
+    face_detector: _FaceDetectorName = "testbed"
     """Face detector. `none` finds no faces and loads no model; it suffices if all attributes are
     attributes of the whole image."""
     classifiers: Classifiers = {"*": ClassifierSection(kind="testbed")}
     """Attribute -> its classifier. `*` stands for every attribute that is not listed;
     `classifiers: testbed` is short for `classifiers: {"*": testbed}`."""
-    clip: ClipName = "testbed"
+    clip: _ClipName = "testbed"
     """First encoder of the semantics loss, also used for CLIP-T and CLIP-I. Model and weights of
     open_clip, as in `open_clip:ViT-H-14/laion2b_s32b_b79k`; or `open_clip:FOLDER` with its config
     and weights."""
-    dino: DinoName = "testbed"
+    dino: _DinoName = "testbed"
     """Second encoder of the semantics loss, also used for the DINO score: Hub id or folder of a
     DINOv2 of transformers, as in `dinov2:facebook/dinov2-base`."""
 
@@ -150,7 +150,7 @@ class JudgesSection(Section):
 class ModelsSection(JudgesSection):
     """The models that judge images in training, and the reference faces."""
 
-    face_embedder: FaceEmbedderName = "testbed"
+    face_embedder: _FaceEmbedderName = "testbed"
     """Face embedder for `losses.face`; not loaded if that weight is 0. A timm model that was
     trained to distinguish faces: its name, as in `timm:hf-hub:ORG/MODEL`, or its folder, as in
     `timm:FOLDER`. Many such weights are licensed for research only: check the licence."""

@@ -9,7 +9,7 @@ import yaml
 from diffusers_fair.config.errors import nearest
 
 RECIPES = Path(__file__).parents[1] / "recipes"
-RENAMED_ATTRIBUTE_KEYS = {"steering": "target_feedback"}  # released name -> name in the schema
+_RENAMED_ATTRIBUTE_KEYS = {"steering": "target_feedback"}  # released name -> name in the schema
 
 Overrides = Iterable[str] | Mapping[str, Any]
 """`key=value` strings with YAML values, or a mapping. Keys are paths with dots."""
@@ -48,9 +48,9 @@ def _rename_keys(data: dict[str, Any]) -> None:
 def _renamed(attribute: Any) -> Any:
     if not isinstance(attribute, dict):
         return attribute
-    old = {key: attribute[key] for key in RENAMED_ATTRIBUTE_KEYS if key in attribute}
+    old = {key: attribute[key] for key in _RENAMED_ATTRIBUTE_KEYS if key in attribute}
     kept = {key: value for key, value in attribute.items() if key not in old}
-    return kept | {RENAMED_ATTRIBUTE_KEYS[key]: value for key, value in old.items()}
+    return kept | {_RENAMED_ATTRIBUTE_KEYS[key]: value for key, value in old.items()}
 
 
 def _find_recipe(recipe: str | Path) -> Path:

@@ -29,7 +29,7 @@ from diffusers_fair.config.section import (
 from diffusers_fair.prompts.tables import read_table, targets_by_prompt
 from diffusers_fair.prompts.wording import Wording
 
-StepsRange = Annotated[
+_StepsRange = Annotated[
     tuple[PositiveInt, PositiveInt],
     BeforeValidator(lambda steps: (steps, steps) if isinstance(steps, int) else steps),
 ]
@@ -137,8 +137,8 @@ class KeepSection(Section):
     sets: WeightedSets | None = None
     """Prompt sets. `named`: prompts whose words name a class of an attribute. `implied`: prompts
     that imply one. `untouched`, or `testbed-untouched` on the testbed: prompts that show nobody,
-    the empty prompt, and negative prompts. Or other prompt sets and files. A list, or a
-    mapping of names to weights. Null: these three, `named` with twice the weight of the others."""
+    the empty prompt, and negative prompts. Other prompt sets and files are possible, too. A list of
+    names, or a mapping of names to weights. Null: these three, `named` with twice the weight."""
     images: NonNegativeInt = 8
     """Images of kept prompts per iteration, one per prompt. They must look like the original
     images and show the class that their prompt names."""
@@ -201,11 +201,11 @@ class AdapterSection(Section):
 class SamplingSection(Section):
     """Sampling of images in training."""
 
-    steps: StepsRange = (19, 23)
+    steps: _StepsRange = (19, 23)
     """K: scheduler steps, a number or a range `[low, high]` that is sampled from in each
     iteration."""
     guidance_scale: Annotated[float, Field(ge=1)] = 7.5
-    """s of classifier-free guidance; 1 disables it."""
+    """s: scale of classifier-free guidance; 1 disables guidance."""
     antithetic: bool = False
     """Sample each prompt's noise in pairs z, -z; each is still standard normal. If the two images
     differ in class more often than by chance, as on the testbed, batch statistics and the loss have
@@ -216,12 +216,13 @@ class GradientSection(Section):
     """Computation of the gradient from the image to the adapter."""
 
     method: Literal["replay", "autograd", "naive", "truncated"] = "replay"
-    """`replay` and `autograd` compute the paper's biased gradient, step by step or, as its
-    Algorithm 1, in one graph; `naive` computes the exact gradient, `truncated` the exact gradient
-    of the last steps. All but `replay` are for comparison: their memory grows with the steps."""
+    """`replay` and `autograd` compute the paper's biased gradient: `replay` step by step,
+    `autograd` in one graph, as in Algorithm 1. `naive` computes the exact gradient, `truncated` that of the
+    last steps. All but `replay` are for comparison: their memory grows with the number of steps."""
     standardize: Literal["paper", "exact", "none"] = "exact"
-    """Weights of the steps in the biased gradient. `paper`: the paper's coefficients. `exact`: all
-    equal, which gave the least bias in the repository's benchmark. `none`: the scheduler's own."""
+    """Weights of the steps in the biased gradient. `paper`: the paper's coefficients. `exact`:
+    equal weights, which gave the least bias in this repository's benchmark. `none`: the weights that
+    result from the scheduler."""
     replay_steps: PositiveInt | None = None
     """For `replay`: steps sampled for each image's gradient, weighted by their inverse
     probability; null uses all."""
@@ -342,7 +343,7 @@ class EvaluationSection(Section):
     steps: PositiveInt = 25
     """Scheduler steps."""
     guidance_scale: Annotated[float, Field(ge=1)] = 7.5
-    """s of classifier-free guidance."""
+    """s: scale of classifier-free guidance."""
     seed: NonNegativeInt = 0
     """Random seed of the noise, which is the same with and without the adapter."""
     models: EvaluationModelsSection = EvaluationModelsSection()
@@ -350,7 +351,7 @@ class EvaluationSection(Section):
 
 
 class RunConfig(Section):
-    """A whole recipe."""
+    """A recipe."""
 
     base: BaseSection
     attributes: Annotated[tuple[AttributeSection, ...], Field(min_length=1)]

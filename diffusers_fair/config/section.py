@@ -29,8 +29,8 @@ def _require_printable(word: str) -> str:
     return word
 
 
-Word = Annotated[str, Field(max_length=300), AfterValidator(_require_printable)]
-Words = Annotated[tuple[Word, ...], Field(min_length=1, max_length=300)]
+_Word = Annotated[str, Field(max_length=300), AfterValidator(_require_printable)]
+Words = Annotated[tuple[_Word, ...], Field(min_length=1, max_length=300)]
 
 
 class Section(BaseModel):

@@ -1,8 +1,8 @@
 """Class probabilities -> a target class for each image: expected optimal transport. Pure.
 
-For images with class probabilities p_1..p_n and n targets u_1..u_n drawn from the distribution D,
+For images with class probabilities p_1..p_n and n targets u_1..u_n sampled from the distribution D,
 the transport sigma* moves the probabilities least (equation 4); the target class of an image is the
-most probable one over all draws (equation 5):
+most probable one over all samples (equation 5):
 
     sigma* = argmin_sigma sum_i |p_i - u_sigma(i)|,   q_i = E u_sigma*(i),
     y_i = argmax q_i,   c_i = max q_i
@@ -150,7 +150,7 @@ def region_targets(
     owner = torch.arange(len(faces), device=faces.device).repeat_interleave(faces)  # of each face
     alone, kept = faces == 0, [a for a, w in enumerate(whole) if w]
     shown = [p[owner] if w else p for p, w in zip(probabilities, whole, strict=True)]
-    found = _some_targets(shown, target, weights)
+    results = _some_targets(shown, target, weights)
     faceless = _some_targets(
         [probabilities[a][alone] for a in kept],
         [target[a] for a in kept],
@@ -158,10 +158,10 @@ def region_targets(
     )
     for a, other in zip(kept, faceless, strict=True):
         plan = other.plan.new_zeros(len(faces), other.plan.shape[1])
-        plan.index_add_(0, owner, found[a].plan / faces[owner][:, None])
+        plan.index_add_(0, owner, results[a].plan / faces[owner][:, None])
         plan[alone] = other.plan
-        found[a] = _targets(plan, max(found[a].error, other.error))
-    return found
+        results[a] = _targets(plan, max(results[a].error, other.error))
+    return results
 
 
 def _some_targets(
@@ -284,8 +284,8 @@ def _sampled_counts(
 ) -> tuple[Tensor, Tensor]:
     """Sample count vectors (m, classes), each with its relative frequency."""
     generator = generator or torch.Generator().manual_seed(0)
-    drawn = torch.multinomial(share, samples * count, replacement=True, generator=generator)
-    counts = torch.nn.functional.one_hot(drawn.view(samples, count), len(share)).sum(1)
+    labels = torch.multinomial(share, samples * count, replacement=True, generator=generator)
+    counts = torch.nn.functional.one_hot(labels.view(samples, count), len(share)).sum(1)
     counts, times = counts.unique(dim=0, return_counts=True)
     return counts, times.double() / samples
 
@@ -301,14 +301,14 @@ def _average_plan(cost: Tensor, counts: Tensor, weights: Tensor) -> Tensor:
     """Average the optimal assignments over many count vectors. (n, classes)."""
     plan = np.zeros(cost.shape)
     images, costs = np.arange(len(cost)), cost.numpy()
-    for numbers, probability in zip(counts.numpy(), weights.tolist(), strict=True):
-        plan[images, _assign(costs, numbers)] += probability
+    for class_counts, probability in zip(counts.numpy(), weights.tolist(), strict=True):
+        plan[images, _assign(costs, class_counts)] += probability
     return torch.from_numpy(plan)
 
 
-def _assign(cost: np.ndarray, numbers: np.ndarray) -> np.ndarray:
-    """Assign classes to images at the least cost, with a number of images per class. (n,)."""
+def _assign(cost: np.ndarray, class_counts: np.ndarray) -> np.ndarray:
+    """Assign classes to images at the least cost, given the number of images per class. (n,)."""
     from scipy.optimize import linear_sum_assignment
 
-    classes = np.repeat(np.arange(len(numbers)), numbers)  # (n,), u_1..u_n
+    classes = np.repeat(np.arange(len(class_counts)), class_counts)  # (n,), u_1..u_n
     return classes[linear_sum_assignment(cost[:, classes])[1]]

@@ -20,7 +20,7 @@ from diffusers_fair.prompts.wording import Wording, article, before_subject, sub
 
 NAMED, IMPLIED, UNTOUCHED = GROUPS = ("named", "implied", "untouched")
 _PER_ATTRIBUTE = 16  # named prompts per attribute in an evaluation, over all its classes
-NEGATIVES = ("blurry, low quality", "text, watermark", "deformed, extra fingers")
+_NEGATIVES = ("blurry, low quality", "text, watermark", "deformed, extra fingers")
 
 
 @dataclass(frozen=True)
@@ -149,7 +149,7 @@ def implied_prompts(
 def untouched_prompts(name: str, split: str) -> tuple[KeptPrompt, ...]:
     """Return the empty prompt and prompts that show nobody, some also with a negative prompt."""
     shown = prompt_set(name).prompts(split)
-    negative = zip(shown, NEGATIVES, strict=False)
+    negative = zip(shown, _NEGATIVES, strict=False)
     return tuple(KeptPrompt(text) for text in ("", *shown)) + tuple(
         KeptPrompt(text, negative=words) for text, words in negative
     )

@@ -82,7 +82,7 @@ def recipe_wording(attribute: Attribute, sections: Iterable[Any]) -> Wording:
 
     Args:
         attribute: the attribute.
-        sections: attribute sections of recipes, as JSON data. The first one for this attribute that
+        sections: attribute sections of a recipe as JSON data. The first one for this attribute that
             has words or nouns is used; without any, the words are the names of the classes.
     """
     for section in sections:

@@ -1,6 +1,6 @@
 """Computes the gradient of a batch's loss with respect to the adapter's parameters.
 
-    prompts, noise -> images of the original model, without the adapter -> judgements; cached
+    prompts, noise -> original images, without the adapter -> judgements, which are cached
                    -> images with the adapter -> faces -> class probabilities -> targets -> loss
                    -> d loss / d z_K -> replay -> gradients of the adapter's parameters
 
@@ -47,7 +47,7 @@ MEMORY_OPTIONS = ("split_guidance", "gradient_checkpointing")  # the cheaper one
 
 
 class NonFiniteImagesError(ArithmeticError):
-    """Images of an iteration are NaN or infinite, so they have no gradient."""
+    """Images of an iteration are NaN or infinite."""
 
 
 class BatchGradient:

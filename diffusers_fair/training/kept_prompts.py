@@ -105,7 +105,7 @@ class KeptPrompts:
         self._check_processes()
 
     def _check_processes(self) -> None:
-        """Check that every process gets a part of what is shared."""
+        """Check that there are enough items for every process."""
         counts = {
             "images": self.options.images,
             "texts": self.options.texts * self.holds_embeddings,
@@ -141,14 +141,12 @@ class KeptPrompts:
         count = self.options.texts
         chosen = [self.prompts.prompt(step * count + i) for i in range(count)]
         texts = [kept.text for kept in chosen[distributed.shard(count)]]
-        empty = list(
-            dict.fromkeys(kept.negative for kept in chosen)
-        )  # not shared between processes
+        negatives = list(dict.fromkeys(kept.negative for kept in chosen))  # in every process
         with torch.no_grad(), self.adapter.disabled():
-            before = self._encode_both(texts, empty)
-        change = _relative_change(before, self._encode_both(texts, empty))  # (m,)
-        local, common = change.split([len(texts), len(empty)])
-        loss = (local.sum() + common.sum() / distributed.world_size()) / (count + len(empty))
+            before = self._encode_both(texts, negatives)
+        change = _relative_change(before, self._encode_both(texts, negatives))  # (m,)
+        local, common = change.split([len(texts), len(negatives)])
+        loss = (local.sum() + common.sum() / distributed.world_size()) / (count + len(negatives))
         (self.options.embedding * loss).backward()
         return torch.cat(distributed.gather(loss[None])).sum().item()
 
@@ -213,15 +211,15 @@ class KeptPrompts:
         return concatenate([self._encode_texts(texts), self._encode_texts(negatives, prefix=False)])
 
     def _encode_texts(self, texts: list[str], *, prefix: bool = True) -> Conditioning:
-        """Encode texts, without encoding duplicates again."""
+        """Encode texts; duplicates are encoded once."""
         distinct = list(dict.fromkeys(texts))
         rows = torch.tensor([distinct.index(text) for text in texts])
         return select(family_of(self.pipe).encode(self.pipe, distinct, prefix=prefix), rows)
 
     def _pairs(self, step: int) -> list[_KeptStep]:
-        """Sample pairs from the pool, after adding the trajectories that it lacks.
+        """Add missing trajectories to the pool, and sample pairs from it.
 
-        After resuming, these are the trajectories of earlier iterations, too.
+        When training has resumed, the trajectories of earlier iterations are missing, too.
         """
         first = max(self.last_step + 1, step + 1 - self.options.pool)
         for iteration in range(first, step + 1):

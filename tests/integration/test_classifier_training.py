@@ -13,7 +13,7 @@ from PIL import Image
 from diffusers_fair import cli
 from diffusers_fair.backends.trained_classifier import load as load_classifier
 from diffusers_fair.training import classifier as classifier_training
-from diffusers_fair.training.classifier import Settings, read_images, train_classifier
+from diffusers_fair.training.classifier import Settings, _hold_out, read_images, train_classifier
 
 COLOURS = {"green": (30, 200, 30), "red": (200, 30, 30)}
 SMALL = Settings(size=32, epochs=8, batch_size=8, held_out=0.25, pretrained=False)

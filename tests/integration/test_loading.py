@@ -881,7 +881,7 @@ def test_offline_and_not_in_the_cache(hub, monkeypatch):
 
 
 def test_what_is_read_from_the_hub_is_checked(hub, monkeypatch):
-    monkeypatch.setattr(adapter_format, "FORMAT_VERSION", 2)
+    monkeypatch.setattr(adapter_format, "_FORMAT_VERSION", 2)
     refused(tiny.pipeline(), "is of format version 1, and this package reads version 2", "org/fair")
 
 

@@ -8,7 +8,7 @@ from diffusers import StableDiffusionImg2ImgPipeline
 from tiny import LATENT, pipeline
 
 from diffusers_fair.baselines import ChangedPipeline
-from diffusers_fair.families import FAMILIES, LORA_PREFIXES, conditioning, denoiser_of, family_of
+from diffusers_fair.families import _FAMILIES, LORA_PREFIXES, conditioning, denoiser_of, family_of
 from diffusers_fair.families.stable_diffusion import STABLE_DIFFUSION
 
 NAME = "encoder_hidden_states"
@@ -34,7 +34,7 @@ def test_a_pipeline_of_no_known_family(parts):
         family_of(strange)
 
 
-@pytest.mark.parametrize("family", FAMILIES)
+@pytest.mark.parametrize("family", _FAMILIES)
 def test_what_a_family_names_is_there(family, pipe):
     modules = {*family.components, *family.targets, *family.inversions, family.denoiser}
     assert all(isinstance(getattr(pipe, name), torch.nn.Module) for name in modules)

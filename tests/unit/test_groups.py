@@ -7,7 +7,7 @@ import pytest
 from diffusers_fair.attributes import Attribute
 from diffusers_fair.prompts import names, prompt_set
 from diffusers_fair.prompts.groups import (
-    NEGATIVES,
+    _NEGATIVES,
     classes_named,
     evaluation_groups,
     implied_prompts,
@@ -85,7 +85,7 @@ def test_implied_prompts_are_split_and_name_no_class():
 def test_untouched_prompts_come_with_and_without_a_negative_prompt():
     found = untouched_prompts("untouched", "test")
     assert found[0].text == ""
-    assert [p.negative for p in found if p.negative] == list(NEGATIVES)
+    assert [p.negative for p in found if p.negative] == list(_NEGATIVES)
     assert not any(p.expected_classes for p in found)
 
 

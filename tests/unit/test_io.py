@@ -20,11 +20,11 @@ from diffusers_fair.adapters import folder as folders
 from diffusers_fair.adapters import tensors
 from diffusers_fair.adapters.folder import open_adapter, read_adapter, write_adapter, write_info
 from diffusers_fair.adapters.format import (
+    _FORMAT_VERSION,
     _MAX_LABEL,
     _MAX_RANK,
     _MAX_WORDS,
     EMBEDS_FILE,
-    FORMAT_VERSION,
     INFO_FILE,
     MAX_BYTES,
     SCHEMA_FILE,
@@ -669,7 +669,7 @@ def test_the_shipped_schema_is_the_one_that_checks():
 def test_the_schema_is_one():
     schema.check_schema(schema.schema)
     properties = schema.schema["properties"]
-    assert properties["format_version"] == {"type": "integer", "const": FORMAT_VERSION}
+    assert properties["format_version"] == {"type": "integer", "const": _FORMAT_VERSION}
     components = properties["components"]["properties"]
     assert set(components) == {*LORA_PREFIXES, SOFT_TOKENS}
     assert components["unet"]["properties"]["rank"]["maximum"] == _MAX_RANK

@@ -12,7 +12,7 @@ import torch
 
 from diffusers_fair.objective.statistics import BatchStatistics, ClassStatistics
 from diffusers_fair.training import memory
-from diffusers_fair.training.monitor import PATIENCE, TrainingMonitor
+from diffusers_fair.training.monitor import _PATIENCE, TrainingMonitor
 from diffusers_fair.training.optimizer import NonFiniteGuard
 from diffusers_fair.training.stopping import (
     TERMINATED,
@@ -76,13 +76,13 @@ def test_a_fault_that_lasts_is_spoken_of_once(bad, advice):
     monitor = TrainingMonitor()
     with warnings.catch_warnings():
         warnings.simplefilter("error")
-        for statistics in [bad] * (PATIENCE - 1) + [GOOD] + [bad] * (PATIENCE - 1):
+        for statistics in [bad] * (_PATIENCE - 1) + [GOOD] + [bad] * (_PATIENCE - 1):
             monitor.check_batch(statistics)
     with pytest.warns(UserWarning, match=advice):
         monitor.check_batch(bad)
     with warnings.catch_warnings():
         warnings.simplefilter("error")
-        for _ in range(2 * PATIENCE):
+        for _ in range(2 * _PATIENCE):
             monitor.check_batch(bad)
 
 
