@@ -11,7 +11,7 @@ from diffusers_fair.families import family_of
 
 
 class PromptEncoder:
-    """Replaces a pipeline's method that encodes prompts, and calls it with adapters' prompts.
+    """Replaces a pipeline's method that encodes prompts, to apply adapters to the prompts.
 
     Soft tokens precede the prompts, but not the negative prompts. Adapters that respect words are
     off for prompts that contain such words, and for the negative prompts of these.
@@ -30,7 +30,7 @@ class PromptEncoder:
         """Encode prompts as the pipeline's class does, from the same arguments.
 
         Raises:
-            ValueError: embeddings are given in place of a prompt, or an adapter that has to be
+            ValueError: embeddings are given instead of a prompt, or an adapter that has to be
                 switched off for a prompt is fused into the weights.
         """
         encode = getattr(type(self.pipe), _method(self.pipe))

@@ -217,12 +217,13 @@ class GradientSection(Section):
 
     method: Literal["replay", "autograd", "naive", "truncated"] = "replay"
     """`replay` and `autograd` compute the paper's biased gradient: `replay` step by step,
-    `autograd` in one graph, as in Algorithm 1. `naive` computes the exact gradient, `truncated` that of the
-    last steps. All but `replay` are for comparison: their memory grows with the number of steps."""
+    `autograd` in one graph, as in Algorithm 1. `naive` computes the exact gradient, `truncated` the
+    exact gradient of the last steps. All but `replay` are for comparison: their memory grows with
+    the number of steps."""
     standardize: Literal["paper", "exact", "none"] = "exact"
     """Weights of the steps in the biased gradient. `paper`: the paper's coefficients. `exact`:
-    equal weights, which gave the least bias in this repository's benchmark. `none`: the weights that
-    result from the scheduler."""
+    equal weights, which gave the least bias in this repository's benchmark. `none`: the weights
+    that result from the scheduler."""
     replay_steps: PositiveInt | None = None
     """For `replay`: steps sampled for each image's gradient, weighted by their inverse
     probability; null uses all."""

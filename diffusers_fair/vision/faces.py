@@ -21,12 +21,12 @@ _TEMPLATE_SIZE = 112  # side of the chip that the template is for, in pixels
 
 @dataclass(frozen=True)
 class Faces:
-    """The largest face of each image, or all faces. Rows without `is_face` are placeholders."""
+    """The largest face of each image, or all faces. Rows with `is_face` False are placeholders."""
 
     boxes: Tensor
     """(n, 4) corners x0, y0, x1, y1 in pixels; finite but meaningless in placeholders."""
     is_face: Tensor
-    """(n,) bool."""
+    """(n,) bool, False for the placeholder of an image without a face."""
     landmarks: Tensor | None = None
     """(n, 5, 2) pixels: eyes, nose, corners of the mouth; None if the detector gives none."""
     image: Tensor | None = None
@@ -144,9 +144,8 @@ def match_faces(faces: Faces, originals: Faces) -> tuple[Tensor, Tensor]:
     """
     boxes, image_index = faces.boxes[faces.is_face], faces.image_index[faces.is_face]
     overlaps = overlap(boxes[:, None], originals.boxes)  # (m, rows)
-    overlaps, rows = torch.where(image_index[:, None] == originals.image_index, overlaps, -1.0).max(
-        1
-    )
+    is_same_image = image_index[:, None] == originals.image_index
+    overlaps, rows = torch.where(is_same_image, overlaps, -1.0).max(1)
     is_face = originals.is_face[rows]
     return rows, is_face if originals.image is None else is_face & (overlaps > 0)
 
