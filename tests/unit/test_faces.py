@@ -85,7 +85,7 @@ def portrait() -> torch.Tensor:
     return torch.nn.functional.interpolate(small, (112, 112), mode="bicubic")
 
 
-def test_a_face_that_lies_right_is_left_as_it_is(portrait):
+def test_an_aligned_face_is_not_moved(portrait):
     wanted = torch.tensor(TEMPLATE)[None]
     assert torch.allclose(aligned_chips(portrait, marked(wanted), 112), portrait, atol=1e-4)
     small = torch.nn.functional.avg_pool2d(portrait, 2)
@@ -108,7 +108,7 @@ def test_a_face_elsewhere_and_larger_is_brought_back(portrait):
     assert (chips - portrait)[..., 2:-2, 2:-2].abs().max() < 0.03
 
 
-def test_a_face_that_fits_in_no_way_is_brought_nearest():
+def test_alignment_is_the_least_squares_similarity():
     """The least squares by a solver: chip = [[a, -b], [b, a]] landmark + [c, d]."""
     g = torch.Generator().manual_seed(0)
     wanted = torch.tensor(TEMPLATE, dtype=torch.float64)
@@ -165,7 +165,7 @@ def test_overlap_of_boxes():
     assert overlap(a, torch.tensor([20.0, 0, 30, 10])).item() == 0
 
 
-def test_detector_takes_the_largest_face_not_the_surest():
+def test_detector_returns_the_largest_face_not_the_most_confident():
     near, far = [0.0, 0, 30, 30], [40.0, 40, 50, 50]
     found = GridDetector(Cells([1.0, 5.0, -5.0], [near, far, [0.0, 0, 60, 60]]))(torch.zeros(1))
     assert found.is_face.tolist() == [True]
@@ -196,7 +196,7 @@ def test_testbed_detector_on_held_out_pictures():
     assert not found.boxes.requires_grad
 
 
-def test_testbed_detector_takes_the_nearer_of_two():
+def test_testbed_detector_returns_the_nearer_of_two_faces():
     pairs, labels = held_out("pair", 60)
     truth = torch.tensor([box.tolist() for box in labels["face1"]])
     assert (overlap(face_detector()(pairs).boxes, truth) > 0.5).float().mean() >= 0.95

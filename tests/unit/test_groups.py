@@ -55,7 +55,7 @@ def test_two_attributes_are_asked_for_at_once():
     assert both[0].expected_classes == {"gender": "female", "hue": "red"}
 
 
-def test_an_attribute_that_no_lexicon_knows_is_asked_for_by_its_words():
+def test_an_attribute_outside_the_lexicon_uses_its_own_words():
     found = named_prompts(NEUTRAL, [HUE], 3, further=True)
     assert [p.text for p in found][:2] == [
         "a photo of the face of a crimson chef, a person",
@@ -64,7 +64,7 @@ def test_an_attribute_that_no_lexicon_knows_is_asked_for_by_its_words():
     assert not implied_prompts([HUE], further=True)
 
 
-def test_words_that_training_lacks_are_told_apart():
+def test_words_that_training_does_not_use_are_marked_unseen():
     found = named_prompts(NEUTRAL, [GENDER], 16, further=True)
     for prompt in found:
         known = re.search(r"\b(female|male|woman)\b", prompt.text) is not None
@@ -106,7 +106,7 @@ def test_the_groups_of_an_evaluation_are_those_that_have_prompts():
     assert [(g.name, g.images_per_prompt) for g in found] == [("named", 7), ("untouched", 7)]
 
 
-def test_a_prompt_is_in_a_group_once():
+def test_groups_have_no_duplicate_prompts():
     named = evaluation_groups(NEUTRAL[1:], [HUE])[0].prompts
     texts = [p.text for p in named]
     assert len(texts) == len(set(texts))
@@ -163,7 +163,7 @@ def test_a_recipe_without_a_list_of_attributes_has_no_sections(sections):
         ("", {}),
     ],
 )
-def test_what_a_prompt_asks_for(text, expected):
+def test_the_classes_that_a_prompt_names(text, expected):
     assert requested_classes(text, vocabulary([GENDER, HUE])) == expected
 
 
@@ -172,7 +172,7 @@ def test_a_prompt_that_names_two_classes_names_both():
     assert found == {"gender": ["female", "male"]}
 
 
-def test_words_of_no_class_are_refused():
+def test_words_for_unknown_classes_are_refused():
     with pytest.raises(
         ValueError, match="given for 'pink', which is not a class of attribute 'hue'"
     ):

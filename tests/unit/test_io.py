@@ -153,7 +153,7 @@ def test_optional_fields_may_be_missing(tmp_path):
     assert read_adapter(tmp_path / "adapter")[0] == info
 
 
-def test_json_says_what_the_adapter_is(folder):
+def test_json_describes_the_adapter(folder):
     data = json.loads((folder / INFO_FILE).read_text())
     assert data["format_version"] == 1
     assert data["base_model"] == {"id": "testbed", "revision": None, "fingerprint": "f" * 64}
@@ -191,7 +191,7 @@ def test_an_adapter_folder_is_replaced_as_a_whole(folder):
     assert [path.name for path in folder.parent.iterdir()] == ["adapter"]
 
 
-def test_whoever_may_read_the_folder_may_read_all_of_it(whole):
+def test_all_files_have_the_same_permissions(whole):
     modes = {file.name: file.stat().st_mode & 0o777 for file in whole.iterdir()}
     assert len(set(modes.values())) == 1, modes
 
@@ -240,7 +240,7 @@ def test_a_file_is_refused(tmp_path):
         (weights(), {"evaluation": {"bias": float("nan")}}, "Out of range float"),
     ],
 )
-def test_what_could_not_be_read_is_not_written(folder, tensors, info, message):
+def test_invalid_adapters_are_not_written(folder, tensors, info, message):
     before = (folder / INFO_FILE).read_text()
     for target in (folder, folder.parent / "new"):
         with pytest.raises(ValueError, match=message):
@@ -249,7 +249,7 @@ def test_what_could_not_be_read_is_not_written(folder, tensors, info, message):
     assert (folder / INFO_FILE).read_text() == before
 
 
-def test_nothing_stays_of_an_interrupted_write(tmp_path, monkeypatch):
+def test_an_interrupted_write_leaves_no_files(tmp_path, monkeypatch):
     def interrupt(*_, **__):
         raise KeyboardInterrupt
 
@@ -325,7 +325,7 @@ def test_deep_json(folder, depth):
         read_adapter(folder)
 
 
-def test_brackets_in_strings_are_no_depth(tmp_path):
+def test_brackets_in_strings_do_not_count_as_depth(tmp_path):
     info = adapter_info(recipe={"note": '[{"\\' * 100})
     write_adapter(tmp_path / "adapter", weights(), info)
     assert read_adapter(tmp_path / "adapter")[0] == info
@@ -460,7 +460,7 @@ def test_bad_header(folder, metadata, message):
         read_adapter(folder)
 
 
-def test_alpha_that_diffusers_would_read_otherwise(folder):
+def test_an_alpha_that_contradicts_the_header_is_refused(folder):
     edit(folder, put(["components", "unet", "alpha"], 4))
     with pytest.raises(ValueError, match=r"does not agree with fair_adapter\.json"):
         read_adapter(folder)
@@ -513,7 +513,7 @@ def test_random_damage_gives_a_clear_error_or_the_same_weights(whole):
     assert read_adapter(folder)[0] == adapter_info(components=BOTH)
 
 
-def test_weights_that_are_others_than_were_written_are_refused(whole):
+def test_weights_with_another_checksum_are_refused(whole):
     """Of the right names, shapes and types; a folder from before there were checksums is read."""
     other = {key: 2 * value for key, value in weights().items()}
     write_adapter(whole.with_name("other"), other | embeds(), adapter_info(components=BOTH))
@@ -532,7 +532,7 @@ def test_weights_that_are_others_than_were_written_are_refused(whole):
 
 @pytest.mark.parametrize("text", ["", " ", "two\nlines", "\x1b[31m", "\ud800", "x" * 301])
 @pytest.mark.parametrize("place", [["name"], ["classes", 0]])
-def test_names_that_nobody_could_read(folder, text, place):
+def test_names_that_are_not_printable_are_refused(folder, text, place):
     edit(folder, put(["attributes", 0, *place], text))
     with pytest.raises(ValueError, match="must be 1 to 300 printable characters") as caught:
         read_adapter(folder)
@@ -540,7 +540,7 @@ def test_names_that_nobody_could_read(folder, text, place):
 
 
 @pytest.mark.parametrize("number", ["1e999", "-1e999", "Infinity"])
-def test_numbers_without_an_end(folder, number):
+def test_numbers_that_are_not_finite_are_refused(folder, number):
     path = folder / INFO_FILE
     path.write_text(path.read_text().replace('"iterations": 3', f'"iterations": {number}'))
     with pytest.raises(ValueError, match=f"{number} is not a finite number"):
@@ -585,7 +585,7 @@ def test_a_folder_or_a_pipe_is_no_file(whole, name):
 # ---- what it says of itself is said otherwise ----------------------------------------------------
 
 
-def test_info_is_replaced_and_the_rest_stays(whole):
+def test_write_info_only_replaces_the_info(whole):
     before = {path.name: path.read_bytes() for path in whole.iterdir()}
     info = adapter_info(components=BOTH, training={"iterations": 3, "seconds": 1.5})
     write_info(whole, info)
@@ -644,7 +644,7 @@ def test_folders_from_before_words_were_noted_keep_their_bytes(folder):
         ({"shape": {"round": ["a\x1b[0m"]}}, "names and words must be 1 to 300 printable char"),
     ],
 )
-def test_words_that_cannot_be(folder, words, message):
+def test_invalid_words_are_refused(folder, words, message):
     edit(folder, put(["words"], words))
     with pytest.raises(ValueError, match=f"{INFO_FILE}.*{message}"):
         read_adapter(folder)
@@ -666,7 +666,7 @@ def test_the_shipped_schema_is_the_one_that_checks():
     assert SCHEMA_FILE.read_text("utf-8") == generated_schema()
 
 
-def test_the_schema_is_one():
+def test_the_schema_is_valid():
     schema.check_schema(schema.schema)
     properties = schema.schema["properties"]
     assert properties["format_version"] == {"type": "integer", "const": _FORMAT_VERSION}
@@ -692,11 +692,11 @@ def test_shipped_adapters_keep_their_digest(card):
 
 
 @pytest.mark.parametrize("card", CARDS, ids=lambda path: path.name)
-def test_shipped_adapters_are_by_the_schema(card):
+def test_shipped_adapters_match_the_schema(card):
     schema.validate(json.loads((card / INFO_FILE).read_text("utf-8")))
 
 
-def test_what_is_written_is_by_the_schema(whole):
+def test_written_adapters_match_the_schema(whole):
     schema.validate(json.loads((whole / INFO_FILE).read_text("utf-8")))
 
 

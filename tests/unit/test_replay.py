@@ -378,7 +378,7 @@ def test_each_image_is_replayed_at_its_own_steps(world, adapter, micro_batch):
     assert relative(found, expected) <= 1e-9
 
 
-def test_steps_are_drawn_evenly_and_reproducibly():
+def test_steps_are_sampled_evenly_and_reproducibly():
     generator = torch.Generator().manual_seed(0)
     drawn = torch.zeros(4, 7)
     for _ in range(3000):
@@ -447,7 +447,7 @@ def test_half_precision_embeddings_gather_in_float32():
     assert relative(found[torch.bfloat16], found[torch.float32]) < 0.1
 
 
-def test_trajectory_keeps_what_it_is_asked_to(world):
+def test_trajectory_keeps_inputs_only_if_requested(world):
     pipe, _ = world["text_encoder"]
     encoded = branches(*embed(pipe))
     kept = sample(pipe, pipe.scheduler, encoded, noise(), 3, 7.5)
@@ -552,7 +552,7 @@ def test_replay_refuses_to_train_nothing(world):
 
 
 @pytest.mark.parametrize("count", [0, 6])
-def test_drawing_too_few_or_too_many_steps_is_refused(count):
+def test_sampling_too_few_or_too_many_steps_is_refused(count):
     with pytest.raises(ValueError, match=f"can sample 1 to 5 of 5 steps, not {count}"):
         sample_steps(5, count, 2, torch.Generator())
 

@@ -8,13 +8,13 @@ from diffusers_fair.objective.target_feedback import _DECAY, TargetFeedback
 TARGET = (0.25, 0.25, 0.5)
 
 
-def test_at_first_the_target_is_the_one_asked_for():
+def test_the_initial_target_is_the_given_one():
     assert torch.equal(
         TargetFeedback(TARGET, 0.1).shifted(), torch.tensor(TARGET, dtype=torch.float64)
     )
 
 
-def test_a_gap_adds_up_by_its_share():
+def test_a_gap_is_integrated_with_the_gain():
     feedback = TargetFeedback(TARGET, gain=0.5)
     feedback.update([0.15, 0.35, 0.5])
     once = 0.5 * (1 - _DECAY) * 0.1
