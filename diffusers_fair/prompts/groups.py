@@ -67,8 +67,8 @@ def evaluation_groups(
         The groups that have prompts.
     """
     pools = {
-        NAMED: named_prompts(prompts, trained, _PER_ATTRIBUTE, further=True),
-        IMPLIED: implied_prompts(trained, further=True),
+        NAMED: named_prompts(prompts, trained, _PER_ATTRIBUTE, include_unseen=True),
+        IMPLIED: implied_prompts(trained, include_unseen=True),
         UNTOUCHED: untouched_prompts(untouched, split),
     }
     return tuple(
@@ -91,7 +91,7 @@ def named_prompts(
     wordings: Sequence[Wording],
     per_attribute: int,
     *,
-    further: bool = False,
+    include_unseen: bool = False,
 ) -> tuple[KeptPrompt, ...]:
     """Make prompts that name a class of one attribute, or of each of two attributes.
 
@@ -101,14 +101,16 @@ def named_prompts(
         wordings: each attribute with the words that training uses.
         per_attribute: prompts per attribute, spread over its classes; half as many per pair of
             attributes.
-        further: whether to alternate with words of the lexicon, which training does not use.
+        include_unseen: whether to alternate with words of the lexicon, which training does not use.
     """
     named: list[KeptPrompt] = []
     for wording in wordings:
         classes = wording.attribute.classes
         count = -(-per_attribute // len(classes))
         for name in classes:
-            named += _of_class(prompts, {wording.attribute.name: name}, wording, count, further)
+            named += _of_class(
+                prompts, {wording.attribute.name: name}, wording, count, include_unseen
+            )
     for pair in combinations(wordings, 2):
         named += _pairs(pair, cycle(prompts), per_attribute // 2)
     return tuple(named)
@@ -119,11 +121,11 @@ def _of_class(
     expected_classes: Mapping[str, str],
     wording: Wording,
     count: int,
-    further: bool,
+    include_unseen: bool,
 ) -> Iterator[KeptPrompt]:
     """Cycle through prompts and phrases for a class; combinations repeat as late as possible."""
     (name,) = expected_classes.values()
-    phrases = _phrases(wording, name, further)
+    phrases = _phrases(wording, name, include_unseen)
     for i in range(count):
         shift = i // lcm(len(phrases), len(prompts))  # avoids repeating the same pairs
         phrase = phrases[(i + shift) % len(phrases)]
@@ -133,16 +135,16 @@ def _of_class(
 
 
 def implied_prompts(
-    wordings: Sequence[Wording], *, further: bool = False
+    wordings: Sequence[Wording], *, include_unseen: bool = False
 ) -> tuple[KeptPrompt, ...]:
-    """Return prompts that imply a class; with `further` also those that training does not use."""
+    """Return prompts that imply a class, including unseen ones if `include_unseen`."""
     return tuple(
         KeptPrompt(text, {wording.attribute.name: name}, unseen=unseen)
         for wording in wordings
         for name in wording.attribute.classes
         for texts, unseen in ((entry(name).implied, False), (entry(name).implied_test, True))
         for text in texts
-        if further or not unseen
+        if include_unseen or not unseen
     )
 
 
@@ -181,11 +183,11 @@ class _Phrase:
 _FORMS = (("words", "before"), ("nouns", "noun"), ("words", "behind"), ("nouns", "noun before"))
 
 
-def _phrases(wording: Wording, name: str, further: bool) -> list[_Phrase]:
-    """Return phrases for a class, alternating with unseen ones if `further`."""
+def _phrases(wording: Wording, name: str, include_unseen: bool) -> list[_Phrase]:
+    """Return phrases for a class, alternating with unseen ones if `include_unseen`."""
     trained = {"words": wording.words_of(name), "nouns": tuple(wording.nouns.get(name, ()))}
     seen = _in_turn([[_Phrase(w, form, False) for w in trained[kind]] for kind, form in _FORMS])
-    if not further:
+    if not include_unseen:
         return seen
     known = entry(name)
     more = {

@@ -108,6 +108,6 @@ def peak(device: torch.device) -> int:
 def _reset_peak(device: torch.device) -> None:
     """Reset the peak memory; on the CPU this is only possible on Linux."""
     if device.type == "cuda":
-        torch.cuda._reset_peak_memory_stats(device)
+        torch.cuda.reset_peak_memory_stats(device)
     elif sys.platform == "linux":
         Path("/proc/self/clear_refs").write_text("5")

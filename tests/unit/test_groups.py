@@ -56,26 +56,27 @@ def test_two_attributes_are_asked_for_at_once():
 
 
 def test_an_attribute_outside_the_lexicon_uses_its_own_words():
-    found = named_prompts(NEUTRAL, [HUE], 3, further=True)
+    found = named_prompts(NEUTRAL, [HUE], 3, include_unseen=True)
     assert [p.text for p in found][:2] == [
         "a photo of the face of a crimson chef, a person",
         "a photo of the face of a green chef, a person",
     ]
-    assert not implied_prompts([HUE], further=True)
+    assert not implied_prompts([HUE], include_unseen=True)
 
 
 def test_words_that_training_does_not_use_are_marked_unseen():
-    found = named_prompts(NEUTRAL, [GENDER], 16, further=True)
+    found = named_prompts(NEUTRAL, [GENDER], 16, include_unseen=True)
     for prompt in found:
         known = re.search(r"\b(female|male|woman)\b", prompt.text) is not None
         assert prompt.unseen is not known, prompt.text
     assert any(
-        "she is smiling" in p.text for p in named_prompts(NEUTRAL, [GENDER], 20, further=True)
+        "she is smiling" in p.text
+        for p in named_prompts(NEUTRAL, [GENDER], 20, include_unseen=True)
     )
 
 
 def test_implied_prompts_are_split_and_name_no_class():
-    seen, every = implied_prompts([GENDER]), implied_prompts([GENDER], further=True)
+    seen, every = implied_prompts([GENDER]), implied_prompts([GENDER], include_unseen=True)
     assert {p.text for p in seen} == {p.text for p in every if not p.unseen}
     assert len(seen) < len(every)
     words = vocabulary([GENDER])
