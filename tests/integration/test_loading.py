@@ -465,7 +465,7 @@ def test_a_prompt_that_the_prefix_cuts_off(soft, recwarn, letters, warned, typed
     load_fair_adapter(pipe, soft)
     pipe.encode_prompt([typed + "x" * letters, "a chef"], "cpu", 1, True)
     message = (
-        f"with the 3 soft tokens of the adapter 'fair' before it the prompt has {letters + 5} "
+        f"with the 3 soft tokens of the adapter 'fair' before it, the prompt has {letters + 5} "
     )
     found = [str(warning.message) for warning in recwarn if "soft tokens" in str(warning.message)]
     assert len(found) == warned
@@ -660,7 +660,7 @@ def test_bases_that_are_the_same_or_cannot_be_told_apart(tmp_path, trained_on, b
 
 def test_a_base_of_the_same_shapes_but_another_name(tmp_path, monkeypatch):
     folder = save(tmp_path / "adapter", tiny.pipeline(), base_model="org/base")
-    message = "the base model 'org/base', and this pipeline is 'org/fine-tuned': pass other_base="
+    message = "the base model 'org/base', but this pipeline is 'org/fine-tuned': pass other_base="
     refused(named("org/fine-tuned"), message, folder)
     pipe, plain = named("org/fine-tuned"), tiny.pipeline()
     load_fair_adapter(pipe, folder, other_base=True)

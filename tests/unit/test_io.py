@@ -634,7 +634,7 @@ def test_folders_from_before_words_were_noted_keep_their_bytes(folder):
     [
         ([], "'words' of the file must not be list"),
         ({"size": {}}, r"words are for the attributes \['shape'\], got 'size'"),
-        ({"shape": ["round"]}, r"words of 'shape' are for its classes .*, got \['round'\]"),
+        ({"shape": ["round"]}, r"words of 'shape' must be listed by class, got \['round'\]"),
         ({"shape": {"oval": ["oval"]}}, r"words of 'shape' are for its classes .*, got \['oval'\]"),
         ({"shape": {"round": "round"}}, "words of 'round' must be a list of strings"),
         ({"shape": {"round": [1]}}, "words of 'round' must be a list of strings"),
