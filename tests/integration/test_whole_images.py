@@ -355,7 +355,7 @@ def test_a_recipe_of_whole_images_needs_no_face_detector():
         ),
         (
             {"losses": {"face": 0.1}},
-            r"losses\.face is 0\.1, and models\.face_detector 'none' finds",
+            r"losses\.face is 0\.1, but models\.face_detector 'none' finds",
         ),
     ],
 )
