@@ -1,7 +1,7 @@
 """Train, measure, share and load fairness adapters for Hugging Face diffusers.
 
-Importing it also gives diffusers' pipelines three methods, and changes nothing else in diffusers:
-`load_fair_adapter`, `unload_fair_adapter` and `set_fair_adapter_scale`.
+Importing this package also adds three methods to diffusers' pipelines, and changes nothing else in
+diffusers: `load_fair_adapter`, `unload_fair_adapter` and `set_fair_adapter_scale`.
 """
 
 from importlib import import_module
@@ -12,7 +12,7 @@ from diffusers_fair.loading import load_fair_adapter, set_fair_adapter_scale, un
 from diffusers_fair.pipeline_methods import add_pipeline_methods
 from diffusers_fair.version import __version__
 
-__all__ = [  # noqa: RUF022 (as a reader meets them)
+__all__ = [  # noqa: RUF022 (in the order of use)
     "FairnessFinetuner",
     "RunConfig",
     "Attribute",
@@ -25,7 +25,7 @@ __all__ = [  # noqa: RUF022 (as a reader meets them)
     "__version__",
 ]
 
-_LAZY = {  # public name -> the module that it is imported from when first used
+_LAZY = {  # public name -> its module, which is imported on first use
     "FairnessFinetuner": "diffusers_fair.training.trainer",
     "RunConfig": "diffusers_fair.config.schema",
     "BiasedGradientScheduler": "diffusers_fair.diffusion.scheduler",
@@ -34,7 +34,7 @@ _LAZY = {  # public name -> the module that it is imported from when first used
 
 
 def __getattr__(name: str) -> Any:
-    """Import a public name when it is first used."""
+    """Import a public name on first use."""
     if name == "testbed":
         return import_module("diffusers_fair.testbed")
     if name in _LAZY:

@@ -1,53 +1,53 @@
-"""Files and folders that are there whole or not at all, also if the power fails."""
+"""Atomic writes: a file or folder is complete or absent, even after a power failure."""
 
 import os
 import shutil
 from pathlib import Path
 
-PARTIAL = ".partial-"  # what the name of anything unfinished starts with
+PARTIAL = ".partial-"  # prefix of the names of unfinished files and folders
 
 
-def partial(path: Path) -> Path:
-    """Where something is put together before it gets its name; each process has its own."""
+def partial_path(path: Path) -> Path:
+    """Return the temporary path to write to before `finish`; it differs between processes."""
     return path.with_name(f"{PARTIAL}{os.getpid()}-{path.name}")
 
 
 def write(file: Path, data: bytes) -> None:
-    """Write a file, or leave what was there.
+    """Write a file atomically.
 
     Raises:
-        OSError: it cannot be written; nothing is left of the attempt.
+        OSError: the file cannot be written; an older version of it is unchanged.
     """
-    unfinished = partial(file)
+    unfinished = partial_path(file)
     try:
         with unfinished.open("wb") as opened:
             opened.write(data)
-        settle(unfinished, file)
+        finish(unfinished, file)
     except BaseException:
         unfinished.unlink(missing_ok=True)
         raise
 
 
-def settle(unfinished: Path, path: Path) -> None:
-    """Give a finished file, or folder of files, its name once it is on the disk."""
+def finish(unfinished: Path, path: Path) -> None:
+    """Flush a file, or a folder of files, to the disk, then rename it to its final path."""
     for file in unfinished.iterdir() if unfinished.is_dir() else ():
-        sync(file)
-    sync(unfinished)
+        fsync(file)
+    fsync(unfinished)
     os.replace(unfinished, path)
-    sync(path.parent)
+    fsync(path.parent)
 
 
-def sync(path: Path) -> None:
-    """Wait until a file, or the names in a folder, are on the disk."""
-    opened = os.open(path, os.O_RDONLY)
+def fsync(path: Path) -> None:
+    """Flush a file, or the entries of a folder, to the disk."""
+    descriptor = os.open(path, os.O_RDONLY)
     try:
-        os.fsync(opened)
+        os.fsync(descriptor)
     finally:
-        os.close(opened)
+        os.close(descriptor)
 
 
-def sweep(folder: Path) -> None:
-    """Remove what was left unfinished in a folder by processes that are no more."""
+def remove_partial(folder: Path) -> None:
+    """Remove the unfinished files and folders that stopped processes left in a folder."""
     for path in folder.glob(f"{PARTIAL}*"):
         if path.is_dir():
             shutil.rmtree(path)

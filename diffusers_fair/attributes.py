@@ -1,4 +1,4 @@
-"""What is balanced: perceived attributes, their classes and the distribution aimed at."""
+"""Perceived attributes: their classes and target distributions."""
 
 import math
 from collections.abc import Mapping, Sequence
@@ -7,28 +7,28 @@ from typing import Any, Literal, TypeAlias, get_args
 
 Region: TypeAlias = Literal["face", "image"]
 People: TypeAlias = Literal["largest", "all"]
-"""Which faces of an image count: the largest, or every one."""
+"""Faces of an image that count: only the largest, or all."""
 
 
 @dataclass(frozen=True)
 class Attribute:
-    """A perceived attribute as a classifier sees it, and the distribution to aim at.
+    """A perceived attribute: its classes and the target distribution over them.
 
     Raises:
-        ValueError: fewer than two classes, a class named twice, or a target that is not a
-            distribution over the classes, or an unknown region.
+        ValueError: fewer than two classes, duplicate classes, an unknown region, or a target that
+            is not a distribution over the classes.
     """
 
     name: str
-    """What it is called in recipes, reports and cards."""
+    """Name in recipes, reports and model cards."""
     classes: tuple[str, ...]
     """Names of the classes, in the order of the classifier's probabilities."""
     target: tuple[float, ...] = ()
-    """Share wanted of each class; in [0, 1], sums to 1. Left out: equal shares."""
+    """Target share of each class, in [0, 1]; they sum to 1. Default: equal shares."""
     targets: Mapping[str, tuple[float, ...]] = field(default_factory=dict)
-    """Prompt -> its own shares, where other ones than `target` are wanted."""
+    """Prompt -> target shares that replace `target` for this prompt."""
     region: Region = "face"
-    """What the classifier sees: the face, or the whole image, with or without one."""
+    """Region that the classifier sees: the face, or the whole image."""
 
     def __post_init__(self) -> None:
         """Check the classes, fill in a uniform target, check the targets."""
@@ -45,17 +45,17 @@ class Attribute:
                 f"got {list(self.classes)}"
             )
         target = self._checked(self.target or [1 / n] * n, "")
-        own = {prompt: self._checked(x, f" for '{prompt}'") for prompt, x in self.targets.items()}
+        targets = {p: self._checked(shares, f" for '{p}'") for p, shares in self.targets.items()}
         object.__setattr__(self, "target", target)
-        object.__setattr__(self, "targets", own)
+        object.__setattr__(self, "targets", targets)
 
     def target_of(self, prompt: str) -> tuple[float, ...]:
-        """Share wanted of each class in the images of a prompt."""
+        """Return the target share of each class in the images of a prompt."""
         return self.targets.get(prompt, self.target)
 
-    def _checked(self, shares: Sequence[float], whose: str) -> tuple[float, ...]:
+    def _checked(self, shares: Sequence[float], suffix: str) -> tuple[float, ...]:
         shares, n = tuple(map(float, shares)), len(self.classes)
-        what = f"the target of attribute '{self.name}'{whose}"
+        what = f"the target of attribute '{self.name}'{suffix}"
         if len(shares) != n:
             raise ValueError(
                 f"{what} needs {n} shares, one for each class of {list(self.classes)}, "
@@ -71,10 +71,10 @@ class Attribute:
 
     @property
     def of_faces(self) -> bool:
-        """Whether the classifier sees faces: images without one are not counted."""
+        """Whether the classifier sees faces; images without a face are then not counted."""
         return self.region == "face"
 
     def json(self) -> dict[str, Any]:
-        """As files have it: what older ones lack only where it is not the usual."""
-        usual = {"targets": {}, "region": "face"}
-        return {k: v for k, v in asdict(self).items() if usual.get(k) != v}
+        """Return JSON data. Keys that older files lack are left out if they have their default."""
+        defaults = {"targets": {}, "region": "face"}
+        return {k: v for k, v in asdict(self).items() if defaults.get(k) != v}

@@ -1,7 +1,7 @@
 """The processes that `accelerate launch` or `torchrun` starts, and the values they exchange.
 
-A single process needs nothing of it. Exchanged values are small and travel through the CPU, in the
-order of the ranks. Every process has to make the same calls.
+A single process exchanges nothing. Exchanged values are small: they travel through the CPU and are
+returned in rank order. Every process must make the same calls in the same order.
 """
 
 import os
@@ -10,7 +10,7 @@ from datetime import timedelta
 import torch
 from torch import Tensor, distributed
 
-PATIENCE = timedelta(days=7)  # an evaluation's processes may have very different amounts of work
+_TIMEOUT = timedelta(days=7)  # the processes of an evaluation may take very different times
 
 
 def world_size() -> int:
@@ -32,43 +32,43 @@ def is_main() -> bool:
     return rank() == 0
 
 
-def join() -> None:
-    """Connect the processes on the CPU, unless there is one or they are connected already."""
+def _connect() -> None:
+    """Create a gloo process group if there are several processes and none exists."""
     if world_size() > 1 and not distributed.is_initialized():
-        distributed.init_process_group("gloo", timeout=PATIENCE)
+        distributed.init_process_group("gloo", timeout=_TIMEOUT)
 
 
 def shard(items: int) -> slice:
-    """This process's part of a sequence; the first ranks get one item more.
+    """Return this process's slice of a sequence; the first ranks may get one item more.
 
     Raises:
         ValueError: there are fewer items than processes.
     """
     if items < world_size():
         raise ValueError(
-            f"{items} images an iteration cannot be shared by {world_size()} processes: start "
-            "fewer, or raise prompts.images_per_prompt or train.prompts_per_iteration"
+            f"{items} images per iteration cannot be shared by {world_size()} processes: start "
+            "fewer processes, or raise prompts.images_per_prompt or train.prompts_per_iteration"
         )
     part = torch.arange(items).tensor_split(world_size())[rank()]
     return slice(int(part[0]), int(part[-1]) + 1)
 
 
 def gather(rows: Tensor) -> list[Tensor]:
-    """Rows (m, ...) of every process, without gradient; m may differ between processes."""
+    """Gather rows (m, ...) from every process, without gradient; m may differ between processes."""
     rows = rows.detach()
     if world_size() == 1:
         return [rows]
-    join()
-    found: list[Tensor] = [rows] * world_size()
-    distributed.all_gather_object(found, rows.cpu())
-    return [part.to(rows.device) for part in found]
+    _connect()
+    parts: list[Tensor] = [rows] * world_size()
+    distributed.all_gather_object(parts, rows.cpu())
+    return [part.to(rows.device) for part in parts]
 
 
 def all_reduce_sum(tensors: list[Tensor]) -> None:
     """Replace each tensor by its sum over the processes."""
     if world_size() == 1:
         return
-    join()
+    _connect()
     whole = torch.cat([tensor.flatten() for tensor in tensors])
     distributed.all_reduce(whole)
     for tensor, part in zip(tensors, whole.split([t.numel() for t in tensors]), strict=True):
@@ -81,7 +81,7 @@ def any_across(flag: bool) -> bool:
 
 
 def max_across(value: int) -> int:
-    """The largest value of all processes."""
+    """Return the largest value over all processes."""
     return int(torch.cat(gather(torch.tensor([value]))).max())
 
 

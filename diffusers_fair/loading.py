@@ -1,9 +1,9 @@
-"""Adapter folder or Hub repository -> pipeline. Light: imports nothing that only training needs.
+"""Loads adapters into pipelines, from a folder or the Hub, without training dependencies.
 
-Low-rank layers are injected with peft's functional interface, not with diffusers' loaders: the one
-for text encoders draws random numbers, and the one for U-Nets deactivates other adapters. Soft
-tokens are loaded by diffusers as textual inversions; `PromptEncoder` puts them before every prompt
-and looks for words that switch an adapter off.
+LoRA layers are injected with peft's functional interface instead of diffusers' loaders: diffusers'
+loader for text encoders advances the random state, and its loader for U-Nets deactivates other
+adapters. Soft tokens are loaded by diffusers as textual inversions. `PromptEncoder` puts them
+before every prompt, and finds the words that switch an adapter off.
 """
 
 import math
@@ -39,8 +39,8 @@ if TYPE_CHECKING:
     from diffusers import DiffusionPipeline
     from peft.tuners.lora import LoraLayer
 
-REPOSITORY = re.compile(r"[A-Za-z0-9][\w.-]*/[A-Za-z0-9][\w.-]*")  # an id on the Hub
-MIRRORS = {  # of models that have moved, or are on the Hub twice
+REPOSITORY = re.compile(r"[A-Za-z0-9][\w.-]*/[A-Za-z0-9][\w.-]*")  # a repository id on the Hub
+MIRRORS = {  # Hub id -> current id of the same model
     "runwayml/stable-diffusion-v1-5": "stable-diffusion-v1-5/stable-diffusion-v1-5",
     "sd-legacy/stable-diffusion-v1-5": "stable-diffusion-v1-5/stable-diffusion-v1-5",
 }
@@ -63,31 +63,32 @@ def load_fair_adapter(
 
     Soft tokens are put before every text prompt, but not before the negative prompt. A pipeline
     that is made from this one's components knows the tokens, but does not insert them: type the
-    placeholder, as in `<fair> a chef`.
+    placeholder yourself, as in `<fair> a chef`.
 
     Args:
         pipe: a pipeline with the base model that the adapter was trained for.
-        id_or_dir: an adapter folder, or a repository on the Hub (then also from the local cache);
-            or what `open_fair_adapter` returned.
-        scale: strength; 0 is the base model, 1 the adapter as trained. An adapter with soft tokens
-            can only have 0 or 1.
+        id_or_dir: an adapter folder, the id of a Hub repository (which may be in the local cache),
+            or an adapter from `open_fair_adapter`.
+        scale: strength; 0 is the base model, 1 the adapter as trained. With soft tokens, only 0 and
+            1 are possible.
         adapter_name: name of the adapter in the pipeline, also for diffusers' `set_adapters`.
         revision: branch, tag or commit of the repository.
-        token: for a private repository.
-        other_base: also load it into a base model that it was not trained for, such as a fine-tuned
-            one, if the layers fit. Its effect there has not been measured.
-        respect_words: switch the adapter off for prompts that name a class of a balanced attribute,
-            as in "a female chef"; other prompts of the same batch still use it. The words are
-            `words` of `fair_adapter.json`; they are matched anywhere in the prompt and in any case.
-            So an adapter that balances an attribute with the word "white" is also off for "a doctor
-            in a white coat". Prompts must then be text, not `prompt_embeds`. Words of the negative
-            prompt are ignored. A pipeline that is made from this one's components ignores words.
+        token: access token for a private repository.
+        other_base: whether to accept a base model that the adapter was not trained for, such as a
+            fine-tuned one, if the layers fit. Its effect there has not been measured.
+        respect_words: whether to switch the adapter off for prompts that name a class of a balanced
+            attribute, as in "a female chef"; other prompts of the same batch still use it. The
+            words are listed in `fair_adapter.json`. They match anywhere in the prompt and in any
+            case, so an adapter that balances an attribute with the word "white" is also off for "a
+            doctor in a white coat". Prompts must then be text, not `prompt_embeds`. Words of the
+            negative prompt are ignored. A pipeline that is made from this one's components does not
+            search its prompts for words.
 
     Raises:
-        ValueError: one sentence: not found, damaged, another format version, another base model, a
-            name in use, an invalid scale, adapters fused into the weights, soft tokens of another
-            adapter, weights that are offloaded layer by layer, or a pipeline whose prompts cannot
-            be searched for words.
+        ValueError: the adapter is not found, damaged, of another format version or for another base
+            model; the name is in use; the scale is invalid; adapters are fused into the weights;
+            another adapter has soft tokens; the weights are offloaded layer by layer; or the
+            pipeline's prompts cannot be searched for words.
     """
     if not re.fullmatch(r"[\w-]+", adapter_name):
         raise ValueError(
@@ -95,7 +96,7 @@ def load_fair_adapter(
         )
     if adapter_name in _adapter_names(pipe):
         raise ValueError(
-            f"the pipeline already carries an adapter '{adapter_name}': unload it first or pass "
+            f"the pipeline already has an adapter '{adapter_name}': unload it first or pass "
             "another adapter_name"
         )
     _check_scale(scale)
@@ -153,24 +154,24 @@ def set_fair_adapter_scale(
         layer.set_scale(adapter_name, scale)
     for switch in (prefix, _switch(pipe, adapter_name)):
         if switch is not None:
-            switch.on = bool(scale)
+            switch.is_on = bool(scale)
 
 
-# ---- where the folder is -------------------------------------------------------------------------
+# ---- finding the folder --------------------------------------------------------------------------
 
 
 def open_fair_adapter(
     id_or_dir: str | Path | Adapter, revision: str | None = None, token: str | bool | None = None
 ) -> Adapter:
-    """Find, check and read an adapter, for a command that needs it more than once.
+    """Find, check and read an adapter once, to load it several times.
 
     Args:
         id_or_dir: as in `load_fair_adapter`; an open adapter is returned as it is.
         revision: branch, tag or commit of the repository.
-        token: for a private repository.
+        token: access token for a private repository.
 
     Raises:
-        ValueError: not found, damaged, of another format version or not acceptable.
+        ValueError: the adapter is not found, damaged, of another format version or invalid.
     """
     if isinstance(id_or_dir, Adapter):
         return id_or_dir
@@ -180,10 +181,10 @@ def open_fair_adapter(
 def local_folder(
     id_or_dir: str | Path, revision: str | None = None, token: str | bool | None = None
 ) -> Path:
-    """Return the folder itself, or the cached copy of the files of a repository.
+    """Return a folder as it is, or download a Hub repository to the cache and return that folder.
 
     Raises:
-        ValueError: no such folder or repository, or the Hub does not give its files.
+        ValueError: no such folder or repository, or the download fails.
     """
     if Path(id_or_dir).is_dir():
         return Path(id_or_dir)
@@ -207,18 +208,18 @@ def local_folder(
 
 
 def _download(repository: str, revision: str | None, token: str | bool | None) -> Path:
-    """Download the files of a repository after a check of their sizes."""
+    """Download the files of a repository after checking their sizes."""
     from huggingface_hub import errors, snapshot_download
 
     options: dict[str, Any] = {"revision": revision, "token": token}
     options["allow_patterns"] = list(MAX_BYTES)
-    with suppress(errors.DryRunError):  # offline: the download takes the cache, or says why not
+    with suppress(errors.DryRunError):  # offline: snapshot_download below uses the cache or raises
         for file in snapshot_download(repository, dry_run=True, **options):
             check_size(f"{repository}/{file.filename}", file.filename, file.file_size)
     return Path(snapshot_download(repository, **options))
 
 
-# ---- what is checked -----------------------------------------------------------------------------
+# ---- checks --------------------------------------------------------------------------------------
 
 
 def _check_scale(scale: float) -> None:
@@ -226,20 +227,19 @@ def _check_scale(scale: float) -> None:
         raise ValueError(f"scale must be a finite number, got {scale}")
 
 
-def _check_prefix_scale(scale: float, prefix: bool) -> None:
-    """Refuse scales between 0 and 1: scaled soft tokens are other words, not a weaker adapter."""
-    if prefix and scale not in (0, 1):
+def _check_prefix_scale(scale: float, has_prefix: bool) -> None:
+    """Refuse scales other than 0 and 1: scaled soft tokens do not weaken the adapter."""
+    if has_prefix and scale not in (0, 1):
         raise ValueError(
-            f"this adapter puts soft tokens before the prompt, which are there or not: scale must "
-            f"be 0 or 1, got {scale}"
+            f"this adapter has soft tokens, which cannot be scaled: scale must be 0 or 1, "
+            f"got {scale}"
         )
 
 
 def _check_loaded(pipe: "DiffusionPipeline", adapter_name: str) -> None:
-    """Check that the pipeline has this adapter."""
     if adapter_name not in _adapter_names(pipe):
         raise ValueError(
-            f"the pipeline carries no adapter '{adapter_name}', only {sorted(_adapter_names(pipe))}"
+            f"the pipeline has no adapter '{adapter_name}', only {sorted(_adapter_names(pipe))}"
         )
 
 
@@ -252,7 +252,7 @@ def _check_not_fused(pipe: "DiffusionPipeline") -> None:
 
 
 def _check_in_memory(pipe: "DiffusionPipeline") -> None:
-    """Refuse offloaded weights: layers added beside them would be offloaded, and lost."""
+    """Refuse offloaded weights: added LoRA layers would be offloaded as well, and lost."""
     if any(weight.is_meta for model in _parts(pipe).values() for weight in model.parameters()):
         raise ValueError(
             "the pipeline's weights are offloaded layer by layer: call pipe.remove_all_hooks() "
@@ -262,70 +262,71 @@ def _check_in_memory(pipe: "DiffusionPipeline") -> None:
 
 def _check_base(pipe: "DiffusionPipeline", info: AdapterInfo) -> None:
     """Check that the pipeline is the adapter's base, by Hub id if both have one, and by shapes."""
-    other = None
+    mismatch = None
     if base_fingerprint(pipe) != info.fingerprint:
-        other = f"the shapes of this {type(pipe).__name__}'s text encoder and U-Net are of another"
+        mismatch = f"the layers of this {type(pipe).__name__} have other shapes"
     ids = [MIRRORS.get(name, name) for name in (info.base_model, pipe.name_or_path or "")]
     if all(map(REPOSITORY.fullmatch, ids)) and not Path(ids[1]).is_dir() and ids[0] != ids[1]:
-        other = f"this pipeline is '{ids[1]}'"
-    if other:
+        mismatch = f"this pipeline is '{ids[1]}'"
+    if mismatch:
         raise ValueError(
-            f"the adapter was trained for the base model '{info.base_model}', and {other}: pass "
-            "other_base=True to load it all the same if its layers fit"
+            f"the adapter was trained for the base model '{info.base_model}', but {mismatch}: pass "
+            "other_base=True to load it anyway if its layers fit"
         )
 
 
 def _check_words(pipe: "DiffusionPipeline") -> None:
-    """Check that the pipeline has the method that reads the prompts."""
+    """Check that the pipeline has the method that encodes prompts."""
     method = family_of(pipe).encode_method
     if not hasattr(type(pipe), method):
         raise ValueError(
-            f"respect_words needs a pipeline with {method}, and {type(pipe).__name__} has none"
+            f"respect_words needs a pipeline with {method}, which {type(pipe).__name__} lacks"
         )
 
 
 def _check_fit(pipe: "DiffusionPipeline", info: AdapterInfo, weights: Weights) -> None:
-    """Check that every weight has its layer, and that there is room for soft tokens."""
+    """Check that every weight fits a layer, and that soft tokens fit the text encoder."""
     if info.soft_tokens:
         check_soft_tokens(pipe, info.soft_tokens)
         width = embedding_width(pipe)
         if (got := weights[info.soft_tokens.token].shape[1]) != width:
             raise ValueError(
-                f"the adapter's soft tokens are {got} numbers wide, and this text encoder's {width}"
+                f"the adapter's soft tokens have {got} dimensions, but the embeddings of this text "
+                f"encoder have {width}"
             )
     for part in info.lora:
         modules = dict(_parts(pipe)[part].named_modules()) if part in _parts(pipe) else {}
         for key, tensor in _state(weights, part).items():
             name, _, half = key.removesuffix(".weight").rpartition(".lora_")
             layer = modules.get(name)
-            base = getattr(layer, "base_layer", layer)  # below an adapter already there
+            base = getattr(layer, "base_layer", layer)  # if another adapter wraps it
             axis = 1 if half == "A" else 0  # A is (rank, in), B is (out, rank); the base (out, in)
             if not isinstance(base, nn.Linear) or tensor.shape[axis] != base.weight.shape[axis]:
                 raise ValueError(f"the adapter's weight '{key}' fits no layer of the {part}")
 
 
 def _state(weights: Weights, part: str) -> dict[str, Tensor]:
-    """The weights of one part by peft's names: `module.lora_A.weight`."""
+    """Weights of one component under peft's names: `module.lora_A.weight`."""
     prefix = LORA_PREFIXES[part]
     return {key[len(prefix) :]: value for key, value in weights.items() if key.startswith(prefix)}
 
 
 def _in_float32(state: dict[str, Tensor]) -> dict[str, Tensor]:
-    """Convert to float32, as in training; files in half precision only save space."""
+    """Convert to float32, as in training; half precision only saves space in files."""
     return {key: value.float() for key, value in state.items()}
 
 
-# ---- layers in and out ---------------------------------------------------------------------------
+# ---- adding and removing layers ------------------------------------------------------------------
 
 
 def _parts(pipe: "DiffusionPipeline") -> dict[str, Any]:
-    """The pipeline's models that may carry low-rank layers."""
+    """Component name -> model, for the components that can have LoRA layers."""
     parts = {part: getattr(pipe, part, None) for part in family_of(pipe).targets}
     return {part: model for part, model in parts.items() if model is not None}
 
 
 def _adapter_names(pipe: "DiffusionPipeline") -> set[str]:
-    """Names of all adapters on the pipeline, whoever loaded them."""
+    """Names of all adapters in the pipeline, including those that diffusers loaded."""
     names = {name for model in _parts(pipe).values() for name in getattr(model, "peft_config", {})}
     encoder = prompt_encoder(pipe)
     return names if encoder is None else names | encoder.adapter_names
@@ -344,7 +345,7 @@ def _switch(pipe: "DiffusionPipeline", adapter_name: str) -> WordSwitch | None:
 
 
 def _layers(model: nn.Module) -> "dict[str, LoraLayer]":
-    """Module name -> low-rank layer of any adapter."""
+    """Module name -> LoRA layer of any adapter."""
     from peft.tuners.lora import LoraLayer
 
     return {name: layer for name, layer in model.named_modules() if isinstance(layer, LoraLayer)}
@@ -366,7 +367,7 @@ def _active_adapters(model: nn.Module) -> list[str]:
 
 
 @contextmanager
-def _trainable_kept(model: nn.Module) -> Iterator[None]:
+def _preserve_requires_grad(model: nn.Module) -> Iterator[None]:
     """Restore every parameter's `requires_grad`, which peft changes."""
     kept = [(parameter, parameter.requires_grad) for parameter in model.parameters()]
     try:
@@ -377,17 +378,17 @@ def _trainable_kept(model: nn.Module) -> Iterator[None]:
 
 
 def _insert(model: Any, lora: Lora, state: dict[str, Tensor], adapter_name: str) -> None:
-    """Add frozen low-rank layers beside the active adapters of the model."""
+    """Add frozen LoRA layers, and keep the model's active adapters active."""
     from peft import LoraConfig
     from peft.functional import inject_adapter_in_model, set_adapter, set_peft_model_state_dict
 
     active = _active_adapters(model)
     config = LoraConfig(
         r=lora.rank,
-        lora_alpha=lora.alpha,  # type: ignore[arg-type]  # peft divides it, any number will do
+        lora_alpha=lora.alpha,  # type: ignore[arg-type]  # peft accepts floats
         target_modules=sorted({key.rpartition(".lora_")[0] for key in state}),
     )
-    with _trainable_kept(model):
+    with _preserve_requires_grad(model):
         try:
             inject_adapter_in_model(config, model, adapter_name, low_cpu_mem_usage=True)
             set_peft_model_state_dict(
@@ -395,20 +396,20 @@ def _insert(model: Any, lora: Lora, state: dict[str, Tensor], adapter_name: str)
             )
         finally:
             set_adapter(model, [*active, adapter_name], inference_mode=True)
-    model._hf_peft_config_loaded = True  # what the hosts' own adapter methods look at
+    model._hf_peft_config_loaded = True  # the models' own adapter methods check it
 
 
 def _add_switch(pipe: "DiffusionPipeline", switch: WordSwitch) -> None:
     """Connect a switch to the prompts and to the adapter's layers."""
     ensure_prompt_encoder(pipe).switches[switch.adapter_name] = switch
     for part, model in _parts(pipe).items():
-        found = [layer for layer in _layers(model).values() if switch.adapter_name in layer.scaling]
-        if found:
-            switch.attach(part, model, found)
+        layers = [x for x in _layers(model).values() if switch.adapter_name in x.scaling]
+        if layers:
+            switch.attach(part, model, layers)
 
 
 def _remove(pipe: "DiffusionPipeline", adapter_name: str) -> None:
-    """Remove everything of an adapter, also of one that is only partly loaded."""
+    """Remove an adapter, even if it is only partly loaded."""
     from peft.functional import set_adapter
 
     prefix = _prefix(pipe, adapter_name)
@@ -419,11 +420,11 @@ def _remove(pipe: "DiffusionPipeline", adapter_name: str) -> None:
 
     for model in _parts(pipe).values():
         active = [name for name in _active_adapters(model) if name != adapter_name]
-        with _trainable_kept(model):
+        with _preserve_requires_grad(model):
             set_adapter(model, active, inference_mode=True)
             for name, layer in _layers(model).items():
                 layer.delete_adapter(adapter_name)
-                if not layer.scaling:  # nobody else's weights are in it
+                if not layer.scaling:  # no other adapter uses it
                     model.set_submodule(name, layer.get_base_layer())
         if getattr(model, "peft_config", {}).pop(adapter_name, None) and not model.peft_config:
             del model.peft_config

@@ -2,13 +2,13 @@
 
 | here | paper | meaning |
 |---|---|---|
-| counts (P, K) | | images with a face (or whole ones), per prompt and perceived class |
+| counts (P, K) | | images with a face (or all images), per prompt and perceived class |
 | frequencies (P, K) | freq(i) | counts / images with a face |
-| target (K,) | D | desired share of each class |
+| target (K,) | D | target share of each class |
 | bias | bias(P) | mean over class pairs of the difference of their frequencies |
 | confusion (K, K) | | images of true class i (row) that the classifier assigns to j (column) |
 
-A prompt without faces has no frequencies. Callers leave its row out and report the gap.
+A prompt without faces has no frequencies. Callers leave its row out and report that they did.
 """
 
 from collections.abc import Callable, Sequence
@@ -22,18 +22,19 @@ import numpy as np
 
 from diffusers_fair.attributes import Attribute
 
-LEVEL = 0.95  # confidence level of all intervals
-RESAMPLES = 10_000  # of a bootstrap
-BATCH = 1_000  # resamples computed at once, which bounds the memory
+_LEVEL = 0.95  # confidence level of all intervals
+_RESAMPLES = 10_000  # bootstrap resamples
+_BATCH = 1_000  # resamples computed at once, to bound the memory
 
 Shares: TypeAlias = Sequence[float] | np.ndarray  # (K,), sums to 1
 
 
 def joint_attribute(attributes: Sequence[Attribute]) -> Attribute:
-    """All combinations of the attributes' classes as one attribute, its targets their products.
+    """Combine attributes into one whose classes are all combinations of theirs.
 
-    The joint is an attribute of faces if any of the attributes is. Its classes are in the order of
-    `joint_labels`: the last attribute varies fastest.
+    The targets are multiplied, as for independent attributes. The result is an attribute of faces
+    if any of the attributes is. Its classes are in the order of `joint_labels`: the last attribute
+    varies fastest.
     """
     return Attribute(
         name=" x ".join(a.name for a in attributes),
@@ -48,7 +49,7 @@ def joint_attribute(attributes: Sequence[Attribute]) -> Attribute:
 
 
 def _products(targets: Sequence[tuple[float, ...]]) -> tuple[float, ...]:
-    """Shares of all combinations of independent attributes."""
+    """Multiply the shares of independent attributes."""
     return tuple(prod(shares) for shares in product(*targets))
 
 
@@ -144,7 +145,7 @@ def noise_floor(images: int, target: Shares, centre: Shares | None = None) -> fl
     Args:
         images: number n of images with a face, >= 1.
         target: the generator's true shares (K,).
-        centre: shares (K,) that the deviation is taken from; None: equal shares, as in `bias`.
+        centre: shares (K,) that the deviation is measured from; None: equal shares, as in `bias`.
 
     Raises:
         ValueError: `images` is below 1.
@@ -162,15 +163,16 @@ def noise_floor(images: int, target: Shares, centre: Shares | None = None) -> fl
 
 
 def bias_moments(counts: np.ndarray, centre: Shares | None = None) -> np.ndarray:
-    """Moments of every prompt's bias, from which `without_sampling_variance` estimates the mean.
+    """Compute the moments of each prompt's bias that `without_sampling_variance` needs.
 
-    With d the pairwise differences of frequencies and c those of the centre, they are means over
-    pairs of |d - c| (the `deviation`), of (d - c)^2, and of (f_i + f_j - d^2) / (n - 1), which is
-    the unbiased estimate of the variance of d. That needs two faces: other rows are left out.
+    With d the pairwise differences of the frequencies and c those of the centre, the moments are
+    means over class pairs: of |d - c| (the `deviation`), of (d - c)^2, and of
+    (f_i + f_j - d^2) / (n - 1), an unbiased estimate of the variance of d. The third needs two
+    images, so prompts with fewer are left out.
 
     Args:
         counts: (P, K).
-        centre: shares (K,) or (P, K) that the deviation is taken from; None: equal shares.
+        centre: shares (K,) or (P, K) that the deviation is measured from; None: equal shares.
 
     Returns:
         (P', 3), P' <= P.
@@ -188,20 +190,20 @@ def bias_moments(counts: np.ndarray, centre: Shares | None = None) -> np.ndarray
 def without_sampling_variance(
     deviation: np.ndarray, square: np.ndarray, variance: np.ndarray, axis: int = -1
 ) -> np.ndarray:
-    """Mean bias over prompts without what finite samples add to it: b sqrt(max(0, 1 - S / M)).
+    """Estimate the mean bias over prompts without sampling variance: b sqrt(max(0, 1 - S / M)).
 
     b, M, S are the means over prompts of the three `bias_moments`. M - S is an unbiased estimate
     of the true mean squared difference, so b is shrunk by the ratio of the true root mean square to
-    the observed one. Range [0, b]; ideal 0, and about 0 for a generator on target. It is consistent
-    for many prompts whose true differences are normal about 0. If all prompts share one difference
-    D, it is too low by a factor of about D / sqrt(D^2 + S). Uncertainty: `bootstrap_interval` with
-    this as the statistic.
+    the observed one. Range [0, b]; ideal 0, and about 0 for a generator on target. The estimate is
+    consistent for many prompts whose true differences are normal about 0. If all prompts share one
+    difference D, it is too low by a factor of about D / sqrt(D^2 + S). Uncertainty:
+    `bootstrap_interval` with this function as the statistic.
 
     Args:
         deviation: first moment of each prompt, (..., P), P >= 1.
         square: second moment, (..., P).
         variance: third moment, (..., P).
-        axis: of the prompts.
+        axis: axis of the prompts.
 
     Returns:
         (...).
@@ -213,14 +215,14 @@ def without_sampling_variance(
 def bootstrap_interval(
     *values: np.ndarray, statistic: Callable[..., np.ndarray] = np.mean, seed: int = 0
 ) -> tuple[float, float] | None:
-    """Percentile bootstrap over prompts: where the mean would lie for other prompts like these.
+    """Compute a percentile bootstrap interval over prompts.
 
     Prompts are resampled with replacement; the images of a prompt stay together. The interval
     covers the choice of prompts and the sampling variance of images, not the classifier's errors.
 
     Args:
-        values: one or several values of each prompt, (P,) each.
-        statistic: called as statistic(*values, axis=-1); left out: the mean over prompts.
+        values: one or more arrays with a value for each prompt, (P,) each.
+        statistic: called as statistic(*values, axis=-1); default: the mean over prompts.
         seed: seed of the resampling.
 
     Returns:
@@ -233,11 +235,11 @@ def bootstrap_interval(
     low, high = bootstrap(
         values,
         statistic,
-        n_resamples=RESAMPLES,
-        batch=BATCH,
+        n_resamples=_RESAMPLES,
+        batch=_BATCH,
         vectorized=True,
         paired=True,
-        confidence_level=LEVEL,
+        confidence_level=_LEVEL,
         method="percentile",
         rng=np.random.default_rng(seed),
     ).confidence_interval
@@ -247,16 +249,16 @@ def bootstrap_interval(
 def image_interval(
     counts: np.ndarray, centre: Shares | None = None, *, seed: int = 0
 ) -> tuple[float, float]:
-    """Bootstrap over images: where the mean bias would lie for other images of the same prompts.
+    """Compute a bootstrap interval of the mean bias over the images of the same prompts.
 
-    Images are resampled with replacement within each prompt. A resample of a sample has twice the
-    sampling variance, which raises the bias; the resampled means are shifted back so that their
-    mean is the mean bias. The interval leaves out the choice of prompts, which `bootstrap_interval`
-    covers as well.
+    Images are resampled with replacement within each prompt. Resampling doubles the sampling
+    variance, which raises the bias; the resampled means are therefore shifted so that their mean is
+    the observed mean bias. The interval does not cover the choice of prompts, as
+    `bootstrap_interval` does.
 
     Args:
-        counts: (P, K), every row with a face.
-        centre: shares (K,) or (P, K) that the deviation is taken from; None: equal shares.
+        counts: (P, K), with at least one image in every row.
+        centre: shares (K,) or (P, K) that the deviation is measured from; None: equal shares.
         seed: seed of the resampling.
 
     Returns:
@@ -267,13 +269,13 @@ def image_interval(
     means = np.concatenate(
         [
             deviation(
-                rng.multinomial(images, shares, (BATCH, len(counts))) / images[:, None], centre
+                rng.multinomial(images, shares, (_BATCH, len(counts))) / images[:, None], centre
             ).mean(-1)
-            for _ in range(RESAMPLES // BATCH)
+            for _ in range(_RESAMPLES // _BATCH)
         ]
     )
     centred = means - means.mean() + deviation(shares, centre).mean()
-    low, high = np.quantile(centred, [(1 - LEVEL) / 2, (1 + LEVEL) / 2])
+    low, high = np.quantile(centred, [(1 - _LEVEL) / 2, (1 + _LEVEL) / 2])
     return float(low), float(high)
 
 
@@ -292,11 +294,11 @@ def joint_confusion(confusions: Sequence[np.ndarray]) -> np.ndarray:
 def corrected(observed: np.ndarray, confusion: np.ndarray) -> np.ndarray:
     """Estimate the true shares, given the observed ones and the classifier's error rates.
 
-    f = argmin |C^T f - observed| over the simplex, with error rates C: the adjusted count of
-    quantification, constrained to shares. Range [0, 1]; rows sum to 1. The result equals the
-    observed shares if the classifier makes no errors. Show it beside the observed shares, never
-    instead: it assumes that error rates measured on other images hold here, and has a larger
-    variance (for two classes, its std is larger by 1 / (1 - e_1 - e_2) with error rates e).
+    f = argmin |C^T f - observed| over the simplex, with error rates C. The quantification
+    literature calls it adjusted count. Range [0, 1]; rows sum to 1. The result equals the observed
+    shares if the classifier makes no errors. Show it beside the observed shares, never instead: it
+    assumes that error rates measured on other images hold here, and has a larger variance (for two
+    classes with error rates e, its std is larger by the factor 1 / (1 - e_1 - e_2)).
 
     Args:
         observed: (..., K), rows sum to 1.
@@ -323,9 +325,9 @@ class PairedTest:
     """Difference of two methods on the same prompts."""
 
     prompts: int
-    """Number of prompts that have a value of both methods."""
+    """Number of prompts that have a value for both methods."""
     difference: float | None
-    """Mean over prompts of second minus first; None without prompts. 0 means no difference."""
+    """Mean over prompts of second minus first; None without prompts."""
     interval: tuple[float, float] | None
     """95 % bootstrap interval of the difference over prompts; None for fewer than two."""
     p_value: float | None
@@ -341,11 +343,12 @@ def paired_test(
 ) -> PairedTest:
     """Compare a metric of two methods on the same prompts, prompt by prompt.
 
-    Pairing removes the differences between prompts, which are most of the std of a bias. The metric
-    may be a bias, a score or a frequency. A prompt that lacks one of the two values is left out.
+    Pairing removes the differences between prompts, which dominate the variance of a bias. The
+    metric may be a bias, a score or a frequency. A prompt that lacks one of the two values is left
+    out.
 
     Args:
-        first: one value per prompt, (P,); None or NaN where there is none.
+        first: one value per prompt, (P,); None or NaN if it is missing.
         second: values of the other method, in the same order.
         seed: seed of the bootstrap.
 
@@ -369,7 +372,7 @@ def paired_test(
 
 
 def _rates(confusion: np.ndarray) -> np.ndarray:
-    """Normalize counts or rates (K, K), so that rows sum to 1."""
+    """Normalize rows of counts or rates (K, K) to sum to 1."""
     counts = np.asarray(confusion, float)
     total = counts.sum(-1, keepdims=True)
     if not np.all(total > 0):
@@ -386,7 +389,7 @@ def _pairs(classes: int) -> tuple[np.ndarray, np.ndarray]:
 
 
 def _rows(centre: Shares | None, chosen: np.ndarray) -> Shares | None:
-    """Select the rows of the chosen prompts (P,) bool from a centre that has one per prompt."""
+    """Select rows by a mask (P,) from a centre that has a row per prompt."""
     return np.asarray(centre)[chosen] if np.ndim(centre) == 2 else centre  # type: ignore[arg-type]
 
 

@@ -13,7 +13,7 @@ _PIPELINES = "diffusers.pipelines.pipeline_utils"
 
 
 def add_pipeline_methods() -> None:
-    """Add the methods now, or when diffusers imports its pipelines, which takes seconds."""
+    """Add the methods once diffusers' pipelines are imported, without the slow import itself."""
     if _PIPELINES in sys.modules:
         _add_methods(sys.modules[_PIPELINES])
     else:
@@ -26,21 +26,21 @@ def _add_methods(module: ModuleType) -> None:
 
 
 class _PipelineFinder(MetaPathFinder):
-    """Adds the methods when the module of the pipelines is imported."""
+    """Import hook that adds the methods when diffusers' pipelines are imported."""
 
     def find_spec(self, fullname: str, path: Any, target: Any = None) -> ModuleSpec | None:
-        """Let the usual finders find the module, and wrap its loader."""
+        """Find the module with the other finders, and wrap its loader."""
         if fullname != _PIPELINES:
             return None
         sys.meta_path.remove(self)
         spec = find_spec(fullname)
         assert spec is not None
         assert spec.loader is not None
-        run = spec.loader.exec_module
+        execute = spec.loader.exec_module
 
-        def run_and_add(module: ModuleType) -> None:
-            run(module)
+        def execute_and_add(module: ModuleType) -> None:
+            execute(module)
             _add_methods(module)
 
-        spec.loader.exec_module = run_and_add  # type: ignore[method-assign]
+        spec.loader.exec_module = execute_and_add  # type: ignore[method-assign]
         return spec

@@ -1,4 +1,4 @@
-"""Where figures come from: command, commit, versions, machine, time."""
+"""Provenance of results: command, commit, versions, machine, time."""
 
 import os
 import platform
@@ -12,12 +12,12 @@ from typing import Any
 
 from diffusers_fair.version import __version__
 
-ROOT = Path(__file__).parents[1]  # of the checkout, unless the package is installed elsewhere
-PACKAGES = ("torch", "diffusers", "transformers", "peft", "numpy")
+ROOT = Path(__file__).parents[1]  # root of the git checkout, if the package runs from one
+_PACKAGES = ("torch", "diffusers", "transformers", "peft", "numpy")
 
 
 def provenance() -> dict[str, Any]:
-    """All of it, as JSON has it."""
+    """Return the provenance of a result as JSON data."""
     return {
         "date": datetime.now(timezone.utc).isoformat(timespec="seconds"),
         "command": command(),
@@ -28,7 +28,7 @@ def provenance() -> dict[str, Any]:
 
 
 def command() -> str:
-    """The command line, without the place of the program."""
+    """Return the command line, without the path of the program."""
     program = Path(sys.argv[0])
     module = program.name == "__main__.py"
     words = ["python", "-m", program.parent.name] if module else [program.name]
@@ -36,29 +36,29 @@ def command() -> str:
 
 
 def commit() -> str | None:
-    """Of the git checkout that the package is in; None if it is installed elsewhere."""
+    """Return the commit of the git checkout that the package runs from; None if it is installed."""
     if not (ROOT / ".git").exists():
         return None
     try:
-        found = subprocess.run(
+        result = subprocess.run(
             ["git", "-C", str(ROOT), "rev-parse", "HEAD"],
             capture_output=True,
             text=True,
             check=False,
         )
-    except OSError:  # no git
+    except OSError:  # git is not installed
         return None
-    return found.stdout.strip() or None
+    return result.stdout.strip() or None
 
 
 def versions() -> dict[str, str]:
-    """Of Python and of the packages that figures depend on."""
-    own = {"python": platform.python_version(), "diffusers-fair": __version__}
-    return own | {name: version(name) for name in PACKAGES}
+    """Return the versions of Python and of the packages that results depend on."""
+    base = {"python": platform.python_version(), "diffusers-fair": __version__}
+    return base | {name: version(name) for name in _PACKAGES}
 
 
 def machine() -> dict[str, Any]:
-    """What it ran on."""
+    """Describe the machine."""
     import torch
 
     return {

@@ -1,11 +1,11 @@
-"""The adapter folder: written and read here only, and checked before anything in it is believed.
+"""Reads, checks and writes adapter folders. They may come from anybody, so everything is checked.
 
-- `pytorch_lora_weights.safetensors`: low-rank weights; plain `pipe.load_lora_weights(folder)` works
+- `pytorch_lora_weights.safetensors`: LoRA weights; plain `pipe.load_lora_weights(folder)` works
 - `learned_embeds.safetensors`: soft tokens; plain `pipe.load_textual_inversion(folder, weight_name=
   "learned_embeds.safetensors")` works, with the placeholder typed before the prompt
-- `fair_adapter.json`: what they are, and which words name the classes, `AdapterInfo`; its schema is
+- `fair_adapter.json`: description of the adapter, `AdapterInfo`; its schema is
   `fair_adapter.schema.json`
-- `README.md`, `samples/*.png`, a report's files: for people; never read from here
+- `README.md`, `samples/*.png`, report files: for people; not read here
 """
 
 import hashlib
@@ -37,26 +37,26 @@ _DIGEST_LENGTH = 16  # hexadecimal digits
 
 @dataclass(frozen=True)
 class Adapter:
-    """An adapter folder that was opened and checked: everything a command needs of it."""
+    """The contents of an adapter folder that was opened and checked."""
 
     folder: Path
     info: AdapterInfo
     weights: Weights
     """All weights, in diffusers' layout."""
     checksums: Mapping[str, str]
-    """SHA-256 of each file of weights."""
+    """SHA-256 of each weights file."""
     digest: str
-    """Digest of all weights, by which reports tell adapters of one name apart."""
+    """Digest of all weights, by which reports distinguish adapters of the same name."""
 
 
 def open_adapter(folder: "str | Path | Adapter") -> Adapter:
     """Open an adapter folder that may come from anybody.
 
     Args:
-        folder: an adapter folder; one that is open already is returned as it is.
+        folder: an adapter folder; an open adapter is returned as it is.
 
     Raises:
-        ValueError: one sentence on what is missing, damaged, of another version or not acceptable.
+        ValueError: something is missing, damaged, of another version or invalid.
     """
     if isinstance(folder, Adapter):
         return folder
@@ -81,22 +81,22 @@ def open_adapter(folder: "str | Path | Adapter") -> Adapter:
 
 
 def read_adapter(folder: str | Path) -> tuple[AdapterInfo, Weights]:
-    """Read what an adapter is, and all its weights in diffusers' layout.
+    """Read the description of an adapter, and all its weights in diffusers' layout.
 
     Raises:
-        ValueError: as `open_adapter`.
+        ValueError: as in `open_adapter`.
     """
     adapter = open_adapter(folder)
     return adapter.info, adapter.weights
 
 
 def write_adapter(folder: str | Path, weights: Mapping[str, Tensor], info: AdapterInfo) -> None:
-    """Write an adapter folder, all of it or nothing.
+    """Write an adapter folder completely or not at all.
 
     Args:
-        folder: new, empty, or an adapter folder, which is replaced.
-        weights: in diffusers' layout, as `TrainableAdapter.weights` gives them.
-        info: what the adapter is.
+        folder: a new or empty folder, or an adapter folder, which is replaced.
+        weights: weights in diffusers' layout, as `TrainableAdapter.weights` returns them.
+        info: description of the adapter.
 
     Raises:
         ValueError: the folder holds something else, or `open_adapter` would refuse the result.
@@ -111,7 +111,7 @@ def write_adapter(folder: str | Path, weights: Mapping[str, Tensor], info: Adapt
         files = {name: temporary / name for name in names if (temporary / name).exists()}
         info = replace(info, checksums=_hash(files)[0])
         (temporary / INFO_FILE).write_bytes(dump_info(info))
-        open_adapter(temporary)  # a folder that cannot be read back never gets its name
+        open_adapter(temporary)  # refuse to publish a folder that cannot be read back
         _put_in_place(temporary, folder)
     finally:
         shutil.rmtree(temporary, ignore_errors=True)
@@ -122,7 +122,7 @@ def write_info(folder: str | Path | Adapter, info: AdapterInfo) -> None:
 
     Args:
         folder: an adapter folder.
-        info: of the same components.
+        info: description of the same components.
 
     Raises:
         ValueError: not an adapter folder, or `open_adapter` would refuse the result.
@@ -143,14 +143,14 @@ def write_info(folder: str | Path | Adapter, info: AdapterInfo) -> None:
 
 
 def _refuse_foreign(folder: Path) -> None:
-    """Refuse to write over anything but an empty folder or an adapter and its card."""
+    """Refuse to overwrite anything but an empty folder or an adapter folder."""
     if not folder.exists():
         return
     if not folder.is_dir():
         raise ValueError(f"'{folder}' is a file: choose a folder for the adapter")
     names = {path.name for path in folder.iterdir()}
-    own = {INFO_FILE, WEIGHTS_FILE, EMBEDS_FILE, README_FILE, SAMPLES_FOLDER, *REPORT_FILES}
-    foreign = sorted(names - own)
+    known = {INFO_FILE, WEIGHTS_FILE, EMBEDS_FILE, README_FILE, SAMPLES_FOLDER, *REPORT_FILES}
+    foreign = sorted(names - known)
     if foreign or (names and INFO_FILE not in names):
         raise ValueError(
             f"'{folder}' holds something other than an adapter "
@@ -159,7 +159,7 @@ def _refuse_foreign(folder: Path) -> None:
 
 
 def _put_in_place(temporary: Path, folder: Path) -> None:
-    """Give the finished folder its name, then remove what had the name before."""
+    """Rename the finished folder to its final name, then remove its predecessor."""
     if not folder.exists():
         temporary.rename(folder)
         return
@@ -183,14 +183,14 @@ def check_size(where: str, name: str, size: int) -> None:
     """Refuse a file of the folder that is larger than allowed.
 
     Raises:
-        ValueError: more bytes than `MAX_BYTES` has for its name.
+        ValueError: it has more bytes than `MAX_BYTES` allows.
     """
     if size > MAX_BYTES[name]:
         raise ValueError(f"'{where}' has {size} bytes, more than the {MAX_BYTES[name]} allowed")
 
 
 def _weight_files(folder: Path, info: AdapterInfo) -> dict[str, Path]:
-    """The files of weights that an adapter has; refuses one that it does not describe."""
+    """Return the weights files of an adapter; refuse one that `info` does not describe."""
     is_described = {WEIGHTS_FILE: bool(info.lora), EMBEDS_FILE: info.soft_tokens is not None}
     for name, described in is_described.items():
         if not described and (folder / name).exists():

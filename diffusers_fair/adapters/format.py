@@ -1,6 +1,6 @@
-"""`fair_adapter.json`: its content in Python, how it is written, and the schema that checks it.
+"""`fair_adapter.json`: its schema, its content as dataclasses, reading and writing.
 
-`SCHEMA` is the one model of the file: untrusted files are checked against it, and
+`SCHEMA` is the only definition of the file: untrusted files are checked against it, and
 `fair_adapter.schema.json` is generated from it.
 """
 
@@ -16,30 +16,30 @@ from diffusers_fair.attributes import Attribute, Region
 from diffusers_fair.families import LORA_PREFIXES
 from diffusers_fair.version import __version__
 
-FORMAT_VERSION = 1
+_FORMAT_VERSION = 1
 INFO_FILE = "fair_adapter.json"
 WEIGHTS_FILE = "pytorch_lora_weights.safetensors"
 EMBEDS_FILE = "learned_embeds.safetensors"
 MAX_BYTES = {INFO_FILE: 2**20, WEIGHTS_FILE: 2**31, EMBEDS_FILE: 2**26}
-"""The files that are read, and how large they may be."""
+"""File that is read -> its maximum size."""
 SCHEMA_FILE = Path(__file__).with_name("fair_adapter.schema.json")
 
-SOFT_TOKENS = "soft_tokens"  # the component that is not a part of the pipeline
+SOFT_TOKENS = "soft_tokens"  # the only component that is not a component of the pipeline
 
-MAX_RANK = 1024
+_MAX_RANK = 1024
 _MAX_ALPHA = 1_000_000
 _MAX_SOFT_TOKENS = 1024
-MAX_LABEL = 300  # characters of a name or a word
-MAX_WORDS = 1000  # of one class
+_MAX_LABEL = 300  # characters of a name or a word
+_MAX_WORDS = 1000  # of one class
 
 
-# ---- the model -----------------------------------------------------------------------------------
+# ---- schema --------------------------------------------------------------------------------------
 
 
 def _object(
     description: str, properties: Mapping[str, Schema], optional: Sequence[str] = (), **more: Any
 ) -> Schema:
-    """An object with these keys and no others."""
+    """Schema of an object with these keys and no others."""
     return {
         "description": description,
         "type": "object",
@@ -49,7 +49,7 @@ def _object(
     } | more
 
 
-_LABEL: Schema = {"type": "string", "minLength": 1, "maxLength": MAX_LABEL, "format": "label"}
+_LABEL: Schema = {"type": "string", "minLength": 1, "maxLength": _MAX_LABEL, "format": "label"}
 _SHA256: Schema = {
     "type": "string",
     "pattern": "^[0-9a-f]{64}$",
@@ -67,14 +67,14 @@ _SHARES: Schema = {
 _WORDS: Schema = {
     "type": "array",
     "minItems": 1,
-    "maxItems": MAX_WORDS,
+    "maxItems": _MAX_WORDS,
     "items": _LABEL,
     ERROR: "the words of {key} must be a list of strings, 1 to {maxItems} words, got {got}",
 }
 _LORA = _object(
-    f"Low-rank layers, in {WEIGHTS_FILE}; scaled by alpha / rank.",
+    f"LoRA layers, in {WEIGHTS_FILE}; their output is scaled by alpha / rank.",
     {
-        "rank": {"type": "integer", "minimum": 1, "maximum": MAX_RANK},
+        "rank": {"type": "integer", "minimum": 1, "maximum": _MAX_RANK},
         "alpha": {
             "type": "number",
             "exclusiveMinimum": 0,
@@ -102,7 +102,7 @@ _SOFT_TOKENS = _object(
     },
 )
 _ATTRIBUTE = _object(
-    "A perceived attribute and the distribution to aim at.",
+    "A perceived attribute and its target distribution.",
     {
         "name": _LABEL,
         "classes": {
@@ -112,14 +112,15 @@ _ATTRIBUTE = _object(
             "items": _LABEL,
             ERROR: "the classes of {owner} must be strings, two or more, got {got}",
         },
-        "target": {"description": "A share for each class; the sum is 1. Empty: equal."} | _SHARES,
+        "target": {"description": "Target share of each class; they sum to 1. Empty: equal shares."}
+        | _SHARES,
         "targets": {
-            "description": "Prompt -> its own shares, where they differ from `target`.",
+            "description": "Prompt -> target shares that replace `target` for this prompt.",
             "type": "object",
             "additionalProperties": _SHARES,
         },
         "region": {
-            "description": "Region that the classifier sees. Left out: the face.",
+            "description": "Region that the classifier sees. Default: the face.",
             "type": "string",
             "enum": list(get_args(Region)),
             ERROR: "the region of attribute {owner} must be one of {enum}, got {got}",
@@ -132,9 +133,9 @@ SCHEMA: Schema = {
     "$schema": "https://json-schema.org/draft/2020-12/schema",
     "title": INFO_FILE,
 } | _object(
-    f"Describes the fairness adapter in its folder. Format version {FORMAT_VERSION}.",
+    f"Describes the fairness adapter in its folder. Format version {_FORMAT_VERSION}.",
     {
-        "format_version": {"type": "integer", "const": FORMAT_VERSION},
+        "format_version": {"type": "integer", "const": _FORMAT_VERSION},
         "base_model": _object(
             "The model that the adapter was trained on.",
             {
@@ -142,7 +143,7 @@ SCHEMA: Schema = {
                 "revision": {
                     "description": "Commit or branch, if it was pinned.",
                     "type": ["string", "null"],
-                    "maxLength": MAX_LABEL,
+                    "maxLength": _MAX_LABEL,
                     "format": "label",
                 },
                 "fingerprint": {"description": "SHA-256 of the shapes of its weights."} | _SHA256,
@@ -168,12 +169,12 @@ SCHEMA: Schema = {
             "additionalProperties": {
                 "type": "object",
                 "additionalProperties": _WORDS,
-                ERROR: "words of {key} are for its classes by name, got {got}",
+                ERROR: "the words of {key} must be listed by class, got {got}",
             },
         },
         "recipe": {"description": "The recipe as run.", "type": "object"},
         "library_versions": {
-            "description": "Libraries that it was trained with.",
+            "description": "Versions of the libraries that it was trained with.",
             "type": "object",
         },
         "evaluation": {
@@ -185,11 +186,11 @@ SCHEMA: Schema = {
             "type": ["object", "null"],
         },
         "checksums": _object(
-            "SHA-256 of each file of weights.",
+            "SHA-256 of each weights file.",
             dict.fromkeys((WEIGHTS_FILE, EMBEDS_FILE), _SHA256),
             optional=(WEIGHTS_FILE, EMBEDS_FILE),
             type=["object", "null"],
-            **{ERROR: "{key} are of the files of weights, {names}, got {got}"},
+            **{ERROR: "{key} must be those of the weights files {names}, got {got}"},
         ),
     },
     optional=("words", "training", "checksums"),  # older files lack them
@@ -197,16 +198,16 @@ SCHEMA: Schema = {
 
 
 def generated_schema() -> str:
-    """The text of `fair_adapter.schema.json`."""
+    """Return the text of `fair_adapter.schema.json`."""
     return json.dumps(publish(SCHEMA), indent=2) + "\n"
 
 
-# ---- the same in Python --------------------------------------------------------------------------
+# ---- dataclasses ---------------------------------------------------------------------------------
 
 
 @dataclass(frozen=True, kw_only=True)
 class Lora:
-    """Size of the low-rank layers of one part; their output is scaled by alpha / rank."""
+    """LoRA layers of one component of the pipeline; their output is scaled by alpha / rank."""
 
     rank: int
     alpha: float
@@ -217,8 +218,7 @@ class SoftTokens:
     """A trained prefix of every prompt.
 
     Raises:
-        ValueError: the count is out of range, or no tokenizer could tell the placeholder from
-            other words.
+        ValueError: the count is out of range, or the placeholder is invalid.
     """
 
     count: int
@@ -231,12 +231,12 @@ class SoftTokens:
 
     @property
     def names(self) -> tuple[str, ...]:
-        """Names of the m tokens in the tokenizer, as diffusers forms them."""
+        """Names that diffusers gives the m tokens in the tokenizer."""
         return (self.token, *(f"{self.token}_{i}" for i in range(1, self.count)))
 
 
 def library_versions() -> dict[str, str]:
-    """Versions of the libraries that can change an adapter's numbers."""
+    """Return the versions of the libraries that training depends on."""
     libraries = ("torch", "diffusers", "transformers", "peft")
     return {"diffusers-fair": __version__} | {name: version(name) for name in libraries}
 
@@ -246,52 +246,52 @@ class AdapterInfo:
     """Description of an adapter: the content of `fair_adapter.json`."""
 
     base_model: str
-    """The base that it was trained on: a Hub id, a folder, or the name of a shipped base."""
+    """Base model that it was trained on: a Hub id, a folder, or the name of a shipped base."""
     base_revision: str | None = None
-    """Commit or branch of the base, if it was pinned."""
+    """Commit or branch of the base model, if it was pinned."""
     fingerprint: str
-    """`base_fingerprint` of the base."""
+    """`base_fingerprint` of the base model."""
     components: Mapping[str, Lora | SoftTokens]
-    """Part of the pipeline, one of `LORA_PREFIXES` -> its low-rank layers; and `soft_tokens`."""
+    """Component of the pipeline, one of `LORA_PREFIXES` -> its LoRA layers; and `soft_tokens`."""
     attributes: tuple[Attribute, ...]
-    """The attributes that are balanced, and the distribution to aim at."""
+    """The balanced attributes, with their target distributions."""
     words: Mapping[str, Mapping[str, tuple[str, ...]]] = field(default_factory=dict)
-    """Attribute -> class -> words that name it in a prompt, as `prompts.groups.vocabulary` gives
+    """Attribute -> class -> words that name it in a prompt, as `prompts.groups.vocabulary` returns
     them. Empty in older folders."""
     recipe: dict[str, Any]
     """The recipe as run."""
     versions: dict[str, str] = field(default_factory=library_versions)
-    """Libraries that it was trained with."""
+    """Versions of the libraries that it was trained with."""
     evaluation: dict[str, Any] | None = None
     """Summary of its report, if it was evaluated; set by `card.write_card`."""
     training: dict[str, Any] | None = None
-    """Cost of the training: `iterations`, `seconds`, machine."""
+    """Cost of the training: `iterations`, `seconds` and machine, among others."""
     checksums: Mapping[str, str] | None = field(default=None, compare=False)
-    """SHA-256 of each file of weights; set by `write_adapter`. None in older folders."""
+    """SHA-256 of each weights file; set by `write_adapter`. None in older folders."""
 
     @property
     def lora(self) -> dict[str, Lora]:
-        """The parts that carry low-rank layers."""
+        """The components of the pipeline that have LoRA layers."""
         return {part: c for part, c in self.components.items() if isinstance(c, Lora)}
 
     @property
     def soft_tokens(self) -> SoftTokens | None:
-        """The prompt prefix, if it has one."""
+        """The soft tokens, if it has any."""
         component = self.components.get(SOFT_TOKENS)
         return component if isinstance(component, SoftTokens) else None
 
 
-# ---- Python <-> file -----------------------------------------------------------------------------
+# ---- reading and writing -------------------------------------------------------------------------
 
 
 def dump_info(info: AdapterInfo) -> bytes:
-    """Write the content of `fair_adapter.json`.
+    """Return the content of `fair_adapter.json`.
 
     Raises:
         ValueError: a number is not finite.
     """
     data = {
-        "format_version": FORMAT_VERSION,
+        "format_version": _FORMAT_VERSION,
         "base_model": {
             "id": info.base_model,
             "revision": info.base_revision,
@@ -299,7 +299,7 @@ def dump_info(info: AdapterInfo) -> bytes:
         },
         "components": {part: asdict(size) for part, size in info.components.items()},
         "attributes": [attribute.json() for attribute in info.attributes],
-        **({"words": info.words} if info.words else {}),  # older folders keep their bytes
+        **({"words": info.words} if info.words else {}),  # so that older folders do not change
         "recipe": info.recipe,
         "library_versions": info.versions,
         "evaluation": info.evaluation,
@@ -314,17 +314,17 @@ def load_info(content: bytes, where: str) -> AdapterInfo:
     """Read the content of a `fair_adapter.json` that may come from anybody.
 
     Args:
-        content: of the file.
-        where: what an error calls the file.
+        content: content of the file.
+        where: name of the file in errors.
 
     Raises:
-        ValueError: truncated, of another format version, or not what `SCHEMA` describes.
+        ValueError: it is truncated, of another format version, or not what `SCHEMA` describes.
     """
     data = parse_json(content, where, MAX_BYTES[INFO_FILE])
-    if isinstance(data, dict) and data.get("format_version", FORMAT_VERSION) != FORMAT_VERSION:
+    if isinstance(data, dict) and data.get("format_version", _FORMAT_VERSION) != _FORMAT_VERSION:
         raise ValueError(
             f"'{where}' is of format version {str(data['format_version'])[:40]}, and this package "
-            f"reads version {FORMAT_VERSION}: use the diffusers-fair that wrote it, or a newer one"
+            f"reads version {_FORMAT_VERSION}: use the diffusers-fair that wrote it, or a newer one"
         )
     try:
         check(data, SCHEMA, "the file")
@@ -348,7 +348,7 @@ def _to_info(data: Mapping[str, Any]) -> AdapterInfo:
         attributes=attributes,
         words=_to_words(data.get("words", {}), attributes),
         recipe=data["recipe"],
-        versions={name: str(number) for name, number in data["library_versions"].items()},
+        versions={name: str(value) for name, value in data["library_versions"].items()},
         evaluation=data["evaluation"],
         training=data.get("training"),
         checksums=data.get("checksums"),
@@ -368,7 +368,7 @@ def _to_attribute(entry: Mapping[str, Any]) -> Attribute:
 def _to_words(
     words: Mapping[str, Mapping[str, list[str]]], attributes: Sequence[Attribute]
 ) -> dict[str, dict[str, tuple[str, ...]]]:
-    """Words for classes of these attributes alone."""
+    """Convert words, and refuse those for other attributes or classes."""
     known = {attribute.name: attribute.classes for attribute in attributes}
     for name, by_class in words.items():
         if name not in known:
@@ -379,6 +379,6 @@ def _to_words(
                 f"got {printable(list(by_class))}"
             )
     return {
-        name: {each: tuple(listed) for each, listed in by_class.items()}
+        name: {class_name: tuple(listed) for class_name, listed in by_class.items()}
         for name, by_class in words.items()
     }

@@ -1,8 +1,8 @@
-"""Untrusted JSON, parsed within limits and checked against a JSON schema.
+"""Parses untrusted JSON within limits, and checks it against a JSON schema.
 
-The subset of JSON Schema that `format.SCHEMA` needs: the core installation has neither pydantic nor
-jsonschema. Two additions: the key `errorMessage` holds the sentence for a value that is refused,
-and `label` is a format.
+Implements the subset of JSON Schema that `format.SCHEMA` needs, as the core installation has
+neither pydantic nor jsonschema. There are two additions: the key `errorMessage` holds the error for
+an invalid value, and `label` is a format.
 """
 
 import json
@@ -33,12 +33,12 @@ def parse_json(text: str | bytes, where: str, max_length: int) -> Any:
     """Parse untrusted JSON of bounded length and depth that holds finite numbers only.
 
     Args:
-        text: the JSON; bytes are UTF-8.
-        where: what an error calls it.
-        max_length: in characters or bytes.
+        text: JSON as text or UTF-8 bytes.
+        where: its name in errors.
+        max_length: maximum length in characters or bytes.
 
     Raises:
-        ValueError: not such JSON.
+        ValueError: it is not JSON, or exceeds the limits.
     """
     try:
         if len(text) > max_length:
@@ -58,9 +58,9 @@ def _depth(text: str) -> int:
     return max(accumulate((mark in "[{") - (mark in "]}") for mark in bare), default=0)
 
 
-def _finite(number: str) -> float:
-    if not math.isfinite(value := float(number)):
-        raise ValueError(f"{number[:40]} is not a finite number")
+def _finite(text: str) -> float:
+    if not math.isfinite(value := float(text)):
+        raise ValueError(f"{text[:40]} is not a finite number")
     return value
 
 
@@ -71,10 +71,10 @@ def check(value: Any, schema: Schema, key: str, owner: str = "") -> None:
     """Check untrusted data against a schema.
 
     Args:
-        value: any JSON.
-        schema: what is expected.
-        key: what an error calls the value.
-        owner: what an error calls the object that holds it, as in "the rank of COMPONENT".
+        value: any JSON data.
+        schema: schema of the value.
+        key: name of the value in errors.
+        owner: name in errors of the object that contains it, as in "the rank of COMPONENT".
 
     Raises:
         ValueError: the first difference.
@@ -86,7 +86,7 @@ def check(value: Any, schema: Schema, key: str, owner: str = "") -> None:
         for name, member in schema["properties"].items():
             if name in value:
                 check(value[name], member, name, key)
-                key = f"'{value[name]}'" if name == "name" else key  # errors name it from now on
+                key = f"'{value[name]}'" if name == "name" else key  # name in later errors
     elif isinstance(value, dict) and "additionalProperties" in schema:
         for name, member in value.items():
             check(member, schema["additionalProperties"], printable(name), owner)
@@ -96,7 +96,7 @@ def check(value: Any, schema: Schema, key: str, owner: str = "") -> None:
 
 
 def publish(schema: Any) -> Any:
-    """Return the schema without the sentences that only `check` reads."""
+    """Return the schema without the error messages, which only `check` reads."""
     if isinstance(schema, list):
         return [publish(item) for item in schema]
     if isinstance(schema, dict):
@@ -105,7 +105,7 @@ def publish(schema: Any) -> Any:
 
 
 def printable(value: Any) -> str:
-    """Show untrusted data in an error: short and without control characters."""
+    """Format untrusted data for an error: short and without control characters."""
     text = repr(value)[:100]
     return text if text.isprintable() else ascii(value)[:100]
 
@@ -127,7 +127,7 @@ def _sentence(problem: str, value: Any, schema: Schema, key: str, owner: str) ->
 
 
 def _find_problem(value: Any, schema: Schema) -> str:
-    """Check the value itself, not its members; return the default sentence, empty if it is fine."""
+    """Check the value without its members; return the default error, or an empty string."""
     if "properties" in schema and value is not None and not _has_keys(value, schema):
         return _KEYS
     if not _has_type(value, schema):

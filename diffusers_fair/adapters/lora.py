@@ -1,4 +1,4 @@
-"""LoRA in training: layers in a pipeline's components, and their weights in diffusers' layout."""
+"""LoRA layers in training: adding, disabling and exporting them in diffusers' layout."""
 
 from collections.abc import Iterator
 from contextlib import contextmanager
@@ -19,18 +19,18 @@ def add_lora(
     seed: int = 0,
     adapter_name: str = "fair",
 ) -> list[nn.Parameter]:
-    """Freeze a component of a pipeline and add a trainable LoRA to it, which changes nothing yet.
+    """Freeze a component of a pipeline and add trainable LoRA layers, which initially do nothing.
 
     Args:
         pipe: a pipeline of a known family.
         component: one of the family's `targets`.
         rank: rank of the LoRA matrices.
-        alpha: their product is scaled by alpha / rank; the rank by default.
+        alpha: the product of the matrices is scaled by alpha / rank; default: the rank.
         seed: random seed of the initial values.
         adapter_name: name of the adapter in peft.
 
     Returns:
-        The adapter's parameters, in float32 or better whatever the component is in.
+        The adapter's parameters, in float32 or better regardless of the component's dtype.
 
     Raises:
         ValueError: an unknown component, or one that has an adapter of this name already.
@@ -51,24 +51,23 @@ def add_lora(
         torch.manual_seed(seed)
         config = LoraConfig(
             r=rank,
-            lora_alpha=alpha or rank,  # type: ignore[arg-type]  # peft divides it, any number will do
+            lora_alpha=alpha or rank,  # type: ignore[arg-type]  # peft accepts floats
             target_modules=list(targets[component]),
         )
         module.add_adapter(config, adapter_name=adapter_name)
-    parameters = trainable_parameters(module)
+    parameters = _trainable_parameters(module)
     for parameter in parameters:
         parameter.data = parameter.data.to(torch.promote_types(parameter.dtype, torch.float32))
     return parameters
 
 
-def trainable_parameters(module: nn.Module) -> list[nn.Parameter]:
-    """List the parameters of a module that require a gradient."""
+def _trainable_parameters(module: nn.Module) -> list[nn.Parameter]:
     return [parameter for parameter in module.parameters() if parameter.requires_grad]
 
 
 @contextmanager
 def without_adapter(pipe: Any) -> Iterator[None]:
-    """Disable every LoRA layer of the pipeline in this context: the original model."""
+    """Disable all LoRA layers of the pipeline within a `with` block."""
     from peft.tuners.lora import LoraLayer
 
     layers: list[Any] = [  # peft does not type them as modules
@@ -77,7 +76,7 @@ def without_adapter(pipe: Any) -> Iterator[None]:
         for layer in getattr(pipe, component).modules()
         if isinstance(layer, LoraLayer)
     ]
-    trained = [parameter for layer in layers for parameter in trainable_parameters(layer)]
+    trained = [parameter for layer in layers for parameter in _trainable_parameters(layer)]
     try:
         for layer in layers:
             layer.enable_adapters(False)
@@ -85,15 +84,16 @@ def without_adapter(pipe: Any) -> Iterator[None]:
     finally:
         for layer in layers:
             layer.enable_adapters(True)
-        for parameter in trained:  # switching off freezes them as well
+        for parameter in trained:  # enable_adapters(False) froze them
             parameter.requires_grad_(True)
 
 
 def lora_tensors(pipe: Any, *, adapter_name: str = "fair") -> dict[str, Tensor]:
-    """Return the adapter's own tensors from every component that has it; empty if none has.
+    """Return the adapter's tensors from all components of the pipeline.
 
     Returns:
-        Keys in diffusers' layout, which `pipe.load_lora_weights` reads in any version.
+        Tensors with keys in diffusers' layout, which `pipe.load_lora_weights` reads in any version.
+        Empty if no component has the adapter.
     """
     from peft import get_peft_model_state_dict
 
@@ -103,6 +103,6 @@ def lora_tensors(pipe: Any, *, adapter_name: str = "fair") -> dict[str, Tensor]:
         if adapter_name not in getattr(module, "peft_config", {}):
             continue
         state = get_peft_model_state_dict(module, adapter_name=adapter_name)
-        for key, weight in state.items():  # transformers 4 has the level `text_model.`, 5 has not
+        for key, weight in state.items():  # transformers 5 dropped the level `text_model.`
             weights[prefix + key.removeprefix("text_model.")] = weight.detach()
     return weights

@@ -15,7 +15,7 @@ class PromptPrefix:
 
     Args:
         pipe: a pipeline whose tokenizer knows the soft tokens.
-        tokens: number and placeholder.
+        tokens: number and placeholder of the soft tokens.
         adapter_name: adapter that they belong to.
     """
 
@@ -23,10 +23,10 @@ class PromptPrefix:
         self.pipe = pipe
         self.tokens = tokens
         self.adapter_name = adapter_name
-        self.on = True
+        self.is_on = True
 
     def before(self, prompt: str) -> str:
-        """Return the prompt with the placeholder in it, once."""
+        """Return the prompt with the placeholder before it, unless it contains the placeholder."""
         token = self.tokens.token
         typed, times = re.subn(re.escape(token), token, prompt, flags=re.IGNORECASE)
         self._warn_if_cut_off(typed.replace(token, ""))
@@ -41,7 +41,7 @@ class PromptPrefix:
         limit, count = tokenizer.model_max_length, self.tokens.count
         if length <= limit < length + count:
             warnings.warn(
-                f"with the {count} soft tokens of the adapter '{self.adapter_name}' before it the "
+                f"with the {count} soft tokens of the adapter '{self.adapter_name}' before it, the "
                 f"prompt has {length + count} tokens, more than the {limit} that the text encoder "
                 f"reads, and its end is cut off: '{prompt.strip()}'",
                 stacklevel=6,

@@ -11,7 +11,7 @@ from diffusers_fair.families import family_of
 
 
 class PromptEncoder:
-    """Replaces one pipeline's method that encodes prompts; calls it with what adapters change.
+    """Replaces a pipeline's method that encodes prompts, to apply adapters to the prompts.
 
     Soft tokens precede the prompts, but not the negative prompts. Adapters that respect words are
     off for prompts that contain such words, and for the negative prompts of these.
@@ -30,14 +30,14 @@ class PromptEncoder:
         """Encode prompts as the pipeline's class does, from the same arguments.
 
         Raises:
-            ValueError: embeddings are given in place of a prompt, or an adapter that has to be
+            ValueError: embeddings are given instead of a prompt, or an adapter that has to be
                 switched off for a prompt is fused into the weights.
         """
-        host = getattr(type(self.pipe), _method(self.pipe))
-        call = inspect.signature(host).bind(self.pipe, *args, **kwargs)
+        encode = getattr(type(self.pipe), _method(self.pipe))
+        call = inspect.signature(encode).bind(self.pipe, *args, **kwargs)
         if call.arguments.get("prompt_embeds") is not None:
             self._check_needs_no_text()
-            return host(*call.args, **call.kwargs)
+            return encode(*call.args, **call.kwargs)
         prompt = call.arguments["prompt"]
         is_list = isinstance(prompt, list)
         prompts = prompt if is_list else [prompt]
@@ -47,7 +47,7 @@ class PromptEncoder:
         with ExitStack() as stack:
             for name, switch in self.switches.items():
                 stack.enter_context(switch.encoding(named[name]))
-            embeds = host(*call.args, **call.kwargs)
+            embeds = encode(*call.args, **call.kwargs)
         for name, switch in self.switches.items():
             switch.encoded(named[name], embeds[0])
         return embeds
@@ -58,7 +58,7 @@ class PromptEncoder:
         return {*self.switches} | ({self.prefix.adapter_name} if self.prefix else set())
 
     def drop(self, adapter_name: str) -> None:
-        """Remove an adapter; after the last one, give the pipeline its own method back."""
+        """Remove an adapter; after the last one, restore the pipeline's method."""
         if self.prefix is not None and self.prefix.adapter_name == adapter_name:
             self.prefix = None
         if switch := self.switches.pop(adapter_name, None):
@@ -68,7 +68,7 @@ class PromptEncoder:
 
     def _with_prefix(self, prompts: list[str], named: dict[str, list[bool]]) -> list[str]:
         prefix = self.prefix
-        if prefix is None or not prefix.on:
+        if prefix is None or not prefix.is_on:
             return prompts
         off = named.get(prefix.adapter_name, [False] * len(prompts))
         return [
@@ -78,12 +78,12 @@ class PromptEncoder:
 
     def _check_needs_no_text(self) -> None:
         """Refuse embeddings if an adapter has to read or to change the prompt."""
-        if self.prefix is not None and self.prefix.on:
+        if self.prefix is not None and self.prefix.is_on:
             raise ValueError(
                 f"the soft tokens of the adapter '{self.prefix.adapter_name}' cannot be put before "
                 "prompt_embeds: pass the prompt as text, or set the adapter's scale to 0"
             )
-        if on := [name for name, switch in self.switches.items() if switch.on]:
+        if on := [name for name, switch in self.switches.items() if switch.is_on]:
             raise ValueError(
                 f"the adapter '{on[0]}' respects words, which prompt_embeds do not contain: "
                 "pass the prompt as text, set the adapter's scale to 0, or load it without "
@@ -114,16 +114,16 @@ def prompt_prefix(pipe: Any) -> PromptPrefix | None:
 
 @contextmanager
 def without_prefix(pipe: Any) -> Iterator[None]:
-    """Encode the pipeline's prompts without the prefix in this context."""
+    """Encode the pipeline's prompts without the prefix within a `with` block."""
     prefix = prompt_prefix(pipe)
     if prefix is None:
         yield
         return
-    before, prefix.on = prefix.on, False
+    before, prefix.is_on = prefix.is_on, False
     try:
         yield
     finally:
-        prefix.on = before
+        prefix.is_on = before
 
 
 def _method(pipe: Any) -> str:

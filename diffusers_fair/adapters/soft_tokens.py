@@ -16,14 +16,14 @@ from diffusers_fair.families import family_of
 # ---- in training ---------------------------------------------------------------------------------
 
 
-class SoftTokenEmbedding(nn.Module):
-    """A token embedding that is extended by trainable rows.
+class _SoftTokenEmbedding(nn.Module):
+    """A token embedding with additional trainable rows.
 
-    Ids below the size of the vocabulary are looked up in it. The ids after it are the soft tokens;
-    they get the same ids when they are loaded as a textual inversion.
+    Ids below the size of the vocabulary are looked up in it. The ids above it are the soft tokens;
+    they have the same ids when they are loaded as a textual inversion.
 
     Args:
-        vocabulary: the text encoder's own embedding, which is not copied.
+        vocabulary: the text encoder's original embedding, which is not copied.
         rows: rows of the vocabulary that the soft tokens start from, (m,).
     """
 
@@ -31,7 +31,9 @@ class SoftTokenEmbedding(nn.Module):
         super().__init__()
         start = vocabulary.weight.detach()[rows.to(vocabulary.weight.device)]  # (m, d)
         dtype = torch.promote_types(start.dtype, torch.float32)
-        self.vocabulary = vocabulary  # first: hosts take their dtype from the first parameter
+        self.vocabulary = (
+            vocabulary  # first, as transformers takes a model's dtype from its first parameter
+        )
         self.soft = nn.Embedding.from_pretrained(start.to(dtype, copy=True), freeze=False)
 
     @property
@@ -63,7 +65,7 @@ def add_soft_tokens(
     Args:
         pipe: a pipeline of a known family.
         count: m, number of soft tokens.
-        generator: a CPU generator; draws the rows of the vocabulary that they start from.
+        generator: a CPU generator, for the rows of the vocabulary that they are initialized with.
         token: placeholder for all of them in a prompt.
         adapter_name: adapter that they belong to.
 
@@ -79,7 +81,7 @@ def add_soft_tokens(
     encoder.requires_grad_(False)
     vocabulary = encoder.get_input_embeddings()
     rows = torch.randint(vocabulary.num_embeddings, (count,), generator=generator)
-    embedding = SoftTokenEmbedding(vocabulary, rows)
+    embedding = _SoftTokenEmbedding(vocabulary, rows)
     tokenizer.add_tokens(list(tokens.names))
     encoder.set_input_embeddings(embedding)
     ensure_prompt_encoder(pipe).prefix = PromptPrefix(pipe, tokens, adapter_name)
@@ -89,7 +91,7 @@ def add_soft_tokens(
 def soft_tokens(pipe: Any) -> nn.Parameter:
     """Return the trainable soft tokens (m, d) that were added to a pipeline."""
     embedding = _encoder(pipe).get_input_embeddings()
-    assert isinstance(embedding, SoftTokenEmbedding)
+    assert isinstance(embedding, _SoftTokenEmbedding)
     return embedding.tokens
 
 
@@ -152,17 +154,19 @@ def _tokenizer(pipe: Any) -> Any:
 def load_soft_tokens(pipe: Any, tokens: SoftTokens, weight: Tensor, adapter_name: str) -> None:
     """Load trained soft tokens into a pipeline as a textual inversion, and prefix every prompt.
 
-    After an error the pipeline is as it was.
+    After an error, the pipeline is unchanged.
 
     Args:
         pipe: a pipeline that `check_soft_tokens` accepts.
-        tokens: number and placeholder.
+        tokens: number and placeholder of the soft tokens.
         weight: embeddings, (m, d).
         adapter_name: adapter that they belong to.
     """
-    rows = _encoder(pipe).get_input_embeddings().weight.data  # not changed: hosts make a new one
+    rows = (
+        _encoder(pipe).get_input_embeddings().weight.data
+    )  # stays intact: transformers makes a new one
     try:
-        with _random_state_kept(pipe):
+        with _preserve_random_state(pipe):
             pipe.load_textual_inversion({tokens.token: weight})
         ensure_prompt_encoder(pipe).prefix = PromptPrefix(pipe, tokens, adapter_name)
     except BaseException:
@@ -172,7 +176,7 @@ def load_soft_tokens(pipe: Any, tokens: SoftTokens, weight: Tensor, adapter_name
 
 
 def unload_soft_tokens(pipe: Any, tokens: SoftTokens) -> None:
-    """Remove soft tokens, even if only some were added; tokens of others stay."""
+    """Remove soft tokens, even if only some of them were added."""
     from transformers import CLIPTokenizer
 
     encoder, tokenizer = _encoder(pipe), _tokenizer(pipe)
@@ -181,12 +185,12 @@ def unload_soft_tokens(pipe: Any, tokens: SoftTokens) -> None:
     if not names:
         return
     embedding = encoder.get_input_embeddings()
-    with _random_state_kept(pipe):
+    with _preserve_random_state(pipe):
         pipe.unload_textual_inversion(names)
     rows = encoder.get_input_embeddings().weight.data
-    encoder.set_input_embeddings(embedding)  # the host's new one has other settings
+    encoder.set_input_embeddings(embedding)  # the new one has other settings
     _set_rows(pipe, rows)
-    if isinstance(tokenizer, CLIPTokenizer):  # the host lost its way of decoding
+    if isinstance(tokenizer, CLIPTokenizer):  # unloading dropped its wrapper
         tokenizer._wrap_decode_method_backend_tokenizer()
 
 
@@ -197,8 +201,8 @@ def _set_rows(pipe: Any, rows: Tensor) -> None:
 
 
 @contextmanager
-def _random_state_kept(pipe: Any) -> Iterator[None]:
-    """Keep torch's random state: hosts draw embeddings that they overwrite at once."""
+def _preserve_random_state(pipe: Any) -> Iterator[None]:
+    """Restore torch's random state, which transformers advances to initialize new embeddings."""
     device = _encoder(pipe).device
     with torch.random.fork_rng([device] if device.type == "cuda" else []):
         yield

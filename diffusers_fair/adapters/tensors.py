@@ -1,4 +1,4 @@
-"""The two files of weights: written in a fixed order, and checked before they are loaded."""
+"""Writes the two weights files reproducibly, and checks them before they are loaded."""
 
 import json
 import re
@@ -26,18 +26,18 @@ Weights = dict[str, Tensor]
 """All weights of an adapter: `COMPONENT.module.lora_A.weight` (rank, in), `.lora_B.` (out, rank),
 ..., and the placeholder of the soft tokens (m, d)."""
 
-_METADATA_KEY = "lora_adapter_metadata"  # where diffusers looks for rank and alpha in the header
+_METADATA_KEY = "lora_adapter_metadata"  # header key in which diffusers looks for rank and alpha
 _DTYPES = ("F32", "F16", "BF16")
-_Slices = dict[str, Any]  # key -> a tensor of a file of which only the header has been read
+_Slices = dict[str, Any]  # key -> tensor in a file, of which only the header has been read
 _Check = Callable[[_Slices, dict[str, str], AdapterInfo], None]
 
 
 def write_tensors(folder: Path, weights: Mapping[str, Tensor], info: AdapterInfo) -> None:
-    """Write each tensor to its file; one that does not belong there is found on reading it back."""
+    """Write each tensor to its file. Invalid tensors are refused when the folder is read back."""
     tensors = {key: tensor.detach().cpu().contiguous() for key, tensor in weights.items()}
     embeds = {key: tensor for key, tensor in tensors.items() if key.startswith("<")}
     lora = {key: tensor for key, tensor in tensors.items() if key not in embeds}
-    # Written as bytes, because only their owner may read the files that safetensors makes.
+    # `save_file` of safetensors would create files that only their owner may read.
     if lora or info.lora:
         metadata = json.dumps(_lora_metadata(lora, info), indent=2)
         data = save(lora, metadata={"format": "pt", _METADATA_KEY: metadata})
@@ -47,10 +47,10 @@ def write_tensors(folder: Path, weights: Mapping[str, Tensor], info: AdapterInfo
 
 
 def read_lora(path: Path, info: AdapterInfo) -> Weights:
-    """Read the low-rank weights.
+    """Read the LoRA weights.
 
     Raises:
-        ValueError: damaged, or not the weights that `info` describes.
+        ValueError: the file is damaged, or does not contain the weights that `info` describes.
     """
     return _read(path, info, _check_lora)
 
@@ -59,7 +59,7 @@ def read_soft_tokens(path: Path, info: AdapterInfo) -> Weights:
     """Read the embeddings of the soft tokens.
 
     Raises:
-        ValueError: damaged, or not the embeddings that `info` describes.
+        ValueError: the file is damaged, or does not contain the embeddings that `info` describes.
     """
     return _read(path, info, _check_soft_tokens)
 
@@ -75,7 +75,7 @@ def _with_sorted_metadata(data: bytes) -> bytes:
 
 
 def _read(path: Path, info: AdapterInfo, check: _Check) -> Weights:
-    """Read the tensors of a file, after a check of its header: names, shapes, metadata."""
+    """Read the tensors of a file after checking the names, shapes and metadata in its header."""
     try:
         with safe_open(path, framework="pt") as file:
             slices = {key: file.get_slice(key) for key in file.keys()}  # noqa: SIM118 (no mapping)
@@ -100,7 +100,7 @@ def _check_lora(slices: _Slices, metadata: dict[str, str], info: AdapterInfo) ->
 
 
 def _check_soft_tokens(slices: _Slices, metadata: dict[str, str], info: AdapterInfo) -> None:
-    """One key, the placeholder, of shape (m, d)."""
+    """Check that the only key is the placeholder, with a tensor of shape (m, d)."""
     assert info.soft_tokens is not None
     count, token = info.soft_tokens.count, info.soft_tokens.token
     if list(slices) != [token]:
@@ -111,7 +111,7 @@ def _check_soft_tokens(slices: _Slices, metadata: dict[str, str], info: AdapterI
 
 
 def _lora_metadata(keys: Iterable[str], info: AdapterInfo) -> dict[str, Any]:
-    """Metadata that diffusers makes a `LoraConfig` of; without it, diffusers takes alpha = rank."""
+    """Metadata for diffusers' `LoraConfig`; without it, diffusers assumes alpha = rank."""
     metadata: dict[str, Any] = {}
     for part, lora in info.lora.items():
         modules = {
@@ -126,13 +126,13 @@ def _lora_metadata(keys: Iterable[str], info: AdapterInfo) -> dict[str, Any]:
 
 
 def _check_shapes(shapes: Mapping[str, tuple[int, ...]], components: Mapping[str, Lora]) -> None:
-    """Every key is `prefix.module.lora_A.weight` (rank, in) or `.lora_B.` (out, rank), in pairs."""
+    """Check for pairs of `prefix.module.lora_A.weight` (rank, in) and `.lora_B.` (out, rank)."""
     ranks = {LORA_PREFIXES[part]: lora.rank for part, lora in components.items()}
     names = rf"({'|'.join(map(re.escape, ranks))})(\w+(?:\.\w+)*)\.lora_([AB])\.weight"
     for key, shape in shapes.items():
         match = re.fullmatch(names, key, re.ASCII)
         if match is None:
-            raise ValueError(f"{key[:200]!r} is not a low-rank weight of {list(components)}")
+            raise ValueError(f"{key[:200]!r} is not a LoRA weight of {list(components)}")
         prefix, module, half = match.groups()
         axis, other = (0, "B") if half == "A" else (1, "A")
         if len(shape) != 2 or min(shape) < 1 or shape[axis] != ranks[prefix]:

@@ -18,8 +18,8 @@ from diffusers_fair.families import family_of
 class TrainableAdapter:
     """A trainable adapter in a frozen pipeline.
 
-    New LoRA layers change nothing yet. Soft tokens start from random rows of the vocabulary, and
-    precede every prompt that the pipeline encodes from then on.
+    LoRA layers initially do nothing. Soft tokens are initialized with random rows of the
+    vocabulary, and precede every prompt that the pipeline encodes from then on.
 
     Args:
         pipe: a pipeline of a known family; all its weights are frozen.
@@ -27,7 +27,7 @@ class TrainableAdapter:
         seed: random seed of the initial values.
 
     Raises:
-        ValueError: no component, an unknown one, or one that the pipeline cannot have.
+        ValueError: no component, an unknown one, or one that does not fit the pipeline.
     """
 
     def __init__(self, pipe: Any, components: Mapping[str, Lora | SoftTokens], seed: int = 0):
@@ -41,16 +41,16 @@ class TrainableAdapter:
                 module.requires_grad_(False)
         for name, component in components.items():
             self.parts[name] = _add(pipe, name, component, seed)
-        for parameter in self.parameters:  # a component freezes those that came before it
+        for parameter in self.parameters:  # adding a component froze the earlier ones
             parameter.requires_grad_(True)
 
     @property
     def parameters(self) -> list[nn.Parameter]:
-        """Parameters of all components, one component after the other."""
+        """Parameters of all components, in the order of the components."""
         return [parameter for part in self.parts.values() for parameter in part]
 
     def weights(self) -> Weights:
-        """Copy the weights to the CPU, as `write_adapter` takes them."""
+        """Copy the weights to the CPU, for `write_adapter`."""
         return {
             key: tensor.to("cpu", copy=True).contiguous() for key, tensor in self._tensors().items()
         }
@@ -62,7 +62,7 @@ class TrainableAdapter:
             weights: as `read_adapter` returns them.
 
         Raises:
-            ValueError: weights of other components or other sizes; nothing has changed.
+            ValueError: weights of other components or other sizes; in that case nothing changes.
         """
         tensors = self._tensors()
         for key in sorted(tensors.keys() | weights.keys()):
@@ -77,13 +77,13 @@ class TrainableAdapter:
             tensor.copy_(weights[key])
 
     @contextmanager
-    def off(self) -> Iterator[None]:
-        """Disable the adapter in this context: the original model."""
+    def disabled(self) -> Iterator[None]:
+        """Disable the adapter within a `with` block, which restores the original model."""
         with without_adapter(self.pipe), without_prefix(self.pipe):
             yield
 
     def _tensors(self) -> Weights:
-        """The parameters by their names in the adapter folder, detached."""
+        """Name in the adapter folder -> detached parameter."""
         tensors = lora_tensors(self.pipe)
         soft = self.components.get(SOFT_TOKENS)
         if isinstance(soft, SoftTokens):
@@ -102,7 +102,7 @@ def _check_components(components: Mapping[str, Lora | SoftTokens], targets: list
 
 
 def _add(pipe: Any, name: str, component: Lora | SoftTokens, seed: int) -> list[nn.Parameter]:
-    """Add one component to the pipeline; return its parameters."""
+    """Add a component to the pipeline, and return its parameters."""
     if isinstance(component, Lora):
         return add_lora(pipe, name, component.rank, alpha=component.alpha, seed=seed)
     generator = torch.Generator().manual_seed(seed)

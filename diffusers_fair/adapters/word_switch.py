@@ -1,8 +1,8 @@
 """The word switch: images of prompts that name a class are generated without the adapter.
 
-LoRA layers add their output to that of the base model's layer. A hook sets it to zero for some rows
-of the batch, which gives these rows the base model's numbers bit for bit. It does not affect other
-adapters or the other rows.
+A LoRA layer adds its output to that of the base model's layer. A hook sets the output to zero for
+some rows of the batch, so that these rows are bit for bit those of the base model. It does not
+affect other adapters or other rows.
 """
 
 from collections.abc import Iterator, Sequence
@@ -20,18 +20,18 @@ from diffusers_fair.prompts.wording import attribute_sections, recipe_wording
 if TYPE_CHECKING:
     from peft.tuners.lora import LoraLayer
 
-Vocabulary = dict[str, dict[str, tuple[str, ...]]]
+_Vocabulary = dict[str, dict[str, tuple[str, ...]]]
 """Attribute -> class -> words that name it."""
 
 
-class RowMask:
-    """Silences the LoRA layers of one model for some rows of its batches."""
+class _RowMask:
+    """Zeroes the output of LoRA layers of one model for some rows of its batches."""
 
     rows: Tensor | None = None
-    """(n,), True where the adapter is off; None if it is on everywhere. Batches have a multiple of
-    n rows."""
+    """(n,), True for rows without the adapter; None if there are none. Batches have a multiple of n
+    rows."""
 
-    def silence(self, _module: nn.Module, _args: Any, output: Tensor) -> Tensor | None:
+    def zero_output(self, _module: nn.Module, _args: Any, output: Tensor) -> Tensor | None:
         """Forward hook of the last module of a LoRA layer."""
         if self.rows is None:
             return None
@@ -39,11 +39,11 @@ class RowMask:
         return output.masked_fill(rows.view(-1, *[1] * (output.ndim - 1)), 0)
 
 
-class DenoiserRowMask(RowMask):
-    """The same for a denoiser, whose rows are identified by the prompt embeddings it is given.
+class _DenoiserRowMask(_RowMask):
+    """A mask for a denoiser, which recognises its rows by the prompt embeddings of the call.
 
-    Other pipelines that share the denoiser have other embeddings, and keep the adapter. So does a
-    pipeline whose callback changes the embeddings between two steps.
+    Other pipelines that share the denoiser have other embeddings, so they keep the adapter. A
+    pipeline whose callback changes the embeddings between two steps keeps it, too.
 
     Args:
         family: the pipeline's family, which finds the embeddings in a call of the denoiser.
@@ -57,12 +57,12 @@ class DenoiserRowMask(RowMask):
     def __init__(self, family: Family):
         self.family = family
 
-    def note(self, named: Tensor | None, embeds: Tensor) -> None:
+    def set_prompts(self, named: Tensor | None, embeds: Tensor) -> None:
         """Remember the prompts of the next images."""
         self.named, self.embeds = named, embeds.detach()
 
     def find_rows(self, _module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
-        """Forward pre-hook of the denoiser; guidance gives it several rows for each prompt."""
+        """Forward pre-hook of the denoiser; under guidance each prompt has several rows."""
         self.rows = None
         if self.named is None:
             return
@@ -82,25 +82,25 @@ class WordSwitch:
         family: the family of the pipeline.
     """
 
-    def __init__(self, adapter_name: str, words: Vocabulary, family: Family):
+    def __init__(self, adapter_name: str, words: _Vocabulary, family: Family):
         self.adapter_name = adapter_name
         self.words = words
         self.family = family
-        self.on = True
-        self.encoder_mask, self.denoiser_mask = RowMask(), DenoiserRowMask(family)
+        self.is_on = True
+        self.encoder_mask, self.denoiser_mask = _RowMask(), _DenoiserRowMask(family)
         self._layers: list[LoraLayer] = []
         self._handles: list[Any] = []
 
     def attach(self, component: str, model: nn.Module, layers: "Sequence[LoraLayer]") -> None:
         """Add hooks to the adapter's layers in one component of the pipeline."""
-        mask: RowMask = self.encoder_mask
+        mask: _RowMask = self.encoder_mask
         if component == self.family.denoiser:
             mask = self.denoiser_mask
             hook = model.register_forward_pre_hook(self.denoiser_mask.find_rows, with_kwargs=True)
             self._handles.append(hook)
         for layer in layers:
             last = layer.lora_B[self.adapter_name]
-            self._handles.append(last.register_forward_hook(mask.silence))
+            self._handles.append(last.register_forward_hook(mask.zero_output))
         self._layers += layers
 
     def detach(self) -> None:
@@ -109,12 +109,12 @@ class WordSwitch:
             handle.remove()
 
     def named(self, prompts: Sequence[str]) -> list[bool]:
-        """Whether each prompt names a class, so that the adapter is off for it.
+        """Return for each prompt whether it names a class, which disables the adapter.
 
         Raises:
-            ValueError: a prompt does, and the adapter is fused into the weights.
+            ValueError: a prompt names a class, and the adapter is fused into the weights.
         """
-        named = [self.on and bool(classes_named(prompt, self.words)) for prompt in prompts]
+        named = [self.is_on and bool(classes_named(prompt, self.words)) for prompt in prompts]
         fused = any(self.adapter_name in layer.merged_adapters for layer in self._layers)
         if fused and any(named):
             raise ValueError(
@@ -126,7 +126,7 @@ class WordSwitch:
 
     @contextmanager
     def encoding(self, named: Sequence[bool]) -> Iterator[None]:
-        """Silence the text encoder's layers while these prompts and their negatives are encoded."""
+        """Mask the text encoder's layers while these prompts and their negatives are encoded."""
         self.encoder_mask.rows = torch.tensor(named) if any(named) else None
         try:
             yield
@@ -140,15 +140,15 @@ class WordSwitch:
         """
         images_per_prompt = len(embeds) // len(named)
         rows = torch.tensor(named).repeat_interleave(images_per_prompt)
-        self.denoiser_mask.note(rows if any(named) else None, embeds)
+        self.denoiser_mask.set_prompts(rows if any(named) else None, embeds)
 
 
-def adapter_words(info: AdapterInfo) -> Vocabulary:
+def adapter_words(info: AdapterInfo) -> _Vocabulary:
     """Return the words that name an adapter's classes.
 
-    Older folders do not contain them: there they come from the recipe and from English.
+    Older folders do not contain them: their words come from the recipe and the lexicon.
     """
     if info.words:
         return {name: dict(by_class) for name, by_class in info.words.items()}
     sections = attribute_sections(info.recipe)
-    return vocabulary([recipe_wording(each, sections) for each in info.attributes])
+    return vocabulary([recipe_wording(a, sections) for a in info.attributes])

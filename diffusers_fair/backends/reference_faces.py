@@ -44,7 +44,7 @@ def load(
     for file in files:
         image = _read(file).to(device)
         faces = detector(image)
-        parts.append(embed_faces(embedder, image, faces)[faces.found])  # (0 or 1, d)
+        parts.append(embed_faces(embedder, image, faces)[faces.is_face])  # (0 or 1, d)
     embeddings = torch.cat(parts)
     if not len(embeddings):
         raise ValueError(

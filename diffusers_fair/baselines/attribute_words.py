@@ -4,7 +4,7 @@ from dataclasses import dataclass
 from typing import Any
 
 from diffusers_fair.baselines.base import ChangedPipeline, Task
-from diffusers_fair.prompts.wording import draw_terms, with_terms
+from diffusers_fair.prompts.wording import sample_terms, with_terms
 
 
 @dataclass(frozen=True)
@@ -20,7 +20,7 @@ class AttributeWords:
 
         def generate(prompts, generators, **options):
             worded = [
-                with_terms(prompt, draw_terms(task.wordings, generator))
+                with_terms(prompt, sample_terms(task.wordings, generator))
                 for prompt, generator in zip(prompts, generators, strict=True)
             ]
             return pipe(prompt=worded, generator=generators, **options)

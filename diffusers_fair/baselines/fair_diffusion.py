@@ -14,7 +14,7 @@ from torch import Tensor
 from diffusers_fair.baselines.base import ChangedPipeline, Task
 from diffusers_fair.baselines.score import edited_score
 from diffusers_fair.families import family_of
-from diffusers_fair.prompts.wording import Term, Wording, draw_terms
+from diffusers_fair.prompts.wording import Term, Wording, sample_terms
 
 
 @dataclass(frozen=True)
@@ -41,7 +41,7 @@ class FairDiffusion:
         conditioning = family_of(pipe).encode(pipe, phrases)  # k rows
 
         def generate(prompts, generators, **options):
-            chosen = [draw_terms(task.wordings, generator) for generator in generators]
+            chosen = [sample_terms(task.wordings, generator) for generator in generators]
             signs = torch.stack([directions(task.wordings, terms) for terms in chosen], 1)  # (k, n)
             guide = _Guide(self, signs.to(pipe.device))
 

@@ -152,7 +152,7 @@ def class_shares(
         progress=False,
     ):
         faces = judges.faces(batch.images)
-        images_with_face, found = faces.owner[faces.found], faces[faces.found]
+        images_with_face, found = faces.image_index[faces.is_face], faces[faces.is_face]
         for wording, count in zip(task.wordings, counts, strict=True):
             attribute = wording.attribute
             rows = images_with_face

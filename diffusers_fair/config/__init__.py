@@ -1,4 +1,4 @@
-"""Recipes: their keys (schema), how files and overrides are read (recipe), error sentences."""
+"""Recipes: their keys (`schema`), how they are read (`recipe`), and error messages (`errors`)."""
 
 try:
     import pydantic  # noqa: F401

@@ -9,7 +9,7 @@ from dataclasses import dataclass
 from typing import Literal
 
 Kinds = Mapping[str, str]
-"""How a recipe names a model, `kind` or `kind:ARGUMENT` -> provider."""
+"""Name of a model in a recipe, `kind` or `kind:ARGUMENT` -> provider."""
 
 FACE_DETECTORS: Kinds = {
     "testbed": "diffusers_fair.testbed.backend:face_detector",
@@ -32,11 +32,11 @@ FACE_EMBEDDERS: Kinds = {
 REFERENCE_FACES: Kinds = {"testbed": "diffusers_fair.testbed.backend:reference_faces"}
 """Reference faces that ship with the face embedder of the same name."""
 REFERENCE_FOLDER = "diffusers_fair.backends.reference_faces"
-"""Provider of all others: they are the images of a folder."""
+"""Provider of all other reference faces, which are the images of a folder."""
 
 SHIPPED_BASES: Kinds = {"testbed": "diffusers_fair.testbed.backend:base"}
 PRETRAINED_BASE = "diffusers_fair.backends.pipelines:pretrained_base"
-"""Provider of all others: they are folders or Hub ids."""
+"""Provider of all other base models, which are folders or Hub ids."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -45,11 +45,11 @@ class ClassifierKind:
 
     provider: str
     models: tuple[str, ...] = ()
-    """The models that it knows; empty: any, but one must be named."""
+    """Possible models; empty: any model, which must be named."""
     takes: Literal["classes", "phrases", None] = None
-    """What a recipe gives for each class: labels of the model, or phrases that describe it."""
+    """Key that a recipe sets for each class: labels of the model, or phrases that describe it."""
     sees_whole_images: bool = True
-    """Whether it can classify attributes of the whole image, not of faces alone."""
+    """Whether it can classify whole images, not only faces."""
 
 
 CLASSIFIERS: Mapping[str, ClassifierKind] = {

@@ -1,4 +1,4 @@
-"""Validation errors of pydantic -> one sentence for the user."""
+"""Turns validation errors of pydantic into one sentence for the user."""
 
 import difflib
 import re
@@ -9,11 +9,11 @@ from pydantic import BaseModel, ValidationError
 
 
 def sentences(error: ValidationError, schema: type[BaseModel]) -> str:
-    """Describe every problem once, without those that only follow from another.
+    """Describe every problem, except those of a section that has a more specific problem inside.
 
     Args:
         error: raised by `schema`.
-        schema: the whole recipe's, for the names of the known keys.
+        schema: schema of the whole recipe, for the names of the known keys.
     """
     problems = error.errors()
     locations = [problem["loc"] for problem in problems]

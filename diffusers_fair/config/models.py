@@ -1,4 +1,4 @@
-"""The recipe's sections on the models that judge images: face detector, classifiers, encoders."""
+"""Recipe sections for the models that judge images: face detector, classifiers, encoders."""
 
 from typing import Annotated, Any
 
@@ -37,20 +37,20 @@ def _known_classifier(kind: str) -> str:
     return kind
 
 
-FaceDetectorName = Annotated[str, _one_of(FACE_DETECTORS)]
-ClipName = Annotated[str, _one_of(CLIPS)]
-DinoName = Annotated[str, _one_of(DINOS)]
-FaceEmbedderName = Annotated[str, _one_of(FACE_EMBEDDERS)]
-ClassifierKindName = Annotated[str, AfterValidator(_known_classifier)]
+_FaceDetectorName = Annotated[str, _one_of(FACE_DETECTORS)]
+_ClipName = Annotated[str, _one_of(CLIPS)]
+_DinoName = Annotated[str, _one_of(DINOS)]
+_FaceEmbedderName = Annotated[str, _one_of(FACE_EMBEDDERS)]
+_ClassifierKindName = Annotated[str, AfterValidator(_known_classifier)]
 
 
 class ClassifierSection(Section):
-    """The classifier of one attribute. Short form: `kind:model`, as `checkpoint:classifiers/mine`.
+    """Classifier of an attribute. Short form: `kind:model`, as in `checkpoint:classifiers/mine`.
 
     Use different classifiers for training and for evaluation.
     """
 
-    kind: ClassifierKindName
+    kind: _ClassifierKindName
     """Kind of classifier. `testbed`: the testbed's own. `transformers`: an image classification
     model. `zero_shot`: an open_clip model that compares faces, or whole images, with phrases.
     `checkpoint`: the output of `diffusers-fair classifier train`."""
@@ -60,8 +60,8 @@ class ClassifierSection(Section):
     classifier that training never uses."""
     classes: dict[str, tuple[str, ...]] = {}
     """For `transformers` and `checkpoint`: class of the attribute -> labels of the model, whose
-    probabilities are summed. Every label must be assigned to a class; case does not matter. Left
-    out: the labels are the classes."""
+    probabilities are summed. Every label must be assigned to a class; case does not matter.
+    Default: the labels are the classes."""
     phrases: dict[str, Annotated[tuple[str, ...], Field(min_length=2)]] = {}
     """For `zero_shot`: class of the attribute -> two or more phrases that describe it."""
 
@@ -98,17 +98,17 @@ Classifiers = Annotated[
 class JudgesSection(Section):
     """The models that judge images."""
 
-    face_detector: FaceDetectorName = "testbed"
+    face_detector: _FaceDetectorName = "testbed"
     """Face detector. `none` finds no faces and loads no model; it suffices if all attributes are
     attributes of the whole image."""
     classifiers: Classifiers = {"*": ClassifierSection(kind="testbed")}
     """Attribute -> its classifier. `*` stands for every attribute that is not listed;
     `classifiers: testbed` is short for `classifiers: {"*": testbed}`."""
-    clip: ClipName = "testbed"
+    clip: _ClipName = "testbed"
     """First encoder of the semantics loss, also used for CLIP-T and CLIP-I. Model and weights of
     open_clip, as in `open_clip:ViT-H-14/laion2b_s32b_b79k`; or `open_clip:FOLDER` with its config
     and weights."""
-    dino: DinoName = "testbed"
+    dino: _DinoName = "testbed"
     """Second encoder of the semantics loss, also used for the DINO score: Hub id or folder of a
     DINOv2 of transformers, as in `dinov2:facebook/dinov2-base`."""
 
@@ -122,7 +122,7 @@ class JudgesSection(Section):
         chosen = self.classifiers.get(attribute.name, self.classifiers.get("*"))
         if chosen is None:
             raise ValueError(
-                f"there is no classifier for attribute '{attribute.name}': classifiers names "
+                f"there is no classifier for attribute '{attribute.name}': classifiers lists "
                 f"{', '.join(self.classifiers) or 'none'}"
             )
         self._check_region(attribute, chosen)
@@ -130,27 +130,27 @@ class JudgesSection(Section):
         if classes and set(classes) != set(attribute.classes):
             raise ValueError(
                 f"attribute '{attribute.name}' has classes {list(attribute.classes)}, but its "
-                f"classifier is given {classes}: they must be the same"
+                f"classifier has {classes}: they must be the same"
             )
         return chosen
 
     def _check_region(self, attribute: Attribute, chosen: ClassifierSection) -> None:
         if attribute.of_faces and self.face_detector == "none":
             raise ValueError(
-                f"attribute '{attribute.name}' is of faces, which face_detector 'none' does not "
-                "find: name a face detector, or set the attribute's region to 'image'"
+                f"attribute '{attribute.name}' has region 'face', but face_detector 'none' finds "
+                "no faces: choose a face detector, or set the attribute's region to 'image'"
             )
         if not (attribute.of_faces or CLASSIFIERS[chosen.kind].sees_whole_images):
             raise ValueError(
-                f"attribute '{attribute.name}' is of the whole image, and the {chosen.kind}'s "
-                "classifiers see faces: name a classifier of another kind for it"
+                f"attribute '{attribute.name}' has region 'image', but classifiers of kind "
+                f"'{chosen.kind}' only see faces: choose a classifier of another kind for it"
             )
 
 
 class ModelsSection(JudgesSection):
     """The models that judge images in training, and the reference faces."""
 
-    face_embedder: FaceEmbedderName = "testbed"
+    face_embedder: _FaceEmbedderName = "testbed"
     """Face embedder for `losses.face`; not loaded if that weight is 0. A timm model that was
     trained to distinguish faces: its name, as in `timm:hf-hub:ORG/MODEL`, or its folder, as in
     `timm:FOLDER`. Many such weights are licensed for research only: check the licence."""
@@ -163,8 +163,8 @@ class ModelsSection(JudgesSection):
         bank = self.face_bank
         if bank in REFERENCE_FACES and self.face_embedder != bank:
             raise ValueError(
-                f"face_bank '{bank}' holds embeddings by the {bank}'s own face_embedder, not by "
-                f"'{self.face_embedder}': name a folder of images with faces"
+                f"face_bank '{bank}' holds embeddings of face_embedder '{bank}', not of "
+                f"'{self.face_embedder}': choose a folder of images with faces instead"
             )
         return self
 

@@ -9,10 +9,10 @@ import yaml
 from diffusers_fair.config.errors import nearest
 
 RECIPES = Path(__file__).parents[1] / "recipes"
-RENAMED_ATTRIBUTE_KEYS = {"steering": "target_feedback"}  # released name -> name in the schema
+_RENAMED_ATTRIBUTE_KEYS = {"steering": "target_feedback"}  # released name -> name in the schema
 
 Overrides = Iterable[str] | Mapping[str, Any]
-"""`key=value` strings, or a mapping. Keys are paths with dots, values YAML or Python values."""
+"""`key=value` strings with YAML values, or a mapping. Keys are paths with dots."""
 
 
 def recipes() -> list[str]:
@@ -21,14 +21,14 @@ def recipes() -> list[str]:
 
 
 def read_recipe(recipe: str | Path, overrides: Overrides = ()) -> dict[str, Any]:
-    """Read a recipe on top of the one that it names under `extends`, and apply overrides.
+    """Read a recipe, merge it into the one that it extends, and apply overrides.
 
     Args:
         recipe: a YAML file, or the name of a shipped recipe.
         overrides: applied in order.
 
     Raises:
-        ValueError: no such recipe, invalid YAML, or an override for a place that does not exist.
+        ValueError: no such recipe, invalid YAML, or an override of a path that does not exist.
     """
     data = _read_extended(_find_recipe(recipe))
     _rename_keys(data)
@@ -40,7 +40,7 @@ def read_recipe(recipe: str | Path, overrides: Overrides = ()) -> dict[str, Any]
 
 
 def _rename_keys(data: dict[str, Any]) -> None:
-    """Use the schema's names for released keys. Done after each override: the last one counts."""
+    """Rename released keys to the schema's, after each override so that the last one wins."""
     if isinstance(data.get("attributes"), list):
         data["attributes"] = list(map(_renamed, data["attributes"]))
 
@@ -48,9 +48,9 @@ def _rename_keys(data: dict[str, Any]) -> None:
 def _renamed(attribute: Any) -> Any:
     if not isinstance(attribute, dict):
         return attribute
-    old = {key: attribute[key] for key in RENAMED_ATTRIBUTE_KEYS if key in attribute}
+    old = {key: attribute[key] for key in _RENAMED_ATTRIBUTE_KEYS if key in attribute}
     kept = {key: value for key, value in attribute.items() if key not in old}
-    return kept | {RENAMED_ATTRIBUTE_KEYS[key]: value for key, value in old.items()}
+    return kept | {_RENAMED_ATTRIBUTE_KEYS[key]: value for key, value in old.items()}
 
 
 def _find_recipe(recipe: str | Path) -> Path:
@@ -63,7 +63,7 @@ def _find_recipe(recipe: str | Path) -> Path:
 
 
 def _read_extended(path: Path, extending: tuple[Path, ...] = ()) -> dict[str, Any]:
-    """Read a recipe on top of the one that it extends; `extending` are those that led here."""
+    """Read a recipe and merge it into the one that it extends; `extending` are its extensions."""
     data = _parse_yaml(path.read_text(encoding="utf-8"), str(path))
     if not isinstance(data, dict):
         raise ValueError(f"recipe '{path}' must hold keys and values, got {data!r}")
@@ -101,9 +101,9 @@ def _parse_override(override: str) -> tuple[str, Any]:
 
 
 def _override(tree: Any, path: list[str], value: Any, key: str) -> None:
-    """Set the value at a path, or, if it is a mapping, every value that it names.
+    """Set the value at a path. A mapping is merged into a section, but replaces a list.
 
-    A section that the file leaves out is created. A mapping replaces a list.
+    Missing sections are created.
     """
     if isinstance(value, dict) and value and not isinstance(_get(tree, path), list):
         for name, inner in value.items():

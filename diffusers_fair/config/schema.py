@@ -1,7 +1,7 @@
 """The recipe's keys: the configuration of a training run.
 
-The docstring below each key is its documentation. Unless it says otherwise, a default is the
-paper's value for one attribute of two classes (appendix A.2).
+The docstring below each key is its documentation. Unless stated otherwise, defaults are the paper's
+values for one attribute of two classes (appendix A.2).
 """
 
 from collections.abc import Iterable
@@ -29,7 +29,7 @@ from diffusers_fair.config.section import (
 from diffusers_fair.prompts.tables import read_table, targets_by_prompt
 from diffusers_fair.prompts.wording import Wording
 
-StepsRange = Annotated[
+_StepsRange = Annotated[
     tuple[PositiveInt, PositiveInt],
     BeforeValidator(lambda steps: (steps, steps) if isinstance(steps, int) else steps),
 ]
@@ -43,37 +43,37 @@ class BaseSection(Section):
     revision: str | None = None
     """Commit, tag or branch on the Hub."""
     dtype: Literal["auto", "float32", "bfloat16", "float16"] = "float32"
-    """Data type of the frozen parts; the adapter's weights are float32. `auto`: bfloat16 where the
-    GPU or the processor is faster in it, else float32."""
+    """Data type of the frozen parts; the adapter's weights are float32. `auto`: bfloat16 if the GPU
+    or the processor is faster in it, else float32."""
 
 
 class AttributeSection(Section):
     """An attribute to balance, and its options."""
 
     name: str
-    """Name of the attribute; the classifier is chosen by it."""
+    """Name of the attribute, which selects its classifier."""
     classes: tuple[str, ...]
     """Names of the classes, in the order of the classifier's probabilities."""
     target: tuple[float, ...] = ()
-    """Target share of each class. Left out: equal shares."""
+    """Target share of each class. Default: equal shares."""
     targets: dict[str, tuple[float, ...]] = {}
-    """Targets of individual prompts: a prompt, or a subject of the prompt sets such as an
-    occupation -> target share of each class. Or the path of a table: a CSV file whose columns are
-    the prompt or subject and the classes, or JSON."""
+    """Targets of individual prompts: prompt, or subject of a prompt set such as an occupation ->
+    target share of each class. Or the path of a table: a CSV file whose columns are the prompt or
+    subject and the classes, or JSON."""
     region: Region = "face"
     """Region that the classifier sees. `face`: a crop around the face; images without a face are
     not counted. `image`: the whole image, resized to a square; every image is counted."""
     words: dict[str, Words] = {}
     """Class -> words that name it before the subject of a prompt, as in "a female chef". Used by
-    kept prompts, `evaluate`, its baselines, and adapters that respect words. A class that is left
-    out is named by its own name."""
+    kept prompts, `evaluate`, its baselines, and adapters that respect words. Default for a class:
+    its name."""
     nouns: dict[str, Words] = {}
-    """Class -> nouns that name it in place of "person", such as "woman". A class that is left out
-    has none."""
+    """Class -> nouns that name it in place of "person", such as "woman". Default for a class:
+    none."""
     threshold: Fraction = 0.8
-    """C: minimum confidence of an image's target for the image to enter the alignment loss. With
-    more classes, fewer targets are confident when a prompt is near its target, and the loss gets
-    weaker there: lower the threshold then, or generate more images per prompt."""
+    """C: minimum confidence of an image's target class; other images do not contribute to the
+    alignment loss. With more classes, fewer images are confident near the target, which weakens the
+    loss: lower the threshold, or generate more images per prompt."""
     cost: PositiveFloat = 1.0
     """Weight of the attribute in the transport cost when several attributes are balanced
     jointly."""
@@ -88,11 +88,11 @@ class AttributeSection(Section):
     """Integral gain of the feedback that shifts the training target against a persistent gap; 0
     disables it, as in the paper. The released name of this key, `steering`, keeps working."""
     semantics_changed: Fraction = 0.2
-    """lambda_2 / lambda_1: fraction of `losses.semantics` that applies outside the face where the
-    class is to change. If several attributes of an image are to change, the smallest applies."""
+    """lambda_2 / lambda_1: fraction of `losses.semantics` for images whose class should change. If
+    several attributes should change, the smallest fraction applies."""
     semantics_face: Fraction = 0.2
-    """lambda_3 / lambda_2: fraction of the former that applies inside the face; the smallest
-    applies. Ignored for attributes of the whole image."""
+    """lambda_3 / lambda_2: further factor inside the faces of these images. If several attributes
+    should change, the smallest applies. Ignored for attributes of the whole image."""
 
     @model_validator(mode="before")
     @classmethod
@@ -118,11 +118,11 @@ class AttributeSection(Section):
         return Wording(self.attribute(), self.words, self.nouns)
 
     def attribute(self, sets: Iterable[str] = ()) -> Attribute:
-        """Return the attribute without the options of training, its target filled in.
+        """Return the attribute without training options, and with its default target filled in.
 
         Args:
-            sets: prompt sets whose prompts `targets` refers to; left out, `targets` must name
-                whole prompts.
+            sets: prompt sets whose prompts or subjects `targets` names; without any, `targets` must
+                name whole prompts.
 
         Raises:
             ValueError: targets for a prompt or subject that is not in the sets.
@@ -132,21 +132,21 @@ class AttributeSection(Section):
 
 
 class KeepSection(Section):
-    """Prompts whose images the adapter must leave as the base model generates them."""
+    """Prompts whose images the adapter must not change."""
 
     sets: WeightedSets | None = None
     """Prompt sets. `named`: prompts whose words name a class of an attribute. `implied`: prompts
     that imply one. `untouched`, or `testbed-untouched` on the testbed: prompts that show nobody,
-    the empty prompt, and negative prompts. Or prompt sets and files of your own. A list, or a
-    mapping of names to weights. Null: `named` with twice the weight of the other two."""
+    the empty prompt, and negative prompts. Other prompt sets and files are possible, too. A list of
+    names, or a mapping of names to weights. Null: these three, `named` with twice the weight."""
     images: NonNegativeInt = 8
     """Images of kept prompts per iteration, one per prompt. They must look like the original
     images and show the class that their prompt names."""
     weight: PositiveFloat = 1.0
     """Weight of the loss of these images relative to the loss of the other images."""
     distinct: PositiveInt = 96
-    """Number of distinct kept images. After that they repeat, and their original images come from
-    the cache."""
+    """Number of distinct kept images. Later ones repeat them and reuse cached judgements of their
+    original images."""
     embedding: NonNegativeFloat = 3.0
     """Weight of the relative squared change of the embeddings of kept prompts. Applies to adapters
     with layers in the text encoder and no soft tokens; costs next to nothing. 0 disables it."""
@@ -173,13 +173,13 @@ class PromptsSection(Section):
     train: str = "train"
     """Split to train on."""
     validation: str = "validation"
-    """Split that the best checkpoint is chosen by."""
+    """Split to choose the best adapter by."""
     images_per_prompt: TwoOrMore = 24
     """N: images per prompt whose class distribution is compared with the target."""
     keep: KeepSection | None = None
-    """Prompts whose images must stay those of the base model, because their words determine who is
-    shown or because they show nobody; trained on beside the neutral prompts. Null, as in the paper:
-    the adapter changes these images, too."""
+    """Prompts whose images the adapter must not change, because their words determine who is shown
+    or because they show nobody; trained on together with the neutral prompts. Null, as in the
+    paper: the adapter changes these images, too."""
 
 
 class AdapterSection(Section):
@@ -188,7 +188,8 @@ class AdapterSection(Section):
     components: Annotated[
         tuple[Literal["text_encoder", "unet", "soft_tokens"], ...], Field(min_length=1)
     ] = ("text_encoder",)
-    """Components: LoRA layers in parts of the pipeline, soft tokens before every prompt."""
+    """Parts of the adapter: LoRA layers in the text encoder or the U-Net, or soft tokens before
+    every prompt."""
     rank: Annotated[int, Field(ge=1, le=1024, strict=True)] = 50
     """Rank of the LoRA layers."""
     soft_tokens: Annotated[int, Field(ge=1, le=75, strict=True)] = 5
@@ -200,27 +201,29 @@ class AdapterSection(Section):
 class SamplingSection(Section):
     """Sampling of images in training."""
 
-    steps: StepsRange = (19, 23)
-    """K: scheduler steps, a number or a range `[low, high]` that is drawn from in each
+    steps: _StepsRange = (19, 23)
+    """K: scheduler steps, a number or a range `[low, high]` that is sampled from in each
     iteration."""
     guidance_scale: Annotated[float, Field(ge=1)] = 7.5
-    """s of classifier-free guidance; 1 disables it."""
+    """s: scale of classifier-free guidance; 1 disables guidance."""
     antithetic: bool = False
-    """Draw each prompt's noise in pairs z, -z; each is still normal. If such images differ in class
-    more often than by chance, as on the testbed, batch statistics have less sampling variance, and
-    so has the loss."""
+    """Sample each prompt's noise in pairs z, -z; each is still standard normal. If the two images
+    differ in class more often than by chance, as on the testbed, batch statistics and the loss have
+    less sampling variance."""
 
 
 class GradientSection(Section):
     """Computation of the gradient from the image to the adapter."""
 
     method: Literal["replay", "autograd", "naive", "truncated"] = "replay"
-    """`replay` and `autograd` compute the paper's biased gradient, step by step or, as its
-    Algorithm 1, in one graph; `naive` computes the exact gradient, `truncated` the exact gradient
-    of the last steps. All but `replay` are for comparison: their memory grows with the steps."""
+    """`replay` and `autograd` compute the paper's biased gradient: `replay` step by step,
+    `autograd` in one graph, as in Algorithm 1. `naive` computes the exact gradient, `truncated` the
+    exact gradient of the last steps. All but `replay` are for comparison: their memory grows with
+    the number of steps."""
     standardize: Literal["paper", "exact", "none"] = "exact"
-    """Weights of the steps in the biased gradient. `paper`: the paper's coefficients. `exact`: all
-    equal, which gave the least bias in the repository's benchmark. `none`: the scheduler's own."""
+    """Weights of the steps in the biased gradient. `paper`: the paper's coefficients. `exact`:
+    equal weights, which gave the least bias in this repository's benchmark. `none`: the weights
+    that result from the scheduler."""
     replay_steps: PositiveInt | None = None
     """For `replay`: steps sampled for each image's gradient, weighted by their inverse
     probability; null uses all."""
@@ -245,8 +248,8 @@ class LossesSection(Section):
     """Weights of the losses other than the alignment loss, whose weight is 1 (section 4.1)."""
 
     semantics: NonNegativeFloat = 8.0
-    """lambda_1: weight of the distance to the original image where its classes already are the
-    targets; attributes define the fraction that applies elsewhere."""
+    """lambda_1: weight of the distance to the original image. It applies to images whose classes
+    should not change; `attributes.N.semantics_changed` reduces it for the others."""
     face: NonNegativeFloat = 0.0
     """lambda_face: weight of the distance between a face and the nearest real face."""
 
@@ -267,8 +270,8 @@ class OptimizerSection(Section):
     warmup: NonNegativeInt = 0
     """Iterations in which the learning rate rises linearly from 0."""
     ema_decay: Annotated[float, Field(ge=0, lt=1)] = 0.996
-    """Decay of the moving average of the weights, which is what is validated and saved; 0 disables
-    averaging."""
+    """Decay of the moving average of the weights; the averaged weights are validated and saved. 0
+    disables averaging."""
     max_grad_norm: PositiveFloat | None = 1.0
     """Maximum gradient norm; null disables clipping."""
 
@@ -281,26 +284,26 @@ class TrainSection(Section):
     prompts_per_iteration: PositiveInt = 1
     """Prompts per update, over all processes."""
     distinct_iterations: PositiveInt | None = None
-    """Number of iterations with distinct prompts, noise and steps. After that they repeat, and what
-    is needed of the original images comes from the cache. Null: they never repeat."""
+    """Number of iterations with distinct prompts, noise and steps. Later ones repeat them and reuse
+    cached judgements of the original images. Null: they never repeat."""
     micro_batch: PositiveInt | None = None
     """Images that the denoiser, the decoder and the judges process at a time, in each process; null
-    is all. Slower, less memory, the same result."""
+    for all. A smaller micro-batch takes more time and less memory, with the same result."""
     memory_budget: PositiveFloat | None = None
     """Memory budget in GB per process, from which `micro_batch` is chosen when training starts: GPU
     memory, or on the CPU all memory of the process. If one image does not fit, `split_guidance` is
     enabled, then `gradient_checkpointing`."""
     split_guidance: bool = False
-    """Replay evaluates the denoiser for the prompt and for the empty prompt one after the other,
-    which halves its memory. The same result."""
+    """In replay, evaluate the denoiser for the prompt and for the empty prompt one after the other,
+    which halves its memory, with the same result."""
     gradient_checkpointing: bool = False
-    """Gradient checkpointing in the denoiser: slower, less memory, the same result."""
+    """Gradient checkpointing in the denoiser: more time and less memory, with the same result."""
     channels_last: bool = False
-    """Denoiser and decoder use the channels-last memory format, which most GPUs are faster with in
+    """Use the channels-last memory format in denoiser and decoder. Most GPUs are faster with it in
     half precision."""
     compile: bool = False
-    """Compile the denoiser with torch.compile; for long trainings, as the first iterations take
-    minutes."""
+    """Compile the denoiser with torch.compile. Pays off in long runs only: the first iterations
+    take minutes."""
     device: Literal["auto", "cpu"] = "auto"
     """`auto`: the device that accelerate chooses, a GPU if there is one. The testbed always uses
     the CPU."""
@@ -313,8 +316,8 @@ class TrainSection(Section):
     validation_images: PositiveInt = 24
     """Images per validation prompt."""
     clip_t_drop: NonNegativeFloat = 0.01
-    """Maximum drop of CLIP-T below the base model's for an adapter to become the best adapter,
-    which is the one with the least validation bias."""
+    """Maximum drop of CLIP-T below that of the base model. The best adapter is the one with the
+    least validation bias among those within this limit."""
     keep: PositiveInt = 2
     """Number of newest checkpoints to keep."""
     max_skipped: PositiveInt = 10
@@ -341,7 +344,7 @@ class EvaluationSection(Section):
     steps: PositiveInt = 25
     """Scheduler steps."""
     guidance_scale: Annotated[float, Field(ge=1)] = 7.5
-    """s of classifier-free guidance."""
+    """s: scale of classifier-free guidance."""
     seed: NonNegativeInt = 0
     """Random seed of the noise, which is the same with and without the adapter."""
     models: EvaluationModelsSection = EvaluationModelsSection()
@@ -349,14 +352,13 @@ class EvaluationSection(Section):
 
 
 class RunConfig(Section):
-    """A whole recipe."""
+    """A recipe."""
 
     base: BaseSection
     attributes: Annotated[tuple[AttributeSection, ...], Field(min_length=1)]
     people: People = "largest"
-    """Faces of an image that count for attributes of faces, in training and in evaluation: the
-    `largest`, or `all`. It defines what the target shares are shares of, so it applies to all
-    attributes and models. Ignored for attributes of the whole image."""
+    """Faces of an image that count, in training and in evaluation: only the `largest`, or `all`.
+    The target shares are shares of these faces. Ignored for attributes of the whole image."""
     prompts: PromptsSection
     models: ModelsSection = ModelsSection()
     adapter: AdapterSection = AdapterSection()
@@ -373,16 +375,16 @@ class RunConfig(Section):
 
     @classmethod
     def load(cls, recipe: str | Path, overrides: Overrides = ()) -> "RunConfig":
-        """Read a recipe on top of the one that it names under `extends`, if it does.
+        """Read a recipe, merge it into the one that it extends, and apply overrides.
 
         Args:
             recipe: a YAML file, or the name of a shipped recipe.
-            overrides: `key=value` with the key's path in dots and the value in YAML
+            overrides: strings `key=value`, with a path with dots as key and a YAML value
                 (`train.iterations=10`, `attributes.0.target=[.5,.5]`), or the same as a mapping.
 
         Raises:
-            ValueError: one sentence: no such recipe, an unknown key with the nearest known one, a
-                value with what was expected and what was got.
+            ValueError: no such recipe, an unknown key or an invalid value. The message is one
+                sentence that says what is expected.
         """
         data = read_recipe(recipe, overrides)
         try:
@@ -391,7 +393,7 @@ class RunConfig(Section):
             raise ValueError(f"recipe '{recipe}': {sentences(error, cls)}") from error
 
     def to_yaml(self) -> str:
-        """Write the whole recipe, defaults included; `load` reads it back to an equal one."""
+        """Write the whole recipe, including defaults, in a form that `load` reads back."""
         data = self.model_dump(mode="json")
         return yaml.safe_dump(data, sort_keys=False, default_flow_style=None, width=100)
 
@@ -403,7 +405,7 @@ class RunConfig(Section):
         return {key: pair for key, pair in pairs.items() if pair[0] != pair[1]}
 
     def balanced(self) -> list[Attribute]:
-        """Return the attributes, their targets spread over the prompts of the prompt sets.
+        """Return the attributes, with targets for subjects expanded to targets for prompts.
 
         Raises:
             ValueError: targets for a prompt or subject that is not in the prompt sets.
@@ -412,7 +414,10 @@ class RunConfig(Section):
 
     @property
     def embeddings_stay(self) -> bool:
-        """Whether the embeddings of kept prompts can be preserved: soft tokens shift them all."""
+        """Whether training can preserve the embeddings of kept prompts.
+
+        It cannot with soft tokens, which shift all embeddings.
+        """
         trained = self.adapter.components
         return "text_encoder" in trained and "soft_tokens" not in trained
 
@@ -433,8 +438,8 @@ class RunConfig(Section):
     def _check_learning_rates(self) -> "RunConfig":
         if self.optimizer.text_encoder_lr and set(self.adapter.components) == {"unet"}:
             raise ValueError(
-                "optimizer.text_encoder_lr is for text_encoder and soft_tokens, and "
-                "adapter.components has neither: add one, or set optimizer.lr alone"
+                "optimizer.text_encoder_lr applies to text_encoder and soft_tokens, but "
+                "adapter.components has neither: add one, or set optimizer.lr only"
             )
         return self
 
@@ -448,8 +453,8 @@ class RunConfig(Section):
                 models.classifier(attribute.attribute())
         if self.losses.face and self.models.face_detector == "none":
             raise ValueError(
-                f"losses.face is {self.losses.face:g}, and models.face_detector 'none' finds no "
-                "face: name a face detector, or set losses.face to 0"
+                f"losses.face is {self.losses.face:g}, but models.face_detector 'none' finds no "
+                "faces: choose a face detector, or set losses.face to 0"
             )
         if any(attribute.targets for attribute in self.attributes):
             self.balanced()
@@ -469,7 +474,7 @@ class RunConfig(Section):
 
 
 def _flatten(tree: Any, prefix: str = "") -> dict[str, Any]:
-    """Nested keys and indices -> 'a.0.b': value."""
+    """Flatten nested keys and indices to 'a.0.b'."""
     if not isinstance(tree, (dict, list, tuple)):
         return {prefix: tree}
     items = tree.items() if isinstance(tree, dict) else enumerate(tree)

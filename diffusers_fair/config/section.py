@@ -1,4 +1,4 @@
-"""The base class of a recipe's sections, and the value types that several of them share."""
+"""Base class of the recipe sections, and value types that several sections use."""
 
 from typing import Annotated, Any
 
@@ -23,23 +23,23 @@ WeightedSets = Annotated[
 
 
 def _require_printable(word: str) -> str:
-    """Refuse words that `fair_adapter.json`, which they are written to, would refuse."""
+    """Refuse words that `fair_adapter.json` would refuse: they are written to it."""
     if not (word.strip() and word.isprintable()):
         raise ValueError(f"expected printable characters, got {ascii(word)[:100]}")
     return word
 
 
-Word = Annotated[str, Field(max_length=300), AfterValidator(_require_printable)]
-Words = Annotated[tuple[Word, ...], Field(min_length=1, max_length=300)]
+_Word = Annotated[str, Field(max_length=300), AfterValidator(_require_printable)]
+Words = Annotated[tuple[_Word, ...], Field(min_length=1, max_length=300)]
 
 
 class Section(BaseModel):
-    """A section of the recipe: keyword-only, immutable, no unknown keys."""
+    """A section of a recipe: immutable and without unknown keys."""
 
     model_config = ConfigDict(
         extra="forbid",
         frozen=True,
         allow_inf_nan=False,
         use_attribute_docstrings=True,
-        serialize_by_alias=True,  # released keys are what is written
+        serialize_by_alias=True,  # write the released names of keys
     )

@@ -1,4 +1,4 @@
-"""The noise that images start from, each from a seed of its own."""
+"""Initial noise of images, with one seed per image."""
 
 from collections.abc import Sequence
 from dataclasses import dataclass
@@ -10,7 +10,7 @@ from torch import Tensor
 
 @dataclass(frozen=True)
 class Noise:
-    """The noise of one image: that of a seed, or its negative."""
+    """Initial noise of one image: standard normal noise from a seed, or its negative."""
 
     seed: int
     """At least 0."""
@@ -18,7 +18,7 @@ class Noise:
 
     @property
     def cache_key(self) -> int:
-        """The integer that stands for this noise in caches: the seed, or ~seed if negated."""
+        """Integer that identifies this noise in caches: the seed, or ~seed if it is negated."""
         return self.seed if self.sign == 1 else ~self.seed
 
     def negated(self) -> "Noise":
@@ -33,21 +33,21 @@ def initial_noise(
     device: torch.device | str = "cpu",
     dtype: torch.dtype = torch.float32,
 ) -> Tensor:
-    """Draw standard normal latents, the same on every device.
+    """Sample standard normal latents, the same on every device.
 
     Args:
         shape: (c, h, w) of one image's latents.
-        noise: one for each of n images.
-        device: device of the result; the noise is always drawn on the CPU.
-        dtype: dtype in which the noise is drawn and returned.
+        noise: seed and sign for each of n images.
+        device: device of the result; the noise is always sampled on the CPU.
+        dtype: dtype in which the noise is sampled and returned.
 
     Returns:
-        (n, c, h, w). With sign 1, a diffusers pipeline draws the same from a CPU generator with
+        (n, c, h, w). With sign 1, a diffusers pipeline samples the same from a CPU generator with
         this seed.
     """
-    return torch.cat([each.sign * _normal(shape, each.seed, dtype) for each in noise]).to(device)
+    return torch.cat([x.sign * _normal(shape, x.seed, dtype) for x in noise]).to(device)
 
 
 def _normal(shape: Sequence[int], seed: int, dtype: torch.dtype) -> Tensor:
-    """Draw the noise of one image. (1, c, h, w)."""
+    """Sample the noise of one image. (1, c, h, w)."""
     return torch.randn(1, *shape, generator=torch.Generator().manual_seed(seed), dtype=dtype)

@@ -1,4 +1,4 @@
-"""Gradient on the final latents -> gradients of conditioning and denoiser, step by step.
+"""Back-propagation from the final latents to conditioning and denoiser, step by step.
 
 With the denoiser's input held fixed at each step, the final latents are a linear function of the
 model outputs, z_K = ... + sum_i a_i output_i, so
@@ -32,36 +32,36 @@ from diffusers_fair.families.conditioning import (
 )
 
 
-def draw_steps(
+def sample_steps(
     total: int, count: int, images: int, generator: torch.Generator
 ) -> tuple[Tensor, Tensor]:
-    """Draw steps for an unbiased estimate of the sum over all steps.
+    """Sample steps for an unbiased estimate of the sum over all steps.
 
-    The steps are cut into `count` parts of equal length, give or take one. Each image gets one step
-    of each part. Over the images, the steps of a part occur equally often, give or take one, so
-    that the estimate of a large batch covers every step.
+    The steps are split into `count` parts of equal length, give or take one. Each image gets one
+    step of each part. Over the images, the steps of a part occur equally often, give or take one,
+    so that the estimate of a large batch covers every step.
 
     Args:
         total: K, the number of steps.
-        count: number of steps to draw for each image.
+        count: number of steps to sample for each image.
         images: n.
         generator: a CPU generator.
 
     Returns:
-        The steps (n, count), and the inverse of the probability of each to be drawn (count,).
+        The steps (n, count), and the inverse of their probabilities (count,).
 
     Raises:
         ValueError: `count` is not between 1 and `total`.
     """
     if not 1 <= count <= total:
-        raise ValueError(f"can draw 1 to {total} of {total} steps, not {count}")
+        raise ValueError(f"can sample 1 to {total} of {total} steps, not {count}")
     parts = torch.arange(total).tensor_split(count)
     steps = torch.stack([_spread(part, images, generator) for part in parts], 1)
     return steps, torch.tensor([float(len(part)) for part in parts])
 
 
 def _spread(steps: Tensor, images: int, generator: torch.Generator) -> Tensor:
-    """Draw one step per image, (images,): each equally likely, and equally often give or take 1."""
+    """Sample a step per image, (images,): equally likely, and equally often give or take one."""
     first = torch.randint(len(steps), (), generator=generator)
     return steps[(first + torch.randperm(images, generator=generator)) % len(steps)]
 
@@ -93,7 +93,7 @@ def replay(
         grad_latents: (n, c, h, w), v = d loss / d z_K.
         step_weights: (K,), C_i a_i, from `BiasedGradientScheduler.gradient_weights()`.
         steps: (n, k), steps to replay of each image; None for all.
-        inverse_probabilities: (k,), factor for each column of `steps`, from `draw_steps`; None
+        inverse_probabilities: (k,), factor for each column of `steps`, from `sample_steps`; None
             for 1.
         micro_batch: images per evaluation of the denoiser; None for all. Does not change the
             result.
@@ -126,7 +126,9 @@ def replay(
                 rows = [(select(expand(c, len(grad_latents)), part), share) for c, share in group]
                 backward_step(pipe, inputs, timesteps, rows, gradient)
     return {
-        name: found for name, conditioning in branches.items() if (found := gradients(conditioning))
+        name: collected
+        for name, conditioning in branches.items()
+        if (collected := gradients(conditioning))
     }
 
 

@@ -1,4 +1,4 @@
-"""Conditioning and noise -> latents -> images, keeping what replay needs on the way."""
+"""Sampling and decoding, which keeps the denoiser inputs that replay needs."""
 
 from collections.abc import Callable
 from dataclasses import dataclass
@@ -80,7 +80,7 @@ def sample(
 def denoise(
     evaluate: Callable[[int, Tensor, Tensor], Tensor], scheduler: Any, noise: Tensor, steps: int
 ) -> Tensor:
-    """Go from noise to the final latents, with or without gradients as the caller has them.
+    """Run the sampling loop from noise to the final latents, with gradients if they are enabled.
 
     Args:
         evaluate: (step from 0, scaled latents (n, c, h, w), timestep) -> guided prediction
@@ -110,7 +110,7 @@ def guided_prediction(
     """Return the guided prediction as a function of `count` scaled latents and a timestep.
 
     Raises:
-        ValueError: as in `weighted_branches`, or neither one row of conditioning nor `count`.
+        ValueError: as in `weighted_branches`, or conditioning with neither one row nor `count`.
     """
     family, denoiser = family_of(pipe), denoiser_of(pipe)
     rows = [expand(c, count) for c, _ in weighted_branches(family, branches, guidance_scale)]

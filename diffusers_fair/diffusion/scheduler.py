@@ -18,7 +18,7 @@ from torch import Tensor
 
 Standardize = Literal["paper", "exact", "none"]
 
-_TOLERANCE = 1e-4  # of a prediction by a_i, relative; schedulers compute in float32
+_TOLERANCE = 1e-4  # relative, of the linearity check; schedulers compute in float32
 
 
 class BiasedGradientScheduler:
@@ -185,7 +185,10 @@ def _measure(fresh: Any) -> Tensor:
     Raises:
         ValueError: the scheduler is not linear.
     """
-    with torch.random.fork_rng(devices=[]), torch.enable_grad():  # stochastic ones draw noise
+    with (
+        torch.random.fork_rng(devices=[]),
+        torch.enable_grad(),
+    ):  # stochastic schedulers sample noise
         scheduler = fresh()
         inputs = torch.zeros(len(scheduler.timesteps) + 1, 1, 1, 1, 1, dtype=torch.float64)
         start, *outputs = inputs.requires_grad_().unbind()

@@ -91,7 +91,7 @@ def _check_prompts(group: PromptGroup, attributes: Sequence[Attribute]) -> None:
                 f"the group '{group.name}' has the prompt '{prompt.text}' more than once, and "
                 "its images would be the same: leave one out"
             )
-        for name, wanted in prompt.asks.items():
+        for name, wanted in prompt.expected_classes.items():
             if wanted not in classes.get(name, ()):
                 raise ValueError(
                     f"the prompt '{prompt.text}' asks for '{wanted}' of '{name}', but the "

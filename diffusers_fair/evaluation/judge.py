@@ -21,7 +21,7 @@ from diffusers_fair.reports.images import (
     sample_prompts,
 )
 from diffusers_fair.reports.records import Records, Settings
-from diffusers_fair.vision.classifiers import view
+from diffusers_fair.vision.classifiers import classifier_input
 from diffusers_fair.vision.faces import Faces
 from diffusers_fair.vision.images import to_arrays, to_bytes
 from diffusers_fair.vision.judges import Judges
@@ -113,7 +113,7 @@ def _faces(
     faces: Faces, probabilities: Mapping[str, np.ndarray], settings: Settings
 ) -> dict[str, Any]:
     """The fields of `Records` on faces: the largest of each image and, if all count, the others."""
-    has_face, boxes = faces.found.cpu().numpy(), np.round(faces.boxes.double().cpu().numpy(), 2)
+    has_face, boxes = faces.is_face.cpu().numpy(), np.round(faces.boxes.double().cpu().numpy(), 2)
     if faces.image is None:
         return {"found": has_face, "boxes": boxes, "probabilities": probabilities}
     image = faces.image.cpu().numpy()
@@ -144,8 +144,8 @@ def _probabilities(
 
     They are (rows, classes) for attributes of faces, 0 without a face, and otherwise (n, classes).
     """
-    has_face, result = faces.found.cpu().numpy(), {}
-    with_face, found = images[faces.owner[faces.found]], faces[faces.found]
+    has_face, result = faces.is_face.cpu().numpy(), {}
+    with_face, found = images[faces.image_index[faces.is_face]], faces[faces.is_face]
     views: dict[tuple[bool, int], Tensor] = {}  # classifiers share them
     for a in attributes:
         classifier, rows = judges.classifiers[a.name], has_face if a.of_faces else slice(None)
@@ -154,7 +154,9 @@ def _probabilities(
             continue
         key = a.of_faces, classifier.size
         if key not in views:
-            views[key] = view(a, with_face if a.of_faces else images, found, classifier.size)
+            views[key] = classifier_input(
+                a, with_face if a.of_faces else images, found, classifier.size
+            )
         p = classifier(views[key]).double().cpu().numpy()  # (faces or n, classes)
         if not np.isfinite(p).all():
             raise ValueError(

@@ -5,11 +5,11 @@ from typing import Any
 from diffusers_fair.families.base import Family
 from diffusers_fair.families.stable_diffusion import STABLE_DIFFUSION
 
-FAMILIES: tuple[Family, ...] = (STABLE_DIFFUSION,)
+_FAMILIES: tuple[Family, ...] = (STABLE_DIFFUSION,)
 LORA_PREFIXES = {
-    component: prefix for family in FAMILIES for component, prefix in family.lora_prefixes.items()
+    component: prefix for family in _FAMILIES for component, prefix in family.lora_prefixes.items()
 }
-"""Component that can carry LoRA, of any family -> prefix of its keys in the weights file."""
+"""Component of any family that can have LoRA layers -> prefix of its keys in the weights file."""
 
 
 def family_of(pipe: Any) -> Family:
@@ -18,10 +18,10 @@ def family_of(pipe: Any) -> Family:
     Raises:
         ValueError: a pipeline of no known family.
     """
-    for family in FAMILIES:
+    for family in _FAMILIES:
         if family.matches(pipe):
             return family
-    expected = " or ".join(family.name for family in FAMILIES)
+    expected = " or ".join(family.name for family in _FAMILIES)
     raise ValueError(
         f"expected a pipeline of {expected}, got {type(pipe).__name__}: load a base model of this "
         "family, such as 'stable-diffusion-v1-5/stable-diffusion-v1-5'"

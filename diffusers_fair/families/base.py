@@ -1,7 +1,7 @@
-"""What the rest of the package asks of a family of pipelines.
+"""The interface of a pipeline family, through which the rest of the package uses pipelines.
 
-A family is a set of diffusers pipelines that share their components and how these are called. The
-contract has no state: everything is a function of the pipeline that is passed in.
+A family is a set of diffusers pipelines with the same components and calling conventions. It has no
+state: its methods take the pipeline as an argument.
 """
 
 from collections.abc import Callable, Mapping, Sequence
@@ -12,14 +12,14 @@ from torch import Tensor
 from diffusers_fair.families.conditioning import Conditioning
 
 Denoise = Callable[..., Any]
-"""A denoiser, or its `forward` where hooks should not run."""
+"""A denoiser, or its `forward` to bypass hooks."""
 
 
 class Family(Protocol):
     """A family of pipelines, such as Stable Diffusion 1 and 2."""
 
     name: str
-    """For error messages."""
+    """Name in error messages."""
     denoiser: str
     """Component that is evaluated at every step."""
     components: tuple[str, ...]
@@ -27,7 +27,7 @@ class Family(Protocol):
     targets: Mapping[str, tuple[str, ...]]
     """Component that diffusers can load LoRA weights into -> its layers that get LoRA."""
     lora_prefixes: Mapping[str, str]
-    """Component with LoRA -> what precedes a module's name in the keys of the weights file."""
+    """Component that can have LoRA layers -> prefix of its keys in the weights file."""
     inversions: Mapping[str, str]
     """Text encoder that can have soft tokens -> its tokenizer."""
     encode_method: str

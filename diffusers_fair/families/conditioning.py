@@ -1,7 +1,7 @@
 """The denoiser's conditioning: named tensors with one row for each image.
 
-A row of `prompts` becomes prompt embeddings and whatever else a denoiser takes beside the latents
-and the timestep. Some of these tensors may require a gradient, through a text encoder in training.
+It contains the prompt embeddings and whatever else a denoiser takes besides the latents and the
+timestep. Some of these tensors may require a gradient, if the text encoder is trained.
 """
 
 from collections.abc import Iterable, Mapping
@@ -72,8 +72,7 @@ def gradients(conditioning: Conditioning) -> dict[str, Tensor]:
 def backward(conditioning: Conditioning, gradients: Mapping[str, Tensor]) -> None:
     """Back-propagate gradients of a conditioning to the parameters that it was computed from.
 
-    One call for all tensors: those of one prompt share a graph, which a second call would find
-    freed.
+    All tensors are back-propagated in one call: they share a graph, which the first call frees.
 
     Args:
         conditioning: as a text encoder returned it.

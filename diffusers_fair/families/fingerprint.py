@@ -1,4 +1,4 @@
-"""The fingerprint of a base model: which adapters fit into it."""
+"""The fingerprint of a base model, by which adapters are matched to it."""
 
 import hashlib
 from collections.abc import Iterator
@@ -8,7 +8,7 @@ from diffusers_fair.families import family_of
 
 
 def base_fingerprint(pipe: Any) -> str:
-    """Digest of the parameter shapes of the components that can carry an adapter.
+    """Hash the parameter shapes of the components that can have an adapter.
 
     It does not depend on LoRA layers, soft tokens or textual inversions in the pipeline, on the
     dtype, or on how a library version names the parameters. Models of one architecture share it.
@@ -27,7 +27,7 @@ def base_fingerprint(pipe: Any) -> str:
 
 
 def _base_shapes(pipe: Any, component: str, tokenizer: str | None) -> Iterator[tuple[int, ...]]:
-    """Shapes of a component's own parameters, without tokens added to its vocabulary."""
+    """Shapes of a component's parameters, without LoRA layers and added tokens."""
     model = getattr(pipe, component)
     embeddings: list[Any] = []  # the vocabulary, and soft tokens in training
     if tokenizer is not None:

@@ -91,7 +91,7 @@ class StableDiffusion:
 STABLE_DIFFUSION = StableDiffusion()
 
 
-# ---- for published methods that were made for this family alone ----------------------------------
+# ---- for baselines that only support this family -------------------------------------------------
 
 
 def token_embeddings(pipe: Any, texts: Sequence[str]) -> Tensor:

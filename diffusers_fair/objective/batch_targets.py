@@ -26,28 +26,28 @@ class BatchTargets:
     faces: Faces
     """Faces of the n images."""
     targets: list[Targets]
-    """For each attribute, of the m faces found or of the n whole images."""
+    """For each attribute, targets of the m faces or of the n whole images."""
     of_faces: list[bool]
-    """Which of the two, for each attribute."""
+    """For each attribute, whether its targets are those of faces."""
 
     def __getitem__(self, images: Tensor) -> "BatchTargets":
         """Select images by their indices."""
         faces, rows = self.faces.of_images(images)
-        face_index = self.faces.found.cumsum(0) - 1  # of each row, among the faces found
-        found = face_index[rows][faces.found]
+        face_index = self.faces.is_face.cumsum(0) - 1  # index of each row among the faces
+        indices = face_index[rows][faces.is_face]
         pairs = zip(self.targets, self.of_faces, strict=True)
-        targets = [target[found if of_faces else images] for target, of_faces in pairs]
+        targets = [target[indices if of_faces else images] for target, of_faces in pairs]
         return replace(self, faces=faces, targets=targets)
 
 
 class TargetAssignment:
-    """Assigns targets to the images of each prompt, those of all processes together.
+    """Assigns target classes within each prompt, over the images of all processes.
 
     Args:
-        judges: training's.
-        attributes: what is balanced, jointly.
+        judges: judges of training.
+        attributes: attributes to balance jointly.
         costs: weight of each attribute in the transport cost.
-        feedback: attribute name -> its feedback, which shifts the targets.
+        feedback: attribute name -> feedback that shifts its target.
     """
 
     def __init__(
@@ -70,11 +70,11 @@ class TargetAssignment:
 
         Args:
             images: (n, 3, h, w) of this process.
-            prompts: of all processes.
-            micro_batch: images that are judged at a time.
+            prompts: prompts of the images of all processes.
+            micro_batch: images to judge at a time.
 
         Returns:
-            The targets of this process's images, and the statistics of all, without losses.
+            Targets of this process's images, and statistics of all images, without losses.
         """
         parts = images.split(micro_batch or len(images))
         faces = Faces.joined([self.judges.faces(part) for part in parts])
@@ -114,7 +114,7 @@ class TargetAssignment:
         return [joined(parts) for parts in zip(*of_prompts, strict=True)]
 
     def _targets_of(self, prompt: str) -> list[Tensor]:
-        """Where training aims for a prompt: (classes,) for each attribute."""
+        """Return the training target of each attribute for a prompt, (classes,) each."""
         return [self.feedback[a.name].shifted(a.target_of(prompt)) for a in self.attributes]
 
     def _statistics(
@@ -128,5 +128,5 @@ class TargetAssignment:
         return BatchStatistics(
             losses={},
             face_rate=(faces > 0).float().mean().item() if any_of_faces else None,
-            attributes={name: found for name, found in counted.items() if found is not None},
+            attributes={name: x for name, x in counted.items() if x is not None},
         )

@@ -1,4 +1,4 @@
-"""The loss of images of kept prompts: they stay, and show the class that the prompt names."""
+"""Loss of images of kept prompts: they should not change, and show the class that is named."""
 
 from collections.abc import Mapping, Sequence
 
@@ -18,11 +18,11 @@ from diffusers_fair.vision.judges import Judges
 
 
 class KeptImages:
-    """Full semantics loss, as nothing is to change, and the cross-entropy of the named classes.
+    """The semantics loss in full, as no class should change, and cross-entropy of named classes.
 
     Args:
-        judges: training's.
-        attributes: what is balanced.
+        judges: judges of training.
+        attributes: attributes to balance.
         semantics: the semantics loss.
     """
 
@@ -41,10 +41,10 @@ class KeptImages:
         """Compute the loss of images (n, 3, h, w) in [-1, 1], and statistics.
 
         Args:
-            images: of this process, each of a prompt of its own.
-            originals: of the same prompts and noise.
-            named_classes: for each of these images attribute -> the class that its prompt names.
-            micro_batch: images that are judged at a time; left out, all.
+            images: images of this process, each with a prompt of its own.
+            originals: judgements of the original images for the same prompts and noise.
+            named_classes: attribute -> class that the prompt names, for each of these images.
+            micro_batch: images to judge at a time; default: all.
         """
         labels = [_labels(a, named_classes).to(images.device) for a in self.attributes]
 
@@ -63,16 +63,16 @@ class KeptImages:
     ) -> tuple[Tensor, Tensor]:
         """Loss (n,), and whether an image shows the named classes (n,), NaN if none is named.
 
-        Labels are the named classes, (n,) for each attribute, -1 where none is named.
+        `labels` are the named classes, (n,) for each attribute, -1 if none is named.
         """
         faces = self.judges.faces(images.detach())
-        no_changes = faces.found.new_zeros(len(images), len(self.attributes))
+        no_changes = faces.is_face.new_zeros(len(images), len(self.attributes))
         loss = self.semantics(images, faces, originals, no_changes)
         obeyed = images.new_full((len(images),), torch.inf)
         perceived = self.judges.perceive(self.attributes, images, faces)
         for attribute, label, p in zip(self.attributes, labels, perceived, strict=True):
-            # of each row of p, which is an image or a face
-            rows = label[faces.owner[faces.found]] if attribute.of_faces else label
+            # a row of p is an image or a face
+            rows = label[faces.image_index[faces.is_face]] if attribute.of_faces else label
             target = rows.clamp(min=0)
             cross_entropy = alignment_loss(p, _one_class(target, rows >= 0, p), 0.5)
             is_right = (p.argmax(1) == target).to(p)
@@ -85,7 +85,7 @@ class KeptImages:
 
 
 def _labels(attribute: Attribute, named_classes: Sequence[Mapping[str, str]]) -> Tensor:
-    """(n,) index of the class that each image's prompt names; -1 where it names none."""
+    """(n,) index of the class that each image's prompt names; -1 if it names none."""
     names = [classes.get(attribute.name) for classes in named_classes]
     return torch.tensor([-1 if name is None else attribute.classes.index(name) for name in names])
 

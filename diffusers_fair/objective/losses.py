@@ -8,7 +8,7 @@ from diffusers_fair.objective.targets import Targets
 
 
 def alignment_loss(probabilities: Tensor, targets: Targets, threshold: float) -> Tensor:
-    """Distributional alignment loss of one attribute, each image's term of equation 6.
+    """Compute each image's term of the distributional alignment loss of an attribute (equation 6).
 
         1[c_i >= C] CE(p_i, y_i)
 
@@ -38,7 +38,7 @@ def alignment_loss(probabilities: Tensor, targets: Targets, threshold: float) ->
 
 
 def semantics_loss(features: Tensor, original: Tensor) -> Tensor:
-    """Dissimilarity of images to their originals by one encoder, a term of equation 7.
+    """Compute the dissimilarity of images to their originals by one encoder, a term of equation 7.
 
         1 - cos(encoder(x_i), encoder(o_i))
 
@@ -61,9 +61,9 @@ def semantics_loss(features: Tensor, original: Tensor) -> Tensor:
 
 
 def face_realism_loss(
-    embeddings: Tensor, reference: Tensor, own: Tensor, is_kept: Tensor
+    embeddings: Tensor, reference: Tensor, original: Tensor, is_kept: Tensor
 ) -> Tensor:
-    """Dissimilarity of generated faces to the nearest real ones, equation 8.
+    """Compute the dissimilarity of generated faces to the nearest real ones (equation 8).
 
         1 - max_F cos(emb(face_i), emb(F))
 
@@ -74,7 +74,7 @@ def face_realism_loss(
     Args:
         embeddings: (n, d), of the generated faces, of unit length.
         reference: (m, d), of the real faces F, of unit length.
-        own: (n, d), of the faces in the original images, of unit length; used where `is_kept`.
+        original: (n, d), of the faces in the original images, of unit length; used where `is_kept`.
         is_kept: (n,) bool, whether a face is compared with the one in the original image.
 
     Returns:
@@ -85,16 +85,16 @@ def face_realism_loss(
     """
     if not len(reference) or reference.shape[1:] != embeddings.shape[1:]:
         raise ValueError(
-            f"expected one or more reference faces with embeddings of {embeddings.shape[1]} "
-            f"numbers, as the generated ones have, got shape {tuple(reference.shape)}"
+            f"expected one or more reference faces with embeddings of size {embeddings.shape[1]}, "
+            f"as for the generated faces, got shape {tuple(reference.shape)}"
         )
-    if own.shape != embeddings.shape:
+    if original.shape != embeddings.shape:
         raise ValueError(
             f"expected the original faces of the same images by the same embedder, got shapes "
-            f"{tuple(embeddings.shape)} and {tuple(own.shape)}"
+            f"{tuple(embeddings.shape)} and {tuple(original.shape)}"
         )
     nearest = (embeddings @ reference.T).amax(1)  # (n,)
-    return 1 - torch.where(is_kept, (embeddings * own).sum(1), nearest)
+    return 1 - torch.where(is_kept, (embeddings * original).sum(1), nearest)
 
 
 def scale_gradient(images: Tensor, factor: Tensor) -> Tensor:

@@ -1,7 +1,7 @@
-"""Images with the adapter, and the original ones -> the loss to minimise (section 4.1).
+"""The training loss of images, given the original ones (section 4.1).
 
-Targets are assigned among the images of one prompt, those of all processes; everything else is
-computed for all prompts at once, in each process for its own images.
+Targets are assigned within each prompt, over the images of all processes. Everything else is
+computed for all prompts at once, by each process for its own images.
 """
 
 from collections.abc import Iterable, Mapping, Sequence
@@ -27,17 +27,17 @@ from diffusers_fair.vision.reference_faces import ReferenceFaces
 
 
 class Objective:
-    """The loss of images, as training's judges see them (section 4.1).
+    """The training loss of images (section 4.1).
 
     Args:
         judges: face detector, classifiers and encoders.
-        attributes: the recipe's sections of the attributes to balance, jointly.
-        losses: the recipe's weights of the losses beside the alignment loss.
-        reference_faces: what faces are compared with; needed if the face realism loss has a weight.
-        prompt_sets: the sets whose subjects the attributes' `targets` name.
+        attributes: the recipe's sections for the attributes to balance jointly.
+        losses: the recipe's weights of the losses other than the alignment loss.
+        reference_faces: real faces to compare with; needed if the face realism loss has a weight.
+        prompt_sets: prompt sets whose subjects the attributes' `targets` may name.
 
     Raises:
-        ValueError: a weight for face realism, and no reference faces.
+        ValueError: the face realism loss has a weight, but there are no reference faces.
     """
 
     def __init__(
@@ -70,14 +70,14 @@ class Objective:
 
     @torch.no_grad()
     def originals(self, images: Tensor, micro_batch: int | None = None) -> Originals:
-        """Judge the original model's images (n, 3, h, w) in [-1, 1], so many at a time."""
+        """Judge the original model's images (n, 3, h, w) in [-1, 1], in micro-batches."""
         parts = images.split(micro_batch or len(images))
         return Originals.joined([self._judge_originals(part) for part in parts])
 
     def _judge_originals(self, images: Tensor) -> Originals:
         faces = self.judges.faces(images)
-        shown = images[faces.owner]  # of each row; rows without a face are left out later
-        classes, is_certain = {}, torch.ones_like(faces.found)
+        shown = images[faces.image_index]  # image of each row; placeholders are ignored later
+        classes, is_certain = {}, torch.ones_like(faces.is_face)
         for attribute, section in zip(self.attributes, self.sections, strict=True):
             p = self.judges.probabilities(attribute, shown, faces)
             classes[attribute.name] = p.argmax(1)
@@ -97,16 +97,17 @@ class Objective:
         """Compute the loss of images (n, 3, h, w) in [-1, 1], and the statistics of the batch.
 
         The loss is the weighted sum of `alignment`, `semantics` and, if it has a weight, `face`.
-        Images without a face contribute to the semantics loss alone. With several processes, the
-        statistics are of the images of all, and the loss is this process's part of their mean: the
-        sum of all parts is what one process would have computed.
+        Images without a face only contribute to the semantics loss. With several processes, the
+        statistics are those of all images, and the loss is this process's part of the mean over all
+        images: the parts sum to the loss that one process would have computed.
 
         Args:
-            images: of this process; of all together equally many of each prompt, prompt by prompt.
-            originals: of the same prompts and noise.
-            prompts: of all processes.
-            micro_batch: images that are judged at a time; left out, all. With a gradient they are
-                judged twice, and nothing of the first time stays in memory.
+            images: images of this process. Over all processes they are ordered by prompt, with the
+                same number of images per prompt.
+            originals: judgements of the original images for the same prompts and noise.
+            prompts: prompts of the images of all processes.
+            micro_batch: images to judge at a time; default: all. With gradients, each micro-batch
+                is judged again in the backward pass, to save memory.
         """
         targets, statistics = self.targets(images.detach(), prompts, micro_batch)
         parts = in_micro_batches(
@@ -120,7 +121,7 @@ class Objective:
     def _terms(
         self, images: Tensor, originals: Originals, targets: BatchTargets
     ) -> dict[str, Tensor]:
-        """Name -> each image's term of the loss (n,), with its weight."""
+        """Weighted terms of the loss by name, (n,) each."""
         faces = targets.faces
         matches, is_matched = match_faces(faces, originals.faces)  # (m,)
         alignment, changes = self._align(
@@ -132,7 +133,9 @@ class Objective:
         }
         if self.reference_faces is not None:
             stays = ~changes[:, targets.of_faces].any(1)  # (n,)
-            is_kept = originals.is_certain[matches] & stays[faces.owner[faces.found]]  # (m,)
+            is_kept = (
+                originals.is_certain[matches] & stays[faces.image_index[faces.is_face]]
+            )  # (m,)
             terms["face"] = self._realism(
                 self.reference_faces, images, faces, originals, matches, is_kept
             )
@@ -147,21 +150,23 @@ class Objective:
         is_matched: Tensor,
         targets: Sequence[Targets],
     ) -> tuple[Tensor, Tensor]:
-        """Alignment loss (n,), and which classes are to change, (n, attributes) bool.
+        """Alignment loss (n,), and which classes should change, (n, attributes) bool.
 
-        An image with several faces has the mean of their losses, and its class is to change if that
-        of any of them is. An image without a face has no loss, and counts as one to change, as does
-        a face that the original image does not have.
+        The loss of an image with several faces is the mean of their losses, and its class should
+        change if that of any of its faces should. An image without a face has no loss, and its
+        class counts as one that should change. So does that of a face without an original face.
 
         Args:
             images: (n, 3, h, w).
-            faces: of these images.
-            originals: of these images.
-            matches: (m,) row of the original face that each face found is compared with.
+            faces: faces of these images.
+            originals: judgements of the original images.
+            matches: (m,) row of the original face that corresponds to each face.
             is_matched: (m,) whether the original image has that face.
-            targets: of each attribute.
+            targets: targets of each attribute.
         """
-        first_row = torch.searchsorted(originals.faces.owner, torch.arange(len(images)).to(matches))
+        first_row = torch.searchsorted(
+            originals.faces.image_index, torch.arange(len(images)).to(matches)
+        )
         perceived = self.judges.perceive(self.attributes, images, faces)
         losses, changes = [], []
         for i, attribute in enumerate(self.attributes):
@@ -186,19 +191,21 @@ class Objective:
         matches: Tensor,
         is_kept: Tensor,
     ) -> Tensor:
-        """Weighted face realism loss (n,), the mean over several faces; 0 without a face."""
+        """Weighted face realism loss (n,), the mean over an image's faces; 0 without a face."""
         assert originals.embeddings is not None
-        if not faces.found.any():
+        if not faces.is_face.any():
             return images.new_zeros(len(images))
-        embeddings = real.embed(images[faces.owner[faces.found]], faces[faces.found])  # (m, d)
-        own = originals.embeddings[matches]  # (m, d)
-        loss = face_realism_loss(embeddings, real.embeddings, own, is_kept)  # (m,)
+        embeddings = real.embed(
+            images[faces.image_index[faces.is_face]], faces[faces.is_face]
+        )  # (m, d)
+        original = originals.embeddings[matches]  # (m, d)
+        loss = face_realism_loss(embeddings, real.embeddings, original, is_kept)  # (m,)
         return self.losses.face * faces.mean_per_image(loss)
 
     def update_targets(self, statistics: BatchStatistics) -> None:
-        """Feed the statistics of a batch back into the targets of the next ones."""
-        for name, found in statistics.attributes.items():
-            self.feedback[name].update(found.shares, found.target)
+        """Update the target feedback from the statistics of a batch."""
+        for name, classes in statistics.attributes.items():
+            self.feedback[name].update(classes.shares, classes.target)
 
     def state_dict(self) -> dict[str, Any]:
         """Return the state for a checkpoint: attribute name -> state of its target feedback."""
@@ -206,5 +213,5 @@ class Objective:
 
     def load_state_dict(self, state: Mapping[str, Any]) -> None:
         """Restore the state of a checkpoint; the oldest checkpoints have none."""
-        for name, each in state.items():
-            self.feedback[name].load_state_dict(each)
+        for name, feedback_state in state.items():
+            self.feedback[name].load_state_dict(feedback_state)

@@ -1,4 +1,4 @@
-"""What the loss needs of the original images."""
+"""Judgements of the original images, which the loss compares with."""
 
 from collections.abc import Sequence
 from dataclasses import dataclass
@@ -15,13 +15,12 @@ class Originals:
 
     faces: Faces
     classes: dict[str, Tensor]
-    """Attribute name -> (rows,) class index for each row of the faces; (n,) if each image has one.
-    Meaningless in rows without a face, unless the attribute is of the whole image."""
+    """Attribute name -> (rows,) class index for each row of the faces. Meaningless in placeholders,
+    unless the attribute is one of the whole image."""
     features: tuple[Tensor, Tensor]
     """CLIP and DINO features, (n, d) each, of unit length."""
     is_certain: Tensor
-    """(rows,) bool: whether the classes of the face are all at least as likely as their
-    thresholds."""
+    """(rows,) bool: whether the probabilities of all classes of a face reach their thresholds."""
     embeddings: Tensor | None = None
     """(rows, d) of the faces, of unit length. None: no face realism loss."""
 

@@ -1,4 +1,4 @@
-"""Terms of the loss that are computed a few images at a time, and averaged over all processes."""
+"""Computes terms of the loss in micro-batches, and averages them over all processes."""
 
 from collections.abc import Callable
 from typing import TypeVar
@@ -15,10 +15,10 @@ T = TypeVar("T")
 def in_micro_batches(
     terms: Callable[[Tensor], T], images: Tensor, micro_batch: int | None
 ) -> list[T]:
-    """Call a function with the indices (m,) of a few images at a time, all of them in the end.
+    """Call a function with the indices (m,) of one micro-batch after another.
 
-    Several micro-batches are computed twice, the second time in the backward pass, so that only one
-    of them is in memory at a time.
+    If there are several, they are recomputed in the backward pass, so that only one of them is in
+    memory at a time.
     """
     indices = torch.arange(len(images), device=images.device)
     parts = indices.split(micro_batch or len(images))

@@ -16,8 +16,8 @@ class Semantics:
     """The semantics loss of equation 7, with the weights of section 4.1.
 
     Args:
-        judges: training's.
-        attributes: the recipe's sections, with the fractions for changed classes and for faces.
+        judges: judges of training.
+        attributes: the recipe's sections, with `semantics_changed` and `semantics_face`.
         weight: lambda_1.
     """
 
@@ -25,7 +25,7 @@ class Semantics:
         self.judges = judges
         self.weight = weight
         self.fractions = [section.semantics_changed for section in attributes]
-        # a changed class of the whole image leaves the face as it is
+        # an attribute of the whole image does not change the weight of faces
         self.face_fractions = [
             section.semantics_face if section.attribute().of_faces else 1.0
             for section in attributes
@@ -44,10 +44,10 @@ class Semantics:
 
         Args:
             images: (n, 3, h, w) in [-1, 1].
-            faces: of these images.
-            originals: of the same prompts and noise.
-            changes: (n, attributes) bool, which classes are to change; in images without a face
-                those of faces.
+            faces: faces of these images.
+            originals: judgements of the original images for the same prompts and noise.
+            changes: (n, attributes) bool, which classes should change; True for attributes of faces
+                in images without a face.
         """
         outside = _smallest(self.fractions, changes)  # (n,)
         inside = _smallest(self.face_fractions, changes)[:, None, None]

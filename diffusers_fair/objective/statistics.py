@@ -1,4 +1,4 @@
-"""Statistics of the images of one batch, over all processes: typed, and as they are logged."""
+"""Statistics of the images of a batch over all processes, and the metrics that are logged."""
 
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
@@ -29,7 +29,7 @@ class KeptStatistics:
     """Losses of kept prompts; None is a loss that the recipe does not use."""
 
     loss: float | None = None
-    """Of their images."""
+    """Loss of their images."""
     obeyed: float | None = None
     """Share of the images that show the class that their prompt names; None if none names one."""
     embedding: float | None = None
@@ -53,9 +53,9 @@ class BatchStatistics:
     losses: Mapping[str, float]
     """`loss`, then its terms: `alignment`, `semantics` and, if it has a weight, `face`."""
     face_rate: float | None
-    """Share of the images with a face. None: no attribute is of faces."""
+    """Share of the images with a face. None: there is no attribute of faces."""
     attributes: Mapping[str, ClassStatistics]
-    """Attribute name -> statistics; without attributes of faces if there is none."""
+    """Attribute name -> statistics; without attributes of faces if no image has a face."""
     kept: KeptStatistics = field(default_factory=KeptStatistics)
 
     def metrics(self) -> dict[str, float]:
@@ -63,12 +63,12 @@ class BatchStatistics:
         metrics = dict(self.losses)
         if self.face_rate is not None:
             metrics["faces"] = self.face_rate
-        for name, found in self.attributes.items():
-            metrics |= {f"bias/{name}": found.bias, f"largest/{name}": max(found.shares)}
-            metrics |= _by_class("share", name, found.classes, found.shares)
-        for name, found in self.attributes.items():
-            if found.target is not None:
-                metrics |= _by_class("target", name, found.classes, found.target)
+        for name, x in self.attributes.items():
+            metrics |= {f"bias/{name}": x.bias, f"largest/{name}": max(x.shares)}
+            metrics |= _by_class("share", name, x.classes, x.shares)
+        for name, x in self.attributes.items():
+            if x.target is not None:
+                metrics |= _by_class("target", name, x.classes, x.target)
         return metrics | self.kept.metrics()
 
 

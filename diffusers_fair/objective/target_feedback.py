@@ -1,17 +1,16 @@
 """Feedback that shifts the training target against a persistent gap: integral control. Pure.
 
-The alignment loss pulls less the nearer the target is, the semantics loss pulls all the time. Where
-the two balance, a gap is left, which is widest for the class that is farthest from the original
-images. The published method leaves it. Here the gap between the target D and the shares p of the
-classes in the batches so far (an exponential moving average) is integrated, and shifts the target
-of the transport:
+The alignment loss weakens near the target, the semantics loss does not. A gap remains where the two
+balance, widest for the class that is farthest from the original images. The published method does
+not close it. Here the gap between the target D and the shares p of the classes (an exponential
+moving average over batches) is integrated, and shifts the target of the transport:
 
     D' = D + e,   e <- clip(e + gain (D - p), -D / 2, D / 2)   if |D - p| <= D / 2 in every class
 
 A wider gap is not integrated: the loss closes it by itself, and the integral would overshoot.
 
-Images respond to a shifted target only after some tens of iterations. A gain much above the inverse
-of that makes the classes oscillate about the target, and chance decides where they are at the end.
+Images respond to a shifted target only after some tens of iterations. With a gain much above the
+inverse of that, the shares oscillate about the target, and end up anywhere.
 """
 
 from collections.abc import Sequence
@@ -20,7 +19,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-MEMORY = 0.9  # decay of the moving average: about ten batches
+_DECAY = 0.9  # decay of the moving average: about ten batches
 _REACH = 0.5  # largest gap that is integrated, and largest shift, relative to a class's share
 
 
@@ -39,10 +38,10 @@ class TargetFeedback:
         self.offset = torch.zeros_like(self.target)  # (classes,), e
 
     def shifted(self, target: Sequence[float] | Tensor | None = None) -> Tensor:
-        """Return where training aims for a target.
+        """Return the training target: a target shifted by the integrated gap.
 
         Args:
-            target: (classes,), a prompt's own; left out, D.
+            target: (classes,), target of a prompt; default: D.
 
         Returns:
             (classes,) float64, sums to 1.
@@ -55,13 +54,13 @@ class TargetFeedback:
         """Integrate the gap of a batch.
 
         Args:
-            shares: (classes,), of its faces or images.
-            target: (classes,), the mean of its prompts' targets; left out, D.
+            shares: (classes,), shares among the batch's faces or images.
+            target: (classes,), mean target of the batch's prompts; default: D.
         """
         observed = torch.tensor(shares, dtype=torch.float64)
         if target is not None:
             observed = observed + (self.target - torch.as_tensor(target, dtype=torch.float64))
-        self.mean_shares = MEMORY * self.mean_shares + (1 - MEMORY) * observed
+        self.mean_shares = _DECAY * self.mean_shares + (1 - _DECAY) * observed
         gap, reach = self.target - self.mean_shares, _REACH * self.target
         if (gap.abs() <= reach).all():
             self.offset = (self.offset + self.gain * gap).clamp(-reach, reach)

@@ -1,8 +1,8 @@
 """Class probabilities -> a target class for each image: expected optimal transport. Pure.
 
-For images with class probabilities p_1..p_n and n targets u_1..u_n drawn from the distribution D,
+For images with class probabilities p_1..p_n and n targets u_1..u_n sampled from the distribution D,
 the transport sigma* moves the probabilities least (equation 4); the target class of an image is the
-most probable one over all draws (equation 5):
+most probable one over all samples (equation 5):
 
     sigma* = argmin_sigma sum_i |p_i - u_sigma(i)|,   q_i = E u_sigma*(i),
     y_i = argmax q_i,   c_i = max q_i
@@ -20,7 +20,7 @@ import numpy as np
 import torch
 from torch import Tensor
 
-MASS = 0.999  # probability mass of the multinomial that an enumeration covers
+_MASS = 0.999  # probability mass of the multinomial that an enumeration covers
 _ENUMERATED = 20_000  # largest number of count vectors that are enumerated
 _SAMPLES = 4096  # count vectors to sample if there are more
 
@@ -48,7 +48,7 @@ def expected_targets(
     probabilities: Tensor,
     target: Sequence[float] | Tensor,
     *,
-    mass: float = MASS,
+    mass: float = _MASS,
     samples: int = _SAMPLES,
     generator: torch.Generator | None = None,
 ) -> Targets:
@@ -62,25 +62,25 @@ def expected_targets(
         target: (classes,), D.
         mass: probability mass of the multinomial to enumerate, for more than two classes.
         samples: number of samples if there are too many count vectors to enumerate.
-        generator: for these samples, on the CPU; left out, one with seed 0.
+        generator: CPU generator for these samples; default: one with seed 0.
 
     Raises:
         ValueError: shapes that do not fit, a target that is no distribution, or probabilities that
             are not finite.
     """
     share = torch.as_tensor(target, dtype=torch.float64)
-    (targets,) = joint_targets(
+    (targets,) = _joint_targets(
         [probabilities], share, mass=mass, samples=samples, generator=generator
     )
     return targets
 
 
-def joint_targets(
+def _joint_targets(
     probabilities: Sequence[Tensor],
     target: Sequence[Sequence[float] | Tensor] | Tensor,
     *,
     cost_weights: Sequence[float] | None = None,
-    mass: float = MASS,
+    mass: float = _MASS,
     samples: int = _SAMPLES,
     generator: torch.Generator | None = None,
 ) -> list[Targets]:
@@ -92,7 +92,7 @@ def joint_targets(
             also aligned within the classes of the others; or one tensor (classes, classes, ...) of
             joint shares.
         cost_weights: w_a, weight of each attribute in the cost of moving an image,
-            cost^2 = sum_a w_a |p_a - u_a|^2; left out, 1.
+            cost^2 = sum_a w_a |p_a - u_a|^2; default: 1.
         mass: as in `expected_targets`.
         samples: as in `expected_targets`.
         generator: as in `expected_targets`.
@@ -126,18 +126,18 @@ def region_targets(
 ) -> list[Targets]:
     """Find the target classes for attributes of faces and of whole images together.
 
-    Faces are transported by all attributes jointly, a whole image with each of its faces, so that
-    an attribute of the image is also aligned within the classes of the faces; the plan of an image
-    with several faces is their mean. Images without a face are transported among themselves, with
-    the same target. If all attributes are of the whole image, faces are ignored.
+    Faces are transported jointly for all attributes, with the probabilities of the whole image for
+    attributes of whole images. These are thus also aligned within the classes of the faces. The
+    plan of an image with several faces is their mean. Images without a face are transported among
+    themselves, with the same target. If no attribute is one of faces, faces are ignored.
 
     Args:
-        probabilities: for each attribute (faces, classes), image by image, or, of whole images,
-            (n, classes).
+        probabilities: for each attribute of faces (m, classes), ordered by image; for each
+            attribute of whole images (n, classes).
         target: a distribution for each attribute.
         faces: (n,) number of faces in each image.
-        whole: whether each attribute is of the whole image.
-        cost_weights: as in `joint_targets`.
+        whole: for each attribute, whether it is one of whole images.
+        cost_weights: as in `_joint_targets`.
 
     Returns:
         Targets of each attribute, one row for each row of its probabilities.
@@ -150,7 +150,7 @@ def region_targets(
     owner = torch.arange(len(faces), device=faces.device).repeat_interleave(faces)  # of each face
     alone, kept = faces == 0, [a for a, w in enumerate(whole) if w]
     shown = [p[owner] if w else p for p, w in zip(probabilities, whole, strict=True)]
-    found = _some_targets(shown, target, weights)
+    results = _some_targets(shown, target, weights)
     faceless = _some_targets(
         [probabilities[a][alone] for a in kept],
         [target[a] for a in kept],
@@ -158,10 +158,10 @@ def region_targets(
     )
     for a, other in zip(kept, faceless, strict=True):
         plan = other.plan.new_zeros(len(faces), other.plan.shape[1])
-        plan.index_add_(0, owner, found[a].plan / faces[owner][:, None])
+        plan.index_add_(0, owner, results[a].plan / faces[owner][:, None])
         plan[alone] = other.plan
-        found[a] = _targets(plan, max(found[a].error, other.error))
-    return found
+        results[a] = _targets(plan, max(results[a].error, other.error))
+    return results
 
 
 def _some_targets(
@@ -169,9 +169,9 @@ def _some_targets(
     target: Sequence[Sequence[float] | Tensor],
     weights: Sequence[float],
 ) -> list[Targets]:
-    """Call `joint_targets`, or return empty targets if there is no image."""
+    """Call `_joint_targets`, or return empty targets if there is no image."""
     if probabilities and len(probabilities[0]):
-        return joint_targets(probabilities, target, cost_weights=weights)
+        return _joint_targets(probabilities, target, cost_weights=weights)
     return [_targets(p.detach().double(), 0.0) for p in probabilities]
 
 
@@ -192,7 +192,7 @@ def _targets(plan: Tensor, error: float) -> Targets:
 
 
 def _marginal(joint: Tensor, attribute: int) -> Tensor:
-    """Sum a plan (n, classes, classes, ...) over all attributes but one. (n, classes)."""
+    """Sum a plan (n, classes, classes, ...) over all attributes but one, to (n, classes)."""
     return joint.movedim(attribute + 1, 1).flatten(2).sum(2) if joint.ndim > 2 else joint
 
 
@@ -284,8 +284,8 @@ def _sampled_counts(
 ) -> tuple[Tensor, Tensor]:
     """Sample count vectors (m, classes), each with its relative frequency."""
     generator = generator or torch.Generator().manual_seed(0)
-    drawn = torch.multinomial(share, samples * count, replacement=True, generator=generator)
-    counts = torch.nn.functional.one_hot(drawn.view(samples, count), len(share)).sum(1)
+    labels = torch.multinomial(share, samples * count, replacement=True, generator=generator)
+    counts = torch.nn.functional.one_hot(labels.view(samples, count), len(share)).sum(1)
     counts, times = counts.unique(dim=0, return_counts=True)
     return counts, times.double() / samples
 
@@ -301,14 +301,14 @@ def _average_plan(cost: Tensor, counts: Tensor, weights: Tensor) -> Tensor:
     """Average the optimal assignments over many count vectors. (n, classes)."""
     plan = np.zeros(cost.shape)
     images, costs = np.arange(len(cost)), cost.numpy()
-    for numbers, probability in zip(counts.numpy(), weights.tolist(), strict=True):
-        plan[images, _assign(costs, numbers)] += probability
+    for class_counts, probability in zip(counts.numpy(), weights.tolist(), strict=True):
+        plan[images, _assign(costs, class_counts)] += probability
     return torch.from_numpy(plan)
 
 
-def _assign(cost: np.ndarray, numbers: np.ndarray) -> np.ndarray:
-    """Assign classes to images, so many of each, at the least cost (equation 4). (n,)."""
+def _assign(cost: np.ndarray, class_counts: np.ndarray) -> np.ndarray:
+    """Assign classes to images at the least cost, given the number of images per class. (n,)."""
     from scipy.optimize import linear_sum_assignment
 
-    classes = np.repeat(np.arange(len(numbers)), numbers)  # (n,), u_1..u_n
+    classes = np.repeat(np.arange(len(class_counts)), class_counts)  # (n,), u_1..u_n
     return classes[linear_sum_assignment(cost[:, classes])[1]]

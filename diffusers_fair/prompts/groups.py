@@ -1,11 +1,11 @@
-"""Prompts that an adapter has to leave as the base model draws them, in three groups.
+"""Kept prompts: prompts whose images an adapter must not change. There are three groups.
 
-- named: words name a class of an attribute, before the subject, behind it or as a noun
-- implied: words leave little choice without naming the class, as "a queen"
-- untouched: nobody is to be seen, or nothing is said at all
+- named: the prompt names a class of an attribute, before the subject, after it or as a noun
+- implied: the prompt implies a class without naming it, such as "a queen"
+- untouched: the prompt shows nobody, or is empty
 
-For training they are made of the words and prompts that training knows; for evaluation of those and
-of others, and each prompt tells whether its words are among training's.
+Training uses the words of the recipe. Evaluation adds words of the lexicon, and marks the prompts
+with words that training did not use as unseen.
 """
 
 import re
@@ -19,26 +19,26 @@ from diffusers_fair.prompts.lexicon import entry
 from diffusers_fair.prompts.wording import Wording, article, before_subject, subject
 
 NAMED, IMPLIED, UNTOUCHED = GROUPS = ("named", "implied", "untouched")
-PER_ATTRIBUTE = 16  # named prompts of an attribute alone in an evaluation, over its classes
-NEGATIVES = ("blurry, low quality", "text, watermark", "deformed, extra fingers")
+_PER_ATTRIBUTE = 16  # named prompts per attribute in an evaluation, over all its classes
+_NEGATIVES = ("blurry, low quality", "text, watermark", "deformed, extra fingers")
 
 
 @dataclass(frozen=True)
 class KeptPrompt:
-    """A prompt that leaves an adapter nothing to change."""
+    """A prompt whose images an adapter must not change."""
 
     text: str
-    asks: Mapping[str, str] = field(default_factory=dict)
-    """Attribute -> the class that the words ask for."""
+    expected_classes: Mapping[str, str] = field(default_factory=dict)
+    """Attribute -> class that the images should show."""
     negative: str = ""
     """The negative prompt."""
     unseen: bool = False
-    """Whether its words are none of training's."""
+    """Whether training uses none of the words that name or imply a class."""
 
 
 @dataclass(frozen=True)
 class PromptGroup:
-    """Prompts of one kind, to measure how far an adapter leaves them alone."""
+    """Kept prompts of one kind, on which an evaluation measures side effects."""
 
     name: str
     """One of `GROUPS`."""
@@ -54,36 +54,36 @@ def evaluation_groups(
     split: str = "test",
     images_per_prompt: int = 4,
 ) -> tuple[PromptGroup, ...]:
-    """The groups of an evaluation: words of training and others, on the prompts that it measures.
+    """Make the prompt groups of an evaluation, with the words of training and of the lexicon.
 
     Args:
-        prompts: neutral ones, which the words are put into.
-        trained: each attribute with the words that training knows.
-        untouched: prompt set of prompts that show nobody.
-        split: of that set.
-        images_per_prompt: images of each prompt.
+        prompts: neutral prompts, into which the words are inserted.
+        trained: each attribute with the words that training uses.
+        untouched: name of the prompt set that shows nobody.
+        split: split of that set.
+        images_per_prompt: images per prompt.
 
     Returns:
-        Those of the three groups that have prompts.
+        The groups that have prompts.
     """
     pools = {
-        NAMED: named_prompts(prompts, trained, PER_ATTRIBUTE, further=True),
-        IMPLIED: implied_prompts(trained, further=True),
+        NAMED: named_prompts(prompts, trained, _PER_ATTRIBUTE, include_unseen=True),
+        IMPLIED: implied_prompts(trained, include_unseen=True),
         UNTOUCHED: untouched_prompts(untouched, split),
     }
     return tuple(
-        PromptGroup(name, _distinct(found), images_per_prompt)
-        for name, found in pools.items()
-        if found
+        PromptGroup(name, _distinct(pool), images_per_prompt)
+        for name, pool in pools.items()
+        if pool
     )
 
 
 def _distinct(prompts: Sequence[KeptPrompt]) -> tuple[KeptPrompt, ...]:
-    """Each once: few neutral prompts and words meet again."""
-    found: dict[tuple[str, str], KeptPrompt] = {}
+    """Remove duplicates, which occur if there are few neutral prompts and words."""
+    distinct: dict[tuple[str, str], KeptPrompt] = {}
     for prompt in prompts:
-        found.setdefault((prompt.text, prompt.negative), prompt)
-    return tuple(found.values())
+        distinct.setdefault((prompt.text, prompt.negative), prompt)
+    return tuple(distinct.values())
 
 
 def named_prompts(
@@ -91,59 +91,67 @@ def named_prompts(
     wordings: Sequence[Wording],
     per_attribute: int,
     *,
-    further: bool = False,
+    include_unseen: bool = False,
 ) -> tuple[KeptPrompt, ...]:
-    """Prompts with words that ask for a class of one attribute or of two at once.
+    """Make prompts that name a class of one attribute, or of each of two attributes.
 
     Args:
-        prompts: neutral ones; every class gets the same of them, so that words alone tell them
-            apart.
-        wordings: each attribute with training's words.
-        per_attribute: prompts of an attribute alone, spread over its classes; half as many for
-            every two attributes.
-        further: whether the lexicon's words come in, too, alternating with training's.
+        prompts: neutral prompts. Every class uses the same ones, so that prompts of different
+            classes differ only in these words.
+        wordings: each attribute with the words that training uses.
+        per_attribute: prompts per attribute, spread over its classes; half as many per pair of
+            attributes.
+        include_unseen: whether to alternate with words of the lexicon, which training does not use.
     """
-    found: list[KeptPrompt] = []
+    named: list[KeptPrompt] = []
     for wording in wordings:
         classes = wording.attribute.classes
         count = -(-per_attribute // len(classes))
         for name in classes:
-            found += _of_class(prompts, {wording.attribute.name: name}, wording, count, further)
+            named += _of_class(
+                prompts, {wording.attribute.name: name}, wording, count, include_unseen
+            )
     for pair in combinations(wordings, 2):
-        found += _pairs(pair, cycle(prompts), per_attribute // 2)
-    return tuple(found)
+        named += _pairs(pair, cycle(prompts), per_attribute // 2)
+    return tuple(named)
 
 
 def _of_class(
-    prompts: Sequence[str], asks: Mapping[str, str], wording: Wording, count: int, further: bool
+    prompts: Sequence[str],
+    expected_classes: Mapping[str, str],
+    wording: Wording,
+    count: int,
+    include_unseen: bool,
 ) -> Iterator[KeptPrompt]:
-    """Prompts and phrases for a class, each in turn, until all combinations have come."""
-    (name,) = asks.values()
-    phrases = _phrases(wording, name, further)
+    """Cycle through prompts and phrases for a class; combinations repeat as late as possible."""
+    (name,) = expected_classes.values()
+    phrases = _phrases(wording, name, include_unseen)
     for i in range(count):
-        shift = i // lcm(len(phrases), len(prompts))  # then the same pairs would come again
+        shift = i // lcm(len(phrases), len(prompts))  # avoids repeating the same pairs
         phrase = phrases[(i + shift) % len(phrases)]
-        yield KeptPrompt(phrase.put(prompts[i % len(prompts)]), asks, unseen=phrase.unseen)
+        yield KeptPrompt(
+            phrase.insert_into(prompts[i % len(prompts)]), expected_classes, unseen=phrase.unseen
+        )
 
 
 def implied_prompts(
-    wordings: Sequence[Wording], *, further: bool = False
+    wordings: Sequence[Wording], *, include_unseen: bool = False
 ) -> tuple[KeptPrompt, ...]:
-    """Prompts that imply a class; with `further` also those that are kept from training."""
+    """Return prompts that imply a class, including unseen ones if `include_unseen`."""
     return tuple(
         KeptPrompt(text, {wording.attribute.name: name}, unseen=unseen)
         for wording in wordings
         for name in wording.attribute.classes
         for texts, unseen in ((entry(name).implied, False), (entry(name).implied_test, True))
         for text in texts
-        if further or not unseen
+        if include_unseen or not unseen
     )
 
 
 def untouched_prompts(name: str, split: str) -> tuple[KeptPrompt, ...]:
-    """The empty prompt and prompts that show nobody, a few once more with a negative prompt."""
+    """Return the empty prompt and prompts that show nobody, some also with a negative prompt."""
     shown = prompt_set(name).prompts(split)
-    negative = zip(shown, NEGATIVES, strict=False)
+    negative = zip(shown, _NEGATIVES, strict=False)
     return tuple(KeptPrompt(text) for text in ("", *shown)) + tuple(
         KeptPrompt(text, negative=words) for text, words in negative
     )
@@ -151,14 +159,14 @@ def untouched_prompts(name: str, split: str) -> tuple[KeptPrompt, ...]:
 
 @dataclass(frozen=True)
 class _Phrase:
-    """A word of a class and how it goes into a prompt."""
+    """A word for a class, and the form in which it is inserted into a prompt."""
 
     word: str
     form: str
     unseen: bool
 
-    def put(self, prompt: str) -> str:
-        """The prompt with the word in it."""
+    def insert_into(self, prompt: str) -> str:
+        """Return the prompt with the word in it."""
         match self.form:
             case "before":
                 return before_subject(prompt, f"{self.word} ")
@@ -172,22 +180,22 @@ class _Phrase:
         return f"{prompt}, {self.word}"  # a sentence
 
 
-FORMS = (("words", "before"), ("nouns", "noun"), ("words", "behind"), ("nouns", "noun before"))
+_FORMS = (("words", "before"), ("nouns", "noun"), ("words", "behind"), ("nouns", "noun before"))
 
 
-def _phrases(wording: Wording, name: str, further: bool) -> list[_Phrase]:
-    """Phrases for a class, its forms in turn; training's words alternate with others."""
-    own = {"words": wording.words_of(name), "nouns": tuple(wording.nouns.get(name, ()))}
-    seen = _in_turn([[_Phrase(w, form, False) for w in own[kind]] for kind, form in FORMS])
-    if not further:
+def _phrases(wording: Wording, name: str, include_unseen: bool) -> list[_Phrase]:
+    """Return phrases for a class, alternating with unseen ones if `include_unseen`."""
+    trained = {"words": wording.words_of(name), "nouns": tuple(wording.nouns.get(name, ()))}
+    seen = _in_turn([[_Phrase(w, form, False) for w in trained[kind]] for kind, form in _FORMS])
+    if not include_unseen:
         return seen
     known = entry(name)
     more = {
-        kind: [w for w in getattr(known, kind) if w not in words] for kind, words in own.items()
+        kind: [w for w in getattr(known, kind) if w not in words] for kind, words in trained.items()
     }
     unseen = _in_turn(
         [
-            *([_Phrase(w, form, True) for w in more[kind]] for kind, form in FORMS),
+            *([_Phrase(w, form, True) for w in more[kind]] for kind, form in _FORMS),
             [_Phrase(sentence, "sentence", True) for sentence in known.sentences],
         ]
     )
@@ -195,12 +203,12 @@ def _phrases(wording: Wording, name: str, further: bool) -> list[_Phrase]:
 
 
 def _in_turn(lists: Sequence[Sequence[_Phrase]]) -> list[_Phrase]:
-    """The first of each list, then the second of each, and so on."""
+    """Interleave lists: the first of each list, then the second of each, and so on."""
     return [phrase for row in zip_longest(*lists) for phrase in row if phrase is not None]
 
 
 def _alternating(seen: Sequence[_Phrase], unseen: Sequence[_Phrase]) -> list[_Phrase]:
-    """One of either in turn, until the longer list is through."""
+    """Alternate between two lists until the longer one is used up."""
     count = max(len(seen), len(unseen))
     pairs = zip(islice(cycle(seen), count), islice(cycle(unseen), count), strict=True)
     return [phrase for pair in pairs for phrase in pair]
@@ -209,10 +217,10 @@ def _alternating(seen: Sequence[_Phrase], unseen: Sequence[_Phrase]) -> list[_Ph
 def _pairs(
     pair: tuple[Wording, Wording], neutral: Iterator[str], count: int
 ) -> Iterator[KeptPrompt]:
-    """Prompts that ask for a class of each of two attributes, by training's words."""
+    """Make prompts that name a class of each of two attributes with training's words."""
     one, other = pair
-    asked = cycle([(x, y) for x in one.attribute.classes for y in other.attribute.classes])
-    for turn, (x, y) in enumerate(islice(asked, count)):
+    pairs = cycle([(x, y) for x in one.attribute.classes for y in other.attribute.classes])
+    for turn, (x, y) in enumerate(islice(pairs, count)):
         words = (_turn(other.words_of(y), turn), _turn(one.words_of(x), turn))
         yield KeptPrompt(
             before_subject(next(neutral), " ".join(words) + " "),
@@ -225,17 +233,17 @@ def _turn(words: Sequence[str], turn: int) -> str:
 
 
 def _as_person(prompt: str, noun: str) -> str:
-    """The prompt with its "a person", if it has one, told as somebody else; else with one more."""
-    told = f"{article(noun)} {noun}"
-    changed, times = re.subn(r"\ban? person\b", told, prompt, count=1)
-    return changed if times else f"{prompt}, {told}"
+    """Replace "a person" in a prompt by a noun; without it, append the noun."""
+    phrase = f"{article(noun)} {noun}"
+    changed, times = re.subn(r"\ban? person\b", phrase, prompt, count=1)
+    return changed if times else f"{prompt}, {phrase}"
 
 
-# ---- what a prompt asks for ----------------------------------------------------------------------
+# ---- classes that a prompt names -----------------------------------------------------------------
 
 
 def vocabulary(wordings: Sequence[Wording]) -> dict[str, dict[str, tuple[str, ...]]]:
-    """Attribute -> class -> everything that names it: a recipe's words and the lexicon's."""
+    """Return attribute -> class -> all words that name it, from the recipe and the lexicon."""
     return {
         wording.attribute.name: {
             name: tuple(dict.fromkeys([*wording.words_of(name), *_named(wording, name)]))
@@ -254,25 +262,25 @@ def _named(wording: Wording, name: str) -> Iterator[str]:
 def classes_named(
     text: str, words: Mapping[str, Mapping[str, Sequence[str]]]
 ) -> dict[str, list[str]]:
-    """Attribute -> its classes that a prompt names; only attributes of which it names any.
+    """Return attribute -> classes that a prompt names, without attributes that it does not name.
 
     Args:
         text: a prompt.
-        words: as `vocabulary` gives them; whole words count, in any case.
+        words: as `vocabulary` returns them. Only whole words match, in any case.
     """
-    found = {
+    named = {
         attribute: [name for name, listed in classes.items() if _has_any(text, listed)]
         for attribute, classes in words.items()
     }
-    return {attribute: names for attribute, names in found.items() if names}
+    return {attribute: names for attribute, names in named.items() if names}
 
 
 def requested_classes(
     text: str, words: Mapping[str, Mapping[str, Sequence[str]]]
 ) -> dict[str, str]:
-    """Attribute -> the class that a prompt asks for; one that names two is left out."""
-    found = classes_named(text, words)
-    return {attribute: names[0] for attribute, names in found.items() if len(names) == 1}
+    """Return attribute -> class that a prompt names, without attributes of which it names two."""
+    named = classes_named(text, words)
+    return {attribute: names[0] for attribute, names in named.items() if len(names) == 1}
 
 
 def _has_any(text: str, words: Sequence[str]) -> bool:

@@ -1,4 +1,4 @@
-"""Tables of targets: prompt or subject -> the shares wanted there, as from labour statistics."""
+"""Tables of targets: prompt or subject -> target shares, for example from labour statistics."""
 
 import csv
 import json
@@ -14,12 +14,12 @@ def read_table(path: str | Path, classes: Sequence[str]) -> dict[str, tuple[floa
     """Read a table from a file.
 
     Args:
-        path: CSV with a header, whose first column holds prompts or subjects and whose others are
-            named by the classes; or JSON, an object of lists of shares in the classes' order.
-        classes: of the attribute.
+        path: CSV file with a header, a first column of prompts or subjects and a column for each
+            class; or JSON file with an object of lists of shares, in the order of the classes.
+        classes: classes of the attribute.
 
     Raises:
-        ValueError: no such file, or not such a table.
+        ValueError: no such file, or a file that is not such a table.
     """
     path = Path(path).expanduser()
     if not path.is_file():
@@ -29,8 +29,8 @@ def read_table(path: str | Path, classes: Sequence[str]) -> dict[str, tuple[floa
     except OSError as error:
         raise ValueError(f"the table of targets '{path}' cannot be read: {error}") from None
     try:
-        found = json.loads(text) if path.suffix == ".json" else _from_csv(text, classes)
-        return {str(name): tuple(map(float, shares)) for name, shares in dict(found).items()}
+        table = json.loads(text) if path.suffix == ".json" else _from_csv(text, classes)
+        return {str(name): tuple(map(float, shares)) for name, shares in dict(table).items()}
     except (ValueError, TypeError, KeyError) as error:
         raise ValueError(
             f"'{path}' is not a table of targets ({error}): expected a CSV file whose columns are "
@@ -44,24 +44,24 @@ def _from_csv(text: str, classes: Sequence[str]) -> dict[str, list[float]]:
     head = list(rows.fieldnames or ())
     if sorted(head[1:]) != sorted(classes):
         raise ValueError(f"its columns are {head}")
-    found: dict[str, list[float]] = {}
+    table: dict[str, list[float]] = {}
     for row in rows:
         subject = row[head[0]].strip()
-        if subject in found:
+        if subject in table:
             raise ValueError(f"it has '{subject}' twice")
-        found[subject] = [float(row[name]) for name in classes]
-    return found
+        table[subject] = [float(row[name]) for name in classes]
+    return table
 
 
 def targets_by_prompt(table: Table, sets: Iterable[str]) -> dict[str, tuple[float, ...]]:
-    """Whole prompt -> shares: a subject stands for every prompt of the sets that is made of it.
+    """Return prompt -> shares; a subject stands for all prompts of the sets that contain it.
 
     Args:
         table: prompt, or subject of a prompt set -> shares.
-        sets: names of prompt sets, as `prompt_set` takes them; all their splits count.
+        sets: names or paths of prompt sets; all their splits count.
 
     Raises:
-        ValueError: neither a prompt nor a subject of the sets.
+        ValueError: the table has something that is neither a prompt nor a subject of the sets.
     """
     sets = list(sets)
     prompts: dict[str, list[str]] = {}  # prompt or subject -> the prompts that it stands for
@@ -74,7 +74,7 @@ def targets_by_prompt(table: Table, sets: Iterable[str]) -> dict[str, tuple[floa
         if name not in prompts:
             raise ValueError(
                 f"targets are given for '{name}', which is neither a prompt nor a subject of "
-                f"{', '.join(map(str, sets))}: take it out, or add the prompt set that has it"
+                f"{', '.join(map(str, sets))}: remove it, or add the prompt set that has it"
             )
     subjects_first = sorted(table.items(), key=lambda row: prompts[row[0]] == [row[0]])
     return {prompt: tuple(shares) for name, shares in subjects_first for prompt in prompts[name]}

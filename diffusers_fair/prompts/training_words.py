@@ -1,4 +1,4 @@
-"""Words of training: which prompts of an evaluation an adapter was trained to keep."""
+"""Marks the kept prompts of an evaluation whose words an adapter was not trained on as unseen."""
 
 from collections.abc import Collection, Mapping, Sequence
 from dataclasses import replace
@@ -8,11 +8,10 @@ from diffusers_fair.prompts.groups import IMPLIED, NAMED, KeptPrompt, PromptGrou
 
 
 def kept_sets(recipe: Mapping[str, Any]) -> frozenset[str]:
-    """Names of the prompt sets that a recipe keeps by `prompts.keep`.
+    """Return the names of the prompt sets that a recipe keeps by `prompts.keep`.
 
     Args:
-        recipe: a recipe as JSON has it, unchecked. Recipes from before there was `prompts.keep`,
-            and those that have null there, keep none.
+        recipe: a recipe as unvalidated JSON data. Without `prompts.keep`, it keeps no sets.
     """
     prompts = recipe.get("prompts")
     keep = prompts.get("keep") if isinstance(prompts, Mapping) else None
@@ -32,12 +31,12 @@ def mark_unseen(
         balanced: names of the attributes that the adapter balances.
 
     Returns:
-        The groups, in which all prompts are unseen that name or imply a class where training did
-        not keep prompts of that group, or of an attribute that the adapter does not balance.
+        The groups. Prompts that name or imply a class are marked as unseen if training did not keep
+        prompts of their group, or if the adapter does not balance their attribute.
     """
 
     def marked(group: PromptGroup, prompt: KeptPrompt) -> KeptPrompt:
-        is_kept = group.name in kept and prompt.asks.keys() <= set(balanced)
+        is_kept = group.name in kept and prompt.expected_classes.keys() <= set(balanced)
         return replace(prompt, unseen=prompt.unseen or not is_kept)
 
     return tuple(

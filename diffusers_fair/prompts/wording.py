@@ -1,4 +1,4 @@
-"""Attributes in words: what asks for a class in a prompt, and where in the prompt it goes."""
+"""Words that name the classes of an attribute, and where in a prompt they are inserted."""
 
 import re
 from collections.abc import Iterable, Mapping, Sequence
@@ -11,10 +11,10 @@ import torch
 
 from diffusers_fair.attributes import Attribute
 
-PICTURES = "art|drawing|face|image|mural|painting|photo|picture|portrait|sketch"
-SUBJECT = re.compile(rf"(?:.*\b(?:{PICTURES}) of )?(?:(?:an?|the) )?", re.IGNORECASE)
-VOWEL = re.compile("(?!eu|uni|one)[aeiou]", re.IGNORECASE)  # a European, a uniformed guard
-SALT = 0xFA1  # keeps what is drawn here apart from the noise of the same generator
+_IMAGES = "art|drawing|face|image|mural|painting|photo|picture|portrait|sketch"
+_BEFORE_SUBJECT = re.compile(rf"(?:.*\b(?:{_IMAGES}) of )?(?:(?:an?|the) )?", re.IGNORECASE)
+_VOWEL = re.compile("(?!eu|uni|one)[aeiou]", re.IGNORECASE)  # a European, a uniformed guard
+_SALT = 0xFA1  # separates this random stream from the noise of the same seed
 
 
 class Term(NamedTuple):
@@ -24,21 +24,21 @@ class Term(NamedTuple):
     label: int
     """Index of its class."""
     share: float
-    """How often to use it: the class's target, split evenly among its words."""
+    """Probability of the word: the target share of its class, split evenly among its words."""
 
 
 @dataclass(frozen=True)
 class Wording:
-    """An attribute and the words that ask for its classes.
+    """An attribute and the words that name its classes.
 
     Raises:
-        ValueError: words for something that is no class of the attribute.
+        ValueError: words for something that is not a class of the attribute.
     """
 
     attribute: Attribute
     words: Mapping[str, Sequence[str]]
-    """Class -> words that stand before the subject, as in "a female chef"; a class that is left out
-    is asked for by its name."""
+    """Class -> words that stand before the subject, as in "a female chef". Default for a class: its
+    name."""
     nouns: Mapping[str, Sequence[str]] = field(default_factory=dict)
     """Class -> nouns, as in "a chef, a woman"."""
 
@@ -48,42 +48,42 @@ class Wording:
         unknown = [name for name in (*self.words, *self.nouns) if name not in classes]
         if unknown:
             raise ValueError(
-                f"attribute '{self.attribute.name}' has no class '{unknown[0]}' to have words for: "
-                f"its classes are {', '.join(classes)}"
+                f"words are given for '{unknown[0]}', which is not a class of attribute "
+                f"'{self.attribute.name}': its classes are {', '.join(classes)}"
             )
 
     def words_of(self, name: str) -> tuple[str, ...]:
-        """The words of a class that stand before the subject; its name, if it has none."""
+        """Return the words of a class that stand before the subject; its name by default."""
         return tuple(self.words.get(name, (name,)))
 
     @property
     def terms(self) -> list[Term]:
         """All words, class by class; their shares sum to 1."""
-        found = []
+        terms = []
         for label, (name, target) in enumerate(
             zip(self.attribute.classes, self.attribute.target, strict=True)
         ):
             words = self.words_of(name)
-            found += [Term(word, label, target / len(words)) for word in words]
-        return found
+            terms += [Term(word, label, target / len(words)) for word in words]
+        return terms
 
 
 def attribute_sections(recipe: Mapping[str, Any]) -> list[Any]:
-    """The attribute sections of a recipe from a file, unchecked; none if they are not a list."""
+    """Return the unvalidated attribute sections of a recipe; none if they are not a list."""
     sections = recipe.get("attributes")
     return sections if isinstance(sections, list) else []
 
 
 def recipe_wording(attribute: Attribute, sections: Iterable[Any]) -> Wording:
-    """An attribute with the words that recipes have for it.
+    """Return an attribute with the words that a recipe has for it.
 
-    The recipe of an adapter comes from others and is not validated, so malformed sections, classes
-    that the attribute does not have, and words that are not text are skipped.
+    The recipe of an adapter may come from anybody and is not validated, so malformed sections,
+    unknown classes and words that are not text are skipped.
 
     Args:
         attribute: the attribute.
-        sections: attribute sections of recipes, as JSON has them. The first one of that name with
-            words or nouns counts. Without any, the words are the names of the classes.
+        sections: attribute sections of a recipe as JSON data. The first one for this attribute that
+            has words or nouns is used; without any, the words are the names of the classes.
     """
     for section in sections:
         if isinstance(section, Mapping) and section.get("name") == attribute.name:
@@ -94,65 +94,65 @@ def recipe_wording(attribute: Attribute, sections: Iterable[Any]) -> Wording:
 
 
 def _valid_words(given: Any, attribute: Attribute) -> dict[str, tuple[str, ...]]:
-    """Class -> those of its words that are text; a class without any is left out."""
+    """Keep only words that are text, and only classes that have any."""
     lists = given if isinstance(given, Mapping) else {}
-    found = {
+    valid = {
         name: tuple(word for word in lists[name] if isinstance(word, str) and word.strip())
         for name in attribute.classes
         if isinstance(lists.get(name), list | tuple)
     }
-    return {name: words for name, words in found.items() if words}
+    return {name: words for name, words in valid.items() if words}
 
 
-def draw_terms(wordings: Sequence[Wording], generator: torch.Generator) -> list[Term]:
-    """One term of each attribute by its share, decided by the seed of an image's generator.
+def sample_terms(wordings: Sequence[Wording], generator: torch.Generator) -> list[Term]:
+    """Sample one term per attribute by its share, from the seed of an image's generator.
 
-    The generator itself is not advanced: the image's noise stays what it is without the method.
+    The generator itself is not advanced, so the image's noise does not change.
     """
-    random = np.random.default_rng([generator.initial_seed(), SALT])
-    drawn = []
+    random = np.random.default_rng([generator.initial_seed(), _SALT])
+    sampled = []
     for wording in wordings:
         terms = wording.terms
-        drawn.append(terms[random.choice(len(terms), p=[term.share for term in terms])])
-    return drawn
+        sampled.append(terms[random.choice(len(terms), p=[term.share for term in terms])])
+    return sampled
 
 
 def combinations(wordings: Sequence[Wording]) -> list[tuple[list[Term], float]]:
-    """Every combination of one term of each attribute, with its share of the joint target."""
+    """Return all combinations of one term per attribute, with their shares of the joint target."""
     groups = product(*(wording.terms for wording in wordings))
     return [(list(terms), float(np.prod([term.share for term in terms]))) for terms in groups]
 
 
 def with_terms(prompt: str, terms: Sequence[Term]) -> str:
-    """The prompt with the words before its subject, those of the first attribute nearest to it.
+    """Insert words before the subject of a prompt, those of the first attribute nearest to it.
 
-    "a photo of the face of a chef" -> "a photo of the face of an old Indian chef"; the article is
-    made to fit.
+    "a photo of the face of a chef" -> "a photo of the face of an old Indian chef". The article is
+    adapted.
     """
     return before_subject(prompt, " ".join(term.word for term in reversed(terms)) + " ")
 
 
 def before_subject(prompt: str, text: str) -> str:
-    """The prompt with a text before its subject; the article is made to fit."""
+    """Insert a text before the subject of a prompt, and adapt the article."""
     start = subject_start(prompt)
-    article = r"\1n\2" if VOWEL.match(text) else r"\1\2"
+    article = r"\1n\2" if _VOWEL.match(text) else r"\1\2"
     return re.sub(r"\b(a)n?( )$", article, prompt[:start], flags=re.IGNORECASE) + (
         f"{text}{prompt[start:]}"
     )
 
 
 def article(word: str) -> str:
-    """The indefinite article of a word, by its first letters."""
-    return "an" if VOWEL.match(word) else "a"
+    """Return the indefinite article of a word, by its first letters."""
+    return "an" if _VOWEL.match(word) else "a"
 
 
 def subject_start(prompt: str) -> int:
-    """Where the subject begins: behind "a photo of the face of" and the like, and an article."""
-    found = SUBJECT.match(prompt)
-    assert found is not None  # all of the pattern is optional
-    return found.end()
+    """Return where the subject starts: after "a photo of the face of" etc. and an article."""
+    match = _BEFORE_SUBJECT.match(prompt)
+    assert match is not None  # all of the pattern is optional
+    return match.end()
 
 
 def subject(prompt: str) -> str:
-    """The subject alone: up to the next comma or stop."""
+    """Return the subject of a prompt: up to the next punctuation mark."""
     return re.split(r"[,.;:]", prompt[subject_start(prompt) :])[0].strip()

@@ -102,7 +102,8 @@ class GroupReport:
         """Whether all images of the group are there, with the attributes that it asks for."""
         known, evaluated = self._index(), {a.name for a in self.attributes}
         return group.images_per_prompt <= self.group.images_per_prompt and all(
-            (p.text, p.negative) in known and evaluated.issuperset(p.asks) for p in group.prompts
+            (p.text, p.negative) in known and evaluated.issuperset(p.expected_classes)
+            for p in group.prompts
         )
 
     def select(self, group: PromptGroup) -> "GroupReport":
@@ -135,7 +136,7 @@ class GroupReport:
     def select_attributes(self, attributes: Sequence[Attribute]) -> "GroupReport | None":
         """Reduce the report to prompts that ask only for these attributes; None without any."""
         names = {attribute.name for attribute in attributes}
-        kept = tuple(p for p in self.group.prompts if names.issuperset(p.asks))
+        kept = tuple(p for p in self.group.prompts if names.issuperset(p.expected_classes))
         if not kept:
             return None
         return replace(self.select(replace(self.group, prompts=kept)), attributes=tuple(attributes))
@@ -186,7 +187,10 @@ def share_obeyed(
     right = np.ones_like(faces)
     is_asked, of_faces = np.zeros((2, len(faces)), bool)  # (n,) each
     for a in attributes:
-        classes = [a.classes.index(p.asks[a.name]) if a.name in p.asks else -1 for p in prompts]
+        classes = [
+            a.classes.index(p.expected_classes[a.name]) if a.name in p.expected_classes else -1
+            for p in prompts
+        ]
         label = np.array(classes)[records.prompt]  # (n,)
         others = records.others_probabilities.get(a.name)
         perceived = _every_face(

@@ -353,7 +353,7 @@ def _group_samples(reports: Sequence[Report], group: GroupReport) -> list[dict[s
     return [
         {
             "prompt": group.group.prompts[i].text,
-            "asks": ", ".join(group.group.prompts[i].asks.values()),
+            "asks": ", ".join(group.group.prompts[i].expected_classes.values()),
             "negative": group.group.prompts[i].negative,
             "pairs": [
                 [

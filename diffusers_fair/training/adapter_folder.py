@@ -1,4 +1,4 @@
-"""The adapter folders that a training starts from and writes."""
+"""The adapter folders that training starts from and writes."""
 
 from typing import Any
 
@@ -12,7 +12,7 @@ from diffusers_fair.prompts.groups import vocabulary
 
 
 def adapter_components(config: RunConfig) -> dict[str, Lora | SoftTokens]:
-    """Describe the adapter's components; alpha equals the rank, so LoRA layers are unscaled."""
+    """Return the components of the recipe's adapter; alpha equals the rank, so LoRA is unscaled."""
     section = config.adapter
     layers = Lora(rank=section.rank, alpha=section.rank)
     tokens = SoftTokens(count=section.soft_tokens)
@@ -24,11 +24,11 @@ def load_initial_adapter(config: RunConfig, adapter: TrainableAdapter, fingerpri
 
     Args:
         config: the recipe.
-        adapter: takes the weights.
-        fingerprint: of the base model.
+        adapter: adapter into which the weights are loaded.
+        fingerprint: fingerprint of the base model.
 
     Raises:
-        ValueError: it cannot be read, or has another base or other components.
+        ValueError: the adapter cannot be read, or has another base model or other components.
     """
     name = config.adapter.init_from
     if name is None:
@@ -37,7 +37,7 @@ def load_initial_adapter(config: RunConfig, adapter: TrainableAdapter, fingerpri
         info, weights = read_adapter(local_folder(name))
     except ValueError as error:
         raise ValueError(
-            f"adapter.init_from: {error}: train the recipe that makes it, or name another adapter "
+            f"adapter.init_from: {error}: train the recipe that writes it, or name another adapter "
             "of the same components"
         ) from error
     if info.fingerprint != fingerprint:
@@ -65,10 +65,10 @@ def adapter_info(
 
     Args:
         config: the recipe.
-        adapter: what is trained.
-        attributes: what is balanced.
-        fingerprint: of the base model.
-        training: facts on the training so far.
+        adapter: the adapter in training.
+        attributes: the balanced attributes.
+        fingerprint: fingerprint of the base model.
+        training: cost of the training so far.
     """
     return AdapterInfo(
         base_model=config.base.model,

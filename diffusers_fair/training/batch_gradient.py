@@ -1,6 +1,6 @@
-"""A batch of prompts and noise -> the gradient of its loss in the adapter's parameters.
+"""Computes the gradient of a batch's loss with respect to the adapter's parameters.
 
-    prompts, noise -> the original model's images, without the adapter; cached on disk
+    prompts, noise -> original images, without the adapter -> judgements, which are cached
                    -> images with the adapter -> faces -> class probabilities -> targets -> loss
                    -> d loss / d z_K -> replay -> gradients of the adapter's parameters
 
@@ -20,7 +20,7 @@ from diffusers_fair.adapters.trainable import TrainableAdapter
 from diffusers_fair.backends.registry import load_reference_faces
 from diffusers_fair.config.schema import RunConfig
 from diffusers_fair.diffusion.noise import initial_noise
-from diffusers_fair.diffusion.replay import draw_steps, replay
+from diffusers_fair.diffusion.replay import replay, sample_steps
 from diffusers_fair.diffusion.sampling import Trajectory, decode, decode_backward, sample
 from diffusers_fair.diffusion.scheduler import BiasedGradientScheduler
 from diffusers_fair.diffusion.unrolled import unroll
@@ -34,7 +34,7 @@ from diffusers_fair.families.conditioning import (
 from diffusers_fair.objective.objective import Objective
 from diffusers_fair.objective.originals import Originals
 from diffusers_fair.objective.statistics import BatchStatistics, KeptStatistics
-from diffusers_fair.training.batches import Batch, Share
+from diffusers_fair.training.batches import Batch, Shard
 from diffusers_fair.training.kept_prompts import KeptPrompts
 from diffusers_fair.training.original_images import OriginalImageCache, run_cache_key
 from diffusers_fair.training.run_folder import claim_run_folder
@@ -42,12 +42,12 @@ from diffusers_fair.vision.judges import Judges
 
 Statistics = TypeVar("Statistics")
 Loss: TypeAlias = Callable[[Tensor, Originals], tuple[Tensor, Statistics]]
-"""Images (n, 3, H, W) and judgements of the original ones -> the loss, and statistics."""
+"""Images (n, 3, H, W) and judgements of the original images -> loss and statistics."""
 MEMORY_OPTIONS = ("split_guidance", "gradient_checkpointing")  # the cheaper one first
 
 
-class NotFiniteError(ArithmeticError):
-    """Images of an iteration are NaN or infinite: there is nothing to learn from them."""
+class NonFiniteImagesError(ArithmeticError):
+    """Images of an iteration are NaN or infinite."""
 
 
 class BatchGradient:
@@ -55,8 +55,8 @@ class BatchGradient:
 
     Args:
         config: the recipe.
-        pipe: the base model, with the adapter in it.
-        adapter: what is trained.
+        pipe: the base model with the adapter.
+        adapter: the adapter in training.
         judges: face detector, classifiers and encoders.
     """
 
@@ -78,68 +78,72 @@ class BatchGradient:
                 self.save_memory(option)
 
     def save_memory(self, option: str) -> None:
-        """From now on, take less memory and more time, by one of `MEMORY_OPTIONS`."""
+        """Enable one of `MEMORY_OPTIONS`, which takes less memory and more time."""
         if option == "gradient_checkpointing":
             denoiser = denoiser_of(self.pipe)
             denoiser.enable_gradient_checkpointing()
-            denoiser.train()  # diffusers checkpoints in this mode only; there is no dropout in it
+            denoiser.train()  # diffusers only checkpoints in training mode; there is no dropout
         self.memory_options.append(option)
 
-    def backward(self, batch: Batch, number: int, *, use_cache: bool = True) -> BatchStatistics:
+    def backward(self, batch: Batch, step: int, *, use_cache: bool = True) -> BatchStatistics:
         """Add the gradient of this process's part of a batch's loss to the parameters.
 
         Args:
-            batch: of all processes.
-            number: of the iteration, which decides on the steps that are replayed.
-            use_cache: whether judgements of original images are read from the disk and written.
+            batch: batch of all processes.
+            step: index of the iteration, which determines kept prompts and replayed steps.
+            use_cache: whether to cache judgements of original images on disk.
 
         Returns:
             Statistics of the images of all processes.
 
         Raises:
-            NotFiniteError: an image is NaN or infinite, in any process.
+            NonFiniteImagesError: an image is NaN or infinite, in any process.
         """
 
         def loss(images: Tensor, originals: Originals) -> tuple[Tensor, BatchStatistics]:
             return self.objective(images, originals, batch.prompts, self.micro_batch)
 
         repeats = self.config.train.distinct_iterations is not None
-        statistics = self._draw(batch, number, loss, use_cache=use_cache and repeats)
+        statistics = self._images_backward(batch, step, loss, use_cache=use_cache and repeats)
         if self.kept is None:
             return statistics
         size = len(batch.noise) // distributed.world_size()
-        return replace(statistics, kept=self._keep(self.kept, number, size, use_cache))
+        return replace(statistics, kept=self._kept_backward(self.kept, step, size, use_cache))
 
-    def _keep(self, kept: KeptPrompts, number: int, size: int, use_cache: bool) -> KeptStatistics:
-        """Add the gradient of the kept prompts, so many images at a time."""
+    def _kept_backward(
+        self, kept: KeptPrompts, step: int, size: int, use_cache: bool
+    ) -> KeptStatistics:
+        """Add the gradient of the kept prompts; `size` is the default micro-batch."""
         statistics = KeptStatistics()
         if kept.options.images:
-            batch, named_classes = kept.batch(number)
-            mine = named_classes[distributed.shard(len(named_classes))]
+            batch, named_classes = kept.batch(step)
+            local_classes = named_classes[distributed.shard(len(named_classes))]
 
             def loss(images: Tensor, originals: Originals) -> tuple[Tensor, KeptStatistics]:
-                total, of_images = self.objective.kept_images(
-                    images, originals, mine, self.micro_batch
+                total, image_statistics = self.objective.kept_images(
+                    images, originals, local_classes, self.micro_batch
                 )
-                return kept.options.weight * total, of_images
+                return kept.options.weight * total, image_statistics
 
-            statistics = self._draw(batch, number, loss, use_cache=use_cache)
+            statistics = self._images_backward(batch, step, loss, use_cache=use_cache)
         if kept.holds_embeddings:
-            statistics = replace(statistics, embedding=kept.embedding_backward(number))
+            statistics = replace(statistics, embedding=kept.embedding_backward(step))
         if kept.options.prediction:
             split = "split_guidance" in self.memory_options
-            prediction = kept.backward(number, self.micro_batch or size, split_guidance=split)
+            prediction = kept.prediction_backward(
+                step, self.micro_batch or size, split_guidance=split
+            )
             statistics = replace(statistics, prediction=prediction)
         return statistics
 
-    def _draw(
-        self, batch: Batch, number: int, loss: Loss[Statistics], *, use_cache: bool
+    def _images_backward(
+        self, batch: Batch, step: int, loss: Loss[Statistics], *, use_cache: bool
     ) -> Statistics:
-        """Add the gradient of a loss on the images of a batch."""
-        share = Share(batch, distributed.shard(len(batch.noise)))
-        originals = self.originals(share, use_cache=use_cache)
-        noise = self._noise(share)
-        branches = self._encode(share)
+        """Generate the images of a batch, and add the gradient of a loss on them."""
+        shard = Shard(batch, distributed.shard(len(batch.noise)))
+        originals = self.originals(shard, use_cache=use_cache)
+        noise = self._noise(shard)
+        branches = self._encode(shard)
         if self.config.gradient.method != "replay":
             z = self._unroll(branches, noise, batch.steps)
             v, statistics = self._loss(z.detach(), originals, loss)
@@ -147,34 +151,34 @@ class BatchGradient:
             return statistics
         trajectory = self._sample(branches, noise, batch.steps, keep=True)
         v, statistics = self._loss(trajectory.latents, originals, loss)
-        for branch, gradients in self._replay(trajectory, branches, v, number, share).items():
-            backward(branches[branch], gradients)  # each branch was encoded in a graph of its own
+        for branch, gradients in self._replay(trajectory, branches, v, step, shard).items():
+            backward(branches[branch], gradients)  # each branch has a graph of its own
         return statistics
 
-    def originals(self, share: Share, *, use_cache: bool = True) -> Originals:
-        """Judge the original model's images.
+    def originals(self, shard: Shard, *, use_cache: bool = True) -> Originals:
+        """Generate and judge the original images.
 
         Args:
-            share: which images.
-            use_cache: whether judgements are read from the disk and written.
+            shard: images of this process.
+            use_cache: whether to cache the judgements on disk.
         """
 
         @torch.no_grad()
         def make() -> Originals:
-            noise = self._noise(share)
-            with self.adapter.off():
-                branches = self._encode(share)
-                z = self._sample(branches, noise, share.batch.steps, keep=False).latents
+            noise = self._noise(shard)
+            with self.adapter.disabled():
+                branches = self._encode(shard)
+                z = self._sample(branches, noise, shard.batch.steps, keep=False).latents
             images = decode(self.pipe, z, self.micro_batch).float()
             return self.objective.originals(images, self.micro_batch)
 
         if not use_cache:
             return make()
-        return self.cache.get(share.cache_key(), make, self.pipe.device)
+        return self.cache.get(shard.cache_key(), make, self.pipe.device)
 
     @cached_property
     def cache(self) -> OriginalImageCache:
-        """Cache of the original images' judgements; claims the run folder for it."""
+        """Cache of judgements of the original images. Claims the run folder."""
         folder = claim_run_folder(self.config)
         return OriginalImageCache(folder.originals, run_cache_key(self.config))
 
@@ -193,11 +197,11 @@ class BatchGradient:
     def _loss(
         self, z: Tensor, originals: Originals, loss: Loss[Statistics]
     ) -> tuple[Tensor, Statistics]:
-        """Gradient v of the loss in the final latents (n, c, h, w), and statistics."""
+        """Gradient v of the loss with respect to the final latents (n, c, h, w), and statistics."""
         with torch.no_grad():
             images = decode(self.pipe, z, self.micro_batch).float()
         if distributed.any_across(not images.isfinite().all()):
-            raise NotFiniteError
+            raise NonFiniteImagesError
         total, statistics = loss(images.requires_grad_(), originals)
         (gradient,) = torch.autograd.grad(total, images)  # (n, 3, H, W)
         return decode_backward(self.pipe, z, gradient, self.micro_batch), statistics
@@ -207,17 +211,18 @@ class BatchGradient:
         trajectory: Trajectory,
         branches: Branches,
         v: Tensor,
-        number: int,
-        share: Share,
+        step: int,
+        shard: Shard,
     ) -> dict[str, dict[str, Tensor]]:
         """Add the gradient of the denoiser's parameters; return that of the conditioning."""
         weights = self.scheduler.gradient_weights()  # (K,), C_i a_i
         steps, inverse_probabilities = None, None
         if count := self.config.gradient.replay_steps:
-            g = torch.Generator().manual_seed(1_000_003 * self.config.train.seed + number)
-            drawn = draw_steps(len(weights), count, len(share.batch.noise), g)
-            steps, inverse_probabilities = drawn
-            steps = steps[share.images]
+            g = torch.Generator().manual_seed(1_000_003 * self.config.train.seed + step)
+            steps, inverse_probabilities = sample_steps(
+                len(weights), count, len(shard.batch.noise), g
+            )
+            steps = steps[shard.images]
         return replay(
             self.pipe,
             trajectory,
@@ -231,32 +236,32 @@ class BatchGradient:
         )
 
     def _unroll(self, branches: Branches, noise: Tensor, steps: int) -> Tensor:
-        """(n, c, h, w), z_K with the graph of the recipe's gradient, to compare replay with."""
+        """(n, c, h, w), z_K with a graph for the recipe's gradient method, other than replay."""
         scale = self.config.sampling.guidance_scale
         biased = self.config.gradient.method == "autograd"
         scheduler = self.scheduler if biased else self.scheduler.scheduler
         last = self.config.gradient.truncated_steps
         return unroll(self.pipe, scheduler, branches, noise, steps, scale, last=last)
 
-    def _encode(self, share: Share) -> Branches:
-        """Encode each image's prompt and, with guidance, the empty one."""
+    def _encode(self, shard: Shard) -> Branches:
+        """Encode each image's prompt and, with guidance, the empty prompt."""
         family = family_of(self.pipe)
-        cond = family.encode(self.pipe, share.prompts)  # a row for each prompt
-        cond = repeat_interleave(cond, share.batch.images_per_prompt)
-        cond = select(cond, slice(share.skipped, share.skipped + len(share.noise)))
+        cond = family.encode(self.pipe, shard.prompts)  # a row for each prompt
+        cond = repeat_interleave(cond, shard.batch.images_per_prompt)
+        cond = select(cond, slice(shard.skipped, shard.skipped + len(shard.noise)))
         if "uncond" not in dict(family.guidance_branches(self.config.sampling.guidance_scale)):
             return {"cond": cond}
         return {"cond": cond, "uncond": family.unconditional(self.pipe)}
 
-    def _noise(self, share: Share) -> Tensor:
+    def _noise(self, shard: Shard) -> Tensor:
         """(n, c, h, w), standard normal."""
         denoiser = denoiser_of(self.pipe)
         shape = family_of(self.pipe).noise_shape(self.pipe)
-        return initial_noise(shape, share.noise, device=denoiser.device).to(denoiser.dtype)
+        return initial_noise(shape, shard.noise, device=denoiser.device).to(denoiser.dtype)
 
 
 def _objective(config: RunConfig, judges: Judges, device: torch.device) -> Objective:
-    """Build what is minimised; reference faces are loaded only if they have a weight."""
+    """Make the objective; reference faces are loaded only if their loss has a weight."""
     reference_faces = None
     if config.losses.face:
         reference_faces = load_reference_faces(config.models, judges.face_detector, device)

@@ -1,4 +1,4 @@
-"""What an iteration trains on: prompts, noise and steps, determined by seed and iteration."""
+"""Batches of prompts, noise and steps, determined by the seed and the iteration."""
 
 from dataclasses import dataclass
 from typing import Any
@@ -28,12 +28,12 @@ class Batch:
 
 
 @dataclass(frozen=True)
-class Share:
+class Shard:
     """The images of a batch that one process generates."""
 
     batch: Batch
     images: slice
-    """One image or more."""
+    """Indices of one or more images."""
 
     @property
     def noise(self) -> tuple[Noise, ...]:
@@ -42,13 +42,13 @@ class Share:
 
     @property
     def prompts(self) -> tuple[str, ...]:
-        """Prompts of these images, each once; the first and the last may lack some images."""
+        """Prompts of these images, each once; images of the first and last may be missing."""
         n = self.batch.images_per_prompt
         return self.batch.prompts[self.images.start // n : -(-self.images.stop // n)]
 
     @property
     def skipped(self) -> int:
-        """Images of the first prompt that belong to earlier processes."""
+        """Number of images of the first prompt that other processes generate."""
         return self.images.start % self.batch.images_per_prompt
 
     def cache_key(self) -> dict[str, Any]:
@@ -62,12 +62,12 @@ class Share:
         return batch if whole else batch | {"images": [self.images.start, self.images.stop]}
 
 
-def draw_batch(config: RunConfig, prompts: PromptMixture, step: int) -> Batch:
-    """Draw the batch of an iteration; batches repeat after `train.distinct_iterations`.
+def sample_batch(config: RunConfig, prompts: PromptMixture, step: int) -> Batch:
+    """Sample the batch of an iteration; batches repeat after `train.distinct_iterations`.
 
     Args:
         config: the recipe.
-        prompts: endless sequence of training prompts.
+        prompts: the endless sequence of training prompts.
         step: index of the iteration, from 0.
     """
     step %= config.train.distinct_iterations or step + 1

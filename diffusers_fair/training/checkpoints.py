@@ -1,4 +1,4 @@
-"""Checkpoints: written completely or not at all; the newest intact one is found again."""
+"""Checkpoints: written atomically, and read from the newest intact one."""
 
 import hashlib
 import io
@@ -25,19 +25,19 @@ def save_checkpoint(folder: Path, step: int, state: dict[str, Any], keep: int) -
         keep: number of checkpoints to keep.
 
     Raises:
-        OSError: it cannot be written; older checkpoints stay, and nothing is left of this one.
+        OSError: it cannot be written; older checkpoints stay, and this one leaves no files.
     """
     buffer = io.BytesIO()
     torch.save(state | {"iteration": step}, buffer)
     data = buffer.getvalue()
     final = folder / _name(step)
-    unfinished = atomic.partial(final)
+    unfinished = atomic.partial_path(final)
     unfinished.mkdir(parents=True)
     try:
         (unfinished / _STATE).write_bytes(data)
         (unfinished / _DIGEST).write_text(hashlib.sha256(data).hexdigest())
-        shutil.rmtree(final, ignore_errors=True)  # a damaged one
-        atomic.settle(unfinished, final)
+        shutil.rmtree(final, ignore_errors=True)  # if it is damaged
+        atomic.finish(unfinished, final)
     except BaseException:
         shutil.rmtree(unfinished, ignore_errors=True)
         raise
@@ -63,11 +63,11 @@ def load_checkpoint(folder: Path) -> dict[str, Any] | None:
 
 
 def discard_checkpoints_after(folder: Path, step: int) -> None:
-    """Remove checkpoints that are newer than an iteration, or were left unfinished."""
+    """Remove unfinished checkpoints, and those that are newer than an iteration."""
     for path in _checkpoints(folder):
         if path.name > _name(step):
             shutil.rmtree(path)
-    atomic.sweep(folder)
+    atomic.remove_partial(folder)
 
 
 def _read(path: Path) -> dict[str, Any]:

@@ -1,6 +1,6 @@
-"""Labelled face images -> a classifier of one attribute, and its accuracy on held-out images.
+"""Trains a classifier of one attribute on labelled face images, and measures its accuracy.
 
-The images should be cropped as the judges crop faces: a square 1.5 times the size of the face.
+The images should be cropped as the judges crop faces: to a square 1.5 times the size of the face.
 """
 
 import json
@@ -20,15 +20,15 @@ from diffusers_fair.backends.errors import loading
 from diffusers_fair.vision.encoders import Pixels
 from diffusers_fair.vision.images import from_bytes
 
-FOLDER_SUFFIXES = (".png", ".jpg", ".jpeg", ".webp")
+_IMAGE_SUFFIXES = (".png", ".jpg", ".jpeg", ".webp")
 
 
 @dataclass(frozen=True)
 class LabelledImages:
-    """Images of faces, and their classes."""
+    """Face images with their classes."""
 
     files: Sequence[Path | bytes]
-    """Paths of image files, or their contents."""
+    """Paths of image files, or contents of image files."""
     labels: Tensor
     """(n,) indices into `classes`."""
     classes: tuple[str, ...]
@@ -36,14 +36,14 @@ class LabelledImages:
 
 @dataclass(frozen=True, kw_only=True)
 class Settings:
-    """Options of a training.
+    """Options of the training.
 
     Raises:
-        ValueError: a number out of its range.
+        ValueError: a number is out of range.
     """
 
     size: int = 224
-    """Side of the face chips that it takes, in pixels; 32 or more."""
+    """Side of the square input in pixels; 32 or more."""
     epochs: int = 5
     """Passes over the images."""
     batch_size: int = 64
@@ -51,11 +51,11 @@ class Settings:
     lr: float = 1e-3
     """Initial learning rate of AdamW; it decays to 0 along a cosine."""
     held_out: float = 0.1
-    """Share of each class that is held out for measuring, between 0 and 1."""
+    """Fraction of each class that is held out to measure the accuracy, between 0 and 1."""
     seed: int = 0
     """Random seed."""
     pretrained: bool = True
-    """Whether to start from ImageNet's weights, which are downloaded once."""
+    """Whether to start from ImageNet weights, which are downloaded once."""
 
     def __post_init__(self) -> None:
         """Check the ranges."""
@@ -70,14 +70,15 @@ def read_images(source: str | Path, label: str = "label") -> LabelledImages:
     """List labelled images.
 
     Args:
-        source: a folder with a folder of images for each class; or a parquet file, or a folder of
-            them, with a column `image` (contents, or a struct with `bytes`) and one of labels.
-        label: the column of labels: words, or numbers that the file's metadata name, as `datasets`
-            writes them.
+        source: a folder with a subfolder of images for each class; or a parquet file, or a folder
+            of parquet files, with a column `image` (contents, or a struct with `bytes`) and a
+            column of labels.
+        label: name of the label column. It holds words, or numbers with names in the file's
+            metadata, as `datasets` writes them.
 
     Raises:
-        ModuleNotFoundError: a parquet file, and pyarrow is not installed.
-        ValueError: nothing there, no such column, or fewer than two images of a class.
+        ModuleNotFoundError: pyarrow, which parquet files need, is not installed.
+        ValueError: no such file or column, or fewer than two images of a class.
     """
     source = Path(source)
     if not source.exists():
@@ -98,7 +99,7 @@ def read_images(source: str | Path, label: str = "label") -> LabelledImages:
 
 def _read_folder(source: Path) -> tuple[list[Path], list[str], list[str]]:
     """Return files, the class of each, and all classes."""
-    files = sorted(f for f in source.glob("*/*") if f.suffix.lower() in FOLDER_SUFFIXES)
+    files = sorted(f for f in source.glob("*/*") if f.suffix.lower() in _IMAGE_SUFFIXES)
     words = [file.parent.name for file in files]
     return files, words, sorted(set(words))
 
@@ -131,8 +132,8 @@ def _named_labels(metadata: dict[bytes, bytes], label: str) -> list[str]:
     return info.get("features", {}).get(label, {}).get("names", [])
 
 
-def hold_out(labels: Tensor, share: float, g: torch.Generator) -> tuple[Tensor, Tensor]:
-    """Return the rows to train on and the rows held out: a share of each class, one or more."""
+def _hold_out(labels: Tensor, share: float, g: torch.Generator) -> tuple[Tensor, Tensor]:
+    """Return the rows to train on and the held-out rows, one or more of each class."""
     train, held = [], []
     for name in labels.unique():
         rows = (labels == name).nonzero()[:, 0]
@@ -150,28 +151,28 @@ def train_classifier(
 
     Args:
         images: labelled images.
-        folder: output folder; the classifier's name in a recipe is `checkpoint:FOLDER`.
+        folder: output folder; recipes refer to the classifier as `checkpoint:FOLDER`.
         settings: options.
 
     Returns:
-        The contents of `classifier.json`, among them `accuracy` (of the held-out images) and
-        `confusion` (rows are the true classes, columns the guesses).
+        The contents of `classifier.json`, with `accuracy` on the held-out images and `confusion`
+        (rows are true classes, columns predicted classes).
 
     Raises:
-        ValueError: the folder holds something, or ImageNet's weights cannot be had.
+        ValueError: the folder is not empty, or ImageNet weights cannot be downloaded.
     """
     folder = Path(folder)
     if folder.exists() and (not folder.is_dir() or any(folder.iterdir())):
-        raise ValueError(f"'{folder}' holds something already: choose another folder")
+        raise ValueError(f"'{folder}' is not an empty folder: choose another folder")
     g = torch.Generator().manual_seed(settings.seed)
-    train, held = hold_out(images.labels, settings.held_out, g)
+    train, held = _hold_out(images.labels, settings.held_out, g)
     with torch.random.fork_rng():  # initial weights, dropout and augmentation
         torch.manual_seed(settings.seed)
         network = _network(len(images.classes), settings.pretrained)
         network.to("cuda" if torch.cuda.is_available() else "cpu")
         _fit(network, images, train, settings, g)
-    guesses = _guess(network, images, held, settings)
-    confusion = _confusion(images.labels[held], guesses, len(images.classes))
+    predictions = _predict(network, images, held, settings)
+    confusion = _confusion(images.labels[held], predictions, len(images.classes))
     facts = {
         "architecture": "mobilenet_v3_large",
         "classes": list(images.classes),
@@ -186,7 +187,7 @@ def train_classifier(
 
 
 def _network(classes: int, pretrained: bool) -> nn.Module:
-    """Make a network with ImageNet's weights except in the last layer, or with random weights."""
+    """Make a network with ImageNet weights except in the last layer, or with random weights."""
     from torchvision.models import MobileNet_V3_Large_Weights, mobilenet_v3_large
 
     if not pretrained:
@@ -200,7 +201,7 @@ def _network(classes: int, pretrained: bool) -> nn.Module:
 def _fit(
     network: nn.Module, images: LabelledImages, rows: Tensor, settings: Settings, g: torch.Generator
 ) -> None:
-    """Minimise the cross-entropy of augmented images."""
+    """Minimize the cross-entropy of augmented images."""
     from rich.progress import track
     from torchvision.transforms import v2
 
@@ -228,13 +229,15 @@ def _fit(
             loss.backward()
             optimizer.step()
         schedule.step()
-    # running means of batch norms move by hundredths: too slowly for a small set of images
+    # recompute the statistics of the batch norms, whose momentum is too small for few images
     plain = (pixels(_load(images, batch, size)) for batch in batches)
     torch.optim.swa_utils.update_bn(plain, network, device)
 
 
 @torch.no_grad()
-def _guess(network: nn.Module, images: LabelledImages, rows: Tensor, settings: Settings) -> Tensor:
+def _predict(
+    network: nn.Module, images: LabelledImages, rows: Tensor, settings: Settings
+) -> Tensor:
     """Predict class indices (n,)."""
     device = next(network.parameters()).device
     pixels = Pixels(settings.size, trained_classifier.MEAN, trained_classifier.STD)
@@ -244,7 +247,7 @@ def _guess(network: nn.Module, images: LabelledImages, rows: Tensor, settings: S
 
 
 def _load(images: LabelledImages, rows: Tensor, size: int) -> Tensor:
-    """Read images (n, 3, size, size) in [-1, 1]; of those that are not square the centre."""
+    """Read images (n, 3, size, size) in [-1, 1]; those that are not square are cropped."""
     from PIL import Image, ImageOps
     from torchvision.transforms.v2.functional import pil_to_tensor
 
@@ -256,6 +259,8 @@ def _load(images: LabelledImages, rows: Tensor, size: int) -> Tensor:
     return from_bytes(torch.stack([read(row) for row in rows.tolist()]))
 
 
-def _confusion(labels: Tensor, guesses: Tensor, classes: int) -> Tensor:
-    """Count (classes, classes): row is the true class, column the guess."""
-    return torch.bincount(labels * classes + guesses, minlength=classes**2).view(classes, classes)
+def _confusion(labels: Tensor, predictions: Tensor, classes: int) -> Tensor:
+    """Count images by true class (row) and predicted class (column)."""
+    return torch.bincount(labels * classes + predictions, minlength=classes**2).view(
+        classes, classes
+    )

@@ -1,18 +1,17 @@
-"""Kept prompts: those whose words settle who is to be seen, or that show nobody.
+"""Kept prompts: prompts whose words determine who is shown, or that show nobody.
 
-They are trained on beside the others, in two ways. Some of their images are drawn and judged, as
-`KeptImages` has it. And, for next to nothing, what the adapter predicts for them is held to
-what the original model predicts:
+Three losses preserve their images. `KeptImages` generates and judges some of the images. The second
+loss, much cheaper, preserves the denoiser's predictions:
 
     L_keep = mean over kept prompts c, steps i of |eps(z_i, t_i, c) - eps_0(z_i, t_i, c)|^2
 
-eps is the guided prediction with the adapter, eps_0 without it, z_i are latents on the original
-model's own way from noise to image: nothing is drawn with the adapter, decoded or judged. Summed
-over the steps, and weighted by their noise, it would be the Kullback-Leibler divergence between the
-two models' images of the prompt. The ways of a few prompts are drawn in each iteration and stay in
-a pool for a while; pairs of prompt and step are taken from it.
+eps is the guided prediction with the adapter, eps_0 without it. z_i are latents on a sampling
+trajectory of the original model, so nothing is sampled with the adapter, decoded or judged. Summed
+over the steps and weighted by their noise, it would be the Kullback-Leibler divergence between the
+two models' images of the prompt. Each iteration samples trajectories for a few prompts, which stay
+in a pool for some iterations. Pairs of prompt and step are sampled from the pool.
 
-Cheaper still, their embeddings e, of which no token should move from the original e_0:
+The third loss, cheaper still, preserves the prompt embeddings e, token by token:
 
     L_embedding = mean over kept prompts, tokens of |e - e_0|^2 / |e_0|^2
 """
@@ -59,17 +58,17 @@ from diffusers_fair.prompts.mixtures import PromptMixture, counts_per_cycle
 from diffusers_fair.prompts.wording import Wording
 from diffusers_fair.training.batches import Batch
 
-NAMED_PROMPTS = 240  # of an attribute alone, at least
-SALT = 0x5EED  # keeps the noise and the pairs of kept prompts apart from those of the others
+_NAMED_PROMPTS = 240  # minimum number of named prompts per attribute
+_SALT = 0x5EED  # separates the random streams of kept prompts from those of other prompts
 
 
 @dataclass(frozen=True)
-class KeptStep:
-    """A step on the original model's way to the image of a kept prompt."""
+class _KeptStep:
+    """A sampling step of the original model for a kept prompt."""
 
     prompt: KeptPrompt
     scaled: Tensor
-    """(c, h, w), latents as the denoiser takes them."""
+    """(c, h, w), input of the denoiser."""
     timestep: Tensor
     """()."""
     output: Tensor
@@ -77,13 +76,13 @@ class KeptStep:
 
 
 class KeptPrompts:
-    """The kept prompts of a recipe: batches of them to draw, and the gradient of L_keep.
+    """The kept prompts of a recipe: batches to generate, and gradients of the two cheap losses.
 
     Args:
         config: a recipe with `prompts.keep`.
-        pipe: the base model, with the adapter in it.
-        adapter: what is trained.
-        scheduler: of training's sampling.
+        pipe: the base model with the adapter.
+        adapter: the adapter in training.
+        scheduler: scheduler of training.
     """
 
     def __init__(
@@ -100,13 +99,13 @@ class KeptPrompts:
         self.adapter = adapter
         self.scheduler = scheduler
         self.prompts = kept_prompts(config)
-        self.drawn = replace(self.prompts, prompts=_without_negatives(self.prompts.prompts))
-        self.pool: deque[list[KeptStep]] = deque(maxlen=self.options.pool)
-        self.last = -1  # iteration that the pool is of
+        self.image_prompts = replace(self.prompts, prompts=_without_negatives(self.prompts.prompts))
+        self.pool: deque[list[_KeptStep]] = deque(maxlen=self.options.pool)
+        self.last_step = -1  # last iteration whose trajectories are in the pool
         self._check_processes()
 
     def _check_processes(self) -> None:
-        """Every process needs a part of whatever is shared."""
+        """Check that there are enough items for every process."""
         counts = {
             "images": self.options.images,
             "texts": self.options.texts * self.holds_embeddings,
@@ -121,74 +120,76 @@ class KeptPrompts:
 
     @property
     def holds_embeddings(self) -> bool:
-        """Whether the embeddings of kept prompts are held to the original ones."""
+        """Whether the embedding loss is used."""
         return bool(self.options.embedding) and self.config.embeddings_stay
 
-    def batch(self, number: int) -> tuple[Batch, list[Mapping[str, str]]]:
-        """The kept images that an iteration draws, and what each of them is asked to show.
+    def batch(self, step: int) -> tuple[Batch, list[Mapping[str, str]]]:
+        """Return the kept images of an iteration, and the classes that each of them should show.
 
-        They come again after `distinct` images: their originals are then in the cache.
+        They repeat after `distinct` images, whose judged originals are then in the cache.
         """
         count = self.options.images
-        number %= max(1, self.options.distinct // count)
-        chosen = [self.drawn.prompt(number * count + i) for i in range(count)]
-        seeds = [self._seed(number) + 500 + i for i in range(count)]
+        step %= max(1, self.options.distinct // count)
+        chosen = [self.image_prompts.prompt(step * count + i) for i in range(count)]
+        seeds = [self._seed(step) + 500 + i for i in range(count)]
         steps = self.config.sampling.steps[1]
         batch = Batch(tuple(prompt.text for prompt in chosen), tuple(map(Noise, seeds)), steps)
-        return batch, [prompt.asks for prompt in chosen]
+        return batch, [prompt.expected_classes for prompt in chosen]
 
-    def embedding_backward(self, number: int) -> float:
-        """Add this process's part of the gradient of L_embedding; L_embedding of all processes."""
+    def embedding_backward(self, step: int) -> float:
+        """Add this process's part of the gradient of L_embedding; return all of L_embedding."""
         count = self.options.texts
-        chosen = [self.prompts.prompt(number * count + i) for i in range(count)]
+        chosen = [self.prompts.prompt(step * count + i) for i in range(count)]
         texts = [kept.text for kept in chosen[distributed.shard(count)]]
-        empty = list(dict.fromkeys(kept.negative for kept in chosen))  # every process has all
-        with torch.no_grad(), self.adapter.off():
-            before = self._encode_both(texts, empty)
-        change = _relative_change(before, self._encode_both(texts, empty))  # (m,)
-        own, shared = change.split([len(texts), len(empty)])
-        loss = (own.sum() + shared.sum() / distributed.world_size()) / (count + len(empty))
+        negatives = list(dict.fromkeys(kept.negative for kept in chosen))  # in every process
+        with torch.no_grad(), self.adapter.disabled():
+            before = self._encode_both(texts, negatives)
+        change = _relative_change(before, self._encode_both(texts, negatives))  # (m,)
+        local, common = change.split([len(texts), len(negatives)])
+        loss = (local.sum() + common.sum() / distributed.world_size()) / (count + len(negatives))
         (self.options.embedding * loss).backward()
         return torch.cat(distributed.gather(loss[None])).sum().item()
 
-    def backward(self, number: int, size: int, *, split_guidance: bool = False) -> float:
-        """Add this process's part of the gradient to the parameters; L_keep of all processes.
+    def prediction_backward(
+        self, step: int, micro_batch: int, *, split_guidance: bool = False
+    ) -> float:
+        """Add this process's part of the gradient of L_keep; return all of L_keep.
 
         Args:
-            number: of the iteration, which decides on prompts, noise and steps.
-            size: pairs per evaluation of the denoiser.
-            split_guidance: whether the guidance branches are evaluated one after the other.
+            step: index of the iteration, which determines prompts, noise and sampling steps.
+            micro_batch: pairs per evaluation of the denoiser.
+            split_guidance: whether to evaluate the guidance branches one after the other.
         """
-        pairs = self._pairs(number)
-        mine = pairs[distributed.shard(len(pairs))]
-        encoded = self._encode(mine)
+        pairs = self._pairs(step)
+        local_pairs = pairs[distributed.shard(len(pairs))]
+        encoded = self._encode(local_pairs)
         collected = {branch: leaves(conditioning) for branch, conditioning in encoded.items()}
         total = torch.zeros(1)
-        for rows in torch.arange(len(mine)).split(size):
-            part = [mine[i] for i in rows.tolist()]
+        for rows in torch.arange(len(local_pairs)).split(micro_batch):
+            part = [local_pairs[i] for i in rows.tolist()]
             branches = {branch: select(leaf, rows) for branch, leaf in collected.items()}
-            total += self._backward(part, branches, len(pairs), split_guidance)
+            total += self._pairs_backward(part, branches, len(pairs), split_guidance)
         for branch, conditioning in encoded.items():
             backward(conditioning, gradients(collected[branch]))  # once through the text encoder
         return torch.cat(distributed.gather(total)).sum().item()
 
-    def _backward(
-        self, pairs: list[KeptStep], branches: Branches, count: int, split: bool
+    def _pairs_backward(
+        self, pairs: list[_KeptStep], branches: Branches, count: int, split: bool
     ) -> float:
-        """Back-propagate the part of some of `count` pairs to the conditioning; their L_keep."""
+        """Back-propagate the part of L_keep of some of `count` pairs, and return this part."""
         device, scale = self.pipe.device, self.config.sampling.guidance_scale
         inputs = torch.stack([pair.scaled for pair in pairs]).to(device)  # (m, c, h, w)
         timesteps = torch.stack([pair.timestep for pair in pairs]).to(device)  # (m,)
-        wanted = torch.stack([pair.output for pair in pairs]).to(device)
-        residual = (self._predict(inputs, timesteps, branches) - wanted).float()
-        gradient = residual * (2 * self.options.prediction / (count * wanted[0].numel()))
+        original = torch.stack([pair.output for pair in pairs]).to(device)
+        residual = (self._predict(inputs, timesteps, branches) - original).float()
+        gradient = residual * (2 * self.options.prediction / (count * original[0].numel()))
         for group in trainable_branches(self.pipe, branches, scale, split=split):
             backward_step(self.pipe, inputs, timesteps, group, gradient)
         return residual.square().mean((1, 2, 3)).sum().item() / count
 
     @torch.no_grad()
     def _predict(self, inputs: Tensor, timesteps: Tensor, branches: Branches) -> Tensor:
-        """The guided prediction (m, c, h, w), one branch at a time."""
+        """Compute the guided prediction (m, c, h, w), one branch at a time."""
         family, scale = family_of(self.pipe), self.config.sampling.guidance_scale
         outputs = [
             family.predict(denoiser_of(self.pipe), inputs, timesteps, cast(c, inputs))
@@ -196,7 +197,7 @@ class KeptPrompts:
         ]
         return family.combine(outputs, scale)
 
-    def _encode(self, pairs: list[KeptStep]) -> Branches:
+    def _encode(self, pairs: list[_KeptStep]) -> Branches:
         """Encode the prompts and, with guidance, the negative prompts."""
         cond = self._encode_texts([pair.prompt.text for pair in pairs])
         scale = self.config.sampling.guidance_scale
@@ -206,35 +207,38 @@ class KeptPrompts:
         return {"cond": cond, "uncond": self._encode_texts(negatives, prefix=False)}
 
     def _encode_both(self, texts: list[str], negatives: list[str]) -> Conditioning:
-        """Encode prompts, and behind them negative prompts."""
+        """Encode prompts, followed by negative prompts."""
         return concatenate([self._encode_texts(texts), self._encode_texts(negatives, prefix=False)])
 
     def _encode_texts(self, texts: list[str], *, prefix: bool = True) -> Conditioning:
-        """Encode texts, each different one once."""
-        different = list(dict.fromkeys(texts))
-        rows = torch.tensor([different.index(text) for text in texts])
-        return select(family_of(self.pipe).encode(self.pipe, different, prefix=prefix), rows)
+        """Encode texts; duplicates are encoded once."""
+        distinct = list(dict.fromkeys(texts))
+        rows = torch.tensor([distinct.index(text) for text in texts])
+        return select(family_of(self.pipe).encode(self.pipe, distinct, prefix=prefix), rows)
 
-    def _pairs(self, number: int) -> list[KeptStep]:
-        """Some of the pool's steps; the pool is as if all iterations up to this had been made."""
-        first = max(self.last + 1, number + 1 - self.options.pool)
-        for iteration in range(first, number + 1):
-            self.pool.append(self._way(iteration))
-        self.last = number
-        g = torch.Generator().manual_seed(self._seed(number))
-        steps = [step for way in self.pool for step in way]
-        chosen = torch.randint(len(steps), (self.options.pairs,), generator=g)
-        return [steps[i] for i in chosen.tolist()]
+    def _pairs(self, step: int) -> list[_KeptStep]:
+        """Add missing trajectories to the pool, and sample pairs from it.
+
+        When training has resumed, the trajectories of earlier iterations are missing, too.
+        """
+        first = max(self.last_step + 1, step + 1 - self.options.pool)
+        for iteration in range(first, step + 1):
+            self.pool.append(self._original_steps(iteration))
+        self.last_step = step
+        g = torch.Generator().manual_seed(self._seed(step))
+        pairs = [pair for trajectory in self.pool for pair in trajectory]
+        chosen = torch.randint(len(pairs), (self.options.pairs,), generator=g)
+        return [pairs[i] for i in chosen.tolist()]
 
     @torch.no_grad()
-    def _way(self, iteration: int) -> list[KeptStep]:
-        """The original model's way from noise to image, for this iteration's new prompts."""
-        count, found = self.options.new_prompts, list[KeptStep]()
-        new = [self.prompts.prompt(iteration * count + i) for i in range(count)]
+    def _original_steps(self, step: int) -> list[_KeptStep]:
+        """Sample with the original model for the new prompts of an iteration; return its steps."""
+        count, pairs = self.options.new_prompts, list[_KeptStep]()
+        new = [self.prompts.prompt(step * count + i) for i in range(count)]
         family, denoiser = family_of(self.pipe), denoiser_of(self.pipe)
-        starts = [Noise(self._seed(iteration) + 1 + i) for i in range(count)]
+        starts = [Noise(self._seed(step) + 1 + i) for i in range(count)]
         noise = initial_noise(family.noise_shape(self.pipe), starts, device=denoiser.device)
-        with self.adapter.off():
+        with self.adapter.disabled():
             branches = {
                 "cond": family.encode(self.pipe, [kept.text for kept in new]),
                 "uncond": family.encode(self.pipe, [kept.negative for kept in new], prefix=False),
@@ -245,31 +249,31 @@ class KeptPrompts:
             def evaluate(_: int, scaled: Tensor, t: Tensor) -> Tensor:
                 output = guided(scaled, t)
                 rows = zip(new, scaled, output, strict=True)
-                found.extend(KeptStep(kept, x.cpu(), t.cpu(), y.cpu()) for kept, x, y in rows)
+                pairs.extend(_KeptStep(kept, x.cpu(), t.cpu(), y.cpu()) for kept, x, y in rows)
                 return output
 
             steps = self.config.sampling.steps[1]
             denoise(evaluate, self.scheduler, noise.to(denoiser.dtype), steps)
-        return found
+        return pairs
 
-    def _seed(self, number: int) -> int:
-        return (1_000_003 * self.config.train.seed + number) * 1_009 + SALT
+    def _seed(self, step: int) -> int:
+        return (1_000_003 * self.config.train.seed + step) * 1_009 + _SALT
 
 
 def kept_prompts(config: RunConfig) -> PromptMixture[KeptPrompt]:
-    """The kept prompts of a recipe, without end, its sets in the shares of their weights.
+    """Return the endless sequence of a recipe's kept prompts, mixed by the weights of their sets.
 
     Raises:
         ValueError: an unknown set, or one without prompts.
     """
     assert config.prompts.keep is not None
-    sets = config.prompts.keep.sets or usual_sets(config)
+    sets = config.prompts.keep.sets or _default_sets(config)
     pools = tuple(_kept_set(name, config) for name in sets)
     return PromptMixture(pools, counts_per_cycle(list(sets.values())), config.train.seed)
 
 
-def usual_sets(config: RunConfig) -> dict[str, float]:
-    """The sets of a recipe that names none: implied prompts only where there are any."""
+def _default_sets(config: RunConfig) -> dict[str, float]:
+    """Return the default sets; implied prompts only if there are any for the attributes."""
     wordings = [section.wording() for section in config.attributes]
     implied = {IMPLIED: 1.0} if implied_prompts(wordings) else {}
     return {NAMED: 2.0, **implied, untouched_set(config.base.model): 1.0}
@@ -295,20 +299,20 @@ def _kept_set(name: str, config: RunConfig) -> tuple[KeptPrompt, ...]:
     if name == NAMED:
         split = config.prompts.train
         neutral = [p for s in config.prompts.sets for p in prompt_set(s).prompts(split)]
-        return named_prompts(neutral, wordings, max(len(neutral), NAMED_PROMPTS))
+        return named_prompts(neutral, wordings, max(len(neutral), _NAMED_PROMPTS))
     if name != IMPLIED:
-        return _packaged_or_own(name, wordings)
-    found = implied_prompts(wordings)
-    if not found:
+        return _other_set(name, wordings)
+    implied = implied_prompts(wordings)
+    if not implied:
         raise ValueError(
-            "prompts.keep.sets names 'implied', and there are no such prompts for "
+            "prompts.keep.sets names 'implied', but there are no such prompts for "
             f"{', '.join(section.name for section in config.attributes)}: leave it out"
         )
-    return found
+    return implied
 
 
-def _packaged_or_own(name: str, wordings: Sequence[Wording]) -> tuple[KeptPrompt, ...]:
-    """Prompts that show nobody, or prompts of one's own and what they ask for."""
+def _other_set(name: str, wordings: Sequence[Wording]) -> tuple[KeptPrompt, ...]:
+    """Return prompts that show nobody, or those of any other set with the classes they name."""
     if name in untouched_sets():
         return untouched_prompts(name, "train")
     try:

@@ -1,19 +1,19 @@
-"""Warnings about a training that makes no progress."""
+"""Warns about training that makes no progress."""
 
 import warnings
 from dataclasses import dataclass, field
 
 from diffusers_fair.objective.statistics import BatchStatistics
 
-PATIENCE = 20  # successive iterations before a warning
+_PATIENCE = 20  # successive iterations before a warning
 
 
 @dataclass
 class TrainingMonitor:
-    """Warns once about each problem that lasts."""
+    """Warns once about each persistent problem."""
 
     streaks: dict[str, int] = field(default_factory=dict)
-    """Problem -> successive iterations with it, up to the last one."""
+    """Problem -> number of successive iterations with it so far."""
     warned: set[str] = field(default_factory=set)
 
     def check_batch(self, statistics: BatchStatistics) -> None:
@@ -22,7 +22,7 @@ class TrainingMonitor:
             self._count(
                 "no face",
                 statistics.face_rate == 0,
-                f"no face was found in {PATIENCE} iterations in a row, and nothing is balanced "
+                f"no face was found in {_PATIENCE} iterations in a row, and nothing is balanced "
                 "without faces: check models.face_detector, that the prompts ask for faces, and "
                 "that sampling.steps and sampling.guidance_scale give clear images",
             )
@@ -31,7 +31,7 @@ class TrainingMonitor:
                 f"attribute {name}",
                 max(classes.shares) == 1,
                 "every face, or image, was assigned the same class of "
-                f"'{name}' in {PATIENCE} iterations in a row: check its classifier on images of "
+                f"'{name}' in {_PATIENCE} iterations in a row: check its classifier on images of "
                 "each class; if it is right, raise prompts.images_per_prompt or optimizer.lr",
             )
 
@@ -47,7 +47,7 @@ class TrainingMonitor:
 
     def _count(self, problem: str, occurs: bool, message: str) -> None:
         self.streaks[problem] = self.streaks.get(problem, 0) + 1 if occurs else 0
-        self._warn_once(problem, self.streaks[problem] >= PATIENCE, message)
+        self._warn_once(problem, self.streaks[problem] >= _PATIENCE, message)
 
     def _warn_once(self, problem: str, occurs: bool, message: str) -> None:
         if occurs and problem not in self.warned:

@@ -1,4 +1,4 @@
-"""AdamW for the adapter's parameters, and protection against updates that are not finite."""
+"""AdamW for the adapter's parameters, and protection against non-finite updates."""
 
 from dataclasses import asdict, dataclass
 from typing import Any
@@ -11,7 +11,7 @@ from diffusers_fair.config.schema import OptimizerSection
 from diffusers_fair.families import family_of
 from diffusers_fair.training.stopping import TrainingStoppedError
 
-RECOVERY = 1.1  # factor by which the learning rate recovers in each finite update
+_RECOVERY = 1.1  # factor by which the learning rate recovers in each finite update
 
 
 @dataclass
@@ -19,12 +19,12 @@ class NonFiniteGuard:
     """Skips non-finite updates, lowers the learning rate after each, stops after too many."""
 
     limit: int
-    """Successive skipped updates that stop the training."""
+    """Number of successive skipped updates after which training stops."""
     skipped: int = 0
-    """Skipped updates in total."""
+    """Number of skipped updates in total."""
     in_a_row: int = 0
     factor: float = 1.0
-    """Factor of the learning rate: halved by each skipped update, then recovers to 1."""
+    """Factor of the learning rate, which each skipped update halves and finite ones restore."""
 
     def record(self, is_finite: bool) -> None:
         """Record whether an update was finite.
@@ -33,7 +33,7 @@ class NonFiniteGuard:
             TrainingStoppedError: too many in a row were not.
         """
         if is_finite:
-            self.in_a_row, self.factor = 0, min(1.0, self.factor * RECOVERY)
+            self.in_a_row, self.factor = 0, min(1.0, self.factor * _RECOVERY)
             return
         self.skipped, self.in_a_row = self.skipped + 1, self.in_a_row + 1
         self.factor /= 2
@@ -56,10 +56,10 @@ class NonFiniteGuard:
 
 
 def make_optimizer(options: OptimizerSection, adapter: TrainableAdapter) -> torch.optim.Optimizer:
-    """Make AdamW with its state in float32 or in 8 bits, and one group per learning rate.
+    """Make AdamW with 32-bit or 8-bit state, and one parameter group per learning rate.
 
     Raises:
-        ModuleNotFoundError: bitsandbytes, for the latter, is not installed.
+        ModuleNotFoundError: bitsandbytes, which 8-bit state needs, is not installed.
     """
     denoiser = family_of(adapter.pipe).denoiser
     rates: dict[float, list[torch.nn.Parameter]] = {}
@@ -88,7 +88,7 @@ def clip_gradient(parameters: list[torch.nn.Parameter], max_norm: float | None) 
     """Sum the gradient over the processes, clip its norm, and return the norm before clipping."""
     if distributed.world_size() > 1:
         for parameter in parameters:
-            if parameter.grad is None:  # nothing in this process depends on it
+            if parameter.grad is None:  # the loss of this process does not depend on it
                 parameter.grad = torch.zeros_like(parameter)
         distributed.all_reduce_sum([p.grad for p in parameters if p.grad is not None])
     return torch.nn.utils.clip_grad_norm_(parameters, max_norm or float("inf")).item()

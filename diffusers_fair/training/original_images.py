@@ -1,8 +1,8 @@
-"""Cache of what training needs of the original images, on disk: the base model never changes.
+"""Cache of judgements of the original images on disk, which stay valid as the base model is frozen.
 
-One file for each batch, or for each process's part of it, named by a hash of everything that the
-original images depend on. Files are written completely or not at all, and may be deleted or damaged
-at any time: they are then computed again.
+There is one file for each batch, or for each process's part of it, named by a hash of everything
+that the original images depend on. Files are written atomically. A file that is missing or damaged
+is computed again.
 """
 
 import hashlib
@@ -23,11 +23,11 @@ from diffusers_fair.vision.faces import Faces
 
 
 class OriginalImageCache:
-    """What is needed of the original images of each batch, computed once.
+    """Cache of the judgements of the original images of each batch.
 
     Args:
         folder: folder of the files; created with the first of them.
-        run_key: what all original images depend on: base model, judges, attributes. JSON data.
+        run_key: JSON data on what all original images depend on: base model, judges, attributes.
     """
 
     def __init__(self, folder: Path, run_key: Any):
@@ -37,10 +37,10 @@ class OriginalImageCache:
     def get(
         self, batch_key: Any, compute: Callable[[], Originals], device: torch.device
     ) -> Originals:
-        """Return the originals of a batch: read from the disk, or computed and written.
+        """Read the judgements of a batch from the disk, or compute and write them.
 
         Args:
-            batch_key: what distinguishes the batch: prompts, noise, steps. JSON data.
+            batch_key: JSON data that identifies the batch: prompts, noise, steps.
             compute: generates and judges the original images.
             device: device of the tensors.
 
@@ -59,25 +59,25 @@ class OriginalImageCache:
 
 
 def run_cache_key(config: RunConfig) -> Any:
-    """Return what the original images, and their judgements, depend on besides the batch."""
+    """Return JSON data on what judgements of original images depend on besides the batch."""
     unused = {"words", "nouns", "target_feedback", "targets", "region"}
     key = config.model_dump(
         mode="json",
         include={"base", "attributes", "models", "sampling"},
         exclude={"attributes": {"__all__": unused}},
     )
-    # options that are newer than the cache's format enter only if they are used
+    # newer options are included only if they are used, so that older caches stay valid
     whole = [section.name for section in config.attributes if section.region == "image"]
     key |= {"face": config.losses.face > 0} | ({"whole": whole} if whole else {})
     return key | ({"people": config.people} if config.people != "largest" else {})
 
 
 def _to_tensors(originals: Originals) -> dict[str, Tensor]:
-    """Names and tensors of the file."""
+    """Return name in the file -> tensor."""
     clip, dino = originals.features
     tensors = {
         "boxes": originals.faces.boxes,
-        "found": originals.faces.found,
+        "found": originals.faces.is_face,
         "landmarks": originals.faces.landmarks,
         "image": originals.faces.image,
         "clip": clip,

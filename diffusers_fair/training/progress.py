@@ -1,4 +1,4 @@
-"""What a run reports while it trains: metrics, curves and a progress bar."""
+"""Progress of a training run: statistics, tracker and progress bar."""
 
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
@@ -13,11 +13,11 @@ class IterationStatistics:
     """Statistics of one update."""
 
     batch: BatchStatistics | None
-    """None: its images were not finite."""
+    """Statistics of the batch; None if its images were not finite."""
     gradient_norm: float
-    """Before clipping."""
+    """Gradient norm before clipping."""
     skipped: int
-    """Updates skipped so far, this one included."""
+    """Number of updates skipped so far, including this one."""
 
     def metrics(self) -> dict[str, float]:
         """Return name -> value, as they are logged."""
@@ -27,18 +27,18 @@ class IterationStatistics:
 
 @contextmanager
 def tracker(accelerator: Any, step: int) -> Iterator[Callable[[dict[str, float], int], None]]:
-    """Yield a function (metrics, step) that passes metrics to the recipe's tracker, if any.
+    """Yield a function (metrics, step) that logs metrics to the recipe's tracker, if any.
 
     Args:
-        accelerator: accelerate's, made with that tracker.
-        step: iterations done; curves that continue after it are cut.
+        accelerator: accelerator with that tracker.
+        step: number of updates made; curves of an earlier run are cut off after it.
     """
     accelerator.init_trackers("run", init_kwargs={"tensorboard": {"purge_step": step + 1}})
     try:
         yield lambda metrics, step: accelerator.log(metrics, step=step)
     finally:
-        for each in accelerator.trackers:
-            each.finish()
+        for recipe_tracker in accelerator.trackers:
+            recipe_tracker.finish()
 
 
 @contextmanager

@@ -1,4 +1,4 @@
-"""The run folder: claimed by one recipe, logged to, and cleaned up before a run resumes."""
+"""The run folder: its files, the recipe that it belongs to, and cleaning up before resuming."""
 
 import json
 import math
@@ -13,7 +13,7 @@ _RECIPE = "recipe.yaml"
 
 
 class RunFolder:
-    """Names of a run's files.
+    """Paths of a run's files.
 
     Args:
         path: the folder.
@@ -28,21 +28,21 @@ class RunFolder:
         self.events = Events(path / "events.jsonl")
 
     def samples(self, step: int) -> Path:
-        """Sample images of a validation."""
+        """Return the path of the sample images of a validation."""
         return self.path / "samples" / f"step-{step:06d}.png"
 
     def discard_after(self, step: int) -> None:
-        """Remove whatever was written after an iteration, or was left unfinished."""
+        """Remove unfinished files, and everything that was written after an iteration."""
         discard_checkpoints_after(self.checkpoints, step)
         self.events.discard_after(step)
-        atomic.sweep(self.path)
-        atomic.sweep(self.originals)
+        atomic.remove_partial(self.path)
+        atomic.remove_partial(self.originals)
         for unfinished in self.path.glob(".adapter*"):
             shutil.rmtree(unfinished)
 
 
 def claim_run_folder(config: RunConfig) -> RunFolder:
-    """Create the run folder and write the recipe into it, or find the same run there.
+    """Create the run folder with the recipe in it, or check that it belongs to the same recipe.
 
     Raises:
         ValueError: the folder holds another run, or something else.
@@ -64,7 +64,7 @@ def claim_run_folder(config: RunConfig) -> RunFolder:
 
 
 def _has_other_files(folder: Path) -> bool:
-    """Whether a folder holds more than what other processes write while they claim it."""
+    """Whether a folder has other files than those that processes write while they claim it."""
     return any(
         path.name != _RECIPE and not path.name.startswith(atomic.PARTIAL)
         for path in folder.iterdir()
@@ -82,14 +82,14 @@ class Events:
         self.file = file
 
     def write(self, metrics: dict[str, float], step: int) -> None:
-        """Append a line; metrics that are not finite are left out."""
+        """Append a line, without metrics that are not finite."""
         finite = {name: value for name, value in metrics.items() if math.isfinite(value)}
         with self.file.open("a", encoding="utf-8") as file:
             file.write(json.dumps({"iteration": step, **finite}) + "\n")
 
     def sync(self) -> None:
-        """Wait until all lines are on the disk."""
-        atomic.sync(self.file)
+        """Flush all lines to the disk."""
+        atomic.fsync(self.file)
 
     def discard_after(self, step: int) -> None:
         """Remove the lines of later iterations, and damaged or unfinished lines."""

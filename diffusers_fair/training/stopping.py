@@ -1,4 +1,4 @@
-"""Reasons to stop a training before its end, each with advice on how to go on."""
+"""Reasons to stop training early, each with advice on how to resume."""
 
 import errno
 import signal
@@ -14,10 +14,10 @@ _DISK_FULL = (errno.ENOSPC, errno.EDQUOT, errno.EFBIG)
 
 
 class TrainingStoppedError(Exception):
-    """A training that stops before its end, and how to go on.
+    """Training has stopped early.
 
     Args:
-        message: one sentence.
+        message: one sentence on the reason and on how to resume.
         code: exit code of the command.
     """
 
@@ -51,7 +51,7 @@ class SigtermHandler:
 
 @contextmanager
 def explain_full_disk(folder: Path) -> Iterator[None]:
-    """Replace the OSError of a full disk by a sentence; other errors pass.
+    """Replace the OSError of a full disk by an error with advice; other errors pass.
 
     Raises:
         TrainingStoppedError: the disk is full.

@@ -1,10 +1,10 @@
-"""Fine-tuning for fairness: the training loop. The only file that knows accelerate.
+"""The training loop of fairness fine-tuning. The only module that uses accelerate.
 
-    batch -> its gradient (batch_gradient) -> AdamW -> moving average of the weights
-          -> at intervals: checkpoint, validation, best adapter
+    batch -> gradient (batch_gradient) -> AdamW -> moving average of the weights
+          -> at intervals: validation, best adapter, checkpoint
 
-Several processes share the images of an iteration. All random numbers depend on the seed and the
-step alone, neither on the number of processes nor on earlier steps.
+Several processes share the images of an iteration. All random numbers depend only on the seed and
+the iteration, neither on the number of processes nor on earlier iterations.
 """
 
 import math
@@ -34,8 +34,8 @@ from diffusers_fair.training.adapter_folder import (
     adapter_info,
     load_initial_adapter,
 )
-from diffusers_fair.training.batch_gradient import BatchGradient, NotFiniteError
-from diffusers_fair.training.batches import draw_batch
+from diffusers_fair.training.batch_gradient import BatchGradient, NonFiniteImagesError
+from diffusers_fair.training.batches import sample_batch
 from diffusers_fair.training.checkpoints import load_checkpoint, save_checkpoint
 from diffusers_fair.training.memory import choose_micro_batch
 from diffusers_fair.training.monitor import TrainingMonitor
@@ -50,7 +50,7 @@ from diffusers_fair.training.stopping import (
 )
 from diffusers_fair.training.validation import Validation, save_samples
 
-_PATIENCE = timedelta(days=1)  # for other processes: the main one may be validating
+_TIMEOUT = timedelta(days=1)  # the other processes wait while the main one validates
 
 
 class FairnessFinetuner:
@@ -64,7 +64,7 @@ class FairnessFinetuner:
         config: the recipe.
 
     Raises:
-        ModuleNotFoundError: a package that the recipe needs is missing; says how to install it.
+        ModuleNotFoundError: a package that the recipe needs is not installed.
         ValueError: the base model, prompts, judges or initial adapter cannot be loaded.
     """
 
@@ -104,8 +104,8 @@ class FairnessFinetuner:
         self.validation = Validation(
             config, self.pipe, self.adapter, self.judges, self.validation_prompts
         )
-        self.step = 0  # updates made
-        self.seconds = 0.0  # that they took
+        self.step = 0  # number of updates made
+        self.seconds = 0.0  # duration of these updates
 
     @classmethod
     def from_recipe(cls, recipe: str | Path, **overrides: Any) -> "FairnessFinetuner":
@@ -121,7 +121,7 @@ class FairnessFinetuner:
         return cls(RunConfig.load(recipe, overrides))
 
     def train(self, *, progress: bool = True) -> Path:
-        """Train to the end of the recipe, resuming from the run folder's newest checkpoint if any.
+        """Train to the end, resuming from the newest checkpoint in the run folder if there is one.
 
         Args:
             progress: whether to show a progress bar with the running bias and losses.
@@ -130,8 +130,8 @@ class FairnessFinetuner:
             The run folder, with `adapter/` and `adapter-best/` in it.
 
         Raises:
-            TrainingStoppedError: stopped by a SIGTERM, a full disk or too many updates that were
-                not finite; says how to go on.
+            TrainingStoppedError: stopped by a SIGTERM, a full disk or too many non-finite updates;
+                the message says how to resume.
             ValueError: the run folder holds another run; the memory budget is too small; there are
                 more processes than images.
         """
@@ -140,7 +140,9 @@ class FairnessFinetuner:
             self._resume(folder)
             budget = self.config.train.memory_budget
             if budget is not None and self.gradient.micro_batch is None:
-                choose_micro_batch(self.gradient, draw_batch(self.config, self.prompts, 0), budget)
+                choose_micro_batch(
+                    self.gradient, sample_batch(self.config, self.prompts, 0), budget
+                )
             self._loop(folder, progress and distributed.is_main(), sigterm)
             self.save_adapter(folder.adapter)
         return folder.path
@@ -186,9 +188,9 @@ class FairnessFinetuner:
         """
         self.optimizer.zero_grad()
         try:
-            batch = self.gradient.backward(draw_batch(self.config, self.prompts, step), step)
+            batch = self.gradient.backward(sample_batch(self.config, self.prompts, step), step)
             norm = self._clip()
-        except NotFiniteError:
+        except NonFiniteImagesError:
             batch, norm = None, float("nan")
         if batch is not None:
             self.gradient.objective.update_targets(batch)
@@ -253,18 +255,18 @@ class FairnessFinetuner:
         return Path(folder)
 
     def push_to_hub(self, repo_id: str, **options: Any) -> Push | None:
-        """Publish the adapter as it is now, with its card, from the main process.
+        """Publish the current adapter with its model card, from the main process.
 
         Args:
             repo_id: `user-or-organisation/name`.
-            options: as `push_adapter` takes them: `private`, `revision`, `create_pr`, `message`,
+            options: options of `push_adapter`: `private`, `revision`, `create_pr`, `message`,
                 `token`, `dry_run`.
 
         Returns:
             What was pushed; None in processes other than the main one.
 
         Raises:
-            ValueError: no token, or the Hub refuses; says what has become of the repository.
+            ValueError: no token, or the Hub refuses; the message gives the repository's state.
         """
         with TemporaryDirectory() as folder:
             adapter = self.save_adapter(Path(folder) / "adapter")
@@ -300,7 +302,7 @@ class FairnessFinetuner:
             folder.discard_after(self.step)
 
     def state_dict(self) -> dict[str, Any]:
-        """Return the state for a checkpoint; its keys are a file format."""
+        """Return the state for a checkpoint. Its keys are part of the file format."""
         return {
             "parameters": [parameter.detach() for parameter in self.parameters],
             "ema": self.ema.state_dict(),
@@ -316,7 +318,7 @@ class FairnessFinetuner:
         }
 
     def load_state_dict(self, state: dict[str, Any]) -> None:
-        """Restore the state of a checkpoint, which has the number of its `iteration`, too."""
+        """Restore the state of a checkpoint, which also contains `iteration`."""
         with torch.no_grad():
             for parameter, saved in zip(self.parameters, state["parameters"], strict=True):
                 parameter.copy_(saved)
@@ -327,7 +329,7 @@ class FairnessFinetuner:
         self.step = state["iteration"]
         self.validation.best_bias = state["best"]
         self.validation.base_clip_t = state["base_clip_t"]
-        if "caution" in state:  # not in checkpoints of the first version
+        if "caution" in state:  # missing in checkpoints of the first version
             self.guard.load_state_dict(state["caution"])
             self.seconds, self.gradient.micro_batch = state["seconds"], state["micro_batch"]
         self.gradient.objective.load_state_dict(state.get("steering", {}))
@@ -337,19 +339,19 @@ class FairnessFinetuner:
 
 
 def _accelerator(config: RunConfig) -> Any:
-    """Make accelerate choose the device, connect the processes and set the tracker up."""
+    """Make the accelerator, which chooses the device, connects the processes and logs."""
     from accelerate import Accelerator, InitProcessGroupKwargs
 
     return Accelerator(
         cpu="cpu" in (config.train.device, base(config.base.model).device),
         log_with=None if config.tracker == "none" else config.tracker,
         project_dir=Path(config.output) / "logs",
-        kwargs_handlers=[InitProcessGroupKwargs(timeout=_PATIENCE)],
+        kwargs_handlers=[InitProcessGroupKwargs(timeout=_TIMEOUT)],
     )
 
 
 def _tune(pipe: Any, config: RunConfig) -> None:
-    """Make the frozen parts faster; results are the same up to rounding."""
+    """Speed up the frozen parts; results are the same up to rounding."""
     if config.train.channels_last:
         for part in (denoiser_of(pipe), pipe.vae):
             part.to(memory_format=torch.channels_last)

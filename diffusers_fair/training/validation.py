@@ -1,4 +1,4 @@
-"""Validation: bias and CLIP-T over the validation prompts, and which adapter is the best so far."""
+"""Validation: measures bias and CLIP-T on the validation prompts, and finds the best adapter."""
 
 from dataclasses import dataclass
 from pathlib import Path
@@ -16,13 +16,13 @@ class ValidationResult:
     """Outcome of one validation."""
 
     bias: dict[str, float]
-    """Attribute -> mean deviation from the target over the prompts; without attributes that no
-    image could be judged by."""
+    """Attribute -> mean deviation from the target over the prompts; without attributes for which no
+    image could be judged."""
     clip_t: float
     minimum_clip_t: float
     """CLIP-T of the original model minus the drop that the recipe allows."""
     is_best: bool
-    """Whether the adapter is better than those of all earlier validations."""
+    """Whether the adapter is the best of all validations so far."""
 
     def metrics(self) -> dict[str, float]:
         """Return name -> value, as they are logged."""
@@ -36,8 +36,8 @@ class Validation:
     Args:
         config: the recipe.
         pipe: the base model with the adapter.
-        adapter: the adapter that is trained.
-        judges: training's.
+        adapter: the adapter in training.
+        judges: judges of training.
         prompts: validation prompts.
     """
 
@@ -86,7 +86,7 @@ class Validation:
 
     def _minimum_clip_t(self) -> float:
         if self.base_clip_t is None:
-            with self.adapter.off():
+            with self.adapter.disabled():
                 self.base_clip_t = _clip_t(self.measure())
         return self.base_clip_t - self.config.train.clip_t_drop
 

@@ -12,7 +12,7 @@ from diffusers_fair.vision.faces import Faces, face_chips
 
 
 class Classifier(Protocol):
-    """Assigns a perceived attribute to faces, or another attribute to whole images."""
+    """Classifies a perceived attribute of faces, or an attribute of whole images."""
 
     @property
     def classes(self) -> tuple[str, ...]:
@@ -20,7 +20,7 @@ class Classifier(Protocol):
 
     @property
     def size(self) -> int:
-        """Side of the face chips or images that it takes, in pixels."""
+        """Side of its square input, in pixels."""
 
     @property
     def confusion(self) -> tuple[tuple[float, ...], ...] | None:
@@ -33,13 +33,13 @@ class Classifier(Protocol):
         """(n, 3, size, size) in [-1, 1] -> (n, classes) probabilities, differentiable."""
 
 
-def view(attribute: Attribute, images: Tensor, faces: Faces, size: int) -> Tensor:
-    """Crop or resize images to the input of an attribute's classifier, differentiable.
+def classifier_input(attribute: Attribute, images: Tensor, faces: Faces, size: int) -> Tensor:
+    """Crop faces or resize images for an attribute's classifier, differentiably.
 
     Args:
-        attribute: of the face or of the whole image.
+        attribute: an attribute of faces or of whole images.
         images: (n, 3, h, w).
-        faces: of these images, one row each; ignored for the whole image.
+        faces: faces of these images, one row each; ignored for attributes of whole images.
         size: side of the result in pixels.
 
     Returns:
@@ -50,7 +50,7 @@ def view(attribute: Attribute, images: Tensor, faces: Faces, size: int) -> Tenso
 
 @dataclass(frozen=True)
 class NetworkClassifier:
-    """A `Classifier` made of any network from chips to the logits of one attribute's classes."""
+    """A `Classifier` made from a network that maps chips to the logits of the classes."""
 
     network: Callable[[Tensor], Tensor]
     """(n, 3, size, size) -> (n, classes) logits."""
@@ -59,7 +59,7 @@ class NetworkClassifier:
     confusion: tuple[tuple[float, ...], ...] | None = None
 
     def __call__(self, chips: Tensor) -> Tensor:
-        """Probabilities (n, classes) of chips (n, 3, size, size) in [-1, 1].
+        """Compute probabilities (n, classes) for chips (n, 3, size, size) in [-1, 1].
 
         Raises:
             ValueError: chips of another shape, or logits for another number of classes.
@@ -67,7 +67,7 @@ class NetworkClassifier:
         if chips.ndim != 4 or chips.shape[1:] != (3, self.size, self.size):
             raise ValueError(
                 f"expected chips of shape (n, 3, {self.size}, {self.size}), "
-                f"got {tuple(chips.shape)}; cut them with face_chips(..., size={self.size})"
+                f"got {tuple(chips.shape)}; crop them with face_chips(..., size={self.size})"
             )
         logits = self.network(chips)
         if logits.shape != (len(chips), len(self.classes)):

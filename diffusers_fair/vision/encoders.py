@@ -20,7 +20,7 @@ class ImageEncoder(Protocol):
 
 
 class ImageTextEncoder(ImageEncoder, Protocol):
-    """Encodes texts into the same space, too."""
+    """Encodes images and texts into the same space."""
 
     def texts(self, texts: list[str]) -> Tensor:
         """Texts -> (n, d) of length 1."""

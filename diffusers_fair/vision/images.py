@@ -1,4 +1,4 @@
-"""The one conversion between images in [-1, 1], bytes and pictures of Pillow."""
+"""Conversion between images in [-1, 1], bytes and Pillow images."""
 
 from typing import TYPE_CHECKING
 
@@ -16,7 +16,7 @@ def to_bytes(images: Tensor) -> Tensor:
 
 
 def from_bytes(pixels: Tensor) -> Tensor:
-    """The inverse: values in 0 to 255 -> float32 in [-1, 1]."""
+    """Values in 0 to 255 -> float32 in [-1, 1]; the inverse of `to_bytes`."""
     return pixels.float() / 127.5 - 1
 
 

@@ -8,14 +8,14 @@ import torch
 from torch import Tensor
 
 from diffusers_fair.attributes import Attribute, People
-from diffusers_fair.vision.classifiers import Classifier, view
+from diffusers_fair.vision.classifiers import Classifier, classifier_input
 from diffusers_fair.vision.encoders import ImageEncoder, ImageTextEncoder
 from diffusers_fair.vision.faces import EveryFaceDetector, FaceDetector, Faces
 
 
 @dataclass(frozen=True, kw_only=True)
 class Judges:
-    """The models that judge images. Evaluation should use others than training did."""
+    """The models that judge images. Evaluation should use other models than training."""
 
     face_detector: FaceDetector
     classifiers: Mapping[str, Classifier]
@@ -29,19 +29,19 @@ class Judges:
     apply. `recognition` makes one from a classifier of whole images."""
 
     people: People = "largest"
-    """Faces of an image that count."""
+    """Faces of an image that count: only the largest, or all."""
 
     def __post_init__(self) -> None:
         """Check that the detector can detect all faces, if all count.
 
         Raises:
-            ValueError: it cannot.
+            ValueError: it only detects the largest.
         """
         if self.people == "all" and not isinstance(self.face_detector, EveryFaceDetector):
             raise ValueError(
-                "people 'all' needs a face detector with a method all_faces, as RetinaFace and the "
-                f"testbed's have, and {self.face_detector!r} finds the largest alone: name another "
-                "one, or count the largest"
+                "people 'all' needs a face detector with a method all_faces, such as RetinaFace or "
+                f"the testbed's, but {self.face_detector!r} only finds the largest face: choose "
+                "another detector, or people 'largest'"
             )
 
     def faces(self, images: Tensor) -> Faces:
@@ -60,7 +60,7 @@ class Judges:
         """
         classifier = self.classifiers[attribute.name]
         order = [classifier.classes.index(name) for name in attribute.classes]
-        return classifier(view(attribute, images, faces, classifier.size))[:, order]
+        return classifier(classifier_input(attribute, images, faces, classifier.size))[:, order]
 
     def perceive(
         self,
@@ -69,50 +69,52 @@ class Judges:
         faces: Faces,
         micro_batch: int | None = None,
     ) -> list[Tensor]:
-        """Classify the faces found, or the whole images, a few at a time; differentiable.
+        """Classify all faces, or the whole images, in micro-batches; differentiable.
 
         Args:
             attributes: attributes that have classifiers.
             images: (n, 3, h, w) in [-1, 1].
             faces: of these images.
-            micro_batch: faces or images to classify at a time; left out, as many as images.
+            micro_batch: faces or images to classify at a time; default: as many as images.
 
         Returns:
-            For each attribute probabilities (m, classes) of the m faces found, or (n, classes) of
-            the images, in the attribute's order.
+            For each attribute probabilities (m, classes) of the m faces, or (n, classes) of the
+            images, in the attribute's order.
         """
-        found, size = faces[faces.found], micro_batch or len(images)
-        shown = images[faces.owner[faces.found]]  # (m, 3, h, w)
+        real, size = faces[faces.is_face], micro_batch or len(images)
+        shown = images[faces.image_index[faces.is_face]]  # (m, 3, h, w)
         rows = torch.arange(len(shown), device=images.device).split(size)
 
         def classify(a: Attribute) -> Tensor:
             if not a.of_faces:
-                return torch.cat([self.probabilities(a, x, found) for x in images.split(size)])
+                return torch.cat([self.probabilities(a, x, real) for x in images.split(size)])
             if not len(shown):
                 return images.new_zeros(0, len(a.classes))
-            return torch.cat([self.probabilities(a, shown[x], found[x]) for x in rows])
+            return torch.cat([self.probabilities(a, shown[x], real[x]) for x in rows])
 
         return [classify(attribute) for attribute in attributes]
 
 
 def confusion_of(attributes: Sequence[Attribute], judges: Judges) -> dict[str, list[list[float]]]:
-    """Return attribute -> confusion matrix in the attribute's order, where it was measured."""
-    found = {}
+    """Return attribute -> confusion matrix in the attribute's order, if it was measured."""
+    confusions = {}
     for attribute in attributes:
         classifier = judges.classifiers[attribute.name]
         if classifier.confusion is not None:
             order = [classifier.classes.index(name) for name in attribute.classes]
-            found[attribute.name] = [[classifier.confusion[i][j] for j in order] for i in order]
-    return found
+            confusions[attribute.name] = [
+                [classifier.confusion[i][j] for j in order] for i in order
+            ]
+    return confusions
 
 
 def recognition(
     classifier: Classifier, class_of: Callable[[str], str | None]
 ) -> Callable[[Tensor, Sequence[str]], Tensor]:
-    """Make a score for `Judges.extra`: is an image recognised as what its prompt names?
+    """Make a score for `Judges.extra`: whether an image is recognised as what its prompt names.
 
     Args:
-        classifier: of whole images, which must have its size.
+        classifier: a classifier of whole images, which must have its input size.
         class_of: prompt -> the class that its images should have, or None.
 
     Returns:
@@ -120,12 +122,12 @@ def recognition(
     """
 
     def score(images: Tensor, prompts: Sequence[str]) -> Tensor:
-        seen = classifier(images).argmax(-1).tolist()
-        wanted = [class_of(prompt) for prompt in prompts]
-        right = [
-            float("nan") if w is None else float(classifier.classes[s] == w)
-            for s, w in zip(seen, wanted, strict=True)
+        predicted = classifier(images).argmax(-1).tolist()
+        expected = [class_of(prompt) for prompt in prompts]
+        is_right = [
+            float("nan") if name is None else float(classifier.classes[i] == name)
+            for i, name in zip(predicted, expected, strict=True)
         ]
-        return torch.tensor(right)
+        return torch.tensor(is_right)
 
     return score

@@ -10,7 +10,7 @@ from diffusers_fair.vision.faces import Faces, aligned_chips, face_chips
 
 @dataclass(frozen=True)
 class ReferenceFaces:
-    """Embeddings of real faces, and their embedder; needed in training alone."""
+    """Embeddings of real faces, and their embedder; only training needs them."""
 
     embedder: NetworkEncoder
     """Embedder of face chips."""

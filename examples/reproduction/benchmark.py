@@ -277,11 +277,11 @@ def replayed(
     split: bool,
 ) -> None:
     """Run the gradient pass of replay."""
-    from diffusers_fair.diffusion.replay import draw_steps, replay
+    from diffusers_fair.diffusion.replay import replay, sample_steps
 
     weights = scheduler.gradient_weights()
     g = torch.Generator().manual_seed(0)
-    steps, factors = draw_steps(len(weights), drawn, len(v), g) if drawn else (None, None)
+    steps, factors = sample_steps(len(weights), drawn, len(v), g) if drawn else (None, None)
     options = {"steps": steps, "inverse_probabilities": factors, "split_guidance": split}
     replay(pipe, trajectory, branches, v, weights, **options)
 
@@ -350,11 +350,11 @@ def training(*, gradient: dict[str, Any], bank: str, iterations: int, seed: int)
 
 def fill(finetuner: Any) -> None:
     """Fill the cache with the originals of all iterations."""
-    from diffusers_fair.training.batches import Share, draw_batch
+    from diffusers_fair.training.batches import Shard, sample_batch
 
     for number in range(finetuner.config.train.distinct_iterations):
-        batch = draw_batch(finetuner.config, finetuner.prompts, number)
-        finetuner.gradient.originals(Share(batch, slice(0, len(batch.noise))))
+        batch = sample_batch(finetuner.config, finetuner.prompts, number)
+        finetuner.gradient.originals(Shard(batch, slice(0, len(batch.noise))))
 
 
 # ---- steps drawn ---------------------------------------------------------------------------------
@@ -382,7 +382,7 @@ def drawing() -> dict[str, Any]:
 def gradients(drawn: int | None, number: int, turns: int = 1) -> list[Tensor]:
     """Return the gradients of a batch of 12 testbed images, one per turn, before training."""
     from diffusers_fair import FairnessFinetuner
-    from diffusers_fair.training.batches import draw_batch
+    from diffusers_fair.training.batches import sample_batch
 
     finetuner = FairnessFinetuner.from_recipe(
         "testbed-gender",
@@ -391,7 +391,7 @@ def gradients(drawn: int | None, number: int, turns: int = 1) -> list[Tensor]:
         train=TRAINING,
         tracker="none",
     )
-    batch, found = draw_batch(finetuner.config, finetuner.prompts, number), []
+    batch, found = sample_batch(finetuner.config, finetuner.prompts, number), []
     for turn in range(turns):
         finetuner.optimizer.zero_grad()
         finetuner.gradient.backward(batch, turn, use_cache=False)

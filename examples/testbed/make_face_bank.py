@@ -23,7 +23,7 @@ def seen(portraits: Portraits, rows, batch: int = 128) -> tuple[Tensor, Tensor]:
     faces = [detector(x) for x in parts]
     pairs = zip(parts, faces, strict=True)
     embeddings = torch.cat([embed_faces(embedder, x, found) for x, found in pairs])
-    return embeddings, torch.cat([found.found for found in faces])
+    return embeddings, torch.cat([found.is_face for found in faces])
 
 
 def main(out: Path) -> None:

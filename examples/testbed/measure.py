@@ -133,7 +133,7 @@ def obedience(pipe: Any, judges: Judges, occupations: int = 20) -> list[Row]:
         classifier = judges.classifiers[name]
         seen = classifier(face_chips(images, faces, classifier.size)).argmax(1)
         wanted = torch.tensor([classifier.classes.index(c) for _, c in pairs for _ in range(2)])
-        right = ((seen == wanted) & faces.found).float().mean().item()
+        right = ((seen == wanted) & faces.is_face).float().mean().item()
         rows.append((f"words obeyed, {name}", f"{right:.3f}", ">= .90"))
     return rows
 
@@ -142,7 +142,7 @@ def scenes(pipe: Any, judges: Judges) -> list[Row]:
     """Measure faces found in generated empty scenes: there should be none."""
     places = [facts["place"] for facts in world.families().values()]
     images = draw(pipe, [f"a photo of {place} without anybody" for place in places], 8)
-    rate = judges.face_detector(images).found.float().mean().item()
+    rate = judges.face_detector(images).is_face.float().mean().item()
     return [("face found in drawn empty scenes", f"{rate:.3f}", "<= .03")]
 
 

@@ -83,13 +83,13 @@ def measure_attributes(logits_of, portraits: Portraits) -> dict:
     for condition, worsen in conditions().items():
         seen = worsen(x)
         faces = [judges.face_detector()(part) for part in seen.split(256)]
-        at = Faces(torch.cat([f.boxes for f in faces]), torch.cat([f.found for f in faces]))
-        chips = face_chips(seen, at, judges.CHIP)[at.found]
+        at = Faces(torch.cat([f.boxes for f in faces]), torch.cat([f.is_face for f in faces]))
+        chips = face_chips(seen, at, judges.CHIP)[at.is_face]
         guess = {n: v.argmax(1) for n, v in split_logits(in_batches(logits_of, chips)).items()}
-        shares[condition] = {n: accuracy(guess[n], truth[n][at.found]) for n in CLASSES}
+        shares[condition] = {n: accuracy(guess[n], truth[n][at.is_face]) for n in CLASSES}
         if condition == "sharp":
             tables = {
-                n: confusion(guess[n], truth[n][at.found], len(c)) for n, c in CLASSES.items()
+                n: confusion(guess[n], truth[n][at.is_face], len(c)) for n, c in CLASSES.items()
             }
     return {"accuracy": shares, "confusion": tables}
 

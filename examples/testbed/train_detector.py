@@ -81,7 +81,7 @@ def measure(detector: GridDetector, portraits: Portraits) -> dict:
         found[kind] = {}
         for name, worsen in conditions().items():
             faces = [detector(part) for part in worsen(x).split(256)]
-            seen = torch.cat([f.found for f in faces]).float()
+            seen = torch.cat([f.is_face for f in faces]).float()
             figures = {"found": round(seen.mean().item(), 4)}
             if kind != "empty":
                 fit = overlap(torch.cat([f.boxes for f in faces]), boxes_of(portraits, rows))

@@ -105,7 +105,7 @@ def spots(*anchors: int) -> torch.Tensor:
 
 def test_retinaface_takes_the_largest_face(detector):
     faces = detector(torch.cat([spots(0), spots(0, 1), spots()]))
-    assert faces.found.tolist() == [True, True, False]
+    assert faces.is_face.tolist() == [True, True, False]
     assert torch.allclose(faces.boxes[0], torch.tensor([10.0, 10, 30, 30]))
     assert torch.allclose(faces.boxes[1], torch.tensor([44.0, 10, 76, 30]))
     assert faces.boxes.isfinite().all()
@@ -572,7 +572,7 @@ def test_the_testbed_stays_on_the_cpu(models):
         ("models.face_embedder=timm", "expected 'testbed' or 'timm:MODEL', got 'timm'"),
         (
             "models.face_embedder=timm:x",
-            "models: face_bank 'testbed' holds embeddings by .*, not by 'timm:x': name a",
+            "models: face_bank 'testbed' holds embeddings of .*, not of 'timm:x': choose a",
         ),
         ("evaluation.models.face_bank=x", r"unknown key 'evaluation\.models\.face_bank'"),
         ("models.classifiers=blip", r"classifiers\.\*\.kind: expected 'testbed', .* got 'blip'"),
@@ -595,7 +595,7 @@ def test_the_testbed_stays_on_the_cpu(models):
         ),
         (
             "models.classifiers.gender={kind: checkpoint, model: x, classes: {man: [a]}}",
-            r"its classifier is given \['man'\]: they must be the same",
+            r"its classifier has \['man'\]: they must be the same",
         ),
     ],
 )

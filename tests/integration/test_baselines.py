@@ -24,7 +24,7 @@ from diffusers_fair.baselines.uce import (
 )
 from diffusers_fair.evaluation.generate import generate
 from diffusers_fair.families.stable_diffusion import cross_attention
-from diffusers_fair.prompts.wording import Term, combinations, draw_terms, subject, with_terms
+from diffusers_fair.prompts.wording import Term, combinations, sample_terms, subject, with_terms
 from diffusers_fair.vision.classifiers import NetworkClassifier
 from diffusers_fair.vision.faces import Faces
 from diffusers_fair.vision.judges import Judges
@@ -139,13 +139,13 @@ def test_words_share_the_target_of_their_class():
 
 
 def test_words_for_no_class():
-    with pytest.raises(ValueError, match="has no class 'hot' to have words for: its classes are w"):
+    with pytest.raises(ValueError, match="given for 'hot', which is not a class of attribute"):
         Wording(HUE.attribute, {"hot": ("red",)})
 
 
 def test_drawn_words_follow_the_target_and_leave_the_noise_alone():
     seeds = generators(*range(2000))
-    drawn = [draw_terms([HUE, TONE], g) for g in seeds]
+    drawn = [sample_terms([HUE, TONE], g) for g in seeds]
     assert np.mean([t.word == "pale" for _, t in drawn]) == pytest.approx(0.25, abs=0.03)
     assert np.mean([t.label == 0 for t, _ in drawn]) == pytest.approx(1 / 3, abs=0.03)
     both = np.mean([t.label == 0 and u.word == "pale" for t, u in drawn])
@@ -210,7 +210,7 @@ def test_one_prompt_takes_one_generator(pipe):
 
 def test_attribute_words_are_asked_for_in_the_prompt(pipe):
     images = draw(AttributeWords().apply(pipe, task()))
-    worded = [with_terms("a cook", draw_terms([HUE, TONE], g)) for g in generators(5, 6, 7)]
+    worded = [with_terms("a cook", sample_terms([HUE, TONE], g)) for g in generators(5, 6, 7)]
     assert len(set(worded)) > 1
     assert torch.equal(images, draw(pipe, worded))
 
@@ -321,7 +321,7 @@ def test_fair_diffusion_is_semantic_guidance_of_the_host(pipe):
     parts = {name: part for name, part in pipe.components.items() if name != "image_encoder"}
     host = SemanticStableDiffusionPipeline(**parts, requires_safety_checker=False)
     host.set_progress_bar_config(disable=True)
-    (term,) = draw_terms([TONE], generators(5)[0])
+    (term,) = sample_terms([TONE], generators(5)[0])
     (other,) = (t.word for t in TONE.terms if t.word != term.word)
     expected = host(
         ["a cook"],

@@ -13,7 +13,7 @@ from PIL import Image
 from diffusers_fair import cli
 from diffusers_fair.backends.trained_classifier import load as load_classifier
 from diffusers_fair.training import classifier as classifier_training
-from diffusers_fair.training.classifier import Settings, hold_out, read_images, train_classifier
+from diffusers_fair.training.classifier import Settings, _hold_out, read_images, train_classifier
 
 COLOURS = {"green": (30, 200, 30), "red": (200, 30, 30)}
 SMALL = Settings(size=32, epochs=8, batch_size=8, held_out=0.25, pretrained=False)
@@ -109,10 +109,10 @@ def test_sources_that_will_not_do(tmp_path, folder):
 
 def test_the_share_of_every_class_is_held_out():
     labels = torch.tensor([0] * 20 + [1] * 4 + [2] * 2)
-    train, held = hold_out(labels, 0.25, torch.Generator().manual_seed(0))
+    train, held = _hold_out(labels, 0.25, torch.Generator().manual_seed(0))
     assert sorted([*train.tolist(), *held.tolist()]) == list(range(26))
     assert torch.bincount(labels[held]).tolist() == [5, 1, 1]
-    again = hold_out(labels, 0.25, torch.Generator().manual_seed(0))
+    again = _hold_out(labels, 0.25, torch.Generator().manual_seed(0))
     assert torch.equal(held, again[1])
 
 
@@ -135,7 +135,7 @@ def test_the_folder_says_how_good_the_classifier_is(trained, folder):
 def test_what_was_measured_is_what_is_loaded(trained, folder):
     out, facts = trained
     pictures = read_images(folder)
-    _, held = hold_out(pictures.labels, SMALL.held_out, torch.Generator().manual_seed(SMALL.seed))
+    _, held = _hold_out(pictures.labels, SMALL.held_out, torch.Generator().manual_seed(SMALL.seed))
     classify = load_classifier(str(out), {})
     assert (classify.classes, classify.size) == (("green", "red"), 32)
     guesses = classify(classifier_training._load(pictures, held, 32)).argmax(1)
@@ -155,7 +155,7 @@ def test_the_same_seed_gives_the_same_classifier(folder, tmp_path):
 
 @pytest.mark.slow
 def test_a_folder_that_holds_something_is_left_alone(trained, folder):
-    with pytest.raises(ValueError, match="holds something already: choose another folder"):
+    with pytest.raises(ValueError, match="is not an empty folder: choose another folder"):
         train_classifier(read_images(folder), trained[0], SMALL)
 
 
@@ -199,4 +199,4 @@ def test_the_command(folder, tmp_path, monkeypatch, capsys):
     with pytest.raises(SystemExit) as stop:
         cli.main()
     assert stop.value.code == 2
-    assert "holds something already" in capsys.readouterr().err
+    assert "is not an empty folder" in capsys.readouterr().err

@@ -153,7 +153,7 @@ def test_words_of_training_are_those_that_the_adapter_kept(adapter, lines, tmp_p
     assert run(monkeypatch, "evaluate", *words) == 0
     report = load_report(tmp_path / "r")
     named = report.groups["named"].group.prompts
-    seen = {p.text for p in named if p.asks == {"gender": "female"} and not p.unseen}
+    seen = {p.text for p in named if p.expected_classes == {"gender": "female"} and not p.unseen}
     assert seen
     assert all(" womanly " in text for text in seen)
     assert any(p.unseen for p in named)
@@ -187,11 +187,14 @@ def test_whose_words_are_words_of_training(
     defaults = EvaluationDefaults.of("testbed", recipe)
     made = control_groups(["a chef"], chosen, defaults, info, images_per_prompt=1)
     found = {
-        name: sum(any(p.asks.keys() == {name} and not p.unseen for p in g.prompts) for g in made)
+        name: sum(
+            any(p.expected_classes.keys() == {name} and not p.unseen for p in g.prompts)
+            for g in made
+        )
         for name in attributes
     }
     assert found == expected
-    pairs = [p for p in made[0].prompts if len(p.asks) == 2]
+    pairs = [p for p in made[0].prompts if len(p.expected_classes) == 2]
     assert len(pairs) == 8 * (len(attributes) == 2)
     assert all(p.unseen for p in pairs)
 

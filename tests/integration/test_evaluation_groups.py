@@ -75,7 +75,7 @@ def test_neutral_images_are_the_same_with_and_without_groups(base):
 def test_they_are_measured_unless_they_are_left_out():
     found = measured(groups=None, attributes=[HUE], images_per_prompt=1)
     assert list(found.groups) == ["named", "untouched"]  # nothing implies a colour
-    asked = {prompt.asks["hue"] for prompt in found.groups["named"].group.prompts}
+    asked = {prompt.expected_classes["hue"] for prompt in found.groups["named"].group.prompts}
     assert asked == set(HUE.classes)
 
 
@@ -165,7 +165,7 @@ def test_obeyed_means_a_face_of_every_class_that_is_asked_for(detector):
     found = measured(judges=judges(face_detector=detector), groups=[NAMED]).groups["named"]
     records = found.records
     for row, i in enumerate(records.prompt):
-        wanted = NAMED.prompts[i].asks
+        wanted = NAMED.prompts[i].expected_classes
         shown = {
             a.name: a.classes[int(np.argmax(records.probabilities[a.name][row]))]
             for a in (HUE, TONE)

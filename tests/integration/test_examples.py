@@ -208,7 +208,9 @@ def test_words_stand_in_the_table_where_a_report_has_them():
 def test_an_adapter_is_asked_for_the_words_of_its_recipe():
     groups = experiments.controls(experiments.OCCUPATIONS, RunConfig.load("testbed-gender"))
     assert [group.name for group in groups] == ["named", "implied", "untouched"]
-    assert {name for group in groups for p in group.prompts for name in p.asks} == {"gender"}
+    assert {name for group in groups for p in group.prompts for name in p.expected_classes} == {
+        "gender"
+    }
     assert "a photo of a kitchen without anybody" in [p.text for p in groups[2].prompts]
 
 

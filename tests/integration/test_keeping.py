@@ -11,7 +11,7 @@ from diffusers_fair.config.schema import RunConfig
 from diffusers_fair.diffusion.scheduler import BiasedGradientScheduler
 from diffusers_fair.prompts import prompt_set
 from diffusers_fair.prompts.groups import vocabulary
-from diffusers_fair.training.kept_prompts import KeptPrompts, kept_prompts, usual_sets
+from diffusers_fair.training.kept_prompts import KeptPrompts, _default_sets, kept_prompts
 
 KEEP = {"pairs": 7, "new_prompts": 2, "pool": 3, "prediction": 2.5, "images": 2}
 COMPONENTS = {
@@ -80,7 +80,9 @@ def test_the_gradient_is_that_of_autograd(components, scale):
     expected = by_autograd(kept, 2, scale)
     wanted = gradients(kept)
     for size, split in ((7, False), (3, False), (1, True)):
-        assert kept.backward(2, size, split_guidance=split) == pytest.approx(expected, rel=1e-6)
+        assert kept.prediction_backward(2, size, split_guidance=split) == pytest.approx(
+            expected, rel=1e-6
+        )
         for got, exact in zip(gradients(kept), wanted, strict=True):
             torch.testing.assert_close(got, exact, rtol=1e-6, atol=1e-9)
 
@@ -90,7 +92,7 @@ def test_the_change_of_embeddings_is_measured_token_by_token():
     chosen = [kept.prompts.prompt(3 * kept.options.texts + i) for i in range(kept.options.texts)]
     negatives = dict.fromkeys(prompt.negative for prompt in chosen)
     texts = [*(prompt.text for prompt in chosen), *negatives]
-    with kept.adapter.off():
+    with kept.adapter.disabled():
         before = encode_prompts(kept.pipe, texts)
     after = encode_prompts(kept.pipe, texts)
     change = ((after - before).norm(dim=2) / before.norm(dim=2)).square().mean()
@@ -105,14 +107,14 @@ def test_the_change_of_embeddings_is_measured_token_by_token():
 @pytest.mark.parametrize("components", ["text_encoder", "unet", "both"])
 def test_an_adapter_that_changes_nothing_has_nothing_to_lose(components):
     kept = keeper(components, moved=False)
-    assert kept.backward(0, 7) == pytest.approx(0, abs=1e-12)
+    assert kept.prediction_backward(0, 7) == pytest.approx(0, abs=1e-12)
 
 
 def test_the_original_model_s_way_is_that_of_its_pipeline():
     """The last step of the pool leads to what the pipeline draws without the adapter."""
     kept = keeper("both")
-    (way,) = [kept._way(5)]
-    with kept.adapter.off():
+    (way,) = [kept._original_steps(5)]
+    with kept.adapter.disabled():
         noise = kept.pipe.unet.dtype
         image = kept.pipe(
             [step.prompt.text for step in way[:2]],
@@ -157,7 +159,7 @@ def test_kept_images_come_again():
 def test_kept_prompts_come_in_the_shares_of_their_sets():
     mixture = kept_prompts(config(sets={"named": 2, "untouched": 1}))
     found = [mixture.prompt(i) for i in range(90)]
-    assert sum(bool(prompt.asks) for prompt in found) == 60
+    assert sum(bool(prompt.expected_classes) for prompt in found) == 60
     assert {prompt.negative for prompt in found} > {"", "blurry, low quality"}
 
 
@@ -174,7 +176,7 @@ def test_prompts_of_one_s_own_are_kept(tmp_path):
     file.write_text("a man and a woman\na chess board\nan old woman\n")
     found = kept_prompts(config(sets=[str(file)])).prompts[0]
     assert {"a man and a woman", "a chess board", "an old woman"} == {p.text for p in found}
-    asks = {prompt.text: prompt.asks for prompt in found}
+    asks = {prompt.text: prompt.expected_classes for prompt in found}
     assert asks["an old woman"] == {"gender": "female"}
     assert asks["a man and a woman"] == {}  # left as the base draws it
 
@@ -208,7 +210,7 @@ def test_a_set_without_prompts_for_the_attributes_is_refused():
             "prompts": {"keep": {"sets": ["implied"]}},
         },
     )
-    with pytest.raises(ValueError, match=r"names 'implied', and there are no such prompts for hue"):
+    with pytest.raises(ValueError, match=r"names 'implied', but there are no such prompts for hue"):
         kept_prompts(bare)
 
 
@@ -245,7 +247,7 @@ def test_the_words_of_kept_prompts_are_those_of_the_recipe():
     found = kept_prompts(config(sets=["named"])).prompts[0]
     words = vocabulary([section.wording() for section in config().attributes])
     assert all(
-        any(word in prompt.text for word in words["gender"][prompt.asks["gender"]])
+        any(word in prompt.text for word in words["gender"][prompt.expected_classes["gender"]])
         for prompt in found
     )
 
@@ -253,7 +255,11 @@ def test_the_words_of_kept_prompts_are_those_of_the_recipe():
 def test_every_class_is_named_with_the_same_subjects():
     (named,) = kept_prompts(config(sets=["named"])).prompts
     texts = {
-        name: {prompt.text.replace(name, "") for prompt in named if prompt.asks["gender"] == name}
+        name: {
+            prompt.text.replace(name, "")
+            for prompt in named
+            if prompt.expected_classes["gender"] == name
+        }
         for name in ("female", "male")
     }
     assert texts["female"] == texts["male"]
@@ -261,9 +267,9 @@ def test_every_class_is_named_with_the_same_subjects():
 
 def test_a_recipe_that_names_no_sets_keeps_those_of_its_base():
     plain = config()
-    assert usual_sets(plain) == {"named": 2, "implied": 1, "testbed-untouched": 1}
+    assert _default_sets(plain) == {"named": 2, "implied": 1, "testbed-untouched": 1}
     elsewhere = plain.model_copy(update={"base": plain.base.model_copy(update={"model": "a/b"})})
-    assert "untouched" in usual_sets(elsewhere)
+    assert "untouched" in _default_sets(elsewhere)
 
 
 def test_soft_tokens_leave_no_embedding_to_hold():

@@ -60,8 +60,8 @@ class One(Pair):
 
     def all_faces(self, images):
         found = self(images)
-        kept = found[found.found]
-        return faces_of_images(kept.boxes, found.owner[found.found], len(images))
+        kept = found[found.is_face]
+        return faces_of_images(kept.boxes, found.image_index[found.is_face], len(images))
 
 
 # ---- detectors -----------------------------------------------------------------------------------
@@ -71,16 +71,16 @@ def test_faces_are_put_in_the_order_of_their_images_the_largest_first():
     boxes = torch.tensor([[0.0, 0, 2, 2], [0, 0, 4, 4], [0, 0, 3, 3], [1, 1, 2, 2]])
     marks = torch.arange(4.0).view(4, 1, 1).expand(4, 5, 2)
     faces = faces_of_images(boxes, torch.tensor([3, 0, 3, 0]), 4, marks)
-    assert faces.owner.tolist() == [0, 0, 1, 2, 3, 3]
-    assert faces.found.tolist() == [True, True, False, False, True, True]
-    assert faces.landmarks[faces.found, 0, 0].tolist() == [1, 3, 2, 0]
+    assert faces.image_index.tolist() == [0, 0, 1, 2, 3, 3]
+    assert faces.is_face.tolist() == [True, True, False, False, True, True]
+    assert faces.landmarks[faces.is_face, 0, 0].tolist() == [1, 3, 2, 0]
     assert faces.counts.tolist() == [2, 0, 0, 2]
     some, rows = faces.of_images(torch.tensor([2, 3]))
     assert rows.tolist() == [3, 4, 5]
-    assert (some.owner.tolist(), some.counts.tolist()) == ([0, 1, 1], [0, 2])
+    assert (some.image_index.tolist(), some.counts.tolist()) == ([0, 1, 1], [0, 2])
     parts = [faces.of_images(torch.tensor(x))[0] for x in ([0], [1, 2], [3])]
     again = Faces.joined(parts)
-    assert torch.equal(again.owner, faces.owner)
+    assert torch.equal(again.image_index, faces.image_index)
     assert torch.equal(again.boxes, faces.boxes)
 
 
@@ -89,14 +89,14 @@ def test_the_testbeds_detector_finds_both_of_two():
     faces = face_detector().all_faces(pairs)
     assert (faces.counts == 2).float().mean() >= 0.95
     for side in ("face1", "face2"):
-        truth = torch.tensor([box.tolist() for box in labels[side]])[faces.owner]
+        truth = torch.tensor([box.tolist() for box in labels[side]])[faces.image_index]
         fits = torch.zeros(len(pairs)).index_add(
-            0, faces.owner, (overlap(faces.boxes, truth) > 0.5).float()
+            0, faces.image_index, (overlap(faces.boxes, truth) > 0.5).float()
         )
         assert (fits == 1).float().mean() >= 0.95
-    first = torch.searchsorted(faces.owner, torch.arange(len(pairs)))
+    first = torch.searchsorted(faces.image_index, torch.arange(len(pairs)))
     largest = face_detector()(pairs)
-    assert torch.equal(faces.found[first], largest.found)
+    assert torch.equal(faces.is_face[first], largest.is_face)
     assert (overlap(faces.boxes[first], largest.boxes) > 0.99).float().mean() >= 0.95
 
 
@@ -115,8 +115,8 @@ def test_retinaface_gives_every_face(monkeypatch, tmp_path):
         for x, y in (stand_ins.BOXES[anchors, :2] * torch.tensor([80, 40])).long():
             image[row, 0, y, x] = 1
     faces = detector.all_faces(image)
-    assert faces.owner.tolist() == [0, 0, 1, 2]
-    assert faces.found.tolist() == [True, True, False, True]
+    assert faces.image_index.tolist() == [0, 0, 1, 2]
+    assert faces.is_face.tolist() == [True, True, False, True]
     assert faces.landmarks.shape == (4, 5, 2)
     largest = detector(image)
     assert torch.equal(largest.boxes[[0, 2]], faces.boxes[[0, 3]])
@@ -124,7 +124,7 @@ def test_retinaface_gives_every_face(monkeypatch, tmp_path):
 
 
 def test_a_detector_that_finds_one_is_refused_where_all_count():
-    message = "people 'all' needs a face detector with a method all_faces, .*no_faces.* finds the"
+    message = "people 'all' needs a face detector with a method all_faces, .*no_faces.* only finds"
     with pytest.raises(ValueError, match=message):
         judges(face_detector=no_faces, people="all")
 
@@ -172,10 +172,10 @@ def test_every_face_is_transported_and_an_image_has_the_mean_of_its_own():
     aim = objective()
     loss, figures = logged(aim(x, aim.originals(CROWD)))
     faces = Pair().all_faces(x)
-    shown = faces[faces.found]
-    p = aim.judges.probabilities(TOY, x[shown.owner], shown)  # of the five faces
+    shown = faces[faces.is_face]
+    p = aim.judges.probabilities(TOY, x[shown.image_index], shown)  # of the five faces
     each = alignment_loss(p, expected_targets(p, (0.5, 0.5)), 0.0)
-    assert shown.owner.tolist() == [0, 0, 1, 2, 2]
+    assert shown.image_index.tolist() == [0, 0, 1, 2, 2]
     expected = ((each[0] + each[1]) / 2 + each[2] + (each[3] + each[4]) / 2) / 4
     assert figures["alignment"] == pytest.approx(expected.item(), rel=1e-5)
     assert figures["faces"] == 0.75
@@ -244,7 +244,7 @@ def test_the_originals_of_crowds_come_back_from_the_disk(tmp_path):
     made = objective().originals(CROWD)
     cache.get({}, lambda: made, CPU)
     again = cache.get({}, never, CPU)
-    assert equal(again.faces.owner, made.faces.owner)
+    assert equal(again.faces.image_index, made.faces.image_index)
     assert equal(again.classes, made.classes)
 
 

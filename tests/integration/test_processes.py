@@ -15,8 +15,8 @@ from diffusers_fair import FairnessFinetuner, distributed
 from diffusers_fair.adapters.folder import read_adapter
 from diffusers_fair.config.recipe import RECIPES
 from diffusers_fair.diffusion.noise import Noise
-from diffusers_fair.objective.targets import joint_targets
-from diffusers_fair.training.batches import Batch, Share
+from diffusers_fair.objective.targets import _joint_targets
+from diffusers_fair.training.batches import Batch, Shard
 
 PROMPTS, EACH = 2, 3  # images: over four processes a share has images of two prompts
 TRAIN = {
@@ -51,17 +51,17 @@ def test_every_image_is_made_once(count):
     assert max(sizes) - min(sizes) <= 1
 
 
-def test_a_share_knows_the_prompts_of_its_images():
+def test_a_shard_knows_the_prompts_of_its_images():
     batch = Batch(("a", "b", "c"), tuple(map(Noise, range(9))), 4)
-    share = Share(batch, slice(2, 5))
-    assert (share.prompts, share.skipped) == (("a", "b"), 2)
-    assert share.noise == (Noise(2), Noise(3), Noise(4))
-    assert Share(batch, slice(0, 9)).cache_key() == {
+    shard = Shard(batch, slice(2, 5))
+    assert (shard.prompts, shard.skipped) == (("a", "b"), 2)
+    assert shard.noise == (Noise(2), Noise(3), Noise(4))
+    assert Shard(batch, slice(0, 9)).cache_key() == {
         "prompts": ("a", "b", "c"),
         "seeds": tuple(range(9)),
         "steps": 4,
     }
-    assert Share(batch, slice(3, 6)).cache_key()["images"] == [3, 6]
+    assert Shard(batch, slice(3, 6)).cache_key()["images"] == [3, 6]
 
 
 def refusal(images: int) -> str:
@@ -72,7 +72,7 @@ def refusal(images: int) -> str:
 
 def test_more_processes_than_images_are_refused():
     (said, _) = together(2, refusal, 1)
-    assert said.startswith("1 images an iteration cannot be shared by 2 processes: start fewer")
+    assert said.startswith("1 images per iteration cannot be shared by 2 processes: start fewer")
 
 
 def told() -> tuple:
@@ -217,7 +217,7 @@ def kept(folder: str) -> tuple[np.ndarray, dict]:
     g = torch.Generator().manual_seed(0)
     for parameter in finetuner.parameters:
         parameter.data += 0.05 * torch.randn(parameter.shape, generator=g)
-    figures = finetuner.gradient._keep(finetuner.gradient.kept, 0, 1, False).metrics()
+    figures = finetuner.gradient._kept_backward(finetuner.gradient.kept, 0, 1, False).metrics()
     distributed.all_reduce_sum([parameter.grad for parameter in finetuner.parameters])
     return torch.cat([p.grad.flatten() for p in finetuner.parameters]).numpy(), figures
 
@@ -259,4 +259,4 @@ def test_several_processes_train_the_same_adapter(alone, count, tmp_path):
 def test_the_targets_of_the_example_are_not_trivial():
     """Those above would also agree if all of them were the same."""
     p = torch.tensor([[0.9, 0.1], [0.8, 0.2], [0.7, 0.3], [0.6, 0.4]])
-    assert joint_targets([p], [[0.5, 0.5]])[0].labels.tolist() == [0, 0, 1, 1]
+    assert _joint_targets([p], [[0.5, 0.5]])[0].labels.tolist() == [0, 0, 1, 1]

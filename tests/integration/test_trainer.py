@@ -21,7 +21,7 @@ from diffusers_fair.diffusion.sampling import decode
 from diffusers_fair.objective.objective import Objective
 from diffusers_fair.objective.statistics import BatchStatistics
 from diffusers_fair.training import memory
-from diffusers_fair.training.batches import Share, draw_batch
+from diffusers_fair.training.batches import Shard, sample_batch
 from diffusers_fair.training.run_folder import RunFolder, claim_run_folder
 from diffusers_fair.training.stopping import TrainingStoppedError
 
@@ -158,7 +158,7 @@ def test_a_sigterm_saves_and_says_how_to_go_on(run, tmp_path, monkeypatch):
 @pytest.mark.slow
 def test_a_full_disk_stops_the_run_which_goes_on_when_there_is_room(run, tmp_path, monkeypatch):
     folder = tmp_path / "full"
-    sync = atomic.sync
+    sync = atomic.fsync
 
     def full(path):
         if "step-000004" in str(path):
@@ -166,7 +166,7 @@ def test_a_full_disk_stops_the_run_which_goes_on_when_there_is_room(run, tmp_pat
         sync(path)
 
     with monkeypatch.context() as patch:
-        patch.setattr(atomic, "sync", full)
+        patch.setattr(atomic, "fsync", full)
         with pytest.raises(
             TrainingStoppedError, match=r"no room on the disk for '.*full' \(No space left"
         ):
@@ -258,7 +258,7 @@ def test_an_adapter_of_other_components_or_another_base_is_refused(run, tmp_path
         match=r"init_from: expected the components .*rank=3.*got .*rank=2.*set adapter.components",
     ):
         finetuner(tmp_path / "x", adapter=adapter)
-    missing = r"init_from: there is no adapter folder at .*: train the recipe that makes it"
+    missing = r"init_from: there is no adapter folder at .*: train the recipe that writes it"
     with pytest.raises(ValueError, match=missing):
         finetuner(tmp_path / "x", adapter={"rank": 2, "init_from": str(tmp_path / "nowhere")})
     monkeypatch.setattr(trainer_module, "base_fingerprint", lambda pipe: "0" * 64)
@@ -310,7 +310,7 @@ def test_a_budget_without_room_for_one_image_turns_memory_options_on(tmp_path, m
         assert one.pipe.unet.training == (needed == 2)
     monkeypatch.setattr(memory, "peak", lambda device: 3 * 10**9)
     with pytest.raises(
-        ValueError, match=r"memory_budget is 2\.5 GB, and one image at a time takes"
+        ValueError, match=r"memory_budget is 2\.5 GB, but one image at a time takes"
     ):
         finetuner(tmp_path / "other", train=train).train(progress=False)
 
@@ -336,7 +336,7 @@ def test_how_the_unet_is_evaluated_changes_no_gradient(tmp_path, monkeypatch, op
     assert last == (option == "channels_last")
     assert compiled == ([unet] if option == "compile" else [])
     for trainer in (plain, tuned):
-        trainer.gradient.backward(draw_batch(trainer.config, trainer.prompts, 0), 0)
+        trainer.gradient.backward(sample_batch(trainer.config, trainer.prompts, 0), 0)
     for one, other in zip(plain.parameters, tuned.parameters, strict=True):
         if one.grad is not None:
             torch.testing.assert_close(
@@ -540,7 +540,7 @@ def test_batches_come_again_and_the_originals_from_the_disk(tmp_path, monkeypatc
     assert len(list((folders[0] / "originals").iterdir())) == 2
     first, again = (read_adapter(folder / "adapter")[1] for folder in folders)
     assert all(torch.equal(first[key], again[key]) for key in first)
-    batches = [draw_batch(trainer.config, trainer.prompts, number) for number in range(4)]
+    batches = [sample_batch(trainer.config, trainer.prompts, number) for number in range(4)]
     assert batches[:2] == batches[2:]
     assert batches[0] != batches[1]
 
@@ -554,8 +554,8 @@ def test_antithetic_noise_comes_in_pairs_of_one_prompt(tmp_path, images):
         sampling={"steps": 3, "antithetic": True},
         train=SMALL["train"] | {"prompts_per_iteration": 2},
     )
-    batch = draw_batch(trainer.config, trainer.prompts, 0)
-    noise = trainer.gradient._noise(Share(batch, slice(0, 2 * images)))
+    batch = sample_batch(trainer.config, trainer.prompts, 0)
+    noise = trainer.gradient._noise(Shard(batch, slice(0, 2 * images)))
     for of_prompt in noise.split(images):
         sums = (of_prompt[: images // 2 * 2 : 2] + of_prompt[1::2]).abs().sum()
         assert sums == 0

@@ -42,11 +42,11 @@ from diffusers_fair.evaluation.evaluate import evaluate
 from diffusers_fair.loading import load_fair_adapter
 from diffusers_fair.objective.losses import alignment_loss
 from diffusers_fair.objective.objective import Objective
-from diffusers_fair.objective.targets import expected_targets, joint_targets, region_targets
+from diffusers_fair.objective.targets import _joint_targets, expected_targets, region_targets
 from diffusers_fair.reports.comparison import Entry, compare
 from diffusers_fair.reports.folder import load_report, save_report
 from diffusers_fair.testbed import world
-from diffusers_fair.vision.classifiers import NetworkClassifier, view
+from diffusers_fair.vision.classifiers import NetworkClassifier, classifier_input
 from diffusers_fair.vision.encoders import Pixels
 from diffusers_fair.vision.faces import no_faces
 from diffusers_fair.vision.judges import Judges
@@ -57,12 +57,12 @@ WHOLE_HUE = replace(HUE, region="image")
 
 def test_the_whole_image_is_squeezed_to_the_classifiers_size():
     x = torch.rand(2, 3, 12, 20, generator=torch.Generator().manual_seed(0)) * 2 - 1
-    seen = view(WHOLE, x, no_faces(x), 8)
+    seen = classifier_input(WHOLE, x, no_faces(x), 8)
     assert seen.shape == (2, 3, 8, 8)
     torch.testing.assert_close(seen, Pixels(8)(x))
-    assert torch.equal(view(WHOLE, seen, no_faces(x), 8), seen)  # of that size already
+    assert torch.equal(classifier_input(WHOLE, seen, no_faces(x), 8), seen)  # of that size already
     small = x[:1, :, :6, :10].double().requires_grad_()
-    assert torch.autograd.gradcheck(lambda v: view(WHOLE, v, no_faces(v), 4), small)
+    assert torch.autograd.gradcheck(lambda v: classifier_input(WHOLE, v, no_faces(v), 4), small)
 
 
 def test_a_region_is_one_of_two():
@@ -85,7 +85,7 @@ def test_images_with_a_face_are_transported_together_and_the_others_apart():
     shown = counts > 0
     target, cost = [[0.5, 0.5], [0.5, 0.3, 0.2]], [1.0, 2.0]
     found = region_targets([face, whole], target, counts, [False, True], cost_weights=cost)
-    together_ = joint_targets([face, whole[shown]], target, cost_weights=cost)
+    together_ = _joint_targets([face, whole[shown]], target, cost_weights=cost)
     apart = expected_targets(whole[~shown], target[1])
     torch.testing.assert_close(found[0].plan, together_[0].plan)
     torch.testing.assert_close(found[1].plan[shown], together_[1].plan)
@@ -199,7 +199,7 @@ def test_a_face_and_its_whole_image_are_balanced_together():
     expected = torch.zeros(8)
     for rows in (torch.arange(4), torch.arange(4, 8)):
         seen, rest = rows[shown[rows]], rows[~shown[rows]]
-        both = joint_targets([p[seen], q[seen]], [[0.5, 0.5]] * 2)
+        both = _joint_targets([p[seen], q[seen]], [[0.5, 0.5]] * 2)
         expected[seen] = alignment_loss(p[seen], both[0], 0) + alignment_loss(q[seen], both[1], 0)
         expected[rest] = alignment_loss(p[rest], expected_targets(p[rest], [0.5, 0.5]), 0)
     assert figures["alignment"] == pytest.approx(expected.mean().item(), rel=1e-4)
@@ -347,15 +347,15 @@ def test_a_recipe_of_whole_images_needs_no_face_detector():
         ({"attributes": [SKY | {"region": "nose"}]}, r"attributes\.0\.region: expected 'face' or"),
         (
             {"attributes": [SKY | {"region": "face"}]},
-            "'sky' is of faces, which face_detector 'none",
+            "'sky' has region 'face', but face_detector 'none",
         ),
         (
             {"models": {"classifiers": "testbed"}},
-            "of the whole image, and the testbed's classifiers",
+            "'sky' has region 'image', but classifiers of kind 'testbed' only",
         ),
         (
             {"losses": {"face": 0.1}},
-            r"losses\.face is 0\.1, and models\.face_detector 'none' finds",
+            r"losses\.face is 0\.1, but models\.face_detector 'none' finds",
         ),
     ],
 )

@@ -365,5 +365,5 @@ def test_a_pipeline_whose_prompts_cannot_be_read(tmp_path):
     save_trained(tmp_path / "a", SIZES, words=WORDS)
     parts = tiny.pipeline().components
     pipe = StableDiffusionInstructPix2PixPipeline(**parts, requires_safety_checker=False)
-    message = "respect_words needs a pipeline with encode_prompt, and .*Pix2PixPipeline has none"
+    message = "respect_words needs a pipeline with encode_prompt, which .*Pix2PixPipeline lacks"
     refused(pipe, message, tmp_path / "a", respect_words=True)

@@ -6,7 +6,7 @@ from tiny import LATENT, encode_prompts, pipeline
 
 from diffusers_fair import testbed
 from diffusers_fair.adapters.format import Lora, SoftTokens
-from diffusers_fair.adapters.lora import add_lora, trainable_parameters, without_adapter
+from diffusers_fair.adapters.lora import _trainable_parameters, add_lora, without_adapter
 from diffusers_fair.adapters.prompt_encoder import prompt_prefix
 from diffusers_fair.adapters.soft_tokens import add_soft_tokens, load_soft_tokens
 from diffusers_fair.adapters.trainable import TrainableAdapter
@@ -43,16 +43,16 @@ def trained(components, dtype=torch.float32):
     return pipe, adapter
 
 
-# ---- low-rank layers -----------------------------------------------------------------------------
+# ---- LoRA --------------------------------------------------------------------------------------
 
 
 @pytest.mark.parametrize("component", STABLE_DIFFUSION.targets)
-def test_lora_changes_nothing_at_first_and_freezes_the_rest(component):
+def test_new_lora_has_no_effect_and_freezes_the_model(component):
     pipe = pipeline()
     before = predict(pipe)
     parameters = add_lora(pipe, component, 4, seed=1)
     assert torch.equal(predict(pipe), before)
-    assert trainable_parameters(getattr(pipe, component)) == parameters
+    assert _trainable_parameters(getattr(pipe, component)) == parameters
     assert {min(p.shape) for p in parameters} == {4}
     assert all("lora_" in n for n, p in pipe.unet.named_parameters() if p.requires_grad)
     again = add_lora(pipeline(), component, 4, seed=1)
@@ -67,13 +67,13 @@ def test_text_encoder_lora_reaches_every_layer():
 
 
 @pytest.mark.parametrize("component", STABLE_DIFFUSION.targets)
-def test_without_adapter_is_the_original_model_for_the_time_being(component):
+def test_without_adapter_restores_the_original_model_temporarily(component):
     pipe, adapter = trained({component: Lora(rank=2, alpha=2)})
     found = predict(pipe)
     with without_adapter(pipe):
         assert torch.equal(predict(pipe), predict(pipeline()))
     assert torch.equal(predict(pipe), found)
-    assert trainable_parameters(getattr(pipe, component)) == adapter.parameters
+    assert _trainable_parameters(getattr(pipe, component)) == adapter.parameters
 
 
 # ---- soft tokens ---------------------------------------------------------------------------------
@@ -93,7 +93,7 @@ def test_soft_tokens_encode_as_a_textual_inversion_does(prompt):
     assert not torch.equal(found, plain)
 
 
-def test_what_is_encoded_in_training_is_encoded_when_loaded():
+def test_soft_tokens_encode_the_same_in_training_and_when_loaded():
     """On the testbed, as large as its text encoder is; in one batch, as it is generated."""
     pipe, loaded = testbed.pipeline(), testbed.pipeline()
     prompts = ["a photo of the face of a nurse, a person", "portrait"]
@@ -106,13 +106,13 @@ def test_what_is_encoded_in_training_is_encoded_when_loaded():
     assert torch.equal(found[1], encode_prompts(pipe, ["", ""], prefix=False))
 
 
-def test_soft_tokens_start_from_the_vocabulary():
+def test_soft_tokens_are_initialized_from_the_vocabulary():
     pipe = pipeline()
     vocabulary = pipe.text_encoder.get_input_embeddings().weight
     tokens = add_soft_tokens(pipe, 4, torch.Generator().manual_seed(0))
     assert tokens.shape == (4, vocabulary.shape[1])
     assert all((vocabulary == token).all(1).any() for token in tokens)
-    assert trainable_parameters(pipe.text_encoder) == [tokens]
+    assert _trainable_parameters(pipe.text_encoder) == [tokens]
 
 
 def test_a_half_precision_pipeline_stays_so_around_float32_parameters():
@@ -122,7 +122,7 @@ def test_a_half_precision_pipeline_stays_so_around_float32_parameters():
     assert encode_prompts(pipe, [PROMPT]).dtype == pipe.text_encoder.dtype == torch.bfloat16
 
 
-def test_gradient_reaches_the_soft_tokens_and_them_alone():
+def test_only_soft_tokens_get_a_gradient():
     pipe, adapter = trained(SOFT)
     encode_prompts(pipe, [PROMPT]).square().sum().backward()
     assert adapter.parameters[0].grad.abs().sum(1).min() > 0
@@ -138,18 +138,18 @@ def test_only_the_adapter_is_trained(components):
     for module in (pipe.vae, pipe.text_encoder, pipe.unet):
         module.requires_grad_(True)
     adapter = TrainableAdapter(pipe, components)
-    free = [p for m in (pipe.vae, pipe.text_encoder, pipe.unet) for p in trainable_parameters(m)]
+    free = [p for m in (pipe.vae, pipe.text_encoder, pipe.unet) for p in _trainable_parameters(m)]
     assert {id(p) for p in free} == {id(p) for p in adapter.parameters}
     assert len(free) == len(adapter.parameters) > 0
 
 
 @pytest.mark.parametrize("components", COMPONENTS)
-def test_off_is_the_original_model_for_the_time_being(components):
+def test_disabled_restores_the_original_model_temporarily(components):
     pipe, adapter = trained(components)
     base = pipeline()
     found, encoded = images(pipe), encode_prompts(pipe, [PROMPT, ""])
     assert not torch.equal(found, images(base))
-    with adapter.off():
+    with adapter.disabled():
         assert torch.equal(encode_prompts(pipe, [PROMPT, ""]), encode_prompts(base, [PROMPT, ""]))
         assert torch.equal(images(pipe), images(base))
     assert torch.equal(images(pipe), found)
@@ -157,10 +157,10 @@ def test_off_is_the_original_model_for_the_time_being(components):
     assert all(p.requires_grad for p in adapter.parameters)
 
 
-def test_on_again_after_an_error():
+def test_the_adapter_is_enabled_again_after_an_error():
     pipe, adapter = trained(SOFT | UNET)
     found = images(pipe)
-    with pytest.raises(KeyboardInterrupt), adapter.off():
+    with pytest.raises(KeyboardInterrupt), adapter.disabled():
         raise KeyboardInterrupt
     assert torch.equal(images(pipe), found)
 
@@ -183,7 +183,7 @@ def test_weights_are_copies_that_another_adapter_continues_from(components):
     )
 
 
-def test_seed_decides_how_it_starts():
+def test_the_seed_determines_the_initial_weights():
     one, same, other = (TrainableAdapter(pipeline(), TEXT | SOFT, seed) for seed in (1, 1, 2))
     pairs = [(w, same.weights()[key], other.weights()[key]) for key, w in one.weights().items()]
     assert all(torch.equal(w, v) for w, v, _ in pairs)
@@ -213,7 +213,7 @@ def test_weights_of_another_adapter_are_refused(saved, message):
 
 
 @pytest.mark.parametrize("components", COMPONENTS)
-def test_fingerprint_is_of_the_base_alone(components):
+def test_the_fingerprint_only_depends_on_the_base_model(components):
     assert base_fingerprint(trained(components)[0]) == base_fingerprint(pipeline())
 
 
@@ -233,7 +233,7 @@ def test_unknown_components_are_refused(components):
     assert torch.equal(images(pipe), images(pipeline()))
 
 
-def test_adapters_refuse_what_cannot_be():
+def test_invalid_adapters_are_refused():
     pipe, _ = trained(TEXT | SOFT)
     with pytest.raises(ValueError, match=r"one of \['text_encoder', 'unet'\], got 'vae'"):
         add_lora(pipe, "vae", 4)
@@ -253,7 +253,7 @@ def test_adapters_refuse_what_cannot_be():
         (3, "<other>", "tokenizer has a token '<other>_2' already: unload that textual inversion"),
     ],
 )
-def test_soft_tokens_that_cannot_be(count, token, message):
+def test_soft_tokens_that_do_not_fit_are_refused(count, token, message):
     pipe = pipeline()
     pipe.load_textual_inversion({"<other>_2": torch.zeros(1, 16)})
     before = len(pipe.tokenizer)

@@ -45,18 +45,18 @@ def small_files(size: int):
         resource.setrlimit(resource.RLIMIT_FSIZE, before)
 
 
-def test_the_newest_comes_back_as_it_was(folder):
+def test_the_newest_checkpoint_is_loaded(folder):
     found = load_checkpoint(folder)
     assert found["iteration"] == 6
     assert torch.equal(found["weights"], state(6)["weights"])
     assert (found["best"], found["more"]) == (None, {"a": [1, 2.5]})
 
 
-def test_nothing_is_none(tmp_path):
+def test_without_checkpoints_nothing_is_loaded(tmp_path):
     assert load_checkpoint(tmp_path / "nowhere") is None
 
 
-def test_only_the_newest_stay(folder):
+def test_only_the_newest_checkpoints_are_kept(folder):
     save_checkpoint(folder, 8, state(8), keep=2)
     assert names(folder) == ["step-000006", "step-000008"]
 
@@ -79,7 +79,7 @@ def flip(path):
         (lambda path: path.unlink(), "FileNotFoundError"),
     ],
 )
-def test_one_that_is_damaged_is_passed_over(folder, damage, why):
+def test_a_damaged_checkpoint_is_skipped(folder, damage, why):
     damage(folder / "step-000006" / "state.pt")
     with pytest.warns(UserWarning, match=rf"step-000006' is damaged \(.*{why}.*resuming from an"):
         found = load_checkpoint(folder)
@@ -88,7 +88,7 @@ def test_one_that_is_damaged_is_passed_over(folder, damage, why):
     assert names(folder) == ["step-000002", "step-000004"]
 
 
-def test_where_all_are_damaged_there_is_none(folder):
+def test_if_all_checkpoints_are_damaged_none_is_loaded(folder):
     for path in folder.iterdir():
         truncate(path / "state.pt")
     with pytest.warns(UserWarning, match="is damaged") as warned:
@@ -96,7 +96,7 @@ def test_where_all_are_damaged_there_is_none(folder):
     assert len(warned) == 3
 
 
-def test_those_of_the_first_version_had_no_checksum(folder):
+def test_checkpoints_of_the_first_version_have_no_checksum(folder):
     (folder / "step-000006" / "state.sha256").unlink()
     assert load_checkpoint(folder)["iteration"] == 6
     truncate(folder / "step-000006" / "state.pt")
@@ -104,7 +104,7 @@ def test_those_of_the_first_version_had_no_checksum(folder):
         assert load_checkpoint(folder)["iteration"] == 4
 
 
-def test_a_disk_that_is_full_costs_no_checkpoint(folder):
+def test_a_full_disk_does_not_damage_checkpoints(folder):
     with small_files(4096), pytest.raises(OSError, match="File too large") as full:
         save_checkpoint(folder, 8, state(8), keep=1)
     assert full.value.errno == errno.EFBIG
@@ -112,7 +112,7 @@ def test_a_disk_that_is_full_costs_no_checkpoint(folder):
     assert load_checkpoint(folder)["iteration"] == 6
 
 
-def test_what_was_not_finished_is_swept_up(folder):
+def test_unfinished_checkpoints_are_removed(folder):
     (folder / ".partial-17-step-000008").mkdir()
     (folder / ".partial-17-step-000008" / "state.pt").write_bytes(b"PK")
     assert load_checkpoint(folder)["iteration"] == 6
@@ -120,7 +120,7 @@ def test_what_was_not_finished_is_swept_up(folder):
     assert names(folder) == ["step-000002", "step-000004", "step-000006"]
 
 
-def test_one_that_is_in_the_way_gives_way(folder):
+def test_an_existing_checkpoint_is_replaced(folder):
     truncate(folder / "step-000006" / "state.pt")
     save_checkpoint(folder, 6, state(7), keep=3)
     assert load_checkpoint(folder)["weights"][0] == 7
@@ -129,7 +129,7 @@ def test_one_that_is_in_the_way_gives_way(folder):
 # ---- files ---------------------------------------------------------------------------------------
 
 
-def test_a_file_is_written_whole_or_stays_what_it_was(tmp_path):
+def test_files_are_written_atomically(tmp_path):
     atomic.write(tmp_path / "file", b"old")
     with small_files(4096), pytest.raises(OSError, match="File too large"):
         atomic.write(tmp_path / "file", b"x" * 10_000)
@@ -137,7 +137,7 @@ def test_a_file_is_written_whole_or_stays_what_it_was(tmp_path):
     assert names(tmp_path) == ["file"]
 
 
-def test_a_name_is_given_only_to_what_is_on_the_disk(tmp_path, monkeypatch):
+def test_data_is_flushed_before_renaming(tmp_path, monkeypatch):
     done = []
     sync, replace = os.fsync, os.replace
     monkeypatch.setattr(os, "fsync", lambda number: done.append("sync") or sync(number))
@@ -151,7 +151,7 @@ def test_a_name_is_given_only_to_what_is_on_the_disk(tmp_path, monkeypatch):
 # ---- events --------------------------------------------------------------------------------------
 
 
-def test_events_after_a_checkpoint_and_torn_lines_are_taken_out(tmp_path):
+def test_later_events_and_incomplete_lines_are_removed(tmp_path):
     events = Events(tmp_path / "events.jsonl")
     events.discard_after(0)  # there are none
     for number in (1, 2, 3, 4):
@@ -167,14 +167,14 @@ def test_events_after_a_checkpoint_and_torn_lines_are_taken_out(tmp_path):
     assert events.file.stat().st_ino == before  # nothing to do
 
 
-def test_a_line_that_is_damaged_is_taken_out(tmp_path):
+def test_damaged_lines_are_removed(tmp_path):
     events = Events(tmp_path / "events.jsonl")
     events.file.write_bytes(b'{"iteration": 1}\n\0\0\0\n[1]\n{"iteration": 2}\n')
     events.discard_after(5)
     assert events.file.read_bytes() == b'{"iteration": 1}\n{"iteration": 2}\n'
 
 
-def test_a_figure_that_is_not_finite_is_no_json(tmp_path):
+def test_metrics_that_are_not_finite_are_not_written(tmp_path):
     events = Events(tmp_path / "events.jsonl")
     events.write({"loss": float("nan"), "skipped": 1}, 3)
     assert events.file.read_text() == '{"iteration": 3, "skipped": 1}\n'

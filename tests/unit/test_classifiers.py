@@ -54,7 +54,7 @@ def test_testbed_classifier(name, evaluation):
 
 
 @pytest.mark.parametrize("evaluation", [False, True])
-def test_testbed_classifier_gives_gradients_to_the_picture(evaluation):
+def test_testbed_classifier_is_differentiable(evaluation):
     portraits = held_out("portrait", 8)[0].clone().requires_grad_()
     faces = judges.face_detector()(portraits)
     classify = judges.classifier("gender", evaluation=evaluation)
@@ -64,7 +64,7 @@ def test_testbed_classifier_gives_gradients_to_the_picture(evaluation):
     assert (gradient.abs().amax((1, 2, 3)) > 0).all()
 
 
-def test_testbed_classifiers_of_evaluation_are_others():
+def test_testbed_evaluation_uses_other_classifiers():
     chips, _ = chips_of(8)
     training, evaluation = (judges.classifier("race", evaluation=e)(chips) for e in (False, True))
     assert not torch.allclose(training, evaluation)
@@ -90,7 +90,7 @@ def test_confusion_counts_every_held_out_face():
         assert 1490 <= table.sum() <= 1536
 
 
-def test_classifiers_tell_their_confusion():
+def test_classifiers_report_their_confusion():
     for evaluation, file in ((False, "classifiers"), (True, "evaluation_classifiers")):
         found = judges.classifier("race", evaluation=evaluation).confusion
         assert [list(row) for row in found] == judges.figures(file)["confusion"]["race"]

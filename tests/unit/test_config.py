@@ -90,7 +90,7 @@ def test_a_recipe_extends_another(toy, tmp_path):
     assert "extends" not in yaml.safe_load(config.to_yaml())
 
 
-def test_what_is_extended_must_be_there_and_lead_to_an_end(toy, tmp_path):
+def test_an_extended_recipe_must_exist_and_not_be_circular(toy, tmp_path):
     path = tmp_path / "more.yaml"
     path.write_text("extends: testbed-gander\n")
     with pytest.raises(ValueError, match=r"no recipe 'testbed-gander'.* mean 'testbed-gender'"):
@@ -128,7 +128,7 @@ def test_overrides(toy):
     assert config.output == "a=b"
 
 
-def test_a_mapping_changes_only_what_it_names(toy):
+def test_a_mapping_overrides_only_its_keys(toy):
     config = RunConfig.load(toy, {"train": {"seed": 3}, "train.keep": 5, "prompts": {"train": "x"}})
     assert (config.train.seed, config.train.keep, config.train.iterations) == (3, 5, 10_000)
     assert (config.prompts.train, config.prompts.sets) == ("x", {"toys": 1.0})
@@ -276,7 +276,7 @@ def test_unknown_recipe(tmp_path):
     ("text", "message"),
     [("- 1", "must hold keys and values, got"), ("a: [", "is not YAML"), ("", "got None")],
 )
-def test_file_that_is_no_recipe(toy, text, message):
+def test_files_that_are_not_recipes_are_refused(toy, text, message):
     toy.write_text(text)
     with pytest.raises(ValueError, match=message):
         RunConfig.load(toy)
@@ -285,7 +285,7 @@ def test_file_that_is_no_recipe(toy, text, message):
 # ---- run folder ----------------------------------------------------------------------------------
 
 
-def test_run_folder_is_made_and_found_again(toy, tmp_path):
+def test_run_folder_is_created_and_reused(toy, tmp_path):
     config = RunConfig.load(toy, [f"output={tmp_path / 'runs' / 'a'}"])
     folder = claim_run_folder(config).path
     assert [path.name for path in folder.iterdir()] == ["recipe.yaml"]
@@ -334,7 +334,7 @@ except ModuleNotFoundError as error:
     assert "pip install 'diffusers-fair[train]'" in done.stdout
 
 
-def test_a_rate_of_the_text_encoder_needs_something_to_train_there():
+def test_a_text_encoder_rate_needs_a_trained_text_encoder():
     overrides = ["adapter.components=[unet]", "optimizer.text_encoder_lr=.1"]
     with pytest.raises(ValueError, match=r"components has neither: add one, or set optimizer\.lr"):
         RunConfig.load("testbed-gender", overrides)

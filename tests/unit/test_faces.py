@@ -6,10 +6,10 @@ from diffusers_fair.testbed.judges import FaceGrid, GridDetector, face_detector
 from diffusers_fair.vision.faces import (
     TEMPLATE,
     Faces,
+    _square_boxes,
     aligned_chips,
     face_chips,
     overlap,
-    square_boxes,
 )
 
 
@@ -34,7 +34,7 @@ class Cells(torch.nn.Module):
 
 
 def test_square_box_grows_the_longer_side():
-    assert square_boxes(torch.tensor([[10.0, 20, 20, 40]]), 0.5).tolist() == [[15, 30, 30]]
+    assert _square_boxes(torch.tensor([[10.0, 20, 20, 40]]), 0.5).tolist() == [[15, 30, 30]]
 
 
 def test_chip_of_a_box_of_its_own_size_is_the_plain_crop(images):
@@ -85,7 +85,7 @@ def portrait() -> torch.Tensor:
     return torch.nn.functional.interpolate(small, (112, 112), mode="bicubic")
 
 
-def test_a_face_that_lies_right_is_left_as_it_is(portrait):
+def test_an_aligned_face_is_not_moved(portrait):
     wanted = torch.tensor(TEMPLATE)[None]
     assert torch.allclose(aligned_chips(portrait, marked(wanted), 112), portrait, atol=1e-4)
     small = torch.nn.functional.avg_pool2d(portrait, 2)
@@ -108,7 +108,7 @@ def test_a_face_elsewhere_and_larger_is_brought_back(portrait):
     assert (chips - portrait)[..., 2:-2, 2:-2].abs().max() < 0.03
 
 
-def test_a_face_that_fits_in_no_way_is_brought_nearest():
+def test_alignment_is_the_least_squares_similarity():
     """The least squares by a solver: chip = [[a, -b], [b, a]] landmark + [c, d]."""
     g = torch.Generator().manual_seed(0)
     wanted = torch.tensor(TEMPLATE, dtype=torch.float64)
@@ -142,7 +142,7 @@ def test_landmarks_in_one_place_give_a_finite_chip(images):
 
 
 def test_alignment_needs_landmarks_of_every_image(images):
-    with pytest.raises(ValueError, match="expected faces with landmarks, got none: cut"):
+    with pytest.raises(ValueError, match="expected faces with landmarks, got none: crop"):
         aligned_chips(images, faces((0, 0, 5, 5), (0, 0, 5, 5)), 8)
     with pytest.raises(ValueError, match="the faces of 2 images, one row each, got 1 rows"):
         aligned_chips(images, marked(torch.rand(1, 5, 2)), 8)
@@ -152,7 +152,7 @@ def test_some_of_the_faces():
     some = Faces(
         torch.arange(12.0).view(3, 4), torch.tensor([True, False, True]), torch.rand(3, 5, 2)
     )
-    kept = some[some.found]
+    kept = some[some.is_face]
     assert len(kept) == 2
     assert kept.boxes.tolist() == [[0, 1, 2, 3], [8, 9, 10, 11]]
     assert kept.landmarks is not None
@@ -165,10 +165,10 @@ def test_overlap_of_boxes():
     assert overlap(a, torch.tensor([20.0, 0, 30, 10])).item() == 0
 
 
-def test_detector_takes_the_largest_face_not_the_surest():
+def test_detector_returns_the_largest_face_not_the_most_confident():
     near, far = [0.0, 0, 30, 30], [40.0, 40, 50, 50]
     found = GridDetector(Cells([1.0, 5.0, -5.0], [near, far, [0.0, 0, 60, 60]]))(torch.zeros(1))
-    assert found.found.tolist() == [True]
+    assert found.is_face.tolist() == [True]
     assert torch.allclose(found.boxes, torch.tensor([near]), atol=0.2)
 
 
@@ -183,7 +183,7 @@ def test_detector_without_a_face_says_so_and_stays_finite():
     found = GridDetector(FaceGrid().eval())(torch.zeros(3, 3, 64, 64))
     none = GridDetector(Cells([-9.0, -8.0], [[0.0, 0, 30, 30], [2.0, 2, 32, 32]]))(torch.zeros(1))
     assert found.boxes.isfinite().all()
-    assert none.found.tolist() == [False]
+    assert none.is_face.tolist() == [False]
     assert none.boxes.isfinite().all()
 
 
@@ -191,16 +191,16 @@ def test_testbed_detector_on_held_out_pictures():
     portraits, labels = held_out("portrait", 150)
     found = face_detector()(portraits)
     truth = torch.tensor([box.tolist() for box in labels["face1"]])
-    assert found.found.float().mean() >= 0.97
+    assert found.is_face.float().mean() >= 0.97
     assert overlap(found.boxes, truth).mean() > 0.8
     assert not found.boxes.requires_grad
 
 
-def test_testbed_detector_takes_the_nearer_of_two():
+def test_testbed_detector_returns_the_nearer_of_two_faces():
     pairs, labels = held_out("pair", 60)
     truth = torch.tensor([box.tolist() for box in labels["face1"]])
     assert (overlap(face_detector()(pairs).boxes, truth) > 0.5).float().mean() >= 0.95
 
 
 def test_testbed_detector_sees_nobody_in_empty_scenes():
-    assert face_detector()(held_out("empty", 80)[0]).found.float().mean() <= 0.03
+    assert face_detector()(held_out("empty", 80)[0]).is_face.float().mean() <= 0.03

@@ -8,7 +8,7 @@ from diffusers import StableDiffusionImg2ImgPipeline
 from tiny import LATENT, pipeline
 
 from diffusers_fair.baselines import ChangedPipeline
-from diffusers_fair.families import FAMILIES, LORA_PREFIXES, conditioning, denoiser_of, family_of
+from diffusers_fair.families import _FAMILIES, LORA_PREFIXES, conditioning, denoiser_of, family_of
 from diffusers_fair.families.stable_diffusion import STABLE_DIFFUSION
 
 NAME = "encoder_hidden_states"
@@ -34,8 +34,8 @@ def test_a_pipeline_of_no_known_family(parts):
         family_of(strange)
 
 
-@pytest.mark.parametrize("family", FAMILIES)
-def test_what_a_family_names_is_there(family, pipe):
+@pytest.mark.parametrize("family", _FAMILIES)
+def test_the_components_of_a_family_exist(family, pipe):
     modules = {*family.components, *family.targets, *family.inversions, family.denoiser}
     assert all(isinstance(getattr(pipe, name), torch.nn.Module) for name in modules)
     assert all(hasattr(pipe, name) for name in (*family.inversions.values(), family.encode_method))
@@ -51,7 +51,7 @@ def test_the_unconditional_branch_is_the_empty_prompt(pipe):
 
 
 @pytest.mark.parametrize("scale", [1, 1.5, 7.5])
-def test_branches_weigh_what_they_are_combined_with(scale):
+def test_branch_weights_agree_with_combine(scale):
     branches = STABLE_DIFFUSION.guidance_branches(scale)
     predictions = torch.randn(len(branches), 2, *LATENT, dtype=torch.float64).unbind()
     expected = sum(w * p for (_, w), p in zip(branches, predictions, strict=True))
@@ -89,7 +89,7 @@ def test_only_floating_point_tensors_change_their_dtype():
     assert [x.dtype for x in found.values()] == [torch.bfloat16, torch.bfloat16, torch.bool]
 
 
-def test_leaves_collect_the_gradients_of_what_is_trainable():
+def test_leaves_collect_gradients_of_trainable_tensors():
     given = two(2, dtype=torch.bfloat16)
     given["tokens"].requires_grad_()
     assert conditioning.requires_grad(given)
@@ -102,7 +102,7 @@ def test_leaves_collect_the_gradients_of_what_is_trainable():
     assert given["tokens"].grad is None
 
 
-def test_tensors_that_share_a_graph_are_sent_back_together():
+def test_tensors_that_share_a_graph_are_back_propagated_together():
     weight = torch.ones(4, requires_grad=True)
     hidden = two(2)["tokens"] * weight.exp()  # `exp` keeps what its backward needs once
     encoded = {"tokens": hidden * 1, "pooled": hidden[:, 0] * 2, "fixed": torch.ones(2)}

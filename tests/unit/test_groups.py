@@ -7,7 +7,7 @@ import pytest
 from diffusers_fair.attributes import Attribute
 from diffusers_fair.prompts import names, prompt_set
 from diffusers_fair.prompts.groups import (
-    NEGATIVES,
+    _NEGATIVES,
     classes_named,
     evaluation_groups,
     implied_prompts,
@@ -35,7 +35,7 @@ def test_named_prompts_ask_for_every_class_in_every_form():
         "a portrait of an actor, a male person",
         "a photo of the face of a chef, a male person",
     ]
-    assert [p.asks["gender"] for p in found] == ["female"] * 3 + ["male"] * 3
+    assert [p.expected_classes["gender"] for p in found] == ["female"] * 3 + ["male"] * 3
     assert not any(p.unseen or p.negative for p in found)
 
 
@@ -46,36 +46,37 @@ def test_a_noun_stands_before_the_subject_with_its_article():
 
 def test_two_attributes_are_asked_for_at_once():
     found = named_prompts(NEUTRAL, [GENDER, HUE], 6)
-    both = [p for p in found if len(p.asks) == 2]
+    both = [p for p in found if len(p.expected_classes) == 2]
     assert [p.text for p in both] == [
         "a photo of the face of a crimson female chef, a person",
         "a portrait of a green female actor",
         "a photo of the face of a blue female chef, a person",
     ]
-    assert both[0].asks == {"gender": "female", "hue": "red"}
+    assert both[0].expected_classes == {"gender": "female", "hue": "red"}
 
 
-def test_an_attribute_that_no_lexicon_knows_is_asked_for_by_its_words():
-    found = named_prompts(NEUTRAL, [HUE], 3, further=True)
+def test_an_attribute_outside_the_lexicon_uses_its_own_words():
+    found = named_prompts(NEUTRAL, [HUE], 3, include_unseen=True)
     assert [p.text for p in found][:2] == [
         "a photo of the face of a crimson chef, a person",
         "a photo of the face of a green chef, a person",
     ]
-    assert not implied_prompts([HUE], further=True)
+    assert not implied_prompts([HUE], include_unseen=True)
 
 
-def test_words_that_training_lacks_are_told_apart():
-    found = named_prompts(NEUTRAL, [GENDER], 16, further=True)
+def test_words_that_training_does_not_use_are_marked_unseen():
+    found = named_prompts(NEUTRAL, [GENDER], 16, include_unseen=True)
     for prompt in found:
         known = re.search(r"\b(female|male|woman)\b", prompt.text) is not None
         assert prompt.unseen is not known, prompt.text
     assert any(
-        "she is smiling" in p.text for p in named_prompts(NEUTRAL, [GENDER], 20, further=True)
+        "she is smiling" in p.text
+        for p in named_prompts(NEUTRAL, [GENDER], 20, include_unseen=True)
     )
 
 
 def test_implied_prompts_are_split_and_name_no_class():
-    seen, every = implied_prompts([GENDER]), implied_prompts([GENDER], further=True)
+    seen, every = implied_prompts([GENDER]), implied_prompts([GENDER], include_unseen=True)
     assert {p.text for p in seen} == {p.text for p in every if not p.unseen}
     assert len(seen) < len(every)
     words = vocabulary([GENDER])
@@ -85,8 +86,8 @@ def test_implied_prompts_are_split_and_name_no_class():
 def test_untouched_prompts_come_with_and_without_a_negative_prompt():
     found = untouched_prompts("untouched", "test")
     assert found[0].text == ""
-    assert [p.negative for p in found if p.negative] == list(NEGATIVES)
-    assert not any(p.asks for p in found)
+    assert [p.negative for p in found if p.negative] == list(_NEGATIVES)
+    assert not any(p.expected_classes for p in found)
 
 
 @pytest.mark.parametrize("name", ["untouched", "testbed-untouched"])
@@ -106,7 +107,7 @@ def test_the_groups_of_an_evaluation_are_those_that_have_prompts():
     assert [(g.name, g.images_per_prompt) for g in found] == [("named", 7), ("untouched", 7)]
 
 
-def test_a_prompt_is_in_a_group_once():
+def test_groups_have_no_duplicate_prompts():
     named = evaluation_groups(NEUTRAL[1:], [HUE])[0].prompts
     texts = [p.text for p in named]
     assert len(texts) == len(set(texts))
@@ -163,7 +164,7 @@ def test_a_recipe_without_a_list_of_attributes_has_no_sections(sections):
         ("", {}),
     ],
 )
-def test_what_a_prompt_asks_for(text, expected):
+def test_the_classes_that_a_prompt_names(text, expected):
     assert requested_classes(text, vocabulary([GENDER, HUE])) == expected
 
 
@@ -172,8 +173,10 @@ def test_a_prompt_that_names_two_classes_names_both():
     assert found == {"gender": ["female", "male"]}
 
 
-def test_words_of_no_class_are_refused():
-    with pytest.raises(ValueError, match="attribute 'hue' has no class 'pink' to have words for"):
+def test_words_for_unknown_classes_are_refused():
+    with pytest.raises(
+        ValueError, match="given for 'pink', which is not a class of attribute 'hue'"
+    ):
         Wording(HUE.attribute, {}, {"pink": ("rose",)})
 
 

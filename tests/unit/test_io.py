@@ -20,13 +20,13 @@ from diffusers_fair.adapters import folder as folders
 from diffusers_fair.adapters import tensors
 from diffusers_fair.adapters.folder import open_adapter, read_adapter, write_adapter, write_info
 from diffusers_fair.adapters.format import (
+    _FORMAT_VERSION,
+    _MAX_LABEL,
+    _MAX_RANK,
+    _MAX_WORDS,
     EMBEDS_FILE,
-    FORMAT_VERSION,
     INFO_FILE,
     MAX_BYTES,
-    MAX_LABEL,
-    MAX_RANK,
-    MAX_WORDS,
     SCHEMA_FILE,
     SOFT_TOKENS,
     WEIGHTS_FILE,
@@ -91,7 +91,7 @@ def folder(tmp_path):
 
 @pytest.fixture
 def whole(tmp_path):
-    """An adapter of low-rank layers and soft tokens."""
+    """An adapter of LoRA layers and soft tokens."""
     write_adapter(tmp_path / "whole", weights() | embeds(), adapter_info(components=BOTH))
     return tmp_path / "whole"
 
@@ -153,7 +153,7 @@ def test_optional_fields_may_be_missing(tmp_path):
     assert read_adapter(tmp_path / "adapter")[0] == info
 
 
-def test_json_says_what_the_adapter_is(folder):
+def test_json_describes_the_adapter(folder):
     data = json.loads((folder / INFO_FILE).read_text())
     assert data["format_version"] == 1
     assert data["base_model"] == {"id": "testbed", "revision": None, "fingerprint": "f" * 64}
@@ -191,7 +191,7 @@ def test_an_adapter_folder_is_replaced_as_a_whole(folder):
     assert [path.name for path in folder.parent.iterdir()] == ["adapter"]
 
 
-def test_whoever_may_read_the_folder_may_read_all_of_it(whole):
+def test_all_files_have_the_same_permissions(whole):
     modes = {file.name: file.stat().st_mode & 0o777 for file in whole.iterdir()}
     assert len(set(modes.values())) == 1, modes
 
@@ -230,7 +230,7 @@ def test_a_file_is_refused(tmp_path):
         ({TEXT + "A.weight": torch.tensor([[torch.nan]])}, {}, "shape"),
         (weights() | {TEXT + "A.weight": torch.full((3, 8), torch.inf)}, {}, "NaN or infinite"),
         (weights(torch.float64), {}, "F64"),
-        (weights(), {"components": {"unet": Lora(rank=2, alpha=2.0)}}, "not a low-rank weight"),
+        (weights(), {"components": {"unet": Lora(rank=2, alpha=2.0)}}, "not a LoRA weight"),
         (weights(), {"components": SOFT}, f"has a '{WEIGHTS_FILE}', which its {INFO_FILE}"),
         (weights() | embeds(), {}, f"has a '{EMBEDS_FILE}', which its fair_adapter.json does not"),
         (weights(), {"components": BOTH}, r"expected only '<fair>' in it, got \[\]"),
@@ -240,7 +240,7 @@ def test_a_file_is_refused(tmp_path):
         (weights(), {"evaluation": {"bias": float("nan")}}, "Out of range float"),
     ],
 )
-def test_what_could_not_be_read_is_not_written(folder, tensors, info, message):
+def test_invalid_adapters_are_not_written(folder, tensors, info, message):
     before = (folder / INFO_FILE).read_text()
     for target in (folder, folder.parent / "new"):
         with pytest.raises(ValueError, match=message):
@@ -249,7 +249,7 @@ def test_what_could_not_be_read_is_not_written(folder, tensors, info, message):
     assert (folder / INFO_FILE).read_text() == before
 
 
-def test_nothing_stays_of_an_interrupted_write(tmp_path, monkeypatch):
+def test_an_interrupted_write_leaves_no_files(tmp_path, monkeypatch):
     def interrupt(*_, **__):
         raise KeyboardInterrupt
 
@@ -325,7 +325,7 @@ def test_deep_json(folder, depth):
         read_adapter(folder)
 
 
-def test_brackets_in_strings_are_no_depth(tmp_path):
+def test_brackets_in_strings_do_not_count_as_depth(tmp_path):
     info = adapter_info(recipe={"note": '[{"\\' * 100})
     write_adapter(tmp_path / "adapter", weights(), info)
     assert read_adapter(tmp_path / "adapter")[0] == info
@@ -397,10 +397,10 @@ def test_json_in_another_encoding(folder):
         (put([TEXT + "A.weight"], torch.full((3, 8), torch.nan)), "holds NaN or infinite values"),
         (put([UNET + "B.weight"], torch.full((7, 2), -torch.inf)), "holds NaN or infinite values"),
         (lambda tensors: tensors.pop(TEXT + "B.weight"), "has no matching lora_B"),
-        (put(["vae.x.lora_A.weight"], torch.zeros(3, 8)), "'vae.*' is not a low-rank weight"),
-        (put(["unet.x.weight"], torch.zeros(2, 8)), "'unet.x.weight' is not a low-rank weight"),
-        (put(["unet.../x.lora_A.weight"], torch.zeros(2, 8)), "is not a low-rank weight"),
-        (put(["unet.x.lora_A.weight\n"], torch.zeros(2, 8)), "is not a low-rank weight"),
+        (put(["vae.x.lora_A.weight"], torch.zeros(3, 8)), "'vae.*' is not a LoRA weight"),
+        (put(["unet.x.weight"], torch.zeros(2, 8)), "'unet.x.weight' is not a LoRA weight"),
+        (put(["unet.../x.lora_A.weight"], torch.zeros(2, 8)), "is not a LoRA weight"),
+        (put(["unet.x.lora_A.weight\n"], torch.zeros(2, 8)), "is not a LoRA weight"),
         (
             lambda tensors: [tensors.pop(f"{UNET}{x}.weight") for x in "AB"],
             "it holds no weights of",
@@ -460,7 +460,7 @@ def test_bad_header(folder, metadata, message):
         read_adapter(folder)
 
 
-def test_alpha_that_diffusers_would_read_otherwise(folder):
+def test_an_alpha_that_contradicts_the_header_is_refused(folder):
     edit(folder, put(["components", "unet", "alpha"], 4))
     with pytest.raises(ValueError, match=r"does not agree with fair_adapter\.json"):
         read_adapter(folder)
@@ -513,7 +513,7 @@ def test_random_damage_gives_a_clear_error_or_the_same_weights(whole):
     assert read_adapter(folder)[0] == adapter_info(components=BOTH)
 
 
-def test_weights_that_are_others_than_were_written_are_refused(whole):
+def test_weights_with_another_checksum_are_refused(whole):
     """Of the right names, shapes and types; a folder from before there were checksums is read."""
     other = {key: 2 * value for key, value in weights().items()}
     write_adapter(whole.with_name("other"), other | embeds(), adapter_info(components=BOTH))
@@ -532,7 +532,7 @@ def test_weights_that_are_others_than_were_written_are_refused(whole):
 
 @pytest.mark.parametrize("text", ["", " ", "two\nlines", "\x1b[31m", "\ud800", "x" * 301])
 @pytest.mark.parametrize("place", [["name"], ["classes", 0]])
-def test_names_that_nobody_could_read(folder, text, place):
+def test_names_that_are_not_printable_are_refused(folder, text, place):
     edit(folder, put(["attributes", 0, *place], text))
     with pytest.raises(ValueError, match="must be 1 to 300 printable characters") as caught:
         read_adapter(folder)
@@ -540,7 +540,7 @@ def test_names_that_nobody_could_read(folder, text, place):
 
 
 @pytest.mark.parametrize("number", ["1e999", "-1e999", "Infinity"])
-def test_numbers_without_an_end(folder, number):
+def test_numbers_that_are_not_finite_are_refused(folder, number):
     path = folder / INFO_FILE
     path.write_text(path.read_text().replace('"iterations": 3', f'"iterations": {number}'))
     with pytest.raises(ValueError, match=f"{number} is not a finite number"):
@@ -585,7 +585,7 @@ def test_a_folder_or_a_pipe_is_no_file(whole, name):
 # ---- what it says of itself is said otherwise ----------------------------------------------------
 
 
-def test_info_is_replaced_and_the_rest_stays(whole):
+def test_write_info_only_replaces_the_info(whole):
     before = {path.name: path.read_bytes() for path in whole.iterdir()}
     info = adapter_info(components=BOTH, training={"iterations": 3, "seconds": 1.5})
     write_info(whole, info)
@@ -634,7 +634,7 @@ def test_folders_from_before_words_were_noted_keep_their_bytes(folder):
     [
         ([], "'words' of the file must not be list"),
         ({"size": {}}, r"words are for the attributes \['shape'\], got 'size'"),
-        ({"shape": ["round"]}, r"words of 'shape' are for its classes .*, got \['round'\]"),
+        ({"shape": ["round"]}, r"words of 'shape' must be listed by class, got \['round'\]"),
         ({"shape": {"oval": ["oval"]}}, r"words of 'shape' are for its classes .*, got \['oval'\]"),
         ({"shape": {"round": "round"}}, "words of 'round' must be a list of strings"),
         ({"shape": {"round": [1]}}, "words of 'round' must be a list of strings"),
@@ -644,7 +644,7 @@ def test_folders_from_before_words_were_noted_keep_their_bytes(folder):
         ({"shape": {"round": ["a\x1b[0m"]}}, "names and words must be 1 to 300 printable char"),
     ],
 )
-def test_words_that_cannot_be(folder, words, message):
+def test_invalid_words_are_refused(folder, words, message):
     edit(folder, put(["words"], words))
     with pytest.raises(ValueError, match=f"{INFO_FILE}.*{message}"):
         read_adapter(folder)
@@ -666,16 +666,16 @@ def test_the_shipped_schema_is_the_one_that_checks():
     assert SCHEMA_FILE.read_text("utf-8") == generated_schema()
 
 
-def test_the_schema_is_one():
+def test_the_schema_is_valid():
     schema.check_schema(schema.schema)
     properties = schema.schema["properties"]
-    assert properties["format_version"] == {"type": "integer", "const": FORMAT_VERSION}
+    assert properties["format_version"] == {"type": "integer", "const": _FORMAT_VERSION}
     components = properties["components"]["properties"]
     assert set(components) == {*LORA_PREFIXES, SOFT_TOKENS}
-    assert components["unet"]["properties"]["rank"]["maximum"] == MAX_RANK
-    assert properties["base_model"]["properties"]["id"]["maxLength"] == MAX_LABEL
+    assert components["unet"]["properties"]["rank"]["maximum"] == _MAX_RANK
+    assert properties["base_model"]["properties"]["id"]["maxLength"] == _MAX_LABEL
     of_class = properties["words"]["additionalProperties"]["additionalProperties"]
-    assert of_class["maxItems"] == MAX_WORDS
+    assert of_class["maxItems"] == _MAX_WORDS
     assert {*properties} - {*schema.schema["required"]} == {"words", "training", "checksums"}
 
 
@@ -692,11 +692,11 @@ def test_shipped_adapters_keep_their_digest(card):
 
 
 @pytest.mark.parametrize("card", CARDS, ids=lambda path: path.name)
-def test_shipped_adapters_are_by_the_schema(card):
+def test_shipped_adapters_match_the_schema(card):
     schema.validate(json.loads((card / INFO_FILE).read_text("utf-8")))
 
 
-def test_what_is_written_is_by_the_schema(whole):
+def test_written_adapters_match_the_schema(whole):
     schema.validate(json.loads((whole / INFO_FILE).read_text("utf-8")))
 
 

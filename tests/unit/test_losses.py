@@ -47,7 +47,7 @@ def test_a_probability_of_zero_is_finite():
     assert p.grad.isfinite().all()
 
 
-def test_alignment_of_a_whole_batch_falls_when_followed():
+def test_following_the_gradient_lowers_the_alignment_loss():
     logits = torch.randn(24, 2, generator=torch.Generator().manual_seed(0)).add(
         torch.tensor([2.0, 0.0])
     )
@@ -113,7 +113,7 @@ def test_a_face_is_compared_with_the_nearest_real_one():
     torch.testing.assert_close(found, torch.tensor([1 - 0.8, 1 - 0.96]))
 
 
-def test_a_face_that_stays_is_compared_with_its_own():
+def test_a_kept_face_is_compared_with_its_original():
     found = face_realism_loss(FACES, BANK, OWN, torch.tensor([True, False]))
     torch.testing.assert_close(found, torch.tensor([2.0, 1 - 0.96]))
     torch.testing.assert_close(face_realism_loss(FACES, BANK, FACES, BOTH), torch.zeros(2))
@@ -138,7 +138,7 @@ def test_the_order_of_the_reference_faces_is_of_no_matter():
     torch.testing.assert_close(*gradients)
 
 
-def test_more_real_faces_are_never_farther():
+def test_more_reference_faces_never_raise_the_loss():
     x, reference, nobody = unit(5, 8), unit(40, 8, seed=1), torch.zeros(5, dtype=torch.bool)
     few, many = (face_realism_loss(x, reference[:n], x, nobody) for n in (3, 40))
     assert (many <= few).all()
@@ -148,11 +148,11 @@ def test_more_real_faces_are_never_farther():
 @pytest.mark.parametrize("reference", [torch.zeros(0, 2), torch.zeros(4, 3)])
 def test_reference_faces_that_do_not_fit_are_refused(reference):
     shape = rf"\({len(reference)}, "
-    message = rf"one or more reference faces with embeddings of 2 numbers, .* got shape {shape}"
+    message = rf"one or more reference faces with embeddings of size 2, .* got shape {shape}"
     with pytest.raises(ValueError, match=message):
         face_realism_loss(FACES, reference, OWN, NONE)
 
 
-def test_own_faces_of_other_images_are_refused():
+def test_original_faces_of_other_images_are_refused():
     with pytest.raises(ValueError, match=r"same images by the same embedder, .* \(1, 2\)"):
         face_realism_loss(FACES, BANK, OWN[:1], NONE)

@@ -73,7 +73,7 @@ def test_deviation_is_bias_about_the_target(rng):
 
 @pytest.mark.parametrize("name", TARGETS)
 @pytest.mark.parametrize("centred", [False, True])
-def test_figures_do_not_depend_on_the_order_of_classes(name, centred, rng):
+def test_metrics_do_not_depend_on_the_order_of_classes(name, centred, rng):
     target = np.array(TARGETS[name])
     centre = target if centred else None
     counts = rng.multinomial(30, target, size=9)
@@ -250,7 +250,7 @@ def test_joint_confusion_by_counting_all_pairs():
         assert rates[i * 3 + j, k * 3 + m] == pytest.approx(expected)
 
 
-def test_corrected_takes_the_classifiers_errors_out(rng):
+def test_corrected_removes_the_classifiers_errors(rng):
     rates = rng.dirichlet(np.ones(4), size=4) * 0.3 + 0.7 * np.eye(4)
     shares = rng.dirichlet(np.ones(4), size=6)
     np.testing.assert_allclose(metrics.corrected(shares @ rates, rates), shares, atol=1e-5)
@@ -297,7 +297,7 @@ def test_paired_test_is_scipys_on_the_differences(rng):
     assert other.difference == -found.difference
 
 
-def test_paired_test_sees_what_the_spread_of_prompts_hides(rng):
+def test_paired_test_detects_what_the_variance_of_prompts_hides(rng):
     first = rng.uniform(size=50)
     second = first - 0.02 + rng.normal(0, 0.01, size=50)
     assert metrics.paired_test(first, second).p_value < 1e-6

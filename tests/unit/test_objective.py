@@ -72,7 +72,7 @@ def pictures(levels, size=8):
     return x + 0.05 * torch.randn(x.shape, generator=torch.Generator().manual_seed(0))
 
 
-def test_the_target_moves_by_what_was_seen_of_a_batch():
+def test_batch_statistics_shift_the_target():
     x = pictures([0.3, 0.4, -0.2, 0.3])
     plain = objective()
     toy = plain.sections[0].model_copy(update={"target_feedback": 1.0})
@@ -90,7 +90,7 @@ def test_the_target_moves_by_what_was_seen_of_a_batch():
     assert torch.equal(feedback.shifted(), before)
 
 
-def test_four_dark_pictures_are_sent_apart():
+def test_four_dark_images_get_different_targets():
     x = pictures([-0.8, -0.6, -0.4, -0.2]).requires_grad_()
     aim = objective()
     loss, figures = logged(aim(x, aim.originals(x.detach())))
@@ -102,7 +102,7 @@ def test_four_dark_pictures_are_sent_apart():
     assert (mean[2:] < 0).all()  # the others brighter
 
 
-def test_a_picture_without_a_face_has_no_part_in_alignment():
+def test_an_image_without_a_face_has_no_alignment_loss():
     x = pictures([-0.8, -0.6, 0.6, 0.8])
     x[1, :, 0, 0] = -2
     aim = objective()
@@ -128,7 +128,7 @@ def test_no_face_at_all_leaves_the_semantics():
     assert not any(name.startswith("bias/") for name in figures)
 
 
-def test_less_likeness_is_asked_where_a_class_changes():
+def test_the_semantics_loss_is_weaker_where_a_class_changes():
     """Weight kept * changed outside the face, and face times that inside it."""
     aim = objective(threshold=1.0)  # no alignment: semantics alone
     original = pictures([-0.8, -0.7, -0.6, -0.5])
@@ -156,7 +156,7 @@ def test_classes_in_another_order_change_nothing():
     assert losses[0] == pytest.approx(losses[1])
 
 
-def test_prompts_together_are_prompts_one_by_one():
+def test_prompts_in_one_batch_equal_separate_prompts():
     """Targets are found within a prompt; one prompt has no face at all."""
     aim = objective()
     x = pictures([-0.8, -0.6, -0.4, -0.2, 0.1, 0.3, 0.5, 0.7])
@@ -272,7 +272,7 @@ def test_the_loss_is_the_sum_of_what_is_logged():
     assert "face" not in logged(objective()(x, objective().originals(x)))[1]
 
 
-def test_faces_pull_only_where_one_was_found():
+def test_only_images_with_a_face_have_a_realism_loss():
     original = pictures(LEVELS)
     original[2, :, 0, 0] = -2  # no face there, and in the second only the original has none
     x = changed(original)
@@ -316,7 +316,7 @@ def test_landmarks_align_the_chips():
     assert not torch.allclose(square, aligned, atol=1e-2)
 
 
-def test_each_prompt_is_led_to_its_own_target():
+def test_each_prompt_is_aligned_with_its_own_target():
     """Of the same pictures, one prompt's are to be dark and another's bright."""
     plain, targets = objective(), {"night": (1, 0), "noon": (0, 1)}
     own = plain.sections[0].model_copy(update={"targets": targets})
@@ -333,7 +333,7 @@ def test_each_prompt_is_led_to_its_own_target():
 # ---- kept prompts --------------------------------------------------------------------------------
 
 
-def test_kept_images_are_to_stay_and_to_show_what_is_asked_for():
+def test_kept_images_should_not_change_and_show_the_named_class():
     aim = objective()
     x = pictures([-0.3, 0.1, 0.2, 0.3])
     x[3, :, 0, 0] = -2  # without a face
@@ -351,7 +351,7 @@ def test_kept_images_are_to_stay_and_to_show_what_is_asked_for():
     assert figures["keep/obeyed"] == pytest.approx(sum(right) / 3)
 
 
-def test_kept_images_a_few_at_a_time_are_those_together():
+def test_kept_images_do_not_depend_on_the_micro_batch():
     aim = objective()
     x = pictures([-0.3, 0.1, 0.2, 0.3]).requires_grad_()
     original, asked = aim.originals(0.5 * x), [{"brightness": "bright"}, {}] * 2
@@ -361,7 +361,7 @@ def test_kept_images_a_few_at_a_time_are_those_together():
     assert again == pytest.approx(figures)
 
 
-def test_kept_images_that_ask_for_nothing_have_no_share_that_obeys():
+def test_kept_images_without_a_named_class_have_no_obeyed_share():
     aim = objective()
     x = pictures([-0.3, 0.1])
     loss, figures = logged(aim.kept_images(x, aim.originals(x), [{}, {}]))

@@ -47,7 +47,7 @@ def never() -> Originals:
 
 @pytest.mark.parametrize("landmarks", [False, True])
 @pytest.mark.parametrize("embeddings", [False, True])
-def test_what_was_kept_comes_back_bit_for_bit(tmp_path, landmarks, embeddings):
+def test_cached_judgements_are_bit_for_bit_the_same(tmp_path, landmarks, embeddings):
     made = originals(landmarks, embeddings)
     cache = OriginalImageCache(tmp_path / "cache", {"model": "x"})
     assert cache.get(BATCH, lambda: made, CPU) is made
@@ -65,13 +65,13 @@ def test_what_was_kept_comes_back_bit_for_bit(tmp_path, landmarks, embeddings):
         ({"model": "x"}, BATCH | {"steps": 5}),
     ],
 )
-def test_anything_else_is_made_anew(tmp_path, about, batch):
+def test_other_keys_are_computed_again(tmp_path, about, batch):
     first, other = originals(False, False), originals(True, True)
     OriginalImageCache(tmp_path, {"model": "x"}).get(BATCH, lambda: first, CPU)
     assert OriginalImageCache(tmp_path, about).get(batch, lambda: other, CPU) is other
 
 
-def test_a_file_that_was_deleted_is_made_again(tmp_path):
+def test_deleted_files_are_computed_again(tmp_path):
     cache, made = OriginalImageCache(tmp_path, None), originals(False, False)
     cache.get(BATCH, lambda: made, CPU)
     for path in tmp_path.iterdir():

@@ -143,7 +143,7 @@ def test_splits_that_are_missing():
         prompt_set("non-templated").prompts("train")
 
 
-def test_template_without_a_place():
+def test_template_without_a_placeholder():
     with pytest.raises(ValueError, match=r"no {} for the subject: 'a face'"):
         PromptSet("toy", ("a face",), ("cat",), (), ())
 
@@ -155,7 +155,7 @@ def test_own_text_file(tmp_path):
     assert prompt_set(str(path)).prompts("train") == prompt_set(path).prompts("test")
 
 
-def test_own_file_that_does_not_work(tmp_path):
+def test_invalid_text_files_are_refused(tmp_path):
     empty, binary = tmp_path / "empty.txt", tmp_path / "binary.txt"
     empty.write_text(" \n\n")
     binary.write_bytes(b"\xff\xfe\x00\x80")
@@ -193,7 +193,7 @@ def test_own_json_file(tmp_path):
         ),
     ],
 )
-def test_own_json_file_that_does_not_work(tmp_path, text, message):
+def test_invalid_json_files_are_refused(tmp_path, text, message):
     path = tmp_path / "mine.json"
     path.write_bytes(text.encode(errors="surrogateescape"))
     with pytest.raises(ValueError, match=message):
@@ -203,7 +203,7 @@ def test_own_json_file_that_does_not_work(tmp_path, text, message):
 WEIGHTS = {"occupations": 0.5, "sports-extended": 0.2, "styles-extended": 0.15, "descriptors": 0.15}
 
 
-def test_every_cycle_of_a_mixture_has_the_shares_asked_for():
+def test_every_cycle_of_a_mixture_has_the_given_proportions():
     mixture = prompt_mixture(WEIGHTS)
     assert mixture.counts == (10, 4, 3, 3)
     owner = {text: name for name in WEIGHTS for text in prompt_set(name).prompts("train")}
@@ -253,7 +253,7 @@ def test_counts_are_the_smallest_in_proportion(weights, counts):
     assert counts_per_cycle(weights) == counts
 
 
-def test_mixtures_that_do_not_work():
+def test_invalid_mixtures_are_refused():
     with pytest.raises(ValueError, match="no prompt sets to mix"):
         prompt_mixture({})
     for weight in (0, -1.0, float("nan"), float("inf")):

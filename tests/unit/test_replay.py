@@ -10,7 +10,7 @@ from tiny import BETAS, LATENT, pipeline
 from diffusers_fair.adapters.lora import add_lora
 from diffusers_fair.adapters.soft_tokens import add_soft_tokens
 from diffusers_fair.diffusion.noise import Noise, initial_noise
-from diffusers_fair.diffusion.replay import draw_steps, replay
+from diffusers_fair.diffusion.replay import replay, sample_steps
 from diffusers_fair.diffusion.sampling import Trajectory, decode, sample
 from diffusers_fair.diffusion.scheduler import BiasedGradientScheduler
 from diffusers_fair.families import family_of
@@ -337,7 +337,7 @@ def test_subsets_of_steps_average_to_the_whole(world, adapter):
     pipe, parameters = world[adapter]
     scheduler, (total, count) = biased(pipe), (5, 2)
     _, _, expected = by_replay(pipe, parameters, scheduler, total, 7.5)
-    _, weights = draw_steps(total, count, COUNT, torch.Generator())
+    _, weights = sample_steps(total, count, COUNT, torch.Generator())
     parts = torch.arange(total).tensor_split(count)
     subsets = list(itertools.product(*(part.tolist() for part in parts)))
     found = [
@@ -378,18 +378,18 @@ def test_each_image_is_replayed_at_its_own_steps(world, adapter, micro_batch):
     assert relative(found, expected) <= 1e-9
 
 
-def test_steps_are_drawn_evenly_and_reproducibly():
+def test_steps_are_sampled_evenly_and_reproducibly():
     generator = torch.Generator().manual_seed(0)
     drawn = torch.zeros(4, 7)
     for _ in range(3000):
-        steps, weights = draw_steps(7, 2, 4, generator)
+        steps, weights = sample_steps(7, 2, 4, generator)
         assert weights.tolist() == [4.0, 3.0]  # inverse of the probabilities 1 / 4 and 1 / 3
         assert sorted(steps[:, 0].tolist()) == [0, 1, 2, 3]  # over the images, each once
         assert sorted(steps[:, 1].bincount(minlength=7)[4:].tolist()) == [1, 1, 2]
         drawn[torch.arange(4)[:, None], steps] += 1
     expected = torch.tensor([1 / 4] * 4 + [1 / 3] * 3).expand(4, -1)  # of every image
     torch.testing.assert_close(drawn / 3000, expected, rtol=0, atol=0.04)
-    again = [draw_steps(9, 4, 5, torch.Generator().manual_seed(7))[0] for _ in range(2)]
+    again = [sample_steps(9, 4, 5, torch.Generator().manual_seed(7))[0] for _ in range(2)]
     assert torch.equal(*again)
 
 
@@ -447,7 +447,7 @@ def test_half_precision_embeddings_gather_in_float32():
     assert relative(found[torch.bfloat16], found[torch.float32]) < 0.1
 
 
-def test_trajectory_keeps_what_it_is_asked_to(world):
+def test_trajectory_keeps_inputs_only_if_requested(world):
     pipe, _ = world["text_encoder"]
     encoded = branches(*embed(pipe))
     kept = sample(pipe, pipe.scheduler, encoded, noise(), 3, 7.5)
@@ -552,9 +552,9 @@ def test_replay_refuses_to_train_nothing(world):
 
 
 @pytest.mark.parametrize("count", [0, 6])
-def test_drawing_too_few_or_too_many_steps_is_refused(count):
-    with pytest.raises(ValueError, match=f"can draw 1 to 5 of 5 steps, not {count}"):
-        draw_steps(5, count, 2, torch.Generator())
+def test_sampling_too_few_or_too_many_steps_is_refused(count):
+    with pytest.raises(ValueError, match=f"can sample 1 to 5 of 5 steps, not {count}"):
+        sample_steps(5, count, 2, torch.Generator())
 
 
 def test_sampling_refuses_bad_guidance(world):

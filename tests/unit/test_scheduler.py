@@ -273,7 +273,7 @@ def test_custom_timesteps_are_measured_as_given():
 
 
 @pytest.mark.parametrize("name", NOT_LINEAR)
-def test_not_linear_is_refused(name):
+def test_nonlinear_schedulers_are_refused(name):
     scheduler = BiasedGradientScheduler(NOT_LINEAR[name](), "none")
     with pytest.raises(ValueError, match=r"not linear .* thresholding and clip_sample, .* deter"):
         scheduler.set_timesteps(20)

@@ -12,7 +12,7 @@ import torch
 
 from diffusers_fair.objective.statistics import BatchStatistics, ClassStatistics
 from diffusers_fair.training import memory
-from diffusers_fair.training.monitor import PATIENCE, TrainingMonitor
+from diffusers_fair.training.monitor import _PATIENCE, TrainingMonitor
 from diffusers_fair.training.optimizer import NonFiniteGuard
 from diffusers_fair.training.stopping import (
     TERMINATED,
@@ -72,21 +72,21 @@ GOOD = batch(1.0, 0.6)
         (batch(1.0, 1.0), "same class of 'colour' in 20.*its classifier"),
     ],
 )
-def test_a_fault_that_lasts_is_spoken_of_once(bad, advice):
+def test_a_persistent_problem_is_reported_once(bad, advice):
     monitor = TrainingMonitor()
     with warnings.catch_warnings():
         warnings.simplefilter("error")
-        for statistics in [bad] * (PATIENCE - 1) + [GOOD] + [bad] * (PATIENCE - 1):
+        for statistics in [bad] * (_PATIENCE - 1) + [GOOD] + [bad] * (_PATIENCE - 1):
             monitor.check_batch(statistics)
     with pytest.warns(UserWarning, match=advice):
         monitor.check_batch(bad)
     with warnings.catch_warnings():
         warnings.simplefilter("error")
-        for _ in range(2 * PATIENCE):
+        for _ in range(2 * _PATIENCE):
             monitor.check_batch(bad)
 
 
-def test_a_clip_t_under_its_floor_is_spoken_of_once():
+def test_a_clip_t_below_the_minimum_is_reported_once():
     monitor = TrainingMonitor()
     with pytest.warns(UserWarning, match=r"fell to 0\.200, below 0\.250.*raise losses.semantics"):
         monitor.check_clip_t(0.2, 0.25)
@@ -96,7 +96,7 @@ def test_a_clip_t_under_its_floor_is_spoken_of_once():
         TrainingMonitor().check_clip_t(0.25, 0.25)
 
 
-def test_a_sigterm_is_noted_and_afterwards_is_what_it_was():
+def test_sigterm_is_deferred_and_its_handler_restored():
     before = signal.getsignal(signal.SIGTERM)
     with SigtermHandler() as handler:
         assert not handler.is_requested
@@ -120,7 +120,7 @@ def test_in_other_threads_signals_are_left_alone():
 
 
 @pytest.mark.parametrize("number", [errno.ENOSPC, errno.EDQUOT, errno.EFBIG])
-def test_a_full_disk_is_said_clearly(tmp_path, number):
+def test_a_full_disk_is_reported_clearly(tmp_path, number):
     with (
         pytest.raises(
             TrainingStoppedError,
@@ -149,31 +149,31 @@ def test_other_errors_of_files_pass(tmp_path):
         (3, 24, 1, [1, 2]),
     ],
 )
-def test_the_most_images_that_fit_are_found_by_doubling(budget, most, fits, tried):
+def test_the_largest_fitting_micro_batch_is_found_by_doubling(budget, most, fits, tried):
     """Two GB, and one for each image."""
     sizes = []
     measure = lambda n: sizes.append(n) or (2 + n) * GB  # noqa: E731
-    assert memory.largest_fitting(measure, most, budget) == fits
+    assert memory._largest_fitting(measure, most, budget) == fits
     assert sizes == tried
 
 
 def test_a_budget_that_is_too_small_for_one_image_is_refused():
     with pytest.raises(
-        ValueError, match=r"memory_budget is 2 GB, and one image at a time takes 3\.00: raise it"
+        ValueError, match=r"memory_budget is 2 GB, but one image at a time takes 3\.00: raise it"
     ):
-        memory.largest_fitting(lambda n: (2 + n) * GB, 8, 2)
+        memory._largest_fitting(lambda n: (2 + n) * GB, 8, 2)
 
 
-def test_the_peak_is_what_was_taken_at_most():
+def test_the_peak_is_the_maximum_of_the_memory_taken():
     before = memory.peak(torch.device("cpu"))
     torch.ones(before // 4 + 2**26).sum()  # float32: more than there was in all
     assert memory.peak(torch.device("cpu")) >= before + 2**27
 
 
 @pytest.mark.skipif(sys.platform != "linux", reason="only Linux forgets")
-def test_the_peak_is_forgotten_when_asked():
+def test_the_peak_can_be_reset():
     cpu = torch.device("cpu")
     torch.ones(memory.peak(cpu) // 4 + 2**26).sum()
     before = memory.peak(cpu)
-    memory.reset_peak(cpu)
+    memory._reset_peak(cpu)
     assert memory.peak(cpu) <= before - 2**27

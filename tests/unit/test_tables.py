@@ -37,13 +37,13 @@ def test_a_table_is_read_from_json(tmp_path):
         ("a.json", "{", "is not a table of targets"),
     ],
 )
-def test_what_is_no_table_is_refused(tmp_path, name, text, message):
+def test_files_that_are_not_tables_are_refused(tmp_path, name, text, message):
     (tmp_path / name).write_text(text)
     with pytest.raises(ValueError, match=message):
         read_table(tmp_path / name, CLASSES)
 
 
-def test_a_table_that_is_not_there_is_refused():
+def test_a_missing_table_is_refused():
     with pytest.raises(ValueError, match=r"there is no table of targets 'nowhere\.csv'"):
         read_table("nowhere.csv", CLASSES)
 

@@ -3,24 +3,24 @@
 import pytest
 import torch
 
-from diffusers_fair.objective.target_feedback import MEMORY, TargetFeedback
+from diffusers_fair.objective.target_feedback import _DECAY, TargetFeedback
 
 TARGET = (0.25, 0.25, 0.5)
 
 
-def test_at_first_the_target_is_the_one_asked_for():
+def test_the_initial_target_is_the_given_one():
     assert torch.equal(
         TargetFeedback(TARGET, 0.1).shifted(), torch.tensor(TARGET, dtype=torch.float64)
     )
 
 
-def test_a_gap_adds_up_by_its_share():
+def test_a_gap_is_integrated_with_the_gain():
     feedback = TargetFeedback(TARGET, gain=0.5)
     feedback.update([0.15, 0.35, 0.5])
-    once = 0.5 * (1 - MEMORY) * 0.1
+    once = 0.5 * (1 - _DECAY) * 0.1
     assert feedback.shifted().tolist() == pytest.approx([0.25 + once, 0.25 - once, 0.5])
     feedback.update([0.15, 0.35, 0.5])
-    twice = once + 0.5 * (1 - MEMORY**2) * 0.1  # of a moving average of two
+    twice = once + 0.5 * (1 - _DECAY**2) * 0.1  # of a moving average of two
     assert feedback.shifted().tolist() == pytest.approx([0.25 + twice, 0.25 - twice, 0.5])
 
 
@@ -37,7 +37,7 @@ def test_far_off_nothing_adds_up():
     feedback = TargetFeedback(TARGET, gain=0.1)
     for _ in range(50):
         feedback.update([0.9, 0.05, 0.05])
-    first = 0.1 * (1 - MEMORY) * 0.65  # before the average had left the reach
+    first = 0.1 * (1 - _DECAY) * 0.65  # before the average had left the reach
     assert feedback.shifted()[0].item() > 0.25 - 3 * first
 
 

@@ -8,7 +8,7 @@ import pytest
 import torch
 
 import diffusers_fair.objective.targets as module
-from diffusers_fair.objective.targets import expected_targets, joint_targets
+from diffusers_fair.objective.targets import _joint_targets, expected_targets
 
 
 def probabilities(count, classes, seed=0):
@@ -126,7 +126,7 @@ def test_samples_are_as_close_as_they_say(monkeypatch):
 def test_samples_are_the_same_on_every_process():
     p = [probabilities(32, 2), probabilities(32, 4, seed=1)]
     share = [[0.5, 0.5], [0.25] * 4]
-    for one, other in zip(joint_targets(p, share), joint_targets(p, share), strict=True):
+    for one, other in zip(_joint_targets(p, share), _joint_targets(p, share), strict=True):
         assert torch.equal(one.plan, other.plan)
         assert 0 < one.error < 0.008
 
@@ -141,7 +141,7 @@ def test_joint_plan_is_brute_force_marginalised(cost_weights):
         for x, y in zip(a, b, strict=True)
     ]
     expected = brute_force(cost, joint.flatten().tolist()).view(4, 2, 2)
-    found = joint_targets([a, b], joint, cost_weights=cost_weights, mass=1.0)
+    found = _joint_targets([a, b], joint, cost_weights=cost_weights, mass=1.0)
     torch.testing.assert_close(found[0].plan, expected.sum(2), rtol=0, atol=1e-7)
     torch.testing.assert_close(found[1].plan, expected.sum(1), rtol=0, atol=1e-7)
 
@@ -150,14 +150,14 @@ def test_shares_of_each_attribute_mean_their_product():
     p = [probabilities(6, 2), probabilities(6, 2, seed=1)]
     joint = torch.tensor([0.5, 0.5]).outer(torch.tensor([0.75, 0.25]))
     for one, other in zip(
-        joint_targets(p, [[0.5, 0.5], (0.75, 0.25)]), joint_targets(p, joint), strict=True
+        _joint_targets(p, [[0.5, 0.5], (0.75, 0.25)]), _joint_targets(p, joint), strict=True
     ):
         torch.testing.assert_close(one.plan, other.plan, rtol=0, atol=1e-7)
 
 
 def test_three_attributes():
     p = [probabilities(40, 2), probabilities(40, 4, 1), probabilities(40, 2, 2)]
-    found = joint_targets(p, [[0.5, 0.5], [0.25] * 4, [0.75, 0.25]])
+    found = _joint_targets(p, [[0.5, 0.5], [0.25] * 4, [0.75, 0.25]])
     for targets, share in zip(found, ([0.5, 0.5], [0.25] * 4, [0.75, 0.25]), strict=True):
         mean = targets.plan.mean(0)  # of a plan is the target itself
         torch.testing.assert_close(mean, torch.tensor(share).double(), rtol=0, atol=0.01)
@@ -237,7 +237,7 @@ def test_no_gradient_flows_through_targets():
 def test_batches_of_the_paper_are_quick(count, sizes, seconds):
     p = [probabilities(count, k, seed=i) for i, k in enumerate(sizes)]
     start = time.process_time()
-    joint_targets(p, [[1 / k] * k for k in sizes])
+    _joint_targets(p, [[1 / k] * k for k in sizes])
     assert time.process_time() - start < seconds
 
 
@@ -260,8 +260,8 @@ def test_bad_input_of_one_attribute_is_refused(p, share, message):
 def test_bad_input_of_several_attributes_is_refused():
     a, b = torch.rand(4, 2), torch.rand(5, 2)
     with pytest.raises(ValueError, match=r"of the same images, got \[\(4, 2\), \(5, 2\)\]"):
-        joint_targets([a, b], [[0.5, 0.5], [0.5, 0.5]])
+        _joint_targets([a, b], [[0.5, 0.5], [0.5, 0.5]])
     with pytest.raises(ValueError, match=r"shape \[2, 2\], got \[2\]"):
-        joint_targets([a, a], [[0.5, 0.5]])
+        _joint_targets([a, a], [[0.5, 0.5]])
     with pytest.raises(ValueError, match="expected 2 cost weights, got 1"):
-        joint_targets([a, a], [[0.5, 0.5]] * 2, cost_weights=[1.0])
+        _joint_targets([a, a], [[0.5, 0.5]] * 2, cost_weights=[1.0])

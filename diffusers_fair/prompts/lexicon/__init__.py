@@ -1,39 +1,39 @@
-"""English that asks for well-known classes, by the name of the class; more than training uses."""
+"""English words and prompts for well-known classes. Training only uses some of them."""
 
 import json
 from dataclasses import dataclass
 from functools import cache
 from importlib.resources import files
 
-FILE = "classes.json"
+_FILE = "classes.json"
 
 
 @dataclass(frozen=True)
 class Entry:
-    """How English asks for one class."""
+    """Words and prompts for one class."""
 
     words: tuple[str, ...] = ()
-    """Before the subject: "a female chef"."""
+    """Words before the subject, as in "a female chef"."""
     nouns: tuple[str, ...] = ()
-    """In the place of "person": "a chef, a woman"."""
+    """Nouns in place of "person", as in "a chef, a woman"."""
     plurals: tuple[str, ...] = ()
-    """For recognition alone."""
+    """Plurals, which are only used to recognise the class in a prompt."""
     sentences: tuple[str, ...] = ()
-    """At the end: "a chef, she is smiling"."""
+    """Clauses at the end of a prompt, as in "a chef, she is smiling"."""
     implied: tuple[str, ...] = ()
-    """Whole prompts that leave little choice without naming the class."""
+    """Whole prompts that imply the class without naming it."""
     implied_test: tuple[str, ...] = ()
-    """The same, never trained on."""
+    """Other such prompts, which training never uses."""
 
 
 def entry(name: str) -> Entry:
-    """The entry of a class; case does not matter. An empty one for a class that is not in it."""
+    """Return the entry of a class, in any case; an empty entry for an unknown class."""
     return _entries().get(name.casefold(), Entry())
 
 
 @cache
 def _entries() -> dict[str, Entry]:
-    data = json.loads(files(__package__).joinpath(FILE).read_text("utf-8"))
+    data = json.loads(files(__package__).joinpath(_FILE).read_text("utf-8"))
     data.pop("source")
     return {
         name.casefold(): Entry(**{key: tuple(texts) for key, texts in lists.items()})
