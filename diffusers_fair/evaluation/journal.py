@@ -1,4 +1,4 @@
-"""The judged batches of an evaluation on disk, so that it can be stopped and resumed."""
+"""The judged batches of an evaluation on disk, from which it can be resumed."""
 
 import json
 from collections.abc import Mapping
@@ -17,24 +17,24 @@ STATE = "state.json"
 
 @dataclass(frozen=True, eq=False)
 class BatchRecords:
-    """What an evaluation keeps of a batch of images."""
+    """The records and sample images of a batch."""
 
     records: Records
     samples: Mapping[tuple[int, int], np.ndarray]
-    """(prompt, image) -> (h, w, 3) uint8, for the few images that are kept as samples."""
+    """(prompt, image) -> (h, w, 3) uint8, for the few images that are shown as samples."""
 
 
 class Journal:
-    """Batch index -> its records, in one file each, written atomically.
+    """A mapping of batch indices to `BatchRecords` on disk, one file per batch.
 
     Args:
-        folder: a folder that `begin` was called for.
+        folder: folder of a journal that `begin` created.
     """
 
     def __init__(self, folder: Path):
         self.folder = folder
         self.provenance: dict[str, Any] = _state(folder)["provenance"]
-        """Provenance of the first start."""
+        """Provenance of the first run."""
 
     @classmethod
     def begin(
@@ -45,7 +45,7 @@ class Journal:
         Args:
             folder: created if needed.
             identity: settings that must be the same to resume; JSON values.
-            provenance: of this start; the first one is kept.
+            provenance: provenance of this run; only that of the first run is kept.
 
         Raises:
             ValueError: the folder holds the journal of another evaluation.

@@ -483,7 +483,7 @@ def test_the_command(hub, folder, monkeypatch, capsys):
     said = capsys.readouterr().out
     size = (folder / "pytorch_lora_weights.safetensors").stat().st_size
     assert f"{size:,} bytes  pytorch_lora_weights.safetensors" in said
-    assert "nothing has been pushed" in said
+    assert "dry run: nothing was pushed to org/" in said
     assert not hub.asked
 
     words = ["push", folder, "org/fair", "--private", "--message", "Mine", "--token", hub.TOKEN]
@@ -495,7 +495,7 @@ def test_the_command(hub, folder, monkeypatch, capsys):
     assert repo.private
     assert "Mine" in repo.messages.values()
     assert command(monkeypatch, *words) == 0
-    assert "org/fair has all of it already: nothing to push" in capsys.readouterr().out
+    assert "nothing to push: org/fair is up to date" in capsys.readouterr().out
 
     (folder / "samples" / "pairs.png").rename(folder / "samples" / "others.png")
     assert command(monkeypatch, *words, "--pull-request") == 0

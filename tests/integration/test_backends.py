@@ -738,7 +738,7 @@ def test_recipe_evaluates(models, stable_diffusion, monkeypatch, tmp_path, capsy
     monkeypatch.setattr("sys.argv", ["diffusers-fair", "evaluate", *map(str, words)])
     with pytest.raises(SystemExit):
         cli.main()
-    assert "needs models that look at its images: name a recipe" in capsys.readouterr().err
+    assert "there are no models to judge the images of" in capsys.readouterr().err
     sys.argv += ["--recipe", str(tmp_path / "recipe.yaml")]
     cli.main()
     report = json.loads((tmp_path / "report" / "report.json").read_text())

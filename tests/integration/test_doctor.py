@@ -63,8 +63,8 @@ def gaps(*overrides: str) -> dict[str, str]:
 def test_the_testbed_needs_nothing_that_is_not_shipped(monkeypatch, capsys):
     assert run(monkeypatch, "testbed-gender") == 0
     said = capsys.readouterr().out
-    assert "there    package accelerate  (for training)" in said
-    assert "there    testbed-occupations  (for prompts)" in said
+    assert "ok       package accelerate  (for training)" in said
+    assert "ok       testbed-occupations  (for prompts)" in said
     assert "missing" not in said
 
 
@@ -86,11 +86,11 @@ def test_a_recipe_on_an_empty_machine(monkeypatch, capsys):
         "missing  images in 'real-faces'  (for models.face_bank)\n",
         "  put images with faces (.png, .jpg, .jpeg, .webp) into it, or name another face_bank\n",
         "(for evaluation.models.classifiers.gender, evaluation.models.clip)\n",
-        "there    occupations  (for prompts)\n",
-        "weights that are there: 0.0 GB",
+        "ok       occupations  (for prompts)\n",
+        "weights on this machine: 0.0 GB",
     ):
         assert expected in said.out
-    assert "'sd15-gender' is missing 10 of its needs, see above" in said.err
+    assert "recipe 'sd15-gender': 10 requirements are missing, see above" in said.err
 
 
 def test_what_is_in_the_cache_is_found(tmp_path):

@@ -476,7 +476,7 @@ def test_table_is_tidy_at_100_columns(base, other):
         ({"judges": judges(extra={"clip_t": len})}, "must not be called 'clip_t'"),
         (
             {"judges": judges(extra={"odd": lambda images, prompts: np.zeros(1)})},
-            r"'odd' must give one number per image, expected shape \(15,\), got \(1,\)",
+            r"'odd' must return one number per image: expected shape \(15,\), got \(1,\)",
         ),
     ],
 )
@@ -505,7 +505,7 @@ def test_models_that_are_not_finite(pipe):
     with pytest.raises(ValueError, match="classifier of 'hue' gave probabilities that are not"):
         evaluate(pipe, PROMPTS, [HUE], judges=judges(classifiers={"hue": bad}), **QUICK)
     dino = NetworkEncoder(lambda images: images.flatten(1) * torch.inf, Pixels(8))
-    with pytest.raises(ValueError, match="dino encoder gave features that are not finite"):
+    with pytest.raises(ValueError, match="dino encoder returned non-finite features"):
         evaluate(pipe, PROMPTS, [HUE], judges=judges(dino=dino), **QUICK)
 
 

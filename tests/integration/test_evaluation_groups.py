@@ -413,7 +413,7 @@ def test_stopped_and_started_again_it_repeats_nothing(base, tmp_path):
     counted = Counting()
     measured(out=out, judges=judges(face_detector=counted), **options)
     assert counted.looks == 0
-    with pytest.raises(ValueError, match="holds a report with other groups of prompts already"):
+    with pytest.raises(ValueError, match="already holds a report with other groups of prompts"):
         measured(out=out, groups=(), **options)
 
 
@@ -468,7 +468,7 @@ def test_measuring_what_a_reference_lacks_may_be_stopped(base, tmp_path):
 
 def test_pictures_that_were_there_already_get_no_others(base):
     settings = dataclasses.replace(base.settings, seed=None)
-    with pytest.raises(ValueError, match="images were not generated here, so no others can be"):
+    with pytest.raises(ValueError, match="images come from a folder, so control prompts cannot"):
         with_groups(dataclasses.replace(base, settings=settings), None, GROUPS, judges=judges())
 
 
@@ -479,7 +479,7 @@ def added(reference):
 @pytest.mark.parametrize("ask", [measured, added])
 def test_a_reference_that_counts_other_faces(ask, base):
     settings = dataclasses.replace(base.settings, people="all")
-    message = "'base' counts the faces of an image by people 'all', the judges by 'largest': evalu"
+    message = "'base' was evaluated with people 'all', but the judges have people 'largest': evalu"
     with pytest.raises(ValueError, match=message):
         ask(reference=dataclasses.replace(base, settings=settings))
 
@@ -511,10 +511,10 @@ RED = KeptPrompt("a red hat", {"hue": "red"})
     ("groups", "message"),
     [
         ([PromptGroup("mine", (RED,))], r"are named, implied, untouched, .* got \['mine'\]"),
-        ([NAMED, NAMED], r"each once at most; got \['named', 'named'\]"),
+        ([NAMED, NAMED], r"each at most once; got \['named', 'named'\]"),
         ([PromptGroup("named", ())], "the group 'named' has no prompts: leave it out"),
         ([PromptGroup("named", (RED,), 0)], "images_per_prompt of the group 'named' must be 1 or"),
-        ([PromptGroup("named", (RED, RED))], "has the prompt 'a red hat' more than once, and its"),
+        ([PromptGroup("named", (RED, RED))], "has the prompt 'a red hat' more than once: leave"),
         (
             [PromptGroup("named", (KeptPrompt("a hat", {"hue": "pink"}),))],
             r"'a hat' asks for 'pink' of 'hue', but the evaluated classes are {'hue': \('red',",
