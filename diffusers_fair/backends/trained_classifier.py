@@ -1,4 +1,4 @@
-"""The folder of a classifier from `diffusers-fair classifier train`: a MobileNetV3-Large.
+"""Classifiers trained by `diffusers-fair classifier train`: a folder with a MobileNetV3-Large.
 
 `model.safetensors` holds the weights, `classifier.json` the classes and the accuracy.
 """
@@ -23,24 +23,24 @@ WEIGHTS, FACTS = "model.safetensors", "classifier.json"
 MEAN, STD = (
     (0.485, 0.456, 0.406),
     (0.229, 0.224, 0.225),
-)  # ImageNet's, per channel, of values in [0, 1]
-_TRAIN = "make one with: diffusers-fair classifier train"
+)  # of ImageNet, per channel, for values in [0, 1]
+_TRAIN = "train one with: diffusers-fair classifier train"
 
 
 def mobilenet(classes: int) -> nn.Module:
-    """(n, 3, size, size) -> logits (n, classes): MobileNetV3-Large with random weights."""
+    """Create a MobileNetV3-Large with random weights: (n, 3, size, size) -> logits (n, classes)."""
     from torchvision.models import mobilenet_v3_large
 
     return mobilenet_v3_large(num_classes=classes)
 
 
 def write(folder: str | Path, network: nn.Module, facts: Mapping[str, Any]) -> None:
-    """Write the folder.
+    """Write the folder of a classifier.
 
     Args:
         folder: new or empty.
         network: a `mobilenet`.
-        facts: `classes`, `size`, and anything else that JSON can hold.
+        facts: `classes`, `size`, and any other JSON values.
     """
     from safetensors.torch import save_file
 
@@ -56,8 +56,8 @@ def read_facts(folder: str | Path) -> dict[str, Any]:
     """Read `classifier.json`.
 
     Raises:
-        OSError: no such folder or file.
-        ValueError: another format.
+        OSError: the file cannot be read.
+        ValueError: the file has another format.
     """
     facts = json.loads((Path(folder) / FACTS).read_text(encoding="utf-8"))
     version = facts.get("format") if isinstance(facts, dict) else None
@@ -77,13 +77,13 @@ def load(
     """Load a classifier.
 
     Args:
-        folder: written by `write`.
-        classes: class -> labels of the training; empty if the labels are the classes.
+        folder: folder of the classifier.
+        classes: class -> labels of the classifier; empty if the labels are the classes.
         device: device that it computes on, in float32.
 
     Raises:
         ModuleNotFoundError: torchvision is not installed.
-        ValueError: no such classifier, or it has other labels.
+        ValueError: there is no such classifier, or it has other labels.
     """
     from safetensors.torch import load_file
 
@@ -103,7 +103,7 @@ def load(
 
 
 def needs(folder: str) -> list[Need]:
-    """List what `load` needs."""
+    """List the requirements of `load`."""
     files = [Path(folder) / name for name in (WEIGHTS, FACTS)]
     available = all(path.is_file() for path in files)
     size = files[0].stat().st_size if available else 0
@@ -111,7 +111,7 @@ def needs(folder: str) -> list[Need]:
 
 
 def classes_need(folder: str, classes: Mapping[str, Sequence[str]], attribute: Attribute) -> Need:
-    """Check that the labels make the attribute's classes.
+    """Check that the labels map to the attribute's classes.
 
     Args:
         folder: folder of the classifier.

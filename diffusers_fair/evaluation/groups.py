@@ -122,7 +122,7 @@ def measure_group(
 
     def judge(pairs: np.ndarray) -> BatchRecords:
         images = generate_batch(pipe, group_settings.prompts, pairs, **sampling)
-        return judge_group_batch(images, group, own, execution.judges, texts, reference)
+        return judge_group_batch(images, group, group_settings, execution.judges, texts, reference)
 
     records, samples, _ = judge_all(
         None if folder is None else folder / group.name,

@@ -112,7 +112,7 @@ def thumbnails(images: Tensor) -> np.ndarray:
 def _faces(
     faces: Faces, probabilities: Mapping[str, np.ndarray], settings: Settings
 ) -> dict[str, Any]:
-    """Build the fields of `Records` on faces: each image's largest and, if all count, the others."""
+    """Build the fields of `Records` on faces: the largest and, if all count, the others."""
     has_face, boxes = faces.found.cpu().numpy(), np.round(faces.boxes.double().cpu().numpy(), 2)
     if faces.image is None:
         return {"found": has_face, "boxes": boxes, "probabilities": probabilities}

@@ -1,4 +1,4 @@
-"""Sample sheets: images of a few prompts, from two models with the same noise."""
+"""Sample sheets: images of a few prompts from two models, started from the same noise."""
 
 from collections.abc import Sequence
 from typing import TYPE_CHECKING
@@ -17,13 +17,13 @@ CAPTION, CAPTION_WIDTH = 18, 480  # height and minimum width of a line of text, 
 
 
 def sample_prompts(prompts: int, limit: int = SAMPLE_PROMPTS) -> list[int]:
-    """Choose the few prompts whose images are kept: evenly spread, the same for every report."""
+    """Choose the prompts whose images are kept: evenly spaced, the same for every report."""
     chosen = np.linspace(0, prompts - 1, min(prompts, limit))
     return [int(i) for i in chosen.round()]
 
 
 def pairs_sheet(base: Report, adapter: Report) -> "Image":
-    """Put the adapter's images below the base model's with the same noise, for shared samples.
+    """Put the adapter's images below the base model's images from the same noise.
 
     Args:
         base: report of the base model.
@@ -37,7 +37,7 @@ def pairs_sheet(base: Report, adapter: Report) -> "Image":
 
 
 def groups_sheet(base: Report, adapter: Report) -> "Image | None":
-    """Do the same for control prompts; None if the reports share no samples of them.
+    """Make the same sheet for control prompts; None if the reports share no samples of them.
 
     Args:
         base: report of the base model.

@@ -149,8 +149,8 @@ def scenes(pipe: Any, judges: Judges) -> list[Row]:
 def classifiers() -> list[Row]:
     """Return the judges' held-out metrics, as measured when they were trained."""
     wanted = {"gender": ">= .97", "race": ">= .95", "age": ">= .94"}
-    found = shipped.figures("evaluation_classifiers")["accuracy"]["sharp"]
-    seen = shipped.figures("detector")["held_out"]
+    found = shipped.metadata("evaluation_classifiers")["accuracy"]["sharp"]
+    seen = shipped.metadata("detector")["held_out"]
     return [
         *((f"evaluation classifier, {n}", f"{found[n]:.3f}", wanted[n]) for n in wanted),
         ("face found in real portraits", f"{seen['portrait']['sharp']['found']:.3f}", ">= .97"),

@@ -19,7 +19,7 @@ from torch import Tensor
 from diffusers_fair.testbed import judges, world
 from diffusers_fair.testbed.models import SIZE, VOCABULARY
 from diffusers_fair.testbed.tokenizer import tokenizer
-from diffusers_fair.testbed.vocabulary import pack, rows, unpack
+from diffusers_fair.testbed.vocabulary import pack, table_rows, unpack
 from diffusers_fair.vision.encoders import ClipEncoder, Pixels
 
 BATCH = {"portrait": 76, "pair": 10, "empty": 10}
@@ -177,7 +177,7 @@ def main(steps: int, work: Path, out: Path) -> None:
 
     def encode_texts(texts: list[str]) -> Tensor:
         ids = tokenize(texts, padding=True, truncation=True, return_tensors="pt").input_ids
-        states = model.text_model(input_ids=rows(used, ids)).pooler_output
+        states = model.text_model(input_ids=table_rows(used, ids)).pooler_output
         return torch.nn.functional.normalize(model.text_projection(states), dim=-1)
 
     encode_pictures = ClipEncoder(model, tokenize, Pixels(SIZE))

@@ -17,7 +17,7 @@ from torch import Tensor, nn
 
 from diffusers_fair.testbed import models, world
 from diffusers_fair.testbed.tokenizer import tokenizer
-from diffusers_fair.testbed.vocabulary import pack, rows
+from diffusers_fair.testbed.vocabulary import pack, table_rows
 
 BATCH = 128
 HEADS = {
@@ -39,7 +39,7 @@ class Reader(nn.Module):
 
     def forward(self, ids: Tensor) -> dict[str, Tensor]:
         """(n, L) token ids -> label -> (n, classes) logits, read at the last token."""
-        hidden = self.text_encoder(rows(self.used, ids)).last_hidden_state  # (n, L, d)
+        hidden = self.text_encoder(table_rows(self.used, ids)).last_hidden_state  # (n, L, d)
         return {k: head(hidden[:, -1]) for k, head in self.heads.items()}
 
 

@@ -102,7 +102,7 @@ def test_a_reference_spares_the_base_models_half(adapter, lines, tmp_path, monke
     words[-1] = tmp_path / "other"
     more = ["--seed", 3, "--reference", tmp_path / "base"]
     assert run(monkeypatch, "evaluate", *words, *more) == 2
-    assert "the reference was made with other seed (0 there, 3 here)" in capsys.readouterr().err
+    assert "the reference was evaluated with other seed (0 instead of 3)" in capsys.readouterr().err
     assert not (tmp_path / "other").exists()
 
 

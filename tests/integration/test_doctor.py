@@ -74,11 +74,11 @@ def test_a_recipe_on_an_empty_machine(monkeypatch, capsys):
     base = "stable-diffusion-v1-5/stable-diffusion-v1-5"
     for expected in (
         f"missing  {base}  (for base)\n",
-        f"  not a folder, and not in the Hub's cache: hf download {base}\n",
+        f"  neither a folder nor in the Hub's cache: hf download {base}\n",
         "missing  package nowhere_to_be_found  (for models.face_detector, evaluation.models.face",
         "  pip install --no-deps retinaface-pytorch\n",
         "missing  folder 'classifiers/gender'  (for models.classifiers.gender)\n",
-        "  make one with: diffusers-fair classifier train\n",
+        "  train one with: diffusers-fair classifier train\n",
         "missing  laion/CLIP-ViT-H-14-laion2B-s32B-b79K  (for models.clip)\n",
         "missing  facebook/dinov2-base  (for models.dino)\n",
         "missing  face-embedder  (for models.face_embedder)\n",
@@ -125,7 +125,9 @@ def test_the_adapter_to_start_from_is_looked_up(tmp_path):
     asked = "adapter.init_from={}".format
     assert "hf download org/fair" in gaps(asked("org/fair"))["org/fair"]
     told = gaps(asked("runs/not/trained"))["runs/not/trained"]
-    assert told == "not a folder: train or put it there first, or name another folder or a Hub id"
+    assert told == (
+        "there is no such folder: train it or put it there, or name another folder or Hub id"
+    )
     cached(tmp_path, "org/fair", "fair_adapter.json", "pytorch_lora_weights.safetensors")
     assert "org/fair" not in gaps(asked("org/fair"))
     (tmp_path / "empty").mkdir()
@@ -137,7 +139,7 @@ def test_a_checkpoint_with_other_classes_is_noticed(tmp_path):
     wrong = stand_ins.checkpoint_folder(tmp_path / "wrong", ["Man", "Woman"])
     assert f"classes of '{right}'" not in gaps(f"{CHECKPOINT}={right}")
     assert (
-        "has the label 'Female', the model has"
+        "has the label 'Female', but the model has"
         in gaps(f"{CHECKPOINT}={wrong}")[f"classes of '{wrong}'"]
     )
 

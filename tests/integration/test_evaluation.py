@@ -473,7 +473,7 @@ def test_table_is_tidy_at_100_columns(base, other):
             {"attributes": [Attribute("hue", ("red", "green"))]},
             r"has classes \['red', 'green'\], but its classifier has \['red', 'green', 'blue'\]",
         ),
-        ({"judges": judges(extra={"clip_t": len})}, "must not be called 'clip_t'"),
+        ({"judges": judges(extra={"clip_t": len})}, "must not have the reserved name 'clip_t'"),
         (
             {"judges": judges(extra={"odd": lambda images, prompts: np.zeros(1)})},
             r"'odd' must return one number per image: expected shape \(15,\), got \(1,\)",
@@ -489,8 +489,8 @@ def test_bad_input(pipe, changes, message):
 @pytest.mark.parametrize(
     ("changes", "message"),
     [
-        ({"seed": 1}, r"other seed \(0 there, 1 here\)"),
-        ({"steps": 3}, r"other steps \(2 there, 3 here\)"),
+        ({"seed": 1}, r"other seed \(0 instead of 1\)"),
+        ({"steps": 3}, r"other steps \(2 instead of 3\)"),
         ({"prompts": PROMPTS[:2]}, "other prompts: images can be compared only if"),
     ],
 )
@@ -502,7 +502,7 @@ def test_reference_from_other_noise(pipe, base, changes, message):
 
 def test_models_that_are_not_finite(pipe):
     bad = NetworkClassifier(lambda chips: chips.mean((2, 3)) * torch.nan, HUE.classes, size=8)
-    with pytest.raises(ValueError, match="classifier of 'hue' gave probabilities that are not"):
+    with pytest.raises(ValueError, match="classifier of 'hue' returned non-finite prob"):
         evaluate(pipe, PROMPTS, [HUE], judges=judges(classifiers={"hue": bad}), **QUICK)
     dino = NetworkEncoder(lambda images: images.flatten(1) * torch.inf, Pixels(8))
     with pytest.raises(ValueError, match="dino encoder returned non-finite features"):
@@ -512,7 +512,7 @@ def test_models_that_are_not_finite(pipe):
 def test_folders_that_do_not_work(base, tmp_path):
     save_report(base, tmp_path / "report")
     before = sorted(p.name for p in (tmp_path / "report").iterdir())
-    with pytest.raises(ValueError, match="report' holds a report already"):
+    with pytest.raises(ValueError, match="report' already holds a report"):
         save_report(base, tmp_path / "report")
     assert sorted(p.name for p in (tmp_path / "report").iterdir()) == before
     (tmp_path / "file").write_text("")

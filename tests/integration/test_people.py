@@ -308,7 +308,7 @@ def test_every_face_is_counted_with_its_image(tmp_path):
     assert again.select([HUE], 3).records.others_found.shape == (9, records.others_found.shape[1])
     entries = [Entry(label="a", report=report), Entry(label="b", report=largest)]
     with pytest.raises(
-        ValueError, match="'b' counts the faces of an image by people 'largest', 'a"
+        ValueError, match="'b' was evaluated with people 'largest', 'a' with people"
     ):
         compare(entries)
 

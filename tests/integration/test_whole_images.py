@@ -281,7 +281,7 @@ def test_evaluation_sees_whole_images_with_and_without_a_face(tmp_path):
     assert faceless.summary.bias["all"] == report.summary.bias["all"]
     save_report(faceless, tmp_path / "whole")
     page = (tmp_path / "whole" / "report.html").read_text()
-    assert "show no face that was found" not in page
+    assert "no face was found; they do not count" not in page
     assert "only the largest counts" not in page
 
 
