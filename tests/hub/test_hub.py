@@ -278,7 +278,7 @@ def test_somebody_else_commits_meanwhile(hub, folder):
     (folder / "report.json").write_text('{"images": 3}')
     repo = hub.repos["org/fair"]
     hub.fail("preupload", lambda: repo.commit("main", {"theirs": File(b"")}, "Theirs"))
-    with pytest.raises(ValueError, match="somebody else changed it meanwhile"):
+    with pytest.raises(ValueError, match="somebody else has changed it in the meantime"):
         push_adapter(folder, "org/fair")
     assert hub.files("org/fair") == {"theirs": b""}
 
@@ -299,7 +299,7 @@ def test_too_many_requests(hub, folder, waits):
 
 def test_offline(hub, folder, monkeypatch):
     monkeypatch.setattr(constants, "HF_HUB_OFFLINE", True)
-    refused(hub, "switched off by HF_HUB_OFFLINE; nothing on the Hub was changed", folder)
+    refused(hub, "HF_HUB_OFFLINE is set; nothing on the Hub was changed", folder)
 
 
 def test_no_network(hub, folder, monkeypatch):
@@ -353,7 +353,7 @@ def outcome(hub, folder, options, branch) -> str:
         assert hub.state() == before
         return "unchanged"
     if problem:
-        assert problem.endswith("that was asked for may be there: look at it, or push again")
+        assert problem.endswith("was created is not known: check the Hub, or push again")
         return "unknown"
     assert hub.files("org/fair", branch) == contents(folder)
     return "done"

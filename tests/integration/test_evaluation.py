@@ -524,9 +524,9 @@ def test_folders_that_do_not_work(base, tmp_path):
 
 def test_a_report_without_features_is_read_but_is_no_reference(pipe, base, tmp_path):
     records = dataclasses.replace(base.records, features={})
-    dataclasses.replace(base, records=records).save(tmp_path)
+    save_report(dataclasses.replace(base, records=records), tmp_path)
     assert not (tmp_path / "features.npz").exists()
-    plain = Report.load(tmp_path)
+    plain = load_report(tmp_path)
     assert plain.summary == base.summary
     with pytest.raises(ValueError, match="'base' has no image features to compare with: evaluate"):
         evaluate(pipe, PROMPTS, [HUE, TONE], judges=judges(), reference=plain, **QUICK)
@@ -545,7 +545,9 @@ def test_a_report_of_another_format(base, tmp_path):
     save_report(base, tmp_path)
     file = tmp_path / "report.json"
     file.write_text(file.read_text().replace('"format": 1', '"format": 99'))
-    with pytest.raises(ValueError, match=r"format version 99, this version of .* reads 1: update"):
+    with pytest.raises(
+        ValueError, match=r"format version 99, but this version of .* reads 1: update"
+    ):
         load_report(tmp_path)
 
 

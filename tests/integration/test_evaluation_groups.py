@@ -510,7 +510,7 @@ RED = KeptPrompt("a red hat", {"hue": "red"})
 @pytest.mark.parametrize(
     ("groups", "message"),
     [
-        ([PromptGroup("mine", (RED,))], r"are named, implied, untouched, .* got \['mine'\]"),
+        ([PromptGroup("mine", (RED,))], r"among named, implied, untouched, .* got \['mine'\]"),
         ([NAMED, NAMED], r"each at most once; got \['named', 'named'\]"),
         ([PromptGroup("named", ())], "the group 'named' has no prompts: leave it out"),
         ([PromptGroup("named", (RED,), 0)], "images_per_prompt of the group 'named' must be 1 or"),

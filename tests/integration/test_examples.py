@@ -72,7 +72,7 @@ def test_processes_remove_a_base_report_with_fewer_images_once_all_have_read_it(
     monkeypatch.setattr(experiments.distributed, "rank", index.get)
     monkeypatch.setattr(experiments, "load_report", slow)
     monkeypatch.setattr(experiments, "base_pipeline", lambda config: None)
-    monkeypatch.setattr(experiments, "look", lambda *_: folder.exists())
+    monkeypatch.setattr(experiments, "evaluate_pipeline", lambda *_: folder.exists())
     with ThreadPoolExecutor(2) as pool:
         assert list(pool.map(run, range(2))) == [False, False]
 

@@ -120,8 +120,8 @@ def test_a_picture_that_cannot_be_read(folder):
 @pytest.mark.parametrize(
     ("make", "message"),
     [
-        (lambda place: None, "there is no folder '.*nowhere': expected one with a folder per prom"),
-        (lambda place: place.mkdir(), r"has no subfolder with images \(0 images lie in it"),
+        (lambda place: None, "there is no folder '.*nowhere': expected one with a subfolder per"),
+        (lambda place: place.mkdir(), r"has no subfolder with images \(but 0 images of its own"),
         (
             lambda place: paint(place / "0.png"),
             r"\(but 1 images of its own\): expected a subfolder",
