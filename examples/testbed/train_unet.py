@@ -1,8 +1,7 @@
-"""Stage 3: the U-Net, from the latents of all training pictures and their captions. About 45 minutes on 2 cores.
+"""Stage 3: train the U-Net on latents and captions of all training images. 57 minutes on 2 cores.
 
-The last part, 12 minutes more, has more captions that name attributes, so that words are obeyed.
-
-The text encoder of stage 2 stays as it is, as in Stable Diffusion.
+The last 12 minutes have more captions that name attributes, so that images follow the words. The
+text encoder of stage 2 is frozen, as in Stable Diffusion.
 """
 
 import argparse
@@ -20,12 +19,12 @@ from diffusers_fair.testbed import models
 from diffusers_fair.testbed.tokenizer import tokenizer
 
 BATCH = 64
-MIN_SNR = 5.0  # Hang et al. 2023: steps of little noise count less
+MIN_SNR = 5.0  # Hang et al., 2023: gives steps of little noise less weight
 
 
 @torch.no_grad()
 def latents_of(vae: AutoencoderKL, pictures: Tensor, file: Path) -> dict[str, Tensor]:
-    """'style' or 'style mirrored' -> (n, 4, 16, 16) latents; kept on disk."""
+    """Compute 'style' or 'style mirrored' -> latents (n, 4, 16, 16), or read them from disk."""
     if file.exists():
         return torch.load(file, weights_only=True)
     table = {}
@@ -51,7 +50,7 @@ def main(steps: int, word_steps: int, work: Path, weights: Path) -> None:
     noise = DDPMScheduler(**models.NOISE)
     snr = noise.alphas_cumprod / (1 - noise.alphas_cumprod)  # (1000,)
 
-    known: dict[str, Tensor] = {}  # text -> (77, d); frozen, so worth keeping: some 20,000, 0.8 GB
+    known: dict[str, Tensor] = {}  # text -> embedding (77, d): some 20,000, 0.8 GB
 
     @torch.no_grad()
     def embed(texts: list[str]) -> Tensor:
@@ -69,7 +68,7 @@ def main(steps: int, word_steps: int, work: Path, weights: Path) -> None:
         prompt = embed([c.text for c in captions])
         mirrored = lambda c: " mirrored" if c.style == "photo" and draw.random() < 0.5 else ""  # noqa: E731
         z = torch.stack([table[c.style + mirrored(c)][rows.draw(c, draw)] for c in captions])
-        # spread evenly over time: less scatter than independent draws
+        # stratified over time: less variance than independent samples
         t = ((torch.arange(BATCH) + torch.rand(BATCH, generator=g)) * (1000 / BATCH)).long()
         e = torch.randn(z.shape, generator=g)
         error = (unet(noise.add_noise(z, e, t), t, prompt).sample - e).square().mean((1, 2, 3))

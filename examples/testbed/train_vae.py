@@ -1,6 +1,6 @@
-"""Stage 1: the autoencoder, from all training pictures in every style. About 35 minutes on 2 cores.
+"""Stage 1: train the autoencoder on all training images in every style. 35 minutes on 2 cores.
 
-First every pixel counts the same; then faces, which are a tenth of the picture, count more.
+At first all pixels have the same weight; then faces, a tenth of an image, have a higher weight.
 """
 
 import argparse
@@ -20,12 +20,12 @@ FACE_WEIGHT = 6.0
 
 
 def edges(x: Tensor) -> tuple[Tensor, Tensor]:
-    """Differences of neighbouring pixels, down and across."""
+    """Return the differences of neighbouring pixels, vertical and horizontal."""
     return x.diff(dim=-2), x.diff(dim=-1)
 
 
 def face_masks(portraits: Portraits) -> Tensor:
-    """(n, 1, 64, 64) bool, inside the face boxes."""
+    """Return masks (n, 1, 64, 64) of the face boxes."""
     masks = torch.zeros(len(portraits.pictures), 1, models.SIZE, models.SIZE, dtype=torch.bool)
     for column in ("face1", "face2"):
         for i, box in enumerate(portraits.labels[column]):
@@ -36,14 +36,14 @@ def face_masks(portraits: Portraits) -> Tensor:
 
 
 def restyle(x: Tensor, g: torch.Generator) -> Tensor:
-    """Draw some of the pictures in another style."""
+    """Change the style of some images, chosen at random."""
     style = torch.multinomial(STYLE_ODDS, len(x), replacement=True, generator=g)
     drawn = [draw(x) for draw in STYLES.values()]
     return torch.stack([drawn[s][i] for i, s in enumerate(style.tolist())])
 
 
 def centre(vae: AutoencoderKL, pictures: Tensor) -> None:
-    """Move the latents' mean to 0 (Stable Diffusion 1.x knows a scale, no shift) and record their scale."""
+    """Centre the latents (Stable Diffusion 1.x has a scaling factor but no shift); record their scale."""
     with torch.no_grad():
         means = vae.encode(pictures).latent_dist.mean  # (n, 4, 16, 16)
         shift = means.mean((0, 2, 3))
