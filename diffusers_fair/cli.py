@@ -70,7 +70,9 @@ def train(
     recipe: Annotated[str, typer.Argument(help="A YAML file, or the name of a shipped recipe.")],
     overrides: Annotated[
         list[str] | None,
-        typer.Argument(metavar="[key=value]...", help="Recipe values to override."),
+        typer.Argument(
+            metavar="key=value", help="Recipe values to override; `recipes --keys` lists them."
+        ),
     ] = None,
 ) -> None:
     """Train an adapter from a recipe, or resume a run that was stopped."""
@@ -82,7 +84,9 @@ def doctor(
     recipe: Annotated[str, typer.Argument(help="A YAML file, or the name of a shipped recipe.")],
     overrides: Annotated[
         list[str] | None,
-        typer.Argument(metavar="[key=value]...", help="Recipe values to override."),
+        typer.Argument(
+            metavar="key=value", help="Recipe values to override; `recipes --keys` lists them."
+        ),
     ] = None,
 ) -> None:
     """List what a recipe requires, and what of it is missing; downloads nothing."""

@@ -19,7 +19,7 @@ def load_pixels(model: str) -> Pixels:
     size = getattr(processor, "crop_size", None) or processor.size
     side = size.height or size.shortest_edge
     if side is None or side != (size.width or side):
-        raise ValueError(f"expected a model of square images, got {size}")
+        raise ValueError(f"it takes images of {size}, not square images")
     if not processor.do_normalize:
         return Pixels(side, (0.0,) * 3, (1.0,) * 3)
     return Pixels(side, tuple(processor.image_mean), tuple(processor.image_std))

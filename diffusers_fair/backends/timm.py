@@ -36,7 +36,7 @@ def load(name: str, device: torch.device | str = "cpu") -> NetworkEncoder:
         config = timm.data.resolve_model_data_config(network)
         channels, height, width = config["input_size"]
         if channels != 3 or height != width:
-            raise ValueError(f"expected a model of square RGB images, got {config['input_size']}")
+            raise ValueError(f"it takes images of {config['input_size']}, not square RGB images")
     network = network.to(device).eval().requires_grad_(False)
     return NetworkEncoder(network, Pixels(width, tuple(config["mean"]), tuple(config["std"])))
 

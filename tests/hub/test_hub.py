@@ -245,7 +245,7 @@ def test_a_token_that_may_not_write(hub, folder):
 
 def test_a_repository_that_cannot_be_read(hub, folder):
     foreign(hub, private=True)
-    refused(hub, "a repository of that name is there", folder, token=hub.READER)
+    refused(hub, "the repository exists but the token may not read it", folder, token=hub.READER)
 
 
 def test_a_repository_with_something_else(hub, folder):
@@ -286,14 +286,14 @@ def test_somebody_else_commits_meanwhile(hub, folder):
 def test_somebody_else_makes_the_repository_meanwhile(hub, folder):
     """It is not taken for one's own and deleted."""
     hub.fail("create", lambda: foreign(hub))
-    with pytest.raises(ValueError, match="a repository of that name is there"):
+    with pytest.raises(ValueError, match="the repository exists but the token may not read it"):
         push_adapter(folder, "org/fair")
     assert hub.repos["org/fair"].messages.popitem()[1] == "theirs"
 
 
 def test_too_many_requests(hub, folder, waits):
     hub.fail("preupload", 429, times=99)
-    refused(hub, "too many requests: push again in some minutes; nothing on the Hub", folder)
+    refused(hub, "too many requests: push again in a few minutes; nothing on the Hub", folder)
     assert waits == [1, 2, 4, 8, 8]
 
 
@@ -304,7 +304,9 @@ def test_offline(hub, folder, monkeypatch):
 
 def test_no_network(hub, folder, monkeypatch):
     monkeypatch.setattr(constants, "ENDPOINT", "http://127.0.0.1:9")
-    refused(hub, "cannot be reached .*ConnectError.*; nothing on the Hub was changed", folder)
+    refused(
+        hub, "connection to the Hub failed .*ConnectError.*; nothing on the Hub was changed", folder
+    )
 
 
 # ---- faults at every call ------------------------------------------------------------------------
@@ -511,7 +513,9 @@ def test_the_command_says_why_not(hub, folder, monkeypatch, capsys):
     hub.fail("commit", 503)
     assert command(monkeypatch, "push", folder, "org/fair") == 2
     said = capsys.readouterr().err
-    assert said.startswith("diffusers-fair: 'org/fair' was not pushed: the Hub has trouble")
+    assert said.startswith(
+        "diffusers-fair: 'org/fair' was not pushed: the Hub has an internal error"
+    )
     assert said.endswith("; nothing on the Hub was changed\n")
     assert not hub.repos
 

@@ -201,7 +201,7 @@ def test_words_that_are_lost_fall_short(experiment, short):
 def test_words_stand_in_the_table_where_a_report_has_them():
     plain = report(attributes=list(world.ATTRIBUTES.values())).summary
     assert experiments.cells({"summary": plain.json()})[-5:] == ["-"] * 5
-    told = experiments.cells(with_words(plain, 1))[-5:]
+    told = experiments.cells(with_words(plain.json(), 1))[-5:]
     assert told == ["0.960", "0.810", "-", "0.960", "0.012"]
 
 
