@@ -19,8 +19,8 @@ def mirror(x: Tensor, g: torch.Generator) -> Tensor:
 def restyle(x: Tensor, g: torch.Generator, share: float = 0.1) -> Tensor:
     """Change the style of the first images (n, 3, h, w), of the given share."""
     count = round(share * len(x))
-    drawn = list(STYLES.values())[1 + int(torch.randint(len(STYLES) - 1, (1,), generator=g))]
-    return torch.cat([drawn(x[:count]), x[count:]])
+    style = list(STYLES.values())[1 + int(torch.randint(len(STYLES) - 1, (1,), generator=g))]
+    return torch.cat([style(x[:count]), x[count:]])
 
 
 def recolour(x: Tensor, g: torch.Generator) -> Tensor:

@@ -54,7 +54,7 @@ class Caption:
     labels: dict[str, str] = field(default_factory=dict)
 
 
-def draw_classes(subject: world.Subject, g: np.random.Generator) -> dict[str, str]:
+def sample_classes(subject: world.Subject, g: np.random.Generator) -> dict[str, str]:
     """Sample the classes of a person from the distribution of the subject."""
     return {
         n: a.classes[g.choice(len(a.classes), p=subject.odds[n])]
@@ -62,7 +62,7 @@ def draw_classes(subject: world.Subject, g: np.random.Generator) -> dict[str, st
     }
 
 
-def draw_caption(g: np.random.Generator, kinds: dict[str, float] = KINDS) -> Caption:
+def sample_caption(g: np.random.Generator, kinds: dict[str, float] = KINDS) -> Caption:
     """Sample a caption from the mixture of kinds."""
     kind = g.choice(list(kinds), p=list(kinds.values()))
     occupations = world.occupations()
@@ -90,7 +90,7 @@ def draw_caption(g: np.random.Generator, kinds: dict[str, float] = KINDS) -> Cap
         text = subject.text
     else:
         subject, text = occupation, occupation.text
-    labels = draw_classes(subject, g)
+    labels = sample_classes(subject, g)
     caption = Caption(text, family=subject.family, labels=labels)
     if kind == "explicit":
         named = [n for n in ("age", "race", "gender") if g.random() < 0.6] or ["gender"]
@@ -123,7 +123,7 @@ class Rows:
                     key = (at["kind"][i], family, *who)
                     self.cells.setdefault(key, []).append(int(i))
 
-    def draw(self, caption: Caption, g: np.random.Generator) -> int:
+    def sample(self, caption: Caption, g: np.random.Generator) -> int:
         """Sample the row of an image that the caption describes."""
         who = [caption.labels.get(n) for n in world.ATTRIBUTES]
         rows = self.cells[(caption.kind, caption.family, *who)]

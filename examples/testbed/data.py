@@ -20,14 +20,14 @@ HERE = Path(__file__).parent
 class Portraits:
     """Images and their labels, row by row."""
 
-    pictures: Tensor
+    images: Tensor
     """(n, 3, 64, 64) uint8."""
     labels: dict[str, np.ndarray]
     """Column of the parquet file -> values (n,)."""
 
     def where(self, **equal: object) -> np.ndarray:
         """Return the indices of rows with the given labels."""
-        keep = np.ones(len(self.pictures), bool)
+        keep = np.ones(len(self.images), bool)
         for name, value in equal.items():
             keep &= self.labels[name] == value
         return np.flatnonzero(keep)
@@ -36,7 +36,7 @@ class Portraits:
 def load_portraits(path: Path = HERE / "portraits64.parquet") -> Portraits:
     """Read the whole data set: 12,832 images, 158 MB."""
     table = pq.read_table(path)
-    pictures = np.stack([np.asarray(Image.open(io.BytesIO(x.as_py()))) for x in table["image"]])
+    images = np.stack([np.asarray(Image.open(io.BytesIO(x.as_py()))) for x in table["image"]])
     labels = {
         name: np.array(
             table[name].to_pylist(), dtype=None if table[name].null_count == 0 else object
@@ -44,12 +44,12 @@ def load_portraits(path: Path = HERE / "portraits64.parquet") -> Portraits:
         for name in table.column_names
         if name != "image"
     }
-    return Portraits(torch.from_numpy(pictures).permute(0, 3, 1, 2).contiguous(), labels)
+    return Portraits(torch.from_numpy(images).permute(0, 3, 1, 2).contiguous(), labels)
 
 
-def to_float(pictures: Tensor) -> Tensor:
+def to_float(images: Tensor) -> Tensor:
     """Convert uint8 in [0, 255] to float32 in [-1, 1]."""
-    return from_bytes(pictures)
+    return from_bytes(images)
 
 
 def oil_painting(x: Tensor) -> Tensor:

@@ -64,7 +64,7 @@ def conditions() -> dict[str, Callable[[Tensor], Tensor]]:
         "resampled": lambda x: resample(x, 36),
         "noisy": lambda x: (x + 0.08 * torch.randn(x.shape, generator=g)).clamp(-1, 1),
     }
-    return ways | {style: draw for style, draw in STYLES.items() if style != "photo"}
+    return ways | {style: change for style, change in STYLES.items() if style != "photo"}
 
 
 def settle(
@@ -100,9 +100,9 @@ def accuracy(predicted: Tensor, truth: Tensor) -> float:
     return round((predicted == truth).float().mean().item(), 4)
 
 
-def pictures_of(portraits: Portraits, rows) -> Tensor:
+def images_of(portraits: Portraits, rows) -> Tensor:
     """Return images (n, 3, 64, 64) in [-1, 1]."""
-    return to_float(portraits.pictures[torch.as_tensor(rows)])
+    return to_float(portraits.images[torch.as_tensor(rows)])
 
 
 def save_judge(network: nn.Module, file: Path, **metrics: object) -> None:

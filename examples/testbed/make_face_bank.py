@@ -5,7 +5,7 @@ from pathlib import Path
 
 import torch
 from data import Portraits, load_portraits
-from judging import ROUND, WEIGHTS, as_texts, pictures_of
+from judging import ROUND, WEIGHTS, as_texts, images_of
 from safetensors.torch import save_file
 from torch import Tensor
 
@@ -19,7 +19,7 @@ FACES = 4 * ROUND  # every combination of gender, race, age and family four time
 def embed_portraits(portraits: Portraits, rows, batch: int = 128) -> tuple[Tensor, Tensor]:
     """Return embeddings (n, 64) of the detected faces, and whether a face was detected, (n,)."""
     detector, embedder = judges.face_detector(), judges.face_embedder()
-    parts = pictures_of(portraits, rows).split(batch)
+    parts = images_of(portraits, rows).split(batch)
     faces = [detector(x) for x in parts]
     pairs = zip(parts, faces, strict=True)
     embeddings = torch.cat([embed_faces(embedder, x, found) for x, found in pairs])

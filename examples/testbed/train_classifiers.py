@@ -22,8 +22,8 @@ from judging import (
     conditions,
     confusion,
     half,
+    images_of,
     in_batches,
-    pictures_of,
     save_judge,
     settle,
     training_chips,
@@ -56,7 +56,7 @@ def attributes(portraits: Portraits, odd: bool, steps: int, work: Path, file: Pa
 
     def batch(g: torch.Generator) -> tuple[Tensor, Tensor]:
         pick = torch.randint(len(rows), (BATCH,), generator=g)
-        chips = training_chips(pictures_of(portraits, rows[pick]), boxes[pick], g)
+        chips = training_chips(images_of(portraits, rows[pick]), boxes[pick], g)
         return chips.contiguous(memory_format=torch.channels_last), pick
 
     def loss_at(g: torch.Generator) -> tuple[Tensor, dict]:
@@ -77,7 +77,7 @@ def attributes(portraits: Portraits, odd: bool, steps: int, work: Path, file: Pa
 def measure_attributes(logits_of, portraits: Portraits) -> dict:
     """Measure held-out accuracy in every condition, and the confusion on sharp images."""
     rows = portraits.where(kind="portrait", split="test")
-    truth, x = class_numbers(portraits, rows), pictures_of(portraits, rows)
+    truth, x = class_numbers(portraits, rows), images_of(portraits, rows)
     shares: dict[str, dict] = {}
     tables = {}
     for condition, worsen in conditions().items():
@@ -104,7 +104,7 @@ def family(portraits: Portraits, steps: int, work: Path, file: Path) -> None:
 
     def batch(g: torch.Generator) -> tuple[Tensor, Tensor]:
         pick = rows[torch.randint(len(rows), (BATCH,), generator=g)]
-        x = zoom(restyle(pictures_of(portraits, pick), g), g, scale=1.1, shift=0.05)[0]
+        x = zoom(restyle(images_of(portraits, pick), g), g, scale=1.1, shift=0.05)[0]
         mixed = torch.randperm(len(x), generator=g)
         x = mirror(degrade(x[mixed], g), g)
         return x.contiguous(memory_format=torch.channels_last), truth[pick][mixed]
@@ -120,7 +120,7 @@ def family(portraits: Portraits, steps: int, work: Path, file: Path) -> None:
     )
     settle(network, lambda g: batch(g)[0])
     rows = portraits.where(kind="portrait", split="test")
-    x, plain = pictures_of(portraits, rows), torch.from_numpy(any_plain(portraits)[rows])
+    x, plain = images_of(portraits, rows), torch.from_numpy(any_plain(portraits)[rows])
     shares = {}
     for condition, worsen in conditions().items():
         guess = in_batches(network, worsen(x)).argmax(1)

@@ -12,7 +12,7 @@ import torch
 from augment import degrade, mirror
 from captions import EMPTY, NOUNS, OTHER, STYLED, TWO, Caption, every_text
 from data import HERE, STYLES, Portraits, load_portraits
-from judging import COLUMNS, WEIGHTS, as_texts, in_batches, pictures_of
+from judging import COLUMNS, WEIGHTS, as_texts, images_of, in_batches
 from stage import Stage
 from torch import Tensor
 
@@ -110,23 +110,23 @@ def contrast(logits: Tensor, agree: Tensor) -> Tensor:
     return sum(both) / 2
 
 
-def draw_batch(portraits: Portraits, kinds: dict[str, np.ndarray], g: torch.Generator):
+def sample_batch(portraits: Portraits, kinds: dict[str, np.ndarray], g: torch.Generator):
     """Sample images (n, 3, 64, 64), captions of all images, and descriptions of each image."""
-    draw = np.random.default_rng(g.initial_seed())
-    pick = np.concatenate([draw.choice(kinds[kind], count) for kind, count in BATCH.items()])
-    draw.shuffle(pick)
-    x = degrade(mirror(pictures_of(portraits, pick), g), g)
-    styles = [str(s) for s in draw.choice(list(STYLES), len(pick), p=STYLE_ODDS)]
+    rng = np.random.default_rng(g.initial_seed())
+    pick = np.concatenate([rng.choice(kinds[kind], count) for kind, count in BATCH.items()])
+    rng.shuffle(pick)
+    x = degrade(mirror(images_of(portraits, pick), g), g)
+    styles = [str(s) for s in rng.choice(list(STYLES), len(pick), p=STYLE_ODDS)]
     x = torch.stack([STYLES[style](x[i : i + 1])[0] for i, style in enumerate(styles)])
     shown = [shown_by(portraits, row, style) for row, style in zip(pick, styles, strict=True)]
-    captions = [caption for facts in shown for caption in captions_of(facts, draw)]
+    captions = [caption for facts in shown for caption in captions_of(facts, rng)]
     return x, captions, shown
 
 
 def measure(encoder: ClipEncoder, portraits: Portraits) -> dict:
     """Measure zero-shot accuracy on held-out portraits, and typical cosines."""
     picks = portraits.where(kind="portrait", split="test")
-    x = pictures_of(portraits, picks)
+    x = images_of(portraits, picks)
     images = in_batches(encoder, x)
     at = portraits.labels
 
@@ -146,7 +146,7 @@ def measure(encoder: ClipEncoder, portraits: Portraits) -> dict:
             for c in attribute.classes
         ]
         metrics[name] = right(texts, [attribute.classes.index(c) for c in at[COLUMNS[name]][picks]])
-    styled = torch.cat([in_batches(encoder, draw(x[:300])) for draw in STYLES.values()])
+    styled = torch.cat([in_batches(encoder, restyle(x[:300])) for restyle in STYLES.values()])
     kinds = [
         [f"{MEDIA[s]} of the face of a {o.text}, a person" for o in world.occupations()[::10]]
         for s in STYLES
@@ -183,7 +183,7 @@ def main(steps: int, work: Path, out: Path) -> None:
     encode_images = ClipEncoder(model, tokenize, Pixels(SIZE))
 
     def loss_at(g: torch.Generator) -> tuple[Tensor, dict]:
-        x, captions, shown = draw_batch(portraits, kinds, g)
+        x, captions, shown = sample_batch(portraits, kinds, g)
         logits = encode_texts([c.text for c in captions]) @ encode_images(x).T
         agree = agreement(captions, shown)
         loss = contrast(logits * model.logit_scale.clamp(max=4.0).exp(), agree)

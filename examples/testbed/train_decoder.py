@@ -16,7 +16,7 @@ from train_vae import edges, face_masks, restyle
 
 from diffusers_fair.testbed import models
 
-WINDOWS, PICTURES = 32, 8  # batch sizes, which cost about the same
+WINDOWS, IMAGES = 32, 8  # batch sizes, which cost about the same
 WINDOW = 8  # side of a window in latents, of 4 pixels each
 NOISE = 0.1  # maximum noise relative to the standard deviation of latents
 FACE_WEIGHT = 6.0
@@ -61,8 +61,8 @@ def main(window_steps: int, steps: int, work: Path, weights: Path) -> None:
     for part in (vae.decoder, vae.post_quant_conv):
         part.requires_grad_(True)
 
-    def pictures_and_latents(pick: Tensor, g: torch.Generator) -> tuple[Tensor, Tensor]:
-        x = restyle(to_float(portraits.pictures[rows[pick]]), g)
+    def images_and_latents(pick: Tensor, g: torch.Generator) -> tuple[Tensor, Tensor]:
+        x = restyle(to_float(portraits.images[rows[pick]]), g)
         with torch.no_grad():
             z = vae.encode(x).latent_dist.mean
         noise = NOISE * torch.rand(len(z), 1, 1, 1, generator=g)
@@ -70,22 +70,22 @@ def main(window_steps: int, steps: int, work: Path, weights: Path) -> None:
 
     def windows_at(g: torch.Generator) -> tuple[Tensor, dict]:
         pick = torch.randint(len(rows), (WINDOWS,), generator=g)
-        x, z = pictures_and_latents(pick, g)
+        x, z = images_and_latents(pick, g)
         corner = corners(boxes[pick], g)
         x, y = cut(x, corner, 4), vae.decode(cut(z, corner, 1)).sample
         x, y = (v[..., 4:-4, 4:-4] for v in (x, y))  # pixels at the rim lack neighbours
         return distance(y, x, torch.ones_like(x)), {"l1": round((y - x).abs().mean().item(), 4)}
 
-    def pictures_at(g: torch.Generator) -> tuple[Tensor, dict]:
-        pick = torch.randint(len(rows), (PICTURES,), generator=g)
-        x, z = pictures_and_latents(pick, g)
+    def whole_images_at(g: torch.Generator) -> tuple[Tensor, dict]:
+        pick = torch.randint(len(rows), (IMAGES,), generator=g)
+        x, z = images_and_latents(pick, g)
         y, weight = vae.decode(z).sample, 1 + FACE_WEIGHT * masks[rows[pick]]
         return distance(y, x, weight), {"l1": round((y - x).abs().mean().item(), 4)}
 
     window = Stage(name="decoder-windows", steps=window_steps, lr=1e-3, work=work, ema=0.99)
     window.train(vae, windows_at)
     whole = Stage(name="decoder", steps=steps, lr=5e-4, work=work, ema=0.99)
-    whole.train(vae, pictures_at)
+    whole.train(vae, whole_images_at)
     metadata = {"scaling_factor": str(vae.config.scaling_factor)}
     save_half(vae, weights / "vae.safetensors", metadata)
 

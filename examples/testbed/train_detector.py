@@ -8,7 +8,7 @@ import torch
 import torch.nn.functional as F
 from augment import degrade, restyle, zoom
 from data import HERE, Portraits, load_portraits
-from judging import WEIGHTS, boxes_of, conditions, pictures_of, save_judge, settle
+from judging import WEIGHTS, boxes_of, conditions, images_of, save_judge, settle
 from stage import Stage
 from torch import Tensor
 
@@ -77,7 +77,7 @@ def measure(detector: GridDetector, portraits: Portraits) -> dict:
     found: dict[str, dict] = {}
     for kind in BATCH:
         rows = portraits.where(kind=kind, split="test")
-        x = pictures_of(portraits, rows)
+        x = images_of(portraits, rows)
         found[kind] = {}
         for name, worsen in conditions().items():
             faces = [detector(part) for part in worsen(x).split(256)]
@@ -110,7 +110,7 @@ def main(steps: int, work: Path, out: Path) -> None:
         pick = torch.cat(
             [rows[k][torch.randint(len(rows[k]), (n,), generator=g)] for k, n in BATCH.items()]
         )
-        x, at = pictures_of(portraits, pick), boxes[pick].clone()
+        x, at = images_of(portraits, pick), boxes[pick].clone()
         x[:FACELESS], at[:FACELESS] = paper_over(x[:FACELESS], at[:FACELESS], x[-FACELESS:])
         x, how = zoom(x, g)
         at = moved(at, how, x.shape[-1])

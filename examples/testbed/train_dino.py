@@ -11,7 +11,7 @@ import torch
 import torch.nn.functional as F
 from augment import degrade, mirror, restyle, zoom
 from data import HERE, Portraits, load_portraits
-from judging import COLUMNS, WEIGHTS, conditions, in_batches, pictures_of, save_judge
+from judging import COLUMNS, WEIGHTS, conditions, images_of, in_batches, save_judge
 from stage import Stage
 from torch import Tensor
 
@@ -31,7 +31,7 @@ def view(x: Tensor, g: torch.Generator) -> Tensor:
 
 
 def instance_loss(a: Tensor, b: Tensor, temperature: float) -> tuple[Tensor, Tensor]:
-    """Find the other view of each picture among all views (InfoNCE); a and b (n, d) of length 1.
+    """Find the other view of each image among all views (InfoNCE); a and b (n, d) of length 1.
 
     Returns:
         The loss and the share of views whose other view is the nearest.
@@ -55,8 +55,8 @@ def measure(encoder: DinoEncoder, portraits: Portraits) -> dict:
     """Measure nearest-neighbour accuracy and typical cosines on held-out portraits."""
     rows = portraits.where(kind="portrait", split="test")
     bank_rows = portraits.where(kind="portrait", split="train")[:4000]
-    x = pictures_of(portraits, rows)
-    features, bank = in_batches(encoder, x), in_batches(encoder, pictures_of(portraits, bank_rows))
+    x = images_of(portraits, rows)
+    features, bank = in_batches(encoder, x), in_batches(encoder, images_of(portraits, bank_rows))
     at = portraits.labels
     columns = {"family": "family", **COLUMNS}
     metrics: dict = {
@@ -83,7 +83,7 @@ def main(steps: int, work: Path, out: Path) -> None:
     encoder = DinoEncoder(model, Pixels(SIZE))
 
     def loss_at(g: torch.Generator) -> tuple[Tensor, dict]:
-        x = pictures_of(portraits, rows[torch.randint(len(rows), (BATCH,), generator=g)])
+        x = images_of(portraits, rows[torch.randint(len(rows), (BATCH,), generator=g)])
         a, b = encoder(torch.cat([view(x, g), view(x, g)])).chunk(2)
         loss, right = instance_loss(a, b, TEMPERATURE)
         return loss, {"right": round(right.item(), 3)}

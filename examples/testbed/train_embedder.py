@@ -17,9 +17,9 @@ from judging import (
     class_numbers,
     conditions,
     half,
+    images_of,
     in_batches,
     jittered_chips,
-    pictures_of,
     save_judge,
     settle,
     training_chips,
@@ -54,10 +54,10 @@ def measure(encoder: NetworkEncoder, portraits: Portraits) -> dict:
         half(portraits, odd=False)[:3000],
     )
     g = torch.Generator().manual_seed(5)
-    x, boxes = pictures_of(portraits, rows), boxes_of(portraits, rows)
+    x, boxes = images_of(portraits, rows), boxes_of(portraits, rows)
     features = in_batches(encoder, jittered_chips(x, boxes, g, 0.0))
     bank_chips = jittered_chips(
-        pictures_of(portraits, bank_rows), boxes_of(portraits, bank_rows), g, 0.0
+        images_of(portraits, bank_rows), boxes_of(portraits, bank_rows), g, 0.0
     )
     bank, at = in_batches(encoder, bank_chips), portraits.labels
     metrics: dict = {
@@ -85,7 +85,7 @@ def main(steps: int, work: Path, out: Path) -> None:
 
     def views(g: torch.Generator) -> tuple[Tensor, Tensor]:
         pick = torch.randint(len(rows), (BATCH,), generator=g)
-        x = pictures_of(portraits, rows[pick])
+        x = images_of(portraits, rows[pick])
         both = torch.cat([training_chips(x, boxes[pick], g) for _ in range(2)])
         return both.contiguous(memory_format=torch.channels_last), pick
 

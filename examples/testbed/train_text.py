@@ -10,7 +10,7 @@ from pathlib import Path
 import numpy as np
 import torch
 import torch.nn.functional as F
-from captions import Caption, draw_caption, every_text
+from captions import Caption, every_text, sample_caption
 from data import HERE, STYLES
 from stage import Stage
 from torch import Tensor, nn
@@ -63,16 +63,16 @@ def main(steps: int, work: Path, out: Path) -> None:
     reader = Reader(used)
 
     def loss_at(g: torch.Generator) -> tuple[Tensor, dict]:
-        draw = np.random.default_rng(g.initial_seed())
-        captions = [draw_caption(draw) for _ in range(BATCH)]
+        rng = np.random.default_rng(g.initial_seed())
+        captions = [sample_caption(rng) for _ in range(BATCH)]
         texts = [c.text for c in captions]
         # with some padding tokens, because the pipeline pads with the end token
         longest = max(len(i) for i in tokenize(texts, truncation=True).input_ids)
-        length = min(models.TOKENS, longest + int(draw.integers(0, 4)))
+        length = min(models.TOKENS, longest + int(rng.integers(0, 4)))
         ids = tokenize(
             texts, padding="max_length", max_length=length, truncation=True, return_tensors="pt"
         ).input_ids
-        logits, labels = reader(ids), label_rows(captions, draw)
+        logits, labels = reader(ids), label_rows(captions, rng)
         losses = {k: F.cross_entropy(logits[k], labels[k], ignore_index=-1) for k in HEADS}
         return sum(losses.values()), {k: round(v.item(), 3) for k, v in losses.items()}
 

@@ -9,7 +9,7 @@ from pathlib import Path
 
 import numpy as np
 import torch
-from captions import KINDS, KINDS_LAST, Rows, draw_caption
+from captions import KINDS, KINDS_LAST, Rows, sample_caption
 from data import HERE, STYLES, load_portraits, to_float
 from diffusers import AutoencoderKL, DDPMScheduler
 from stage import Stage, save_half
@@ -23,17 +23,17 @@ MIN_SNR = 5.0  # Hang et al., 2023: gives steps of little noise less weight
 
 
 @torch.no_grad()
-def latents_of(vae: AutoencoderKL, pictures: Tensor, file: Path) -> dict[str, Tensor]:
+def latents_of(vae: AutoencoderKL, images: Tensor, file: Path) -> dict[str, Tensor]:
     """Compute 'style' or 'style mirrored' -> latents (n, 4, 16, 16), or read them from disk."""
     if file.exists():
         return torch.load(file, weights_only=True)
     table = {}
-    for style, draw in STYLES.items():
+    for style, restyle in STYLES.items():
         for suffix, turn in (("", lambda x: x), (" mirrored", lambda x: x.flip(-1))):
             if style != "photo" and suffix:
                 continue
             parts = [
-                vae.encode(turn(draw(to_float(x)))).latent_dist.mean for x in pictures.split(128)
+                vae.encode(turn(restyle(to_float(x)))).latent_dist.mean for x in images.split(128)
             ]
             table[style + suffix] = torch.cat(parts) * vae.config.scaling_factor
     torch.save(table, file)
@@ -44,7 +44,7 @@ def main(steps: int, word_steps: int, work: Path, weights: Path) -> None:
     torch.manual_seed(0)
     portraits = load_portraits()
     rows = Rows(portraits)
-    table = latents_of(models.load_autoencoder(weights), portraits.pictures, work / "latents.pt")
+    table = latents_of(models.load_autoencoder(weights), portraits.images, work / "latents.pt")
     encode = models.load_text_encoder(weights)
     unet = models.unet()
     noise = DDPMScheduler(**models.NOISE)
@@ -63,11 +63,11 @@ def main(steps: int, word_steps: int, work: Path, weights: Path) -> None:
         return torch.stack([known[text] for text in texts])  # (n, 77, d)
 
     def loss_at(g: torch.Generator, kinds: dict[str, float]) -> tuple[Tensor, dict]:
-        draw = np.random.default_rng(g.initial_seed())
-        captions = [draw_caption(draw, kinds) for _ in range(BATCH)]
+        rng = np.random.default_rng(g.initial_seed())
+        captions = [sample_caption(rng, kinds) for _ in range(BATCH)]
         prompt = embed([c.text for c in captions])
-        mirrored = lambda c: " mirrored" if c.style == "photo" and draw.random() < 0.5 else ""  # noqa: E731
-        z = torch.stack([table[c.style + mirrored(c)][rows.draw(c, draw)] for c in captions])
+        mirrored = lambda c: " mirrored" if c.style == "photo" and rng.random() < 0.5 else ""  # noqa: E731
+        z = torch.stack([table[c.style + mirrored(c)][rows.sample(c, rng)] for c in captions])
         # stratified over time: less variance than independent samples
         t = ((torch.arange(BATCH) + torch.rand(BATCH, generator=g)) * (1000 / BATCH)).long()
         e = torch.randn(z.shape, generator=g)
