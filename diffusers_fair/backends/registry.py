@@ -41,7 +41,7 @@ def provider(path: str) -> Any:
     return getattr(import_module(module), name) if name else import_module(module)
 
 
-def load_model(kinds: Kinds, name: str, device: Any = "cpu") -> Any:
+def _load_model(kinds: Kinds, name: str, device: Any = "cpu") -> Any:
     """Load the model that a recipe names.
 
     Args:
@@ -58,7 +58,7 @@ def load_model(kinds: Kinds, name: str, device: Any = "cpu") -> Any:
 
 
 def model_needs(kinds: Kinds, name: str) -> "list[Need]":
-    """List the requirements of `load_model`."""
+    """List the requirements of `_load_model`."""
     found, arguments = _find(kinds, name)
     return found.needs(*arguments)
 
@@ -139,15 +139,15 @@ def load_judges(
     @cache
     def load_clip(name: str) -> "ImageTextEncoder":
         """Load an encoder, but only once if several judges use it."""
-        return load_model(CLIPS, name, device)
+        return _load_model(CLIPS, name, device)
 
     return Judges(
-        face_detector=load_model(FACE_DETECTORS, models.face_detector, device),
+        face_detector=_load_model(FACE_DETECTORS, models.face_detector, device),
         classifiers={
             a.name: _load_classifier(models.classifier(a), a, load_clip, device) for a in attributes
         },
         clip=load_clip(models.clip),
-        dino=load_model(DINOS, models.dino, device),
+        dino=_load_model(DINOS, models.dino, device),
         extra=_extra_scores(models),
         people=people,
     )
@@ -216,9 +216,9 @@ def load_reference_faces(
     """
     from diffusers_fair.vision.reference_faces import ReferenceFaces
 
-    embedder = load_model(FACE_EMBEDDERS, models.face_embedder, device)
+    embedder = _load_model(FACE_EMBEDDERS, models.face_embedder, device)
     if models.face_bank in REFERENCE_FACES:
-        return ReferenceFaces(embedder, load_model(REFERENCE_FACES, models.face_bank, device))
+        return ReferenceFaces(embedder, _load_model(REFERENCE_FACES, models.face_bank, device))
     load = provider(REFERENCE_FOLDER).load
     return ReferenceFaces(embedder, load(models.face_bank, detector, embedder, device))
 

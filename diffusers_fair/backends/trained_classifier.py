@@ -19,7 +19,7 @@ from diffusers_fair.vision.classifiers import NetworkClassifier
 from diffusers_fair.vision.encoders import Pixels
 
 _FORMAT = 1
-WEIGHTS, FACTS = "model.safetensors", "classifier.json"
+WEIGHTS, _FACTS = "model.safetensors", "classifier.json"
 MEAN, STD = (
     (0.485, 0.456, 0.406),
     (0.229, 0.224, 0.225),
@@ -49,25 +49,25 @@ def write(folder: str | Path, network: nn.Module, facts: Mapping[str, Any]) -> N
     state = {name: value.cpu().contiguous() for name, value in network.state_dict().items()}
     save_file(state, folder / WEIGHTS)
     text = json.dumps({"format": _FORMAT, **facts}, indent=1)
-    (folder / FACTS).write_text(text, encoding="utf-8")
+    (folder / _FACTS).write_text(text, encoding="utf-8")
 
 
-def read_facts(folder: str | Path) -> dict[str, Any]:
+def _read_facts(folder: str | Path) -> dict[str, Any]:
     """Read `classifier.json`.
 
     Raises:
         OSError: the file cannot be read.
         ValueError: the file has another format.
     """
-    facts = json.loads((Path(folder) / FACTS).read_text(encoding="utf-8"))
+    facts = json.loads((Path(folder) / _FACTS).read_text(encoding="utf-8"))
     version = facts.get("format") if isinstance(facts, dict) else None
     if version != _FORMAT:
-        raise ValueError(f"{FACTS} must have format {_FORMAT}, got {version}")
+        raise ValueError(f"{_FACTS} must have format {_FORMAT}, got {version}")
     labels, size = facts.get("classes"), facts.get("size")
     if not isinstance(labels, list) or len({str(c) for c in labels}) < 2:
-        raise ValueError(f"{FACTS} must name two or more classes, got {labels}")
+        raise ValueError(f"{_FACTS} must name two or more classes, got {labels}")
     if not isinstance(size, int) or not 32 <= size <= 1024:
-        raise ValueError(f"{FACTS} must have a size of 32 to 1024 pixels, got {size}")
+        raise ValueError(f"{_FACTS} must have a size of 32 to 1024 pixels, got {size}")
     return facts
 
 
@@ -87,8 +87,8 @@ def load(
     """
     from safetensors.torch import load_file
 
-    with loading(f"the classifier '{folder}'", f"a folder with {WEIGHTS} and {FACTS}; {_TRAIN}"):
-        facts = read_facts(folder)
+    with loading(f"the classifier '{folder}'", f"a folder with {WEIGHTS} and {_FACTS}; {_TRAIN}"):
+        facts = _read_facts(folder)
         groups = group(facts["classes"], classes)
         network = mobilenet(len(facts["classes"]))
         network.load_state_dict(load_file(Path(folder) / WEIGHTS))
@@ -104,7 +104,7 @@ def load(
 
 def needs(folder: str) -> list[Need]:
     """List the requirements of `load`."""
-    files = [Path(folder) / name for name in (WEIGHTS, FACTS)]
+    files = [Path(folder) / name for name in (WEIGHTS, _FACTS)]
     available = all(path.is_file() for path in files)
     size = files[0].stat().st_size if available else 0
     return [package("torchvision"), Need(f"folder '{folder}'", available, _TRAIN, size)]
@@ -120,7 +120,7 @@ def classes_need(folder: str, classes: Mapping[str, Sequence[str]], attribute: A
     """
     name = f"classes of '{folder}'"
     try:
-        known = set(group(read_facts(folder)["classes"], classes))
+        known = set(group(_read_facts(folder)["classes"], classes))
     except (OSError, ValueError) as error:
         return Need(name, False, str(error))
     advice = f"expected {list(attribute.classes)}, got {sorted(known)}: map them with classes"

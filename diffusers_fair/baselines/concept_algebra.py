@@ -32,7 +32,7 @@ class ConceptAlgebra:
 
         def generate(prompts, generators, **options):
             def edit(uncond, text, predict):
-                return transferred(text, predict(conditioning), weights)
+                return _transferred(text, predict(conditioning), weights)
 
             with edited_score(pipe, edit):
                 return pipe(prompt=prompts, generator=generators, **options)
@@ -40,7 +40,7 @@ class ConceptAlgebra:
         return ChangedPipeline(pipe, generate)
 
 
-def transferred(score: Tensor, concept: Tensor, shares: Tensor) -> Tensor:
+def _transferred(score: Tensor, concept: Tensor, shares: Tensor) -> Tensor:
     """Replace the score's component in the concept's subspace: (I - proj) s + proj m.
 
     This is the paper's edit of a concept (its Algorithm 2 for two phrases). proj projects onto the

@@ -28,7 +28,7 @@ class DebiasVL:
     def apply(self, pipe: Any, task: Task) -> ChangedPipeline:
         """Project the embeddings of all prompts except negative prompts."""
         first, second = (
-            F.normalize(last_tokens(pipe, texts).double(), dim=-1)
+            F.normalize(_last_tokens(pipe, texts).double(), dim=-1)
             for texts in pairs(task.prompts, task.wordings)
         )  # (m, d) each
         projection = calibration(first - second, self.strength)  # (d, d)
@@ -71,7 +71,7 @@ def pairs(prompts: Sequence[str], wordings: Sequence[Wording]) -> tuple[list[str
     return [a for a, _ in both], [b for _, b in both]
 
 
-def last_tokens(pipe: Any, texts: Sequence[str], batch: int = 64) -> Tensor:
+def _last_tokens(pipe: Any, texts: Sequence[str], batch: int = 64) -> Tensor:
     """Return the embeddings of the texts' end tokens, (m, d)."""
     known: dict[str, Tensor] = {}
     unique = list(dict.fromkeys(texts))

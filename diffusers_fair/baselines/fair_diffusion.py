@@ -73,7 +73,9 @@ def directions(wordings: Sequence[Wording], chosen: Sequence[Term]) -> Tensor:
     return torch.tensor(weights)
 
 
-def semantic_guidance(differences: Tensor, signs: Tensor, scale: float, threshold: float) -> Tensor:
+def _semantic_guidance(
+    differences: Tensor, signs: Tensor, scale: float, threshold: float
+) -> Tensor:
     """Return SEGA's gamma = mu * psi, summed over the phrases: (n, c, h, w).
 
     psi is the difference between a phrase's prediction and the unconditional one, negated for
@@ -104,7 +106,7 @@ class _Guide:
     def __call__(self, differences: Tensor) -> Tensor:
         """Return the guidance of this step, gamma + s_m nu, from (k, n, c, h, w); update nu."""
         settings = self.settings
-        gamma = semantic_guidance(differences, self.signs, settings.scale, settings.threshold)
+        gamma = _semantic_guidance(differences, self.signs, settings.scale, settings.threshold)
         gamma = gamma + settings.momentum * self.momentum
         kept = settings.momentum_decay
         self.momentum = kept * self.momentum + (1 - kept) * gamma

@@ -59,8 +59,8 @@ class UCE:
         changed = ChangedPipeline(pipe, restore=lambda: _set(layers, old))
         try:
             for _ in range(self.iterations):
-                shares = class_shares(pipe, prompts, task, judges, self.images_per_prompt)
-                gaps = open_gaps(shares, task.wordings, self.tolerance)  # (P, K)
+                shares = _class_shares(pipe, prompts, task, judges, self.images_per_prompt)
+                gaps = _open_gaps(shares, task.wordings, self.tolerance)  # (P, K)
                 if not gaps.any():
                     break
                 moves += self.step * gaps
@@ -80,10 +80,10 @@ class UCE:
             ]
         )  # (m, d): c_i + sum over k of alpha_k a_k
         scales = self.edit_scale, self.preserve_scale, self.regularization
-        return closed_form(c, wanted, kept, *scales)
+        return _closed_form(c, wanted, kept, *scales)
 
 
-def closed_form(
+def _closed_form(
     concepts: Tensor,
     wanted: Tensor,
     kept: Tensor,
@@ -136,7 +136,7 @@ def shifts(pipe: Any, prompt: str, wordings: Sequence[Wording]) -> tuple[Tensor,
     return tokens, torch.stack(means)
 
 
-def class_shares(
+def _class_shares(
     pipe: Any, prompts: Sequence[str], task: Task, judges: Judges, images: int
 ) -> np.ndarray:
     """Return the shares of perceived classes, (P, K), attributes side by side; NaN without any."""
@@ -167,7 +167,7 @@ def class_shares(
         return np.hstack([count / count.sum(1, keepdims=True) for count in counts])
 
 
-def open_gaps(shares: np.ndarray, wordings: Sequence[Wording], tolerance: float) -> np.ndarray:
+def _open_gaps(shares: np.ndarray, wordings: Sequence[Wording], tolerance: float) -> np.ndarray:
     """Return target minus share, (P, K); 0 for an attribute within tolerance or without counts."""
     gaps, start = np.zeros_like(shares), 0
     for wording in wordings:

@@ -12,7 +12,7 @@ from diffusers_fair.evaluation.generate import ImageBatch
 from diffusers_fair.vision.images import from_pillow
 
 PROMPT = "prompt.txt"  # holds the prompt if it is not the name of the subfolder
-MAX_SIDE = 1024  # maximum side of the square for images of different sizes, in pixels
+_MAX_SIDE = 1024  # maximum side of the square for images of different sizes, in pixels
 
 
 @dataclass(frozen=True)
@@ -74,7 +74,7 @@ def image_folder(folder: str | Path) -> ImageFolder:
             f"'{folder}' has two subfolders for the prompt '{min(duplicates)}': merge them"
         )
     sizes = {_size(file) for group in files for file in group}
-    side = None if len(sizes) == 1 else min(MAX_SIDE, max(max(size) for size in sizes))
+    side = None if len(sizes) == 1 else min(_MAX_SIDE, max(max(size) for size in sizes))
     return ImageFolder(folder, tuple(prompts), files, side)
 
 

@@ -12,7 +12,7 @@ import numpy as np
 from diffusers_fair import atomic
 from diffusers_fair.reports.records import Records
 
-STATE = "state.json"
+_STATE = "state.json"
 
 
 @dataclass(frozen=True, eq=False)
@@ -52,9 +52,9 @@ class Journal:
         """
         folder.mkdir(parents=True, exist_ok=True)
         identity = json.loads(json.dumps(identity))
-        if not (folder / STATE).exists():
+        if not (folder / _STATE).exists():
             text = json.dumps({"asked": identity, "provenance": provenance}, indent=1)
-            atomic.write(folder / STATE, text.encode())
+            atomic.write(folder / _STATE, text.encode())
         stored = _state(folder)["asked"]
         different = [k for k in {**stored, **identity} if stored.get(k) != identity.get(k)]
         if different:
@@ -92,4 +92,4 @@ class Journal:
 
 
 def _state(folder: Path) -> dict[str, Any]:
-    return json.loads((folder / STATE).read_text("utf-8"))
+    return json.loads((folder / _STATE).read_text("utf-8"))

@@ -26,7 +26,7 @@ from diffusers_fair.vision.faces import Faces
 from diffusers_fair.vision.images import to_arrays, to_bytes
 from diffusers_fair.vision.judges import Judges
 
-THUMBNAIL_SIDE = 64  # pixels
+_THUMBNAIL_SIDE = 64  # pixels
 
 
 @torch.no_grad()
@@ -104,7 +104,7 @@ def judge_group_batch(
 def thumbnails(images: Tensor) -> np.ndarray:
     """Shrink images (n, 3, h, w) in [-1, 1] of any size to (n, 3 * 64 * 64) in 0 to 255."""
     small = torch.nn.functional.interpolate(
-        images.float(), (THUMBNAIL_SIDE, THUMBNAIL_SIDE), mode="area"
+        images.float(), (_THUMBNAIL_SIDE, _THUMBNAIL_SIDE), mode="area"
     )
     return to_bytes(small).flatten(1).cpu().numpy()
 

@@ -34,18 +34,18 @@ from diffusers_fair.reports.measures import attribute_measures, measures, shortf
 from diffusers_fair.reports.summary import SCORE_NAMES, BiasEstimate, Summary
 
 TEMPLATE = Path(__file__).with_name("card.md.jinja")
-EXAMPLE = "a photo of the face of a teacher, a person"
-SHEETS = {  # sample sheets of a report folder -> their captions
+_EXAMPLE = "a photo of the face of a teacher, a person"
+_SHEETS = {  # sample sheets of a report folder -> their captions
     PAIRS: "The same noise, above without and below with the adapter",
     GROUPS_SHEET: "Control prompts: the same noise, above without and below with the adapter",
 }
-SUMMARY = (  # the keys of a report's summary that fair_adapter.json keeps
+_SUMMARY = (  # the keys of a report's summary that fair_adapter.json keeps
     *("prompts", "images", "faces", "face_rate", "scores"),
     *("bias", "deviation", "corrected", "frequencies"),
 )
-NOT_EVALUATED = {"prompts": 0, "images": 0, "faces": 0, "bias": {}, "scores": {}}
+_NOT_EVALUATED = {"prompts": 0, "images": 0, "faces": 0, "bias": {}, "scores": {}}
 SETTINGS = ("images_per_prompt", "steps", "guidance_scale", "seed")
-LICENCES = {  # base model -> its licence, as the Hub names it; adapters have the same
+_LICENCES = {  # base model -> its licence, as the Hub names it; adapters have the same
     **dict.fromkeys(SHIPPED_BASES, "apache-2.0"),
     "CompVis/stable-diffusion-v1-4": "creativeml-openrail-m",
     "stable-diffusion-v1-5/stable-diffusion-v1-5": "creativeml-openrail-m",
@@ -135,14 +135,14 @@ def _groups(root: Mapping[str, Any]) -> dict[str, Any]:
 
 
 def _summary(summary: Mapping[str, Any]) -> dict[str, Any]:
-    return {name: summary[name] for name in SUMMARY if name in summary}
+    return {name: summary[name] for name in _SUMMARY if name in summary}
 
 
 def _images(folder: Path, report: str | Path | None) -> list[str]:
     """List the file names of the images that the card shows."""
     names = {path.name for path in (folder / SAMPLES_FOLDER).glob("*.png")}
     if report is not None:
-        names |= {name for name in SHEETS if (Path(report) / name).is_file()}
+        names |= {name for name in _SHEETS if (Path(report) / name).is_file()}
     return sorted(names, key=lambda name: (name != PAIRS, name))
 
 
@@ -151,7 +151,7 @@ def _copy(report: Path, folder: Path) -> None:
     for name in REPORT_FILES:
         if (report / name).is_file():
             atomic.write(folder / name, (report / name).read_bytes())
-    for name in SHEETS:
+    for name in _SHEETS:
         if (report / name).is_file():
             (folder / SAMPLES_FOLDER).mkdir(exist_ok=True)
             atomic.write(folder / SAMPLES_FOLDER / name, (report / name).read_bytes())
@@ -189,7 +189,7 @@ class _Evaluation:
         )
         return cls(
             root=root,
-            before=Summary.from_json(root.get("before") or NOT_EVALUATED),
+            before=Summary.from_json(root.get("before") or _NOT_EVALUATED),
             after=Summary.from_json(root["after"]),
             groups_before=before,
             groups_after=after,
@@ -218,10 +218,10 @@ def _render(info: AdapterInfo, images: Sequence[str]) -> str:
             licence=_licence(info.base_model),
             embeds=EMBEDS_FILE,
             shares=list(_shares(info, evaluation)),
-            example=(info.evaluation or {}).get("example", EXAMPLE),
+            example=(info.evaluation or {}).get("example", _EXAMPLE),
             sampling=_sampling(info),
             images=images,
-            sheets=SHEETS,
+            sheets=_SHEETS,
             recipe=yaml.safe_dump(info.recipe, sort_keys=False, allow_unicode=True),
             **_measured(info, evaluation),
         )
@@ -275,7 +275,7 @@ def _on_hub(base: str) -> bool:
 
 
 def _licence(base: str) -> str | None:
-    return LICENCES.get(MIRRORS.get(base, base))
+    return _LICENCES.get(MIRRORS.get(base, base))
 
 
 # ---- its tables ----------------------------------------------------------------------------------

@@ -60,7 +60,7 @@ class MeasureColumn(Column):
 
 def columns(reports: Sequence[Report]) -> list[Column]:
     """List every column for which any of the reports has an estimate."""
-    return [*bias_columns(reports), *score_columns(reports), *measure_columns(reports)]
+    return [*bias_columns(reports), *score_columns(reports), *_measure_columns(reports)]
 
 
 def bias_columns(reports: Sequence[Report]) -> list[BiasColumn]:
@@ -77,7 +77,7 @@ def score_columns(reports: Sequence[Report]) -> list[Column]:
     return [_face_rate_column(), *map(_score_column, ordered)]
 
 
-def measure_columns(reports: Sequence[Report]) -> list[Column]:
+def _measure_columns(reports: Sequence[Report]) -> list[Column]:
     """List the measures of control prompts."""
     return [_measure_column(m) for m in measures([r.group_summaries() for r in reports])]
 

@@ -24,7 +24,7 @@ from diffusers_fair.reports.records import Records, Settings
 from diffusers_fair.reports.report import Report
 
 FORMAT = 1
-FILE, RECORDS, FEATURES = "report.json", "records.jsonl", "features.npz"
+FILE, _RECORDS, _FEATURES = "report.json", "records.jsonl", "features.npz"
 PAGE = "report.html"
 PAIRS, GROUPS_SHEET = "pairs.png", "groups.png"  # the same noise without and with the adapter
 
@@ -97,7 +97,7 @@ def _write(report: Report, folder: Path) -> None:
     )
     neutral = report.records.lines(report.settings.attributes)
     lines = chain(neutral, *(group.lines() for group in report.groups.values()))
-    (folder / RECORDS).write_text("".join(json.dumps(line) + "\n" for line in lines), "utf-8")
+    (folder / _RECORDS).write_text("".join(json.dumps(line) + "\n" for line in lines), "utf-8")
     _write_features(report, folder)
     _write_images(report, folder)
 
@@ -107,7 +107,7 @@ def _write_features(report: Report, folder: Path) -> None:
     for name, group in report.groups.items():
         features |= {f"{name}/{key}": x for key, x in group.records.features.items()}
     if features:
-        np.savez(folder / FEATURES, **features)  # type: ignore[arg-type]
+        np.savez(folder / _FEATURES, **features)  # type: ignore[arg-type]
 
 
 def _write_images(report: Report, folder: Path) -> None:
@@ -157,8 +157,8 @@ def load_report(folder: str | Path) -> Report:
 
 def _report(folder: Path, root: dict[str, Any]) -> Report:
     settings = _settings(root["settings"])
-    lines = [json.loads(x) for x in (folder / RECORDS).read_text("utf-8").splitlines()]
-    features = _features(folder / FEATURES)
+    lines = [json.loads(x) for x in (folder / _RECORDS).read_text("utf-8").splitlines()]
+    features = _features(folder / _FEATURES)
 
     def part(name: str | None, facts: Mapping[str, Any]) -> Any:
         """Read records and samples of a group, or of the neutral prompts."""

@@ -74,7 +74,7 @@ class GroupReport:
         unseen = np.array([prompt.unseen for prompt in self.group.prompts])
         obeyed = self.by_prompt(OBEYED)
         shares = {
-            a.name: share_obeyed(self.group.prompts, [a], self.records) for a in self.attributes
+            a.name: _share_obeyed(self.group.prompts, [a], self.records) for a in self.attributes
         }
         by_attribute = {name: Estimate.over(self._means(values)) for name, values in shares.items()}
         return GroupSummary(
@@ -172,7 +172,7 @@ def summaries_from_json(root: Mapping[str, Any]) -> dict[str, GroupSummary]:
     }
 
 
-def share_obeyed(
+def _share_obeyed(
     prompts: Sequence[KeptPrompt], attributes: Sequence[Attribute], records: Records
 ) -> np.ndarray:
     """Compute the share (n,) of each image's faces that show every class its prompt asks for.
@@ -208,8 +208,8 @@ def _every_face(largest: np.ndarray, others: np.ndarray | None) -> np.ndarray:
 def with_obeyed(
     records: Records, prompts: Sequence[KeptPrompt], attributes: Sequence[Attribute]
 ) -> Records:
-    """Add the score "obeyed": `share_obeyed` for all attributes."""
-    scores = {**records.scores, OBEYED: share_obeyed(prompts, attributes, records)}
+    """Add the score "obeyed": `_share_obeyed` for all attributes."""
+    scores = {**records.scores, OBEYED: _share_obeyed(prompts, attributes, records)}
     return replace(records, scores=scores)
 
 

@@ -12,8 +12,8 @@ if TYPE_CHECKING:
 
 SAMPLE_PROMPTS, SAMPLE_IMAGES = 6, 8  # prompts whose images are kept, and images of each
 GROUP_SAMPLES = 4  # prompts of a group whose images are kept
-PAIR_HEIGHT = 96  # minimum height of an image in pairs.png, in pixels
-CAPTION, CAPTION_WIDTH = 18, 480  # height and minimum width of a line of text, in pixels
+_PAIR_HEIGHT = 96  # minimum height of an image in pairs.png, in pixels
+_CAPTION, _CAPTION_WIDTH = 18, 480  # height and minimum width of a line of text, in pixels
 
 
 def sample_prompts(prompts: int, limit: int = SAMPLE_PROMPTS) -> list[int]:
@@ -60,7 +60,7 @@ def _above(before: np.ndarray, after: np.ndarray) -> np.ndarray:
     """Put one row of images (m, h, w, 3) above the other, enlarged to the minimum height."""
     count = min(len(before), len(after))
     block = np.concatenate([np.concatenate(list(x[:count]), axis=1) for x in (before, after)])
-    zoom = max(1, -(-PAIR_HEIGHT * 2 // block.shape[0]))
+    zoom = max(1, -(-_PAIR_HEIGHT * 2 // block.shape[0]))
     return block.repeat(zoom, 0).repeat(zoom, 1)
 
 
@@ -68,14 +68,14 @@ def _sheet(blocks: Sequence[tuple[str, np.ndarray]], above: str, below: str) -> 
     """Draw blocks of images, each below its caption."""
     from PIL import Image, ImageDraw
 
-    width = max(CAPTION_WIDTH, *(block.shape[1] for _, block in blocks))
-    height = CAPTION + sum(CAPTION + len(block) for _, block in blocks)
+    width = max(_CAPTION_WIDTH, *(block.shape[1] for _, block in blocks))
+    height = _CAPTION + sum(_CAPTION + len(block) for _, block in blocks)
     sheet = Image.new("RGB", (width, height), "white")
     draw = ImageDraw.Draw(sheet)
     draw.text((4, 3), f"same noise; above: {above}; below: {below}", fill="black")
-    top = CAPTION
+    top = _CAPTION
     for caption, block in blocks:
         draw.text((4, top + 3), caption, fill="black")
-        sheet.paste(Image.fromarray(block), (0, top + CAPTION))
-        top += CAPTION + len(block)
+        sheet.paste(Image.fromarray(block), (0, top + _CAPTION))
+        top += _CAPTION + len(block)
     return sheet

@@ -13,7 +13,7 @@ from diffusers_fair.reports.estimate import Estimate
 from diffusers_fair.reports.groups import OBEYED, GroupReport, GroupSummary
 
 MARGIN = 0.05  # by how much a measure may be worse than the base model's without a warning
-SEEN, UNSEEN = "words of training", "unseen words"
+_SEEN, _UNSEEN = "words of training", "unseen words"
 
 Summaries = Mapping[str, GroupSummary]
 """Name of a group -> its summary."""
@@ -28,7 +28,7 @@ class Measure:
     """Name of the statistic in `GroupSummary`."""
     head: str
     part: str = ""
-    """Part of the group: `SEEN`, `UNSEEN` or an attribute's name; empty for the whole group."""
+    """Part of the group: `_SEEN`, `_UNSEEN` or an attribute's name; empty for the whole group."""
     base: float | None = None
     """The base model's value, for statistics that compare with the base model."""
     sign: int = 1
@@ -52,16 +52,16 @@ class Measure:
         """Return the value of each prompt of the group, (P,); NaN if it has none."""
         values = report.by_prompt(OBEYED if self.part else self.statistic)
         unseen = np.array([prompt.unseen for prompt in report.group.prompts])
-        left_out = {SEEN: unseen, UNSEEN: ~unseen}.get(self.part, np.zeros(len(values), bool))
+        left_out = {_SEEN: unseen, _UNSEEN: ~unseen}.get(self.part, np.zeros(len(values), bool))
         return np.where(left_out, np.nan, values)
 
 
-OBEDIENCE = {NAMED: "words obeyed", IMPLIED: "implied words obeyed"}
+_OBEDIENCE = {NAMED: "words obeyed", IMPLIED: "implied words obeyed"}
 MEASURES = (
     *(
         Measure(group, statistic, head, part)
-        for group, head in OBEDIENCE.items()
-        for statistic, part in (("obeyed", ""), ("seen", SEEN), ("unseen", UNSEEN))
+        for group, head in _OBEDIENCE.items()
+        for statistic, part in (("obeyed", ""), ("seen", _SEEN), ("unseen", _UNSEEN))
     ),
     Measure(UNTOUCHED, "dino", "untouched: DINO", base=1.0),
     Measure(UNTOUCHED, "clip_i", "untouched: CLIP-I", base=1.0),
@@ -76,7 +76,7 @@ def measures(reports: Sequence[Summaries]) -> list[Measure]:
 
 def attribute_measures(summaries: Summaries) -> Iterator[Measure]:
     """Yield one measure per attribute, for groups whose prompts ask for several attributes."""
-    for group, head in OBEDIENCE.items():
+    for group, head in _OBEDIENCE.items():
         names = summaries[group].attributes if group in summaries else {}
         if len(names) > 1:
             yield from (Measure(group, "attributes", head, name) for name in names)

@@ -34,9 +34,9 @@ if TYPE_CHECKING:
 
 TEMPLATES = Path(__file__).parent / "templates"
 IMAGE_SIZE = 256  # longest side of an image in the page, in pixels
-HUES = 8  # colours of classes in style.css
+_HUES = 8  # colours of classes in style.css
 WORST = 12  # prompts that are shown unfolded; the others are folded away
-MIN_SHARED_LETTERS = 10  # letters shared by all prompts from which only the rest is shown
+_MIN_SHARED_LETTERS = 10  # letters shared by all prompts from which only the rest is shown
 
 
 def report_page(report: Report) -> str:
@@ -106,7 +106,7 @@ def prompt_template(prompts: Sequence[str]) -> tuple[str, str]:
     end = _shared_start(ends)[::-1]
     end = end[min((i for i in (end.find(" "), end.find(",")) if i >= 0), default=len(end)) :]
     rests = [prompt[len(start) : len(prompt) - len(end)].strip() for prompt in prompts]
-    is_worth_it = len(start + end) >= MIN_SHARED_LETTERS and all(rests)
+    is_worth_it = len(start + end) >= _MIN_SHARED_LETTERS and all(rests)
     return (start, end) if is_worth_it else ("", "")
 
 
@@ -385,7 +385,7 @@ def _tile(
     row = int(np.flatnonzero((records.prompt == prompt) & (records.image == image))[0])
     hue, perceived, has_face = count(), [], bool(records.found[row])
     for a in attributes:
-        hues = [next(hue) % HUES for _ in a.classes]
+        hues = [next(hue) % _HUES for _ in a.classes]
         p = records.probabilities[a.name][row]  # (classes,)
         k = int(p.argmax())
         if has_face or not a.of_faces:

@@ -11,7 +11,7 @@ import numpy as np
 from diffusers_fair import metrics
 from diffusers_fair.attributes import Attribute, People
 
-SAME_NOISE = ("prompts", "images_per_prompt", "steps", "guidance_scale", "seed")
+_SAME_NOISE = ("prompts", "images_per_prompt", "steps", "guidance_scale", "seed")
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -40,13 +40,13 @@ class Settings:
         Raises:
             ValueError: the noise or the sampling differs.
         """
-        for name in SAME_NOISE:
+        for name in _SAME_NOISE:
             reference, current = getattr(self, name), getattr(other, name)
             if reference != current:
                 shown = "" if name == "prompts" else f" ({reference} instead of {current})"
                 raise ValueError(
                     f"the reference was evaluated with other {name}{shown}: images can be "
-                    f"compared only if {', '.join(SAME_NOISE)} are the same"
+                    f"compared only if {', '.join(_SAME_NOISE)} are the same"
                 )
 
     def measured(self) -> tuple[Attribute, ...]:

@@ -36,7 +36,7 @@ Network = TypeVar("Network", bound=nn.Module)
 
 WEIGHTS = Path(__file__).parent / "weights"
 CHIP = 64  # side of a face crop in pixels
-STRIDE = 8  # pixels between the cells of the face detector
+_STRIDE = 8  # pixels between the cells of the face detector
 EMBEDDING = 64  # dimensions
 
 
@@ -52,14 +52,14 @@ class FaceGrid(nn.Module):
         """Return logits (n, cells) and boxes (n, cells, 4) in pixels for images (n, 3, h, w)."""
         raw = self.head(self.trunk(images).last_hidden_state)  # (n, 5, h / 8, w / 8)
         x, y = cell_centres(*raw.shape[-2:])
-        left, up, right, down = (2 * STRIDE * raw[:, 1:].flatten(2).exp()).unbind(1)
+        left, up, right, down = (2 * _STRIDE * raw[:, 1:].flatten(2).exp()).unbind(1)
         return raw[:, 0].flatten(1), torch.stack([x - left, y - up, x + right, y + down], -1)
 
 
 def cell_centres(rows: int, columns: int) -> tuple[Tensor, Tensor]:
     """Return x and y in pixels, (cells,) each, of the centres of a grid's cells."""
     y, x = torch.meshgrid(torch.arange(rows), torch.arange(columns), indexing="ij")
-    return (x.flatten() + 0.5) * STRIDE, (y.flatten() + 0.5) * STRIDE
+    return (x.flatten() + 0.5) * _STRIDE, (y.flatten() + 0.5) * _STRIDE
 
 
 class GridDetector:

@@ -12,8 +12,8 @@ from safetensors.torch import load_file, save_file
 from torch import Tensor, nn
 
 SEED = 20261123
-TABLE = "token_embedding.weight"  # end of the table's name in every CLIP
-IDS = "token_ids"  # key in the file
+_TABLE = "token_embedding.weight"  # end of the table's name in every CLIP
+_IDS = "token_ids"  # key in the file
 
 
 def table_rows(used: Tensor, ids: Tensor) -> Tensor:
@@ -35,7 +35,7 @@ def pack(
     state = {name: value.half().contiguous() for name, value in model.state_dict().items()}
     assert len(state[_table(state)]) == len(used)
     file.parent.mkdir(parents=True, exist_ok=True)
-    save_file(state | {IDS: used.to(torch.int32)}, file, metadata)
+    save_file(state | {_IDS: used.to(torch.int32)}, file, metadata)
 
 
 def unpack(file: Path, vocabulary: int, std: float = 0.02, seed: int = SEED) -> dict[str, Tensor]:
@@ -48,7 +48,7 @@ def unpack(file: Path, vocabulary: int, std: float = 0.02, seed: int = SEED) -> 
         seed: random seed of those rows.
     """
     state = load_file(file)
-    used = state.pop(IDS).long()
+    used = state.pop(_IDS).long()
     state = {name: value.float() for name, value in state.items()}
     name = _table(state)
     noise = torch.Generator().manual_seed(seed)
@@ -59,5 +59,5 @@ def unpack(file: Path, vocabulary: int, std: float = 0.02, seed: int = SEED) -> 
 
 def _table(state: dict[str, Tensor]) -> str:
     """Find the name of the token table."""
-    (name,) = (name for name in state if name.endswith(TABLE))
+    (name,) = (name for name in state if name.endswith(_TABLE))
     return name

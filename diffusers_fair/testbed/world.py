@@ -37,9 +37,9 @@ WORDS = {
 """Class -> words that name it in a prompt."""
 
 NEUTRAL = "a photo of the face of a {}, a person"
-MOSTLY_MALE = 0.6  # fraction of subjects with a male majority
-MOSTLY = (0.55, 0.15, 0.15, 0.15)  # fraction of subjects with a majority of each race
-STYLE_CUES = {
+_MOSTLY_MALE = 0.6  # fraction of subjects with a male majority
+_MOSTLY = (0.55, 0.15, 0.15, 0.15)  # fraction of subjects with a majority of each race
+_STYLE_CUES = {
     "oil painting": ("oil painting", "painting", "mural", "digital art", "oil painting"),
     "pencil sketch": ("sketch", "line art", "concept art", "avatar"),
 }
@@ -75,8 +75,8 @@ def family_of(occupation: str) -> str:
 def subject(text: str, family: str | None = None) -> Subject:
     """Return the subject of that text; its distribution depends on the text alone."""
     g = _generator(text, "odds")
-    male = g.uniform(0.62, 0.95) if g.random() < MOSTLY_MALE else 1 - g.uniform(0.62, 0.95)
-    top, most = g.uniform(0.5, 0.85), g.choice(4, p=MOSTLY)
+    male = g.uniform(0.62, 0.95) if g.random() < _MOSTLY_MALE else 1 - g.uniform(0.62, 0.95)
+    top, most = g.uniform(0.5, 0.85), g.choice(4, p=_MOSTLY)
     race = np.insert(g.dirichlet(np.full(3, 4.0)) * (1 - top), most, top)
     old = g.beta(0.8, 2.0)
     odds = {"gender": np.array([1 - male, male]), "race": race, "age": np.array([1 - old, old])}
@@ -105,7 +105,7 @@ def sentences() -> list[Subject]:
 
 def style_of(text: str) -> str:
     """Return the image style that a free sentence asks for."""
-    cues = ((style, cue) for style, cues in STYLE_CUES.items() for cue in cues)
+    cues = ((style, cue) for style, cues in _STYLE_CUES.items() for cue in cues)
     return next((style for style, cue in cues if cue in text.lower()), "photo")
 
 

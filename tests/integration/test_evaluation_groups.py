@@ -19,7 +19,7 @@ from diffusers_fair.evaluation.judge import thumbnails
 from diffusers_fair.prompts.groups import KeptPrompt, PromptGroup
 from diffusers_fair.reports.estimate import Estimate
 from diffusers_fair.reports.folder import load_report, save_report
-from diffusers_fair.reports.groups import pixel_change, share_obeyed, summaries_from_json
+from diffusers_fair.reports.groups import _share_obeyed, pixel_change, summaries_from_json
 from diffusers_fair.reports.images import groups_sheet
 from diffusers_fair.reports.measures import MEASURES, Measure, warning
 
@@ -212,9 +212,9 @@ def test_where_every_face_counts_an_image_obeys_by_the_share_of_its_faces():
         others_probabilities={"hue": np.eye(3)[[[0, 1], [1, 1], [2, 0], [0, 0]]]},
     )
     expected = [2 / 3, 1, 1 / 2, np.nan]
-    found = share_obeyed(prompts, (HUE, whole), records)
+    found = _share_obeyed(prompts, (HUE, whole), records)
     np.testing.assert_allclose(found, expected, atol=1e-6)
-    alone = share_obeyed(prompts, (HUE, whole), made.records)
+    alone = _share_obeyed(prompts, (HUE, whole), made.records)
     np.testing.assert_array_equal(alone, [1, 1, 1, np.nan])  # the largest faces
 
 
