@@ -292,7 +292,7 @@ def replayed(
 def measured() -> Iterator[dict[str, Any]]:
     """Measure seconds, and the increase of peak resident memory in MB (Linux)."""
     cpu = torch.device("cpu")
-    memory.forget_peak(cpu)
+    memory.reset_peak(cpu)
     before, start, measurements = memory.peak(cpu), time.perf_counter(), {}
     yield measurements
     measurements["seconds"] = time.perf_counter() - start
@@ -302,7 +302,7 @@ def measured() -> Iterator[dict[str, Any]]:
 # ---- bias against time ---------------------------------------------------------------------------
 
 
-class NoBank:
+class NoCache:
     """Original-image cache that stores nothing: every original is generated when it is needed."""
 
     def get(self, batch: Any, make: Callable[[], Any], device: torch.device) -> Any:
@@ -335,7 +335,7 @@ def training(*, gradient: dict[str, Any], bank: str, iterations: int, seed: int)
         )
         finetuner.validation.base_clip_t = 0.0  # accept every adapter; skips validating the base
         if bank == "none":
-            finetuner.gradient.bank = NoBank()
+            finetuner.gradient.cache = NoCache()
             batch_gradient.unroll = published  # only in the process of this job
         if bank == "warm":
             fill(finetuner)
