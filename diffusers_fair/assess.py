@@ -1,4 +1,4 @@
-"""Evaluate a base model and what changes it, as `diffusers-fair evaluate` does."""
+"""Evaluate a base model, and an adapter or a baseline against it: `diffusers-fair evaluate`."""
 
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, replace
@@ -28,15 +28,15 @@ from diffusers_fair.reports.report import Report
 
 @dataclass(frozen=True)
 class Assessment:
-    """The reports of a base model and of what changes it, on the same noise."""
+    """The reports of a base model and of an adapter or a baseline, from the same noise."""
 
     base: Report
     changed: Report | None
-    """With the adapter or the baseline; None if there is neither."""
+    """Report with the adapter or the baseline; None if there is neither."""
 
     @property
     def warning(self) -> str:
-        """The control prompts that are worse than with the base model; empty if none are."""
+        """Sentence on the control prompts that got worse; empty if none did."""
         if self.changed is None:
             return ""
         return warning(self.changed.shortfalls(self.base), self.changed.label)
@@ -44,40 +44,40 @@ class Assessment:
 
 @dataclass(frozen=True, kw_only=True)
 class EvaluationDefaults:
-    """What an evaluation measures, and how, unless its caller says otherwise."""
+    """The defaults of an evaluation: what it measures, and how."""
 
     section: EvaluationSection
     attributes: Mapping[str, Attribute]
-    """Name -> attribute, for all that can be counted."""
+    """Name -> attribute, for all that can be measured."""
     counted: Sequence[str]
-    """Names of the attributes that are counted by default."""
+    """Names of the attributes that are measured by default."""
     prompt_sets: Sequence[str]
     training_split: str
-    """Split of the prompt sets for what a baseline computes in advance."""
+    """Split of the prompt sets that a baseline is fitted on."""
     training_models: ModelsSection
-    """Judges for what a baseline computes in advance."""
+    """Judges that a baseline is fitted with."""
     attribute_sections: Sequence[dict[str, Any]]
-    """The attributes of a recipe, with the words that ask for their classes."""
+    """The `attributes` section of a recipe, which has the words that name their classes."""
     untouched: str
-    """Name of the prompt set that shows nobody."""
+    """Name of the prompt set without people."""
     people: People = "largest"
     kept: frozenset[str] = frozenset()
-    """Names of the prompt sets that a recipe keeps by `prompts.keep`."""
+    """Names of the prompt sets in the recipe's `prompts.keep`."""
 
     @classmethod
     def of(cls, base: str, recipe: str | None) -> "EvaluationDefaults":
-        """The defaults of a recipe or, without one, of a base that ships with its judges.
+        """Build the defaults of a recipe or, without one, of a base that ships with its judges.
 
         Raises:
-            ValueError: the base does not ship with judges, and there is no recipe.
+            ValueError: there is no recipe, and the base does not ship with judges.
         """
         if recipe is not None:
             return cls.of_config(base, RunConfig.load(recipe))
         usual = registry.base(base).usual_evaluation
         if usual is None:
             raise ValueError(
-                f"'{base}' needs models that judge its images: name a recipe that has them with "
-                "--recipe"
+                f"there are no models to judge the images of '{base}': name a recipe that has them "
+                "with --recipe"
             )
         shipped = usual()
         guidance_scale = registry.usual_guidance(base)
@@ -97,7 +97,7 @@ class EvaluationDefaults:
 
     @classmethod
     def of_config(cls, base: str, config: RunConfig) -> "EvaluationDefaults":
-        """The defaults of a recipe."""
+        """Build the defaults of a recipe."""
         root = config.model_dump(mode="json")
         attributes = {attribute.name: attribute for attribute in config.balanced()}
         return cls(
@@ -114,10 +114,10 @@ class EvaluationDefaults:
         )
 
     def choose(self, names: Sequence[str] | None) -> list[Attribute]:
-        """Look up attributes by name; left out, the default ones.
+        """Look up attributes by name. `None` gives the default ones.
 
         Raises:
-            ValueError: an unknown name.
+            ValueError: a name is unknown.
         """
         for name in names or ():
             if name not in self.attributes:
@@ -127,7 +127,7 @@ class EvaluationDefaults:
         return [self.attributes[name] for name in names or self.counted]
 
     def prompts(self, name: str | None, split: str | None) -> list[str]:
-        """The prompts of a packaged set or a text file; left out, of the default sets and split."""
+        """Read a prompt set or a text file. `None` gives the default sets, or the default split."""
         names = [name] if name else self.prompt_sets
         return [
             text for name in names for text in prompt_set(name).prompts(split or self.section.split)
@@ -151,31 +151,32 @@ def assess(
     group_images: int | None = 4,
     respect_words: bool = False,
 ) -> Assessment:
-    """Evaluate a base model, then an adapter or a baseline on the same noise, and save reports.
+    """Evaluate a base model, then an adapter or a baseline from the same noise; save the reports.
 
     Args:
         base: `testbed`, a Hub id or a folder.
-        out: folder of the report. With an adapter or a baseline, the base model's is in `base`
-            inside it.
+        out: folder of the report. With an adapter or a baseline, the base model's report is saved
+            in its subfolder `base`.
         adapter: folder or Hub id of an adapter.
-        baseline: name of a published method, in place of an adapter.
-        recipe: its evaluation models judge the images, and it gives the defaults of what follows;
-            needed for a base other than the testbed.
-        prompts: neutral prompts; left out, those of the recipe's test split.
-        attributes: names of the attributes to count; left out, those that the adapter balances, or
-            the recipe's.
+        baseline: name of a published method, to evaluate instead of an adapter.
+        recipe: its evaluation models judge the images, and it gives the defaults of the arguments
+            below. Required for a base other than the testbed.
+        prompts: neutral prompts. Default: those of the recipe's test split.
+        attributes: names of the attributes to measure. Default: those that the adapter balances,
+            or else the recipe's.
         images_per_prompt: images per neutral prompt.
         steps: scheduler steps.
         guidance_scale: scale of classifier-free guidance.
         seed: random seed of the noise.
-        reference: the base model's report, with the same prompts and sampling and at least as many
-            images, so that the base is not evaluated again. Control prompts that it lacks are.
-        group_images: images per control prompt; None to leave out the control prompts.
+        reference: existing report of the base model, used instead of evaluating it again. It must
+            have the same prompts and sampling, and at least as many images. Missing control
+            prompts are generated.
+        group_images: images per control prompt; None skips the control prompts.
         respect_words: disable the adapter for prompts that name a class it balances.
 
     Raises:
-        ValueError: the folder holds a report; the arguments contradict one another; the adapter,
-            the baseline, the recipe or an attribute is unknown; otherwise as `evaluate`.
+        ValueError: the folder already holds a report; the arguments contradict one another; the
+            adapter, the baseline, the recipe or an attribute is unknown; or as `evaluate`.
     """
     require_free(out)
     _check(adapter, baseline, reference, respect_words)
@@ -232,23 +233,23 @@ def assess_images(
     recipe: str | None,
     attributes: Sequence[str] | None = None,
 ) -> Report:
-    """Evaluate the images of a folder, which anything may have made, and save the report.
+    """Evaluate existing images from a folder, of whatever origin, and save the report.
 
     Args:
-        folder: has a subfolder for each prompt, as `evaluation.image_folder` describes it.
+        folder: folder with a subfolder for each prompt; see `evaluation.image_folder`.
         out: folder of the report.
         recipe: its evaluation models judge the images.
-        attributes: names of the attributes to count; left out, the recipe's.
+        attributes: names of the attributes to measure. Default: the recipe's.
 
     Raises:
-        ValueError: the folder `out` holds a report; there is no recipe; an attribute is unknown;
-            otherwise as `audit`.
+        ValueError: the folder `out` already holds a report; there is no recipe; an attribute is
+            unknown; or as `audit`.
     """
     require_free(out)
     if recipe is None:
         raise ValueError(
-            f"the images in '{folder}' need models that judge them: name a recipe that has them "
-            "with --recipe (for images of the testbed, one of its own)"
+            f"there are no models to judge the images in '{folder}': name a recipe that has them "
+            "with --recipe (for images of the testbed, a testbed recipe)"
         )
     defaults = EvaluationDefaults.of("", recipe)
     counted = defaults.choose(attributes)
@@ -264,28 +265,28 @@ def control_groups(
     *,
     images_per_prompt: int = 4,
 ) -> tuple[PromptGroup, ...]:
-    """Build the groups of control prompts, with words of training and with unseen words.
+    """Build the groups of control prompts, and mark the words that training has not seen.
 
-    The words of training are those of the prompts that the adapter's recipe keeps; without an
-    adapter, those that the evaluation's recipe keeps.
+    Training has seen the words of the kept prompts: those of the adapter's recipe or, without an
+    adapter, those of the evaluation's recipe.
 
     Args:
         prompts: neutral prompts.
-        attributes: the counted attributes.
-        defaults: give the words of their classes.
+        attributes: the measured attributes.
+        defaults: defaults of the evaluation, which have the words that name the classes.
         adapter: the evaluated adapter.
         images_per_prompt: images per control prompt.
     """
-    own: list[dict[str, Any]] = []
+    trained: list[dict[str, Any]] = []
     kept = defaults.kept
     balanced = {section["name"] for section in defaults.attribute_sections}
     if adapter is not None:
-        own, kept = attribute_sections(adapter.recipe), kept_sets(adapter.recipe)
+        trained, kept = attribute_sections(adapter.recipe), kept_sets(adapter.recipe)
         balanced = {attribute.name for attribute in adapter.attributes}
     wordings = []
     for attribute in attributes:
-        is_trained = bool(own and kept) and attribute.name in balanced
-        sections = own if is_trained else [*own, *defaults.attribute_sections]
+        is_trained = bool(trained and kept) and attribute.name in balanced
+        sections = trained if is_trained else [*trained, *defaults.attribute_sections]
         wordings.append(recipe_wording(attribute, sections))
     groups = evaluation_groups(
         prompts, wordings, untouched=defaults.untouched, images_per_prompt=images_per_prompt
@@ -296,7 +297,7 @@ def control_groups(
 def baseline_task(
     attributes: Sequence[Attribute], defaults: EvaluationDefaults, device: Any, **sampling: Any
 ) -> Task:
-    """The task of a baseline: training prompts, training judges and sampling."""
+    """Build the task of a baseline: training prompts, training judges and sampling options."""
     return Task(
         wordings=[recipe_wording(a, defaults.attribute_sections) for a in attributes],
         prompts=defaults.prompts(None, defaults.training_split),
@@ -309,13 +310,15 @@ def _check(
     adapter: str | None, baseline: str | None, reference: str | Path | None, respect_words: bool
 ) -> None:
     if adapter is not None and baseline is not None:
-        raise ValueError("an --adapter and a --baseline are measured one at a time: leave one out")
+        raise ValueError(
+            "an adapter and a baseline are evaluated separately: leave out --adapter or --baseline"
+        )
     if reference is not None and adapter is None and baseline is None:
         raise ValueError(
-            "a reference is what an adapter is compared with: name an --adapter or a --baseline"
+            "a reference needs an adapter or a baseline to compare: give --adapter or --baseline"
         )
     if respect_words and adapter is None:
-        raise ValueError("--respect-words is for an adapter: name one with --adapter")
+        raise ValueError("--respect-words needs an adapter: name one with --adapter")
 
 
 def _reference(
@@ -324,7 +327,7 @@ def _reference(
     attributes: Sequence[Attribute],
     options: Mapping[str, Any],
 ) -> Report:
-    """Load the base model's report, reduced to the attributes and the number of images."""
+    """Load the base model's report, restricted to the attributes and the number of images."""
     report = load_report(folder).select(attributes, options["images_per_prompt"])
     sampling = {key: value for key, value in options.items() if key != "judges"}
     report.settings.check_same_noise(replace(report.settings, prompts=tuple(prompts), **sampling))

@@ -22,7 +22,7 @@ app = typer.Typer(
     help="Train, evaluate, share and load fairness adapters for Hugging Face diffusers.",
 )
 console = Console()
-classifier = typer.Typer(no_args_is_help=True, help="Classifiers of your own.")
+classifier = typer.Typer(no_args_is_help=True, help="Train a classifier of your own.")
 app.add_typer(classifier, name="classifier")
 
 Base = Annotated[str, typer.Option(help="`testbed`, a Hub id or a folder.")]
@@ -43,9 +43,9 @@ def demo(
     out: Out = Path("runs/demo"),
     images: Annotated[int, typer.Option(help="Images per prompt.")] = 20,
 ) -> None:
-    """Train on the testbed, evaluate before and after, write the report: minutes on a laptop.
+    """Train on the testbed, evaluate before and after, and write a report: minutes on a laptop.
 
-    It evaluates half of the test prompts, with fewer images than a full evaluation. The noise floor
+    Evaluates half of the test prompts, with fewer images than a full evaluation. The noise floor
     printed below each bias is for that number of images.
     """
     from diffusers_fair.assess import assess
@@ -67,37 +67,43 @@ def demo(
 
 @app.command()
 def train(
-    recipe: Annotated[str, typer.Argument(help="A YAML file or a shipped name.")],
+    recipe: Annotated[str, typer.Argument(help="A YAML file, or the name of a shipped recipe.")],
     overrides: Annotated[
-        list[str] | None, typer.Argument(metavar="[key=value]...", help="Replace recipe values.")
+        list[str] | None,
+        typer.Argument(
+            metavar="key=value", help="Recipe values to override; `recipes --keys` lists them."
+        ),
     ] = None,
 ) -> None:
-    """Train an adapter by a recipe, or resume a run that was stopped."""
+    """Train an adapter from a recipe, or resume a run that was stopped."""
     _train(recipe, overrides or [])
 
 
 @app.command()
 def doctor(
-    recipe: Annotated[str, typer.Argument(help="A YAML file or a shipped name.")],
+    recipe: Annotated[str, typer.Argument(help="A YAML file, or the name of a shipped recipe.")],
     overrides: Annotated[
-        list[str] | None, typer.Argument(metavar="[key=value]...", help="Replace recipe values.")
+        list[str] | None,
+        typer.Argument(
+            metavar="key=value", help="Recipe values to override; `recipes --keys` lists them."
+        ),
     ] = None,
 ) -> None:
-    """List what a recipe needs, what is available and what is missing; downloads nothing."""
+    """List what a recipe requires, and what of it is missing; downloads nothing."""
     from diffusers_fair.config.schema import RunConfig
     from diffusers_fair.doctor import examine
 
     found = examine(RunConfig.load(recipe, overrides or []))
     for need, parts in found.items():
-        state = "there  " if need.available else "missing"
+        state = "ok     " if need.available else "missing"
         advice = "" if need.available else f"\n         {need.advice}"
         text = f"{state}  {need.what}  (for {', '.join(parts)}){advice}"
         console.print(text, markup=False, highlight=False, soft_wrap=True)
     size = sum(need.size for need in found) / 1e9
-    console.print(f"weights that are there: {size:.1f} GB, as stored", highlight=False)
+    console.print(f"weights on this machine: {size:.1f} GB", highlight=False)
     gaps = [need for need in found if not need.available]
     if gaps:
-        raise ValueError(f"'{recipe}' is missing {len(gaps)} of its needs, see above")
+        raise ValueError(f"recipe '{recipe}': {len(gaps)} requirements are missing, see above")
 
 
 @classifier.command("train")
@@ -107,7 +113,7 @@ def classifier_train(
         typer.Argument(
             metavar="IMAGEFOLDER_OR_PARQUET",
             help="A folder with a subfolder of images for each class, a parquet file, or a folder "
-            "of parquet files. The images should be squares, 1.5 times as large as the face.",
+            "of parquet files. The images should be square, 1.5 times as wide as the face.",
         ),
     ],
     out: Out,
@@ -117,10 +123,10 @@ def classifier_train(
     batch_size: Annotated[int, typer.Option(help="Images per update.")] = 64,
     lr: Annotated[float, typer.Option(help="Initial learning rate.")] = 1e-3,
     held_out: Annotated[
-        float, typer.Option(help="Share of the images that is held out to measure the accuracy.")
+        float, typer.Option(help="Fraction of the images held out to measure the accuracy.")
     ] = 0.1,
     seed: Annotated[int, typer.Option(help="Random seed.")] = 0,
-    pretrained: Annotated[bool, typer.Option(help="Start from ImageNet's weights.")] = True,
+    pretrained: Annotated[bool, typer.Option(help="Start from ImageNet weights.")] = True,
 ) -> None:
     """Train a classifier of one attribute on labelled images of faces, and print its accuracy."""
     from rich.table import Table
@@ -153,92 +159,94 @@ def evaluate(
     baseline: Annotated[
         str | None,
         typer.Option(
-            help="Evaluate a published method in place of an adapter: attribute-words, "
-            "ethical-intervention, debias-vl, uce, concept-algebra or fair-diffusion. What it "
-            "computes in advance, it computes with the training prompts and the training models."
+            help="Evaluate a published method instead of an adapter: attribute-words, "
+            "ethical-intervention, debias-vl, uce, concept-algebra or fair-diffusion. If it has to "
+            "be fitted, that uses the training prompts and the training models."
         ),
     ] = None,
     recipe: Annotated[
         str | None,
         typer.Option(
-            help="Recipe whose evaluation.models judge the images, needed for a base other than "
-            "the testbed. Its evaluation section and prompts give the defaults of the options "
-            "below."
+            help="Recipe whose evaluation.models judge the images; required unless the base is the "
+            "testbed. It also gives the defaults of the options below."
         ),
     ] = None,
     out: Out = Path("reports/evaluation"),
     attribute: Annotated[
         list[str] | None,
         typer.Option(
-            help="Attribute to count; may be repeated. Default: those that the adapter balances."
+            help="Attribute to measure; may be repeated. Default: those that the adapter balances."
         ),
     ] = None,
     prompts: Annotated[
         str | None,
         typer.Option(
             help="A packaged prompt set, or a text file with one prompt per line. Default: the "
-            "recipe's, or testbed-occupations."
+            "recipe's prompt sets, or testbed-occupations."
         ),
     ] = None,
     split: Annotated[
-        str | None, typer.Option(help="Split of the prompt set. Default: the recipe's, or test.")
+        str | None,
+        typer.Option(help="Split of the prompt set. Default: the recipe's split, or test."),
     ] = None,
     images: Annotated[
         str | None,
         typer.Option(
             metavar="NUMBER_OR_DIR",
-            help="Images per prompt. Default: the recipe's, or 60. Or a folder of images made by "
-            "anything, to be judged as they are; it has a subfolder for each prompt, named as the "
-            "prompt or with a prompt.txt.",
+            help="Images per prompt; default: the recipe's number, or 60. Or a folder of existing "
+            "images to evaluate, with a subfolder for each prompt. The prompt is the text of the "
+            "subfolder's prompt.txt, or else its name.",
         ),
     ] = None,
     steps: Annotated[
-        int | None, typer.Option(help="Scheduler steps. Default: the recipe's, or 20.")
+        int | None, typer.Option(help="Scheduler steps. Default: the recipe's number, or 20.")
     ] = None,
     guidance_scale: Annotated[
         float | None,
-        typer.Option(help="Guidance scale. Default: the recipe's, or the usual one of the base."),
+        typer.Option(help="Guidance scale. Default: the recipe's, or 4.5 for the testbed."),
     ] = None,
     seed: Annotated[
-        int | None, typer.Option(help="Random seed of the noise. Default: the recipe's, or 0.")
+        int | None, typer.Option(help="Random seed of the noise. Default: the recipe's seed, or 0.")
     ] = None,
     reference: Annotated[
         Path | None,
         typer.Option(
-            help="Report of the base model with the same prompts, seed and sampling and at least "
-            "as many images. The base is then not evaluated again, but for missing --groups."
+            help="Existing report of the base model, to be used instead of evaluating it again. It "
+            "must have the same prompts, seed, steps and guidance scale, and at least as many "
+            "images. Only missing control prompts are added."
         ),
     ] = None,
     groups: Annotated[
         bool,
         typer.Option(
             "--groups/--no-groups",
-            help="Also measure whether images follow class words in a prompt, and whether prompts "
-            "without people stay unchanged. Not for a folder of --images.",
+            help="Also evaluate control prompts: whether images show the class that a prompt "
+            "names, and whether prompts without people stay unchanged. Not available for a folder "
+            "of --images.",
         ),
     ] = True,
-    group_images: Annotated[int, typer.Option(help="Images per prompt of --groups.")] = 4,
+    group_images: Annotated[int, typer.Option(help="Images per control prompt.")] = 4,
     respect_words: RespectWords = False,
 ) -> None:
     """Evaluate a base model, and an adapter or a baseline against it, on unseen prompts.
 
-    The same command resumes an evaluation that was stopped. Several processes share the work:
-    accelerate launch -m diffusers_fair evaluate ...
+    Run the same command again to resume an evaluation that was stopped. To share the work among
+    several processes: accelerate launch -m diffusers_fair evaluate ...
     """
     from diffusers_fair.assess import EvaluationDefaults, assess, assess_images
     from diffusers_fair.reports.table import table
 
     if group_images < 1:
         raise ValueError(
-            f"--group-images must be 1 or more, got {group_images}: leave the groups out with "
-            "--no-groups"
+            f"--group-images must be 1 or more, got {group_images}: to skip the control prompts, "
+            "use --no-groups"
         )
     if images is not None and not images.lstrip("-").isdigit():
         if respect_words or {adapter, baseline, reference, prompts} != {None}:
             raise ValueError(
-                f"the images in '{images}' are judged as they are: leave out --adapter, "
+                f"--images '{images}' is a folder of existing images: leave out --adapter, "
                 "--baseline, --reference, --prompts and --respect-words, or give a number of "
-                "--images"
+                "images"
             )
         report = assess_images(images, out=out, recipe=recipe, attributes=attribute)
         _show(table(report), out)
@@ -268,8 +276,8 @@ def compare(
         list[str],
         typer.Argument(
             metavar="[[GROUP/]LABEL=]REPORT...",
-            help="Report folders on the same prompts, with equal numbers of images. The best of "
-            "each group is marked.",
+            help="Report folders with the same prompts and equal numbers of images. The best value "
+            "of each group is marked.",
         ),
     ],
     out: Out = Path("reports/comparison"),
@@ -280,7 +288,7 @@ def compare(
         ),
     ] = None,
 ) -> None:
-    """Put reports side by side: a page, a Markdown table, and all metrics in JSON."""
+    """Compare reports side by side: an HTML page, a Markdown table, and all metrics in JSON."""
     from diffusers_fair.reports.comparison import compare as side_by_side
     from diffusers_fair.reports.folder import save_comparison
 
@@ -297,7 +305,8 @@ def generate(
     images: Annotated[int, typer.Option(help="Images per prompt.")] = 4,
     steps: Annotated[int, typer.Option(help="Scheduler steps.")] = 20,
     guidance_scale: Annotated[
-        float | None, typer.Option(help="Guidance scale. Default: the usual one of the base.")
+        float | None,
+        typer.Option(help="Guidance scale. Default: 4.5 for the testbed, 7.5 otherwise."),
     ] = None,
     seed: Annotated[int, typer.Option(help="Random seed of the noise.")] = 0,
     respect_words: RespectWords = False,
@@ -332,10 +341,10 @@ def push(
     folder: Annotated[Path, typer.Argument(metavar="DIR", help="Adapter folder.")],
     repo_id: Annotated[str, typer.Argument(help="`user-or-organisation/name`.")],
     private: Annotated[
-        bool, typer.Option("--private", help="Make a new repository private.")
+        bool, typer.Option("--private", help="If the repository is new, make it private.")
     ] = False,
     revision: Annotated[
-        str | None, typer.Option(help="Branch, or refs/pr/N to add to a pull request.")
+        str | None, typer.Option(help="Branch to commit to, or refs/pr/N to add to a pull request.")
     ] = None,
     pull_request: Annotated[
         bool, typer.Option("--pull-request", help="Open a pull request instead of committing.")
@@ -347,7 +356,7 @@ def push(
     ] = False,
     token: Annotated[
         str | None,
-        typer.Option(help="Access token. Default: HF_TOKEN, or the one of `hf auth login`."),
+        typer.Option(help="Access token. Default: HF_TOKEN, or the token of `hf auth login`."),
     ] = None,
 ) -> None:
     """Publish an adapter folder on the Hub, with its card, samples and report, in one commit."""
@@ -368,21 +377,23 @@ def push(
     for name in done.removed:
         _say(f"     removed        {name}")
     if dry_run:
-        _say(f"nothing has been pushed; without --dry-run this goes to {repo_id}")
+        _say(f"dry run: nothing was pushed to {repo_id}")
     else:
-        _say(done.url or f"{repo_id} has all of it already: nothing to push")
+        _say(done.url or f"nothing to push: {repo_id} is up to date")
 
 
 def _say(text: str) -> None:
-    """Print a line as it is."""
+    """Print a line without wrapping or markup."""
     console.print(text, markup=False, highlight=False, soft_wrap=True)
 
 
 @app.command()
 def inspect(
-    adapter: Annotated[str, typer.Argument(metavar="DIR_OR_REPO", help="Folder or Hub id.")],
+    adapter: Annotated[
+        str, typer.Argument(metavar="DIR_OR_REPO", help="Adapter folder or Hub id.")
+    ],
 ) -> None:
-    """Print an adapter's facts, without loading a model."""
+    """Print an adapter's metadata and number of parameters, without loading a model."""
     from dataclasses import asdict
 
     from diffusers_fair.adapters.folder import read_adapter
@@ -402,15 +413,22 @@ def card(
         typer.Option(help="Report folder. Default: the summary stored with the adapter."),
     ] = None,
 ) -> None:
-    """Write the model card of an adapter, its README.md, from its report."""
+    """Write the model card of an adapter, README.md in its folder, from its evaluation report."""
     from diffusers_fair.publishing.card import write_card
 
     console.print(f"card in {write_card(adapter, report)}", highlight=False)
 
 
 @app.command()
-def recipes() -> None:
-    """List the shipped recipes."""
+def recipes(
+    keys: Annotated[
+        bool, typer.Option("--keys", help="List all recipe keys instead, with their defaults.")
+    ] = False,
+) -> None:
+    """List the shipped recipes, or all recipe keys with their documentation."""
+    if keys:
+        _show_recipe_keys()
+        return
     from diffusers_fair.config.recipe import RECIPES
     from diffusers_fair.config.recipe import recipes as shipped
 
@@ -419,13 +437,28 @@ def recipes() -> None:
         console.print(f"{name}  [dim]{summary}[/dim]", highlight=False)
 
 
-def main() -> None:
-    """Run the command: exit code 0 done, 2 bad input (one sentence), 1 anything else.
+def _show_recipe_keys() -> None:
+    from textwrap import fill
 
-    143 means that SIGTERM stopped a training that can be resumed.
+    from diffusers_fair.config.keys import recipe_keys
+
+    _say(
+        "In the keys below, 0 stands for any position in a list, and NAME for a name you choose.\n"
+    )
+    for key in recipe_keys():
+        heading = f"{key.path}:" if key.is_section else f"{key.path}  ({key.default})"
+        _say(heading)
+        _say(fill(key.documentation, 96, initial_indent="    ", subsequent_indent="    "))
+
+
+def main() -> None:
+    """Run the command line, and exit.
+
+    Exit codes: 0 success; 2 invalid input, with a message of one sentence; 143 training stopped by
+    SIGTERM, which can be resumed; 1 any other error.
     """
     try:
-        if app(standalone_mode=False):  # the code of an interruption
+        if app(standalone_mode=False):  # interrupted
             sys.exit(1)
     except typer.Abort:
         sys.exit(1)
@@ -433,14 +466,13 @@ def main() -> None:
         sys.stderr.write(f"diffusers-fair: {stop}\n")
         sys.exit(stop.code)
     except Exception as error:
-        if not isinstance(error, ValueError | ModuleNotFoundError) and not _is_usage(error):
+        if not isinstance(error, ValueError | ModuleNotFoundError) and not _is_usage_error(error):
             raise
         sys.stderr.write(f"diffusers-fair: {error}\n")
         sys.exit(2)
 
 
-def _is_usage(error: Exception) -> bool:
-    """Whether the command line itself was wrong."""
+def _is_usage_error(error: Exception) -> bool:
     from typer._click.exceptions import ClickException
 
     return isinstance(error, ClickException)
@@ -474,7 +506,7 @@ def _pipeline(base: str, adapter: str | None, respect_words: bool) -> Any:
 
 def _check_respect_words(respect_words: bool, adapter: str | None) -> None:
     if respect_words and adapter is None:
-        raise ValueError("--respect-words is for an adapter: name one with --adapter")
+        raise ValueError("--respect-words needs an adapter: name one with --adapter")
 
 
 def _show_assessment(assessment: "Assessment", out: Path) -> None:
@@ -495,7 +527,7 @@ def _show(grid: Any, out: Path, warning: str = "") -> None:
 
 
 def _entry(word: str) -> "Entry":
-    """Load a report to compare, named as in `group/ours=reports/ours`, or by its own label."""
+    """Load a report to compare from `[[GROUP/]LABEL=]REPORT`; without LABEL, its own label."""
     from diffusers_fair.reports.comparison import Entry
     from diffusers_fair.reports.folder import load_report
 

@@ -1,6 +1,6 @@
-"""Look up what a recipe needs and what is missing, before hours are spent on training.
+"""Check that everything that a recipe requires is available, before hours are spent on training.
 
-Nothing is downloaded and no model is loaded.
+Downloads nothing and loads no model.
 """
 
 from collections.abc import Sequence
@@ -15,14 +15,14 @@ from diffusers_fair.prompts import prompt_set
 from diffusers_fair.training.kept_prompts import kept_prompts
 
 Parts = dict[str, list[Need]]
-"""Key of a part of the recipe -> what the part needs."""
+"""Recipe key -> what its value requires."""
 
 
 def examine(config: RunConfig) -> dict[Need, list[str]]:
-    """Look up everything that a recipe names.
+    """Check everything that a recipe names.
 
     Returns:
-        Each thing that is needed -> the parts of the recipe that need it.
+        Each requirement -> the recipe keys that need it.
     """
     attributes = [section.attribute() for section in config.attributes]
     packages = ["accelerate", "scipy", "rich"]
@@ -47,7 +47,7 @@ def examine(config: RunConfig) -> dict[Need, list[str]]:
 
 
 def _reference_faces(models: ModelsSection) -> Parts:
-    """List what the face realism loss needs."""
+    """List the requirements of the face realism loss."""
     return {
         "models.face_embedder": registry.model_needs(FACE_EMBEDDERS, models.face_embedder),
         "models.face_bank": registry.reference_faces_needs(models.face_bank),
@@ -55,7 +55,7 @@ def _reference_faces(models: ModelsSection) -> Parts:
 
 
 def _judges(models: JudgesSection, attributes: Sequence[Attribute], key: str) -> Parts:
-    """List what the models that judge images need."""
+    """List the requirements of the models that judge images."""
     return {
         f"{key}.face_detector": registry.model_needs(FACE_DETECTORS, models.face_detector),
         **{
@@ -68,7 +68,7 @@ def _judges(models: JudgesSection, attributes: Sequence[Attribute], key: str) ->
 
 
 def _prompts(name: str, splits: Sequence[str]) -> Need:
-    """Look up a prompt set and its splits."""
+    """Check a prompt set and its splits."""
     try:
         known = prompt_set(name)
         for split in splits:
@@ -79,7 +79,7 @@ def _prompts(name: str, splits: Sequence[str]) -> Need:
 
 
 def _kept_prompts(config: RunConfig) -> Need:
-    """Look up the prompts whose images must stay those of the base model."""
+    """Check the prompts whose images must stay those of the base model."""
     try:
         kept_prompts(config)
     except ValueError as error:

@@ -1,4 +1,4 @@
-"""DINOv2 of transformers: embeds what an image looks like."""
+"""DINOv2 image encoder of transformers."""
 
 from typing import Any
 
@@ -32,5 +32,5 @@ def load(model: str, device: torch.device | str = "cpu") -> DinoEncoder:
 
 
 def needs(model: str) -> list[Need]:
-    """List what `load` needs."""
+    """List the requirements of `load`."""
     return [pretrained(model)]

@@ -1,4 +1,4 @@
-"""Errors while a third-party model is loaded -> one sentence that says what to do."""
+"""One-sentence errors for third-party models that cannot be loaded."""
 
 from collections.abc import Iterator
 from contextlib import contextmanager
@@ -9,16 +9,16 @@ from textwrap import shorten
 def loading(
     what: str, advice: str, install: str = "pip install 'diffusers-fair[train]'"
 ) -> Iterator[None]:
-    """Turn errors inside into one sentence that says why the model cannot be loaded.
+    """Turn errors in this context into one sentence that says why the model cannot be loaded.
 
     Args:
-        what: the model, as in "the image encoder 'x'".
-        advice: what was expected and what to do.
-        install: command that installs the packages it needs.
+        what: the model, for example "the image encoder 'x'".
+        advice: what a recipe should name instead, and what to do.
+        install: command that installs the packages that the model needs.
 
     Raises:
         ModuleNotFoundError: a package is missing.
-        ValueError: any other error: no such model, no network, files that do not fit.
+        ValueError: any other error, such as an unknown model, no network or wrong files.
     """
     try:
         yield

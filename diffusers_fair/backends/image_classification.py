@@ -1,4 +1,4 @@
-"""Image classification models of transformers: their labels become classes of an attribute."""
+"""Image classification models of transformers, whose labels are mapped to classes."""
 
 from collections.abc import Mapping, Sequence
 
@@ -18,7 +18,7 @@ def load(
 
     Args:
         model: Hub id or folder.
-        classes: class -> labels of the model; empty if its labels are the classes.
+        classes: class -> labels of the model; empty if the labels are the classes.
         device: device that it computes on, in float32.
 
     Raises:
@@ -38,5 +38,5 @@ def load(
 
 
 def needs(model: str) -> list[Need]:
-    """List what `load` needs."""
+    """List the requirements of `load`."""
     return [pretrained(model)]

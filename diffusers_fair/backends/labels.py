@@ -1,4 +1,4 @@
-"""Labels of a classifier -> classes of an attribute; several labels may make one class."""
+"""Mapping from the labels of a classifier to the classes of an attribute."""
 
 from collections.abc import Callable, Mapping, Sequence
 
@@ -10,14 +10,14 @@ Groups = dict[str, list[int]]
 
 
 def group(labels: Sequence[str], classes: Mapping[str, Sequence[str]]) -> Groups:
-    """Find the labels of each class.
+    """Group the labels of a model by class.
 
     Args:
         labels: the model's labels, in the order of its logits.
         classes: class -> its labels, case-insensitive; empty if the labels are the classes.
 
     Raises:
-        ValueError: a label that the model does not have, or that is not in exactly one class.
+        ValueError: the model lacks a label, or one of its labels is not in exactly one class.
     """
     if not classes:
         return {label: [i] for i, label in enumerate(labels)}
@@ -25,13 +25,15 @@ def group(labels: Sequence[str], classes: Mapping[str, Sequence[str]]) -> Groups
     pairs = [(name, word) for name, words in classes.items() for word in words]
     for name, word in pairs:
         if word.casefold() not in indices:
-            raise ValueError(f"class '{name}' has the label '{word}', the model has {list(labels)}")
+            raise ValueError(
+                f"class '{name}' has the label '{word}', but the model has {list(labels)}"
+            )
     groups = {name: [indices[w.casefold()] for w in words] for name, words in classes.items()}
     used = [index for of_class in groups.values() for index in of_class]
     for i, label in enumerate(labels):
         if used.count(i) != 1:
             raise ValueError(
-                f"every label of the model must be in one class, '{label}' is in {used.count(i)}"
+                f"every label of the model must be in one class, not '{label}' in {used.count(i)}"
             )
     return groups
 

@@ -1,32 +1,32 @@
-"""Requirements of a model, and whether they are available. Nothing is downloaded."""
+"""The requirements of a model, and whether they are available. Downloads nothing."""
 
 from collections.abc import Sequence
 from dataclasses import dataclass
 from importlib.util import find_spec
 from pathlib import Path
 
-_SUFFIXES = (".safetensors", ".bin")  # of weights; of two copies, one is read
+_SUFFIXES = (".safetensors", ".bin")  # of weights; if a folder has both, one is read
 
 
 @dataclass(frozen=True)
 class Need:
-    """One thing that must be available."""
+    """A requirement of a model."""
 
     what: str
     available: bool
     advice: str = ""
     """What to do if it is missing."""
     size: int = 0
-    """Bytes of the weights as stored."""
+    """Size of the weights in bytes."""
 
 
 def package(name: str, install: str = "pip install 'diffusers-fair[train]'") -> Need:
-    """Look up a Python package by the name that it is imported by."""
+    """Check for a Python package, by the name under which it is imported."""
     return Need(f"package {name}", find_spec(name) is not None, install)
 
 
 def pretrained(model: str, revision: str | None = None, parts: Sequence[str] = ("",)) -> Need:
-    """Look up weights in a folder or in the Hub's cache.
+    """Check for weights in a folder or in the Hub's cache.
 
     Args:
         model: folder or Hub id.
@@ -42,16 +42,16 @@ def pretrained(model: str, revision: str | None = None, parts: Sequence[str] = (
 
 
 def file(path: Path, advice: str) -> Need:
-    """Look up a file of weights."""
+    """Check for a file of weights."""
     available = path.is_file()
     return Need(path.name, available, advice, path.stat().st_size if available else 0)
 
 
 def _advice(model: str) -> str:
-    """Say what to do about a model that is neither a folder nor in the cache."""
+    """Advise on a model that is neither a folder nor in the cache."""
     if model.count("/") > 1:  # no repository has such a name
-        return "not a folder: train or put it there first, or name another folder or a Hub id"
-    return f"not a folder, and not in the Hub's cache: hf download {model}"
+        return "there is no such folder: train it or put it there, or name another folder or Hub id"
+    return f"neither a folder nor in the Hub's cache: hf download {model}"
 
 
 def _cached(model: str, revision: str | None) -> Path | None:
@@ -66,5 +66,5 @@ def _cached(model: str, revision: str | None) -> Path | None:
 
 
 def _weights(folder: Path) -> int:
-    """Count the bytes of the weights in a folder."""
+    """Return the size of the weights in a folder, in bytes."""
     return max(sum(f.stat().st_size for f in folder.glob(f"*{suffix}")) for suffix in _SUFFIXES)

@@ -1,4 +1,4 @@
-"""A face detector that finds no face: enough where all attributes are of the whole image."""
+"""A face detector that finds no faces, for recipes that need none."""
 
 from typing import Any
 
@@ -7,10 +7,10 @@ from diffusers_fair.vision.faces import FaceDetector, no_faces
 
 
 def load(device: Any = "cpu") -> FaceDetector:
-    """Return the detector, which computes wherever its images are."""
+    """Return the detector, which runs on the device of its images."""
     return no_faces
 
 
 def needs() -> list[Need]:
-    """List what `load` needs: nothing."""
+    """List the requirements of `load`: none."""
     return []

@@ -1,4 +1,4 @@
-"""open_clip: embeds images and texts in one space, with its own models and preprocessing."""
+"""Image-text encoders of open_clip."""
 
 from collections.abc import Callable
 from dataclasses import dataclass
@@ -12,13 +12,13 @@ from diffusers_fair.backends.errors import loading
 from diffusers_fair.backends.needs import Need, package, pretrained
 from diffusers_fair.vision.encoders import Pixels
 
-PACKAGE = "open_clip"  # as it is imported
+PACKAGE = "open_clip"  # import name
 _INSTALL = "pip install open_clip_torch"
 
 
 @dataclass(frozen=True)
 class OpenClipEncoder:
-    """An `ImageTextEncoder` made of an open_clip model."""
+    """An `ImageTextEncoder` that wraps an open_clip model."""
 
     model: Any
     """`open_clip.CLIP`, or `CustomTextCLIP`."""
@@ -26,12 +26,12 @@ class OpenClipEncoder:
     pixels: Pixels
 
     def __call__(self, images: Tensor) -> Tensor:
-        """(n, 3, h, w) in [-1, 1] -> (n, d) of length 1."""
+        """Embed images (n, 3, h, w) in [-1, 1]: (n, d) of unit length."""
         return self.model.encode_image(self.pixels(images), normalize=True)
 
     @torch.no_grad()
     def texts(self, texts: list[str]) -> Tensor:
-        """Texts -> (n, d) of length 1."""
+        """Embed texts: (n, d) of unit length."""
         tokens = self.tokenizer(texts).to(self.model.logit_scale.device)
         return self.model.encode_text(tokens, normalize=True)
 
@@ -61,7 +61,7 @@ def load(name: str, device: torch.device | str = "cpu") -> OpenClipEncoder:
 
 
 def needs(name: str) -> list[Need]:
-    """List what `load` needs."""
+    """List the requirements of `load`."""
     installed = package(PACKAGE, _INSTALL)
     if not installed.available:
         return [installed]
@@ -75,7 +75,7 @@ def needs(name: str) -> list[Need]:
 
 
 def _parts(name: str) -> tuple[str, str | None]:
-    """Split a name into architecture and weights, as open_clip names them."""
+    """Split a name into the architecture and the weights of open_clip."""
     if Path(name).is_dir():
         return f"local-dir:{name}", None
     model, slash, weights = name.partition("/")

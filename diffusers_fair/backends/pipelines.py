@@ -1,4 +1,4 @@
-"""The text-to-image pipeline that is trained or evaluated."""
+"""Base models: the text-to-image pipelines that are trained or evaluated."""
 
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
@@ -16,12 +16,12 @@ if TYPE_CHECKING:
 
 @dataclass(frozen=True, kw_only=True)
 class UsualEvaluation:
-    """How a base model that ships with its judges is evaluated without a recipe."""
+    """Default evaluation of a base model that ships with its judges."""
 
     attributes: Mapping[str, Attribute]
-    """Name -> attribute that its judges classify; the first is the usual one."""
+    """Name -> attribute that the judges classify; the first is measured by default."""
     words: Mapping[str, Sequence[str]]
-    """Class -> words that ask for it in a prompt."""
+    """Class -> words that name it in a prompt."""
     prompt_set: str
     """Name of the prompt set."""
     steps: int
@@ -30,27 +30,27 @@ class UsualEvaluation:
 
 @dataclass(frozen=True, kw_only=True)
 class Base:
-    """How a base model is loaded and used."""
+    """How to load and use a base model."""
 
     load: Callable[[str, str | None, str], Any]
-    """Model, revision and dtype, as `registry.load_base` takes them -> pipeline."""
+    """Loads the pipeline; takes model, revision and dtype like `registry.load_base`."""
     needs: Callable[[str, str | None], list[Need]]
-    """Model and revision -> what `load` needs."""
+    """Lists the requirements of `load`, given model and revision."""
     usual_guidance: float
-    """The guidance scale that it is usually sampled with."""
+    """Usual guidance scale."""
     untouched_set: str
-    """The prompt set of things and places without people that it can generate."""
+    """Prompt set of things and places without people that the model can generate."""
     device: str | None = None
-    """The only device that it runs on; None: any."""
+    """The only device that the model runs on; None: any device."""
     usual_evaluation: Callable[[], UsualEvaluation] | None = None
-    """How it is evaluated without a recipe; None: it needs one."""
+    """Default evaluation; None if the base model needs a recipe to be evaluated."""
 
 
 def _load(model: str, revision: str | None = None, dtype: str = "float32") -> Any:
     """Load a pipeline from a folder or the Hub.
 
-    DPM-Solver++ 2M, the paper's sampler (section 5.1), replaces the PNDM scheduler that Stable
-    Diffusion 1 ships with.
+    Stable Diffusion 1 ships with PNDM, which is replaced by the paper's sampler, DPM-Solver++ 2M
+    (section 5.1).
     """
     from diffusers import DiffusionPipeline, DPMSolverMultistepScheduler, PNDMScheduler
 
@@ -65,7 +65,7 @@ def _load(model: str, revision: str | None = None, dtype: str = "float32") -> An
 
 
 def dtype_of(name: str, *, gpu: bool = True) -> "torch.dtype":
-    """The torch dtype of that name; `auto` is the fast one of the GPU, or of the processor."""
+    """Return the torch dtype; `auto` is bfloat16 if the GPU, or the CPU, is fast in it."""
     import torch
 
     if name != "auto":

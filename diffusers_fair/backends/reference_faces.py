@@ -1,4 +1,4 @@
-"""A folder of images with real faces -> embeddings of the faces."""
+"""Embeddings of reference faces from a folder of images."""
 
 from pathlib import Path
 
@@ -27,19 +27,19 @@ def load(
 
     Args:
         folder: folder of images, subfolders included.
-        detector: training's face detector.
-        embedder: training's face embedder.
-        device: device that both compute on.
+        detector: face detector of the training.
+        embedder: face embedder of the training.
+        device: device of both models.
 
     Returns:
-        (m, d), of unit length; images without a face are left out.
+        Embeddings (m, d) of unit length; images without a face are left out.
 
     Raises:
-        ValueError: no such folder, no images, an unreadable file, or no face in any of them.
+        ValueError: the folder has no images, an image cannot be read, or no image has a face.
     """
     files = _image_files(folder)
     if not files:
-        raise ValueError(f"face_bank '{folder}' is no folder with images in it: {_ADVICE}")
+        raise ValueError(f"face_bank '{folder}' is not a folder with images: {_ADVICE}")
     parts = []
     for file in files:
         image = _read(file).to(device)
@@ -54,7 +54,7 @@ def load(
 
 
 def needs(folder: str) -> list[Need]:
-    """List what `load` needs."""
+    """List the requirements of `load`."""
     return [Need(f"images in '{folder}'", bool(_image_files(folder)), _ADVICE)]
 
 

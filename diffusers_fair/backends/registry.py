@@ -1,8 +1,8 @@
-"""Names in a recipe -> models. `config.backends` lists the kinds and their providers.
+"""Loads the models that a recipe names. `config.backends` lists their kinds and providers.
 
-A provider is a module or an object with two functions; both take the text after `kind:`, if any:
-`load` loads the model, and `needs` lists what must be available for that, without loading anything.
-It is imported when it is used, so that no recipe needs the packages of models it does not name.
+A provider is a module or an object with two functions, which take the text after `kind:`, if any:
+`load` loads the model, and `needs` lists its requirements without loading anything. A provider is
+imported when it is used, so a recipe needs only the packages of the models that it names.
 """
 
 from collections.abc import Callable, Sequence
@@ -41,16 +41,16 @@ def provider(path: str) -> Any:
     return getattr(import_module(module), name) if name else import_module(module)
 
 
-def load_model(kinds: Kinds, name: str, device: Any = "cpu") -> Any:
+def _load_model(kinds: Kinds, name: str, device: Any = "cpu") -> Any:
     """Load the model that a recipe names.
 
     Args:
-        kinds: of the model's role, as in `config.backends`.
+        kinds: kinds of models for one role, as in `config.backends`.
         name: `kind` or `kind:ARGUMENT`.
         device: device that it computes on, in float32.
 
     Raises:
-        ModuleNotFoundError: a package is missing; says how to install it.
+        ModuleNotFoundError: a package is missing; the message says how to install it.
         ValueError: the model cannot be loaded, or does not run on the device.
     """
     found, arguments = _find(kinds, name)
@@ -58,13 +58,13 @@ def load_model(kinds: Kinds, name: str, device: Any = "cpu") -> Any:
 
 
 def model_needs(kinds: Kinds, name: str) -> "list[Need]":
-    """List what `load_model` needs."""
+    """List the requirements of `_load_model`."""
     found, arguments = _find(kinds, name)
     return found.needs(*arguments)
 
 
 def _find(kinds: Kinds, name: str) -> tuple[Any, list[str]]:
-    """The provider of a model, and the arguments that its functions take."""
+    """Find the provider of a model, and the arguments of its functions."""
     kind, _, argument = name.partition(":")
     paths = {form.partition(":")[0]: path for form, path in kinds.items()}
     return provider(paths[kind]), [argument] if argument else []
@@ -74,7 +74,7 @@ def _find(kinds: Kinds, name: str) -> tuple[Any, list[str]]:
 
 
 def base(model: str) -> "Base":
-    """Find out how a base model is loaded and used.
+    """Look up how to load and use a base model.
 
     Args:
         model: name of a shipped base, a folder or a Hub id.
@@ -88,8 +88,7 @@ def load_base(model: str, revision: str | None = None, dtype: str = "float32") -
     Args:
         model: name of a shipped base, a folder or a Hub id.
         revision: commit, tag or branch on the Hub.
-        dtype: data type that it computes in: float32, bfloat16, float16, or auto: bfloat16 where
-            that is fast, else float32.
+        dtype: float32, bfloat16, float16, or auto: bfloat16 where that is fast, else float32.
 
     Raises:
         ValueError: the model does not exist, or cannot be reached.
@@ -98,17 +97,17 @@ def load_base(model: str, revision: str | None = None, dtype: str = "float32") -
 
 
 def usual_guidance(model: str) -> float:
-    """The guidance scale that a base model is usually sampled with."""
+    """Return the usual guidance scale of a base model."""
     return base(model).usual_guidance
 
 
 def untouched_set(model: str) -> str:
-    """The prompt set of things and places without people that a base model can generate."""
+    """Return the prompt set of things and places without people that a base model can generate."""
     return base(model).untouched_set
 
 
 def untouched_sets() -> tuple[str, ...]:
-    """The prompt sets of things and places without people, of all base models."""
+    """Return the prompt sets of things and places without people of all base models."""
     paths = (PRETRAINED_BASE, *SHIPPED_BASES.values())
     return tuple(provider(path).untouched_set for path in paths)
 
@@ -126,36 +125,36 @@ def load_judges(
 
     Args:
         models: a recipe's `models` or `evaluation.models`.
-        attributes: what to classify.
-        device: device that they compute on, in float32: the pipeline's.
+        attributes: attributes to classify.
+        device: device that they compute on, in float32; that of the pipeline.
         people: which faces of an image count.
 
     Raises:
-        ModuleNotFoundError: a package that a model needs is missing; says how to install it.
-        ValueError: no classifier for an attribute, or one with other classes; a model that cannot
-            be loaded, or does not run on the device.
+        ModuleNotFoundError: a package is missing; the message says how to install it.
+        ValueError: an attribute has no classifier, or one with other classes; or a model cannot be
+            loaded, or does not run on the device.
     """
     from diffusers_fair.vision.judges import Judges
 
     @cache
     def load_clip(name: str) -> "ImageTextEncoder":
-        """Load an encoder once, also if several judges use it."""
-        return load_model(CLIPS, name, device)
+        """Load an encoder, but only once if several judges use it."""
+        return _load_model(CLIPS, name, device)
 
     return Judges(
-        face_detector=load_model(FACE_DETECTORS, models.face_detector, device),
+        face_detector=_load_model(FACE_DETECTORS, models.face_detector, device),
         classifiers={
             a.name: _load_classifier(models.classifier(a), a, load_clip, device) for a in attributes
         },
         clip=load_clip(models.clip),
-        dino=load_model(DINOS, models.dino, device),
+        dino=_load_model(DINOS, models.dino, device),
         extra=_extra_scores(models),
         people=people,
     )
 
 
 def classifier_needs(section: "ClassifierSection", attribute: Attribute) -> "list[Need]":
-    """List what a classifier needs, and whether it knows the attribute's classes."""
+    """List the requirements of a classifier, including that it knows the attribute's classes."""
     found = provider(CLASSIFIERS[section.kind].provider)
     needs = found.needs(section.model)
     if hasattr(found, "classes_need") and needs[-1].available:
@@ -169,7 +168,7 @@ def _load_classifier(
     load_clip: "Callable[[str], ImageTextEncoder]",
     device: Any,
 ) -> "Classifier":
-    """Load the classifier of an attribute, with the attribute's classes in any order."""
+    """Load the classifier of an attribute, and check its classes."""
     kind = CLASSIFIERS[section.kind]
     load = provider(kind.provider).load
     if kind.takes == "classes":
@@ -181,14 +180,14 @@ def _load_classifier(
     if set(classifier.classes) != set(attribute.classes):
         raise ValueError(
             f"attribute '{attribute.name}' has classes {list(attribute.classes)}, but its "
-            f"classifier knows {list(classifier.classes)}: say in the classifier's classes which "
-            "of its labels make which class"
+            f"classifier knows {list(classifier.classes)}: map its labels to the classes with the "
+            "classifier's key classes"
         )
     return classifier
 
 
 def _extra_scores(models: "JudgesSection") -> dict[str, Any]:
-    """Scores that come with a classifier."""
+    """Collect the scores that come with the classifiers."""
     scores: dict[str, Any] = {}
     for section in models.classifiers.values():
         found = provider(CLASSIFIERS[section.kind].provider)
@@ -203,29 +202,29 @@ def _extra_scores(models: "JudgesSection") -> dict[str, Any]:
 def load_reference_faces(
     models: "ModelsSection", detector: "FaceDetector", device: Any = "cpu"
 ) -> "ReferenceFaces":
-    """Load the face embedder and the reference faces, which only the face realism loss needs.
+    """Load the face embedder and the reference faces for the face realism loss.
 
     Args:
         models: a recipe's `models`.
-        detector: training's face detector, which finds the faces in the images of a folder.
-        device: device that both compute on, in float32: the pipeline's.
+        detector: face detector of the training, for reference faces from a folder of images.
+        device: device that both compute on, in float32; that of the pipeline.
 
     Raises:
-        ModuleNotFoundError: a package that the embedder needs is missing; says how to install it.
-        ValueError: an embedder that cannot be loaded, or does not run on the device; a folder
-            without faces.
+        ModuleNotFoundError: a package is missing; the message says how to install it.
+        ValueError: the embedder cannot be loaded, or does not run on the device; or the folder has
+            no faces.
     """
     from diffusers_fair.vision.reference_faces import ReferenceFaces
 
-    embedder = load_model(FACE_EMBEDDERS, models.face_embedder, device)
+    embedder = _load_model(FACE_EMBEDDERS, models.face_embedder, device)
     if models.face_bank in REFERENCE_FACES:
-        return ReferenceFaces(embedder, load_model(REFERENCE_FACES, models.face_bank, device))
+        return ReferenceFaces(embedder, _load_model(REFERENCE_FACES, models.face_bank, device))
     load = provider(REFERENCE_FOLDER).load
     return ReferenceFaces(embedder, load(models.face_bank, detector, embedder, device))
 
 
 def reference_faces_needs(face_bank: str) -> "list[Need]":
-    """List what the reference faces need."""
+    """List the requirements of the reference faces."""
     if face_bank in REFERENCE_FACES:
         return model_needs(REFERENCE_FACES, face_bank)
     return provider(REFERENCE_FOLDER).needs(face_bank)

@@ -1,8 +1,8 @@
-"""RetinaFace (Deng et al., 2020) of retinaface-pytorch: images -> the largest face, or all.
+"""RetinaFace (Deng et al., 2020): face detector of the package retinaface-pytorch.
 
-That package pins old versions of its dependencies, so it is installed without them. Only its
-network and its code for boxes are used, which do not need them; pre- and postprocessing are done
-here, for a whole batch at once.
+The package pins old versions of its dependencies, so it is installed without them. Only its network
+and its code for boxes are used, which do not need them. Pre- and postprocessing are done here, for
+a whole batch at once.
 """
 
 from dataclasses import dataclass
@@ -24,7 +24,7 @@ URL = (
 )
 MEAN, STD = (0.485, 0.456, 0.406), (0.229, 0.224, 0.225)  # per channel, of values in [0, 1]
 _ANCHORS = {"min_sizes": [[16, 32], [64, 128], [256, 512]], "steps": [8, 16, 32], "clip": False}
-_VARIANCE = (0.1, 0.2)  # scales of the network's offsets and of its logarithmic sizes
+_VARIANCE = (0.1, 0.2)  # scales of the predicted offsets and logarithmic sizes
 
 
 @dataclass(frozen=True)
@@ -34,13 +34,13 @@ class RetinaFaceDetector:
     network: Any
     """`retinaface.network.RetinaFace`."""
     threshold: float = 0.7
-    """Score in [0, 1] above which a box is a face."""
+    """Minimum score of a face, in [0, 1]."""
     overlap: float = 0.4
-    """Intersection over union above which two boxes show one face: the higher score is kept."""
+    """Intersection over union above which two boxes are the same face: the higher score is kept."""
 
     @torch.no_grad()
     def __call__(self, images: Tensor) -> Faces:
-        """(n, 3, h, w) in [-1, 1] -> the largest face of each, with landmarks."""
+        """Find the largest face of each image (n, 3, h, w) in [-1, 1], with landmarks."""
         boxes, scores, landmarks = self._candidates(images)
         image, place = self._kept(boxes, scores)
         areas = torch.zeros_like(scores)
@@ -51,13 +51,13 @@ class RetinaFaceDetector:
 
     @torch.no_grad()
     def all_faces(self, images: Tensor) -> Faces:
-        """(n, 3, h, w) in [-1, 1] -> every face of each, with landmarks."""
+        """Find every face of each image (n, 3, h, w) in [-1, 1], with landmarks."""
         boxes, scores, landmarks = self._candidates(images)
         kept = self._kept(boxes, scores)
         return faces_of_images(boxes[kept], kept[0], len(images), landmarks[kept])
 
     def _kept(self, boxes: Tensor, scores: Tensor) -> tuple[Tensor, Tensor]:
-        """Find image and anchor, (m,) each, of the faces, one box per face."""
+        """Return image and anchor, (m,) each, of the faces after non-maximum suppression."""
         from torchvision.ops import batched_nms
 
         image, place = (scores > self.threshold).nonzero(as_tuple=True)
@@ -65,7 +65,7 @@ class RetinaFaceDetector:
         return image[kept], place[kept]
 
     def _candidates(self, images: Tensor) -> tuple[Tensor, Tensor, Tensor]:
-        """Boxes (n, a, 4) in pixels, scores (n, a), landmarks (n, a, 5, 2) of all anchors."""
+        """Return boxes (n, a, 4) in pixels, scores (n, a) and landmarks (n, a, 5, 2)."""
         from retinaface.box_utils import decode, decode_landm
 
         n, _, h, w = images.shape
@@ -79,11 +79,11 @@ class RetinaFaceDetector:
 
 
 def load(device: torch.device | str = "cpu") -> RetinaFaceDetector:
-    """Load RetinaFace with a ResNet-50, trained on WIDER FACE; 105 MB are downloaded once.
+    """Load RetinaFace with a ResNet-50, trained on WIDER FACE; downloads 105 MB once.
 
     Raises:
         ModuleNotFoundError: retinaface-pytorch is not installed.
-        ValueError: the weights cannot be downloaded, or do not fit.
+        ValueError: the weights cannot be downloaded, or do not fit the network.
     """
     with loading("RetinaFace", f"{URL}, or that file as '{_weights()}'", _INSTALL):
         from retinaface.network import RetinaFace
@@ -102,7 +102,7 @@ def load(device: torch.device | str = "cpu") -> RetinaFaceDetector:
 
 
 def needs() -> list[Need]:
-    """List what `load` needs."""
+    """List the requirements of `load`."""
     return [
         package("torchvision"),
         package("retinaface", _INSTALL),
@@ -111,13 +111,13 @@ def needs() -> list[Need]:
 
 
 def _weights() -> Path:
-    """Path where torch keeps the weights."""
+    """Return the path where torch caches the weights."""
     return Path(torch.hub.get_dir()) / "checkpoints" / URL.rpartition("/")[2]
 
 
 @cache
 def _anchors(h: int, w: int) -> Tensor:
-    """(a, 4) centres and sizes of the anchors, relative to the image size."""
+    """Return centres and sizes (a, 4) of the anchors, relative to the image size."""
     from retinaface.prior_box import priorbox
 
     return priorbox(image_size=(h, w), **_ANCHORS)

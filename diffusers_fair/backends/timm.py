@@ -1,4 +1,4 @@
-"""timm: models that embed a face, with their own image size and normalization."""
+"""Face embedders of timm."""
 
 from pathlib import Path
 
@@ -8,7 +8,7 @@ from diffusers_fair.backends.errors import loading
 from diffusers_fair.backends.needs import Need, package, pretrained
 from diffusers_fair.vision.encoders import NetworkEncoder, Pixels
 
-PACKAGE = "timm"  # as it is imported
+PACKAGE = "timm"  # import name
 _INSTALL = "pip install timm"
 _HUB = "hf-hub:"
 _FORMS = f"a name that timm knows, {_HUB}ORG/MODEL, or a folder with config.json and weights"
@@ -17,8 +17,8 @@ _FORMS = f"a name that timm knows, {_HUB}ORG/MODEL, or a folder with config.json
 def load(name: str, device: torch.device | str = "cpu") -> NetworkEncoder:
     """Load a face embedder.
 
-    The last layer is kept: in models trained to tell faces apart it makes the embedding, and the
-    layer that classifies the people of the training set is not saved.
+    The last layer is kept, because it computes the embedding in models that were trained to
+    distinguish faces. The layer that classified the people of the training set is not in the file.
 
     Args:
         name: as `timm.create_model` takes it, or a folder.
@@ -36,13 +36,13 @@ def load(name: str, device: torch.device | str = "cpu") -> NetworkEncoder:
         config = timm.data.resolve_model_data_config(network)
         channels, height, width = config["input_size"]
         if channels != 3 or height != width:
-            raise ValueError(f"it must take squares of 3 colours, got {config['input_size']}")
+            raise ValueError(f"it takes images of {config['input_size']}, not square RGB images")
     network = network.to(device).eval().requires_grad_(False)
     return NetworkEncoder(network, Pixels(width, tuple(config["mean"]), tuple(config["std"])))
 
 
 def needs(name: str) -> list[Need]:
-    """List what `load` needs."""
+    """List the requirements of `load`."""
     installed = package(PACKAGE, _INSTALL)
     if not installed.available:
         return [installed]

@@ -1,4 +1,4 @@
-"""The folder of a classifier from `diffusers-fair classifier train`: a MobileNetV3-Large.
+"""Classifiers trained by `diffusers-fair classifier train`: a folder with a MobileNetV3-Large.
 
 `model.safetensors` holds the weights, `classifier.json` the classes and the accuracy.
 """
@@ -19,28 +19,28 @@ from diffusers_fair.vision.classifiers import NetworkClassifier
 from diffusers_fair.vision.encoders import Pixels
 
 _FORMAT = 1
-WEIGHTS, FACTS = "model.safetensors", "classifier.json"
+WEIGHTS, _FACTS = "model.safetensors", "classifier.json"
 MEAN, STD = (
     (0.485, 0.456, 0.406),
     (0.229, 0.224, 0.225),
-)  # ImageNet's, per channel, of values in [0, 1]
-_TRAIN = "make one with: diffusers-fair classifier train"
+)  # of ImageNet, per channel, for values in [0, 1]
+_TRAIN = "train one with: diffusers-fair classifier train"
 
 
 def mobilenet(classes: int) -> nn.Module:
-    """(n, 3, size, size) -> logits (n, classes): MobileNetV3-Large with random weights."""
+    """Create a MobileNetV3-Large with random weights: (n, 3, size, size) -> logits (n, classes)."""
     from torchvision.models import mobilenet_v3_large
 
     return mobilenet_v3_large(num_classes=classes)
 
 
 def write(folder: str | Path, network: nn.Module, facts: Mapping[str, Any]) -> None:
-    """Write the folder.
+    """Write the folder of a classifier.
 
     Args:
         folder: new or empty.
         network: a `mobilenet`.
-        facts: `classes`, `size`, and anything else that JSON can hold.
+        facts: `classes`, `size`, and any other JSON values.
     """
     from safetensors.torch import save_file
 
@@ -49,25 +49,25 @@ def write(folder: str | Path, network: nn.Module, facts: Mapping[str, Any]) -> N
     state = {name: value.cpu().contiguous() for name, value in network.state_dict().items()}
     save_file(state, folder / WEIGHTS)
     text = json.dumps({"format": _FORMAT, **facts}, indent=1)
-    (folder / FACTS).write_text(text, encoding="utf-8")
+    (folder / _FACTS).write_text(text, encoding="utf-8")
 
 
-def read_facts(folder: str | Path) -> dict[str, Any]:
+def _read_facts(folder: str | Path) -> dict[str, Any]:
     """Read `classifier.json`.
 
     Raises:
-        OSError: no such folder or file.
-        ValueError: another format.
+        OSError: the file cannot be read.
+        ValueError: the file has another format.
     """
-    facts = json.loads((Path(folder) / FACTS).read_text(encoding="utf-8"))
+    facts = json.loads((Path(folder) / _FACTS).read_text(encoding="utf-8"))
     version = facts.get("format") if isinstance(facts, dict) else None
     if version != _FORMAT:
-        raise ValueError(f"{FACTS} must have format {_FORMAT}, got {version}")
+        raise ValueError(f"{_FACTS} must have format {_FORMAT}, got {version}")
     labels, size = facts.get("classes"), facts.get("size")
     if not isinstance(labels, list) or len({str(c) for c in labels}) < 2:
-        raise ValueError(f"{FACTS} must name two or more classes, got {labels}")
+        raise ValueError(f"{_FACTS} must name two or more classes, got {labels}")
     if not isinstance(size, int) or not 32 <= size <= 1024:
-        raise ValueError(f"{FACTS} must have a size of 32 to 1024 pixels, got {size}")
+        raise ValueError(f"{_FACTS} must have a size of 32 to 1024 pixels, got {size}")
     return facts
 
 
@@ -77,18 +77,18 @@ def load(
     """Load a classifier.
 
     Args:
-        folder: written by `write`.
-        classes: class -> labels of the training; empty if the labels are the classes.
+        folder: folder of the classifier.
+        classes: class -> labels of the classifier; empty if the labels are the classes.
         device: device that it computes on, in float32.
 
     Raises:
         ModuleNotFoundError: torchvision is not installed.
-        ValueError: no such classifier, or it has other labels.
+        ValueError: there is no such classifier, or it has other labels.
     """
     from safetensors.torch import load_file
 
-    with loading(f"the classifier '{folder}'", f"a folder with {WEIGHTS} and {FACTS}; {_TRAIN}"):
-        facts = read_facts(folder)
+    with loading(f"the classifier '{folder}'", f"a folder with {WEIGHTS} and {_FACTS}; {_TRAIN}"):
+        facts = _read_facts(folder)
         groups = group(facts["classes"], classes)
         network = mobilenet(len(facts["classes"]))
         network.load_state_dict(load_file(Path(folder) / WEIGHTS))
@@ -103,15 +103,15 @@ def load(
 
 
 def needs(folder: str) -> list[Need]:
-    """List what `load` needs."""
-    files = [Path(folder) / name for name in (WEIGHTS, FACTS)]
+    """List the requirements of `load`."""
+    files = [Path(folder) / name for name in (WEIGHTS, _FACTS)]
     available = all(path.is_file() for path in files)
     size = files[0].stat().st_size if available else 0
     return [package("torchvision"), Need(f"folder '{folder}'", available, _TRAIN, size)]
 
 
 def classes_need(folder: str, classes: Mapping[str, Sequence[str]], attribute: Attribute) -> Need:
-    """Check that the labels make the attribute's classes.
+    """Check that the labels map to the attribute's classes.
 
     Args:
         folder: folder of the classifier.
@@ -120,7 +120,7 @@ def classes_need(folder: str, classes: Mapping[str, Sequence[str]], attribute: A
     """
     name = f"classes of '{folder}'"
     try:
-        known = set(group(read_facts(folder)["classes"], classes))
+        known = set(group(_read_facts(folder)["classes"], classes))
     except (OSError, ValueError) as error:
         return Need(name, False, str(error))
     advice = f"expected {list(attribute.classes)}, got {sorted(known)}: map them with classes"

@@ -1,4 +1,4 @@
-"""Phrases for each class -> a classifier that compares faces with the phrases."""
+"""Zero-shot classifiers, which compare images with phrases for each class."""
 
 from collections.abc import Callable, Mapping, Sequence
 
@@ -12,10 +12,10 @@ from diffusers_fair.vision.classifiers import NetworkClassifier
 
 
 def zero_shot(encoder: OpenClipEncoder, phrases: Mapping[str, Sequence[str]]) -> NetworkClassifier:
-    """Make a zero-shot classifier of an image-text encoder (Radford et al., 2021, section 3.1).
+    """Make a zero-shot classifier from an image-text encoder (Radford et al., 2021, section 3.1).
 
     Args:
-        encoder: embeds face chips and phrases.
+        encoder: encoder of face crops, or whole images, and phrases.
         phrases: class -> phrases for it; the class is represented by the mean of their features.
     """
     means = [encoder.texts(list(texts)).mean(0) for texts in phrases.values()]
@@ -31,12 +31,12 @@ def load(
     phrases: Mapping[str, Sequence[str]],
     load_clip: Callable[[str], OpenClipEncoder],
 ) -> NetworkClassifier:
-    """Load the encoder and make a classifier of it.
+    """Load an encoder, and make a zero-shot classifier from it.
 
     Args:
         model: an open_clip model, as in `open_clip.load`.
         phrases: class -> phrases for it.
-        load_clip: loads the encoder that a recipe names, and each only once.
+        load_clip: loads the encoder of that name, each only once.
 
     Raises:
         ModuleNotFoundError: open_clip is not installed.
@@ -46,5 +46,5 @@ def load(
 
 
 def needs(model: str) -> list[Need]:
-    """List what `load` needs."""
+    """List the requirements of `load`."""
     return open_clip.needs(model)

@@ -1,7 +1,7 @@
-"""Published methods to compare an adapter with, one per file, all behind one protocol.
+"""Published methods to compare adapters with, one per file, behind one protocol.
 
-Each is a dataclass of its hyperparameters, by default the published ones. Its `apply(pipe, task)`
-returns a pipeline that uses the method and can be restored:
+Each method is a dataclass of its hyperparameters, whose defaults are the published values. Its
+`apply(pipe, task)` returns a pipeline that uses the method, and restores the original on exit:
 
     with BASELINES["fair-diffusion"]().apply(pipe, task) as changed:
         report = evaluate(changed, prompts, attributes, judges=judges)
@@ -29,7 +29,7 @@ BASELINES: dict[str, type[Baseline]] = {
 
 
 def baseline(name: str) -> Baseline:
-    """Return the method of that name with its usual hyperparameters.
+    """Return the method of that name with its default hyperparameters.
 
     Raises:
         ValueError: there is no such method.

@@ -1,4 +1,4 @@
-"""Random attribute words: each image's prompt names classes drawn from the target."""
+"""Random attribute words: each image's prompt names classes sampled from the target."""
 
 from dataclasses import dataclass
 from typing import Any
@@ -9,10 +9,10 @@ from diffusers_fair.prompts.wording import sample_terms, with_terms
 
 @dataclass(frozen=True)
 class AttributeWords:
-    """Adds to each image's prompt one word per attribute, drawn from the target.
+    """Adds one word per attribute, sampled from the target, to each image's prompt.
 
-    The strongest simple baseline. It needs a subject to place the words before, and has no effect
-    where the model does not follow the words.
+    The strongest simple baseline. The words are placed before the subject of the prompt. They have
+    no effect if the model does not follow them.
     """
 
     def apply(self, pipe: Any, task: Task) -> ChangedPipeline:

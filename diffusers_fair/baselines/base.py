@@ -1,4 +1,4 @@
-"""The protocol of a baseline: its task, and the pipeline that it returns."""
+"""The protocol of baselines: the task that they get, and the pipeline that they return."""
 
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
@@ -13,16 +13,16 @@ from diffusers_fair.vision.judges import Judges
 
 @dataclass(frozen=True, kw_only=True)
 class Task:
-    """The attributes to balance, and the means to work out how."""
+    """The attributes to balance, and the prompts and models that a method may be fitted with."""
 
     wordings: Sequence[Wording]
     """The attributes with their targets and words."""
     prompts: Sequence[str]
-    """Neutral prompts to work out a change with, apart from those of the evaluation."""
+    """Neutral prompts to fit a method on; none of them is evaluated."""
     judges: Callable[[], Judges]
-    """Loads the judges that a method may use: those of training, not those of the evaluation."""
+    """Loads the judges that a method may be fitted with: those of training, not of evaluation."""
     steps: int = STABLE_DIFFUSION.steps
-    """Scheduler steps of the images that a method generates to work out its change."""
+    """Scheduler steps of the images that a method generates to be fitted."""
     guidance_scale: float = STABLE_DIFFUSION.guidance_scale
     """Guidance scale of these images."""
     seed: int = 0
@@ -30,18 +30,18 @@ class Task:
 
 
 Generate = Callable[..., Any]
-"""(prompts, generators, **options of the pipeline) -> what the pipeline returns."""
+"""(prompts, generators, **options of the pipeline) -> output of the pipeline."""
 
 
 class ChangedPipeline:
-    """A pipeline with a method applied, which is called like the pipeline and has its attributes.
+    """A pipeline with a method applied, which has the call and the attributes of the pipeline.
 
-    Also a context manager, which restores the pipeline on exit.
+    As a context manager, it restores the pipeline on exit.
 
     Args:
         pipe: a Stable Diffusion pipeline.
-        generate: calls it for prompts and as many generators; None to call it directly.
-        restore: undoes what was changed in the pipeline itself.
+        generate: calls the pipeline for prompts and as many generators; None calls it directly.
+        restore: undoes the changes to the pipeline itself.
     """
 
     def __init__(
@@ -69,11 +69,11 @@ class ChangedPipeline:
 
         Args:
             prompt: one prompt or several.
-            generator: one for each prompt.
+            generator: one generator for each prompt.
             options: arguments of the pipeline's own call.
 
         Raises:
-            ValueError: not one generator for each prompt.
+            ValueError: the numbers of generators and prompts differ.
         """
         prompts = [prompt] if isinstance(prompt, str) else list(prompt)
         single = isinstance(generator, torch.Generator)
@@ -86,11 +86,11 @@ class ChangedPipeline:
         return self._generate(prompts, generators, **options)
 
     def __getattr__(self, name: str) -> Any:
-        """Look everything else up in the pipeline."""
+        """Look up all other attributes in the pipeline."""
         return getattr(self.pipe, name)
 
     def __enter__(self) -> "ChangedPipeline":
-        """Return the pipeline, which is changed already."""
+        """Return the pipeline, to which the method is already applied."""
         return self
 
     def __exit__(self, *problem: object) -> None:
@@ -102,7 +102,7 @@ class Baseline(Protocol):
     """A published method: a dataclass of hyperparameters that can be applied to a pipeline."""
 
     def apply(self, pipe: Any, task: Task) -> ChangedPipeline:
-        """Return a pipeline that generates images by the method.
+        """Return a pipeline that generates images with the method.
 
         Args:
             pipe: a Stable Diffusion 1 or 2 pipeline. `restore` of the result undoes every change

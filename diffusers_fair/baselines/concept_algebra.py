@@ -1,4 +1,4 @@
-"""Concept algebra: replaces the attributes' part of the score by that of a balanced mixture.
+"""Concept algebra: replaces the score's component along the attributes by that of a mixture.
 
 Wang, Gui, Negrea, Veitch: Concept algebra for (score-based) text-controlled generative models,
 NeurIPS 2023.
@@ -18,13 +18,13 @@ from diffusers_fair.prompts.wording import combinations, with_terms
 
 @dataclass(frozen=True)
 class ConceptAlgebra:
-    """Projects the score of every step; evaluates the U-Net for each combination of words."""
+    """Projects the score at every step, which takes a U-Net evaluation per combination of words."""
 
     phrase: str = "a photo of the face of a person"
-    """Neutral prompt whose versions with the attributes' words span the concept."""
+    """Neutral prompt; with the attributes' words added, it spans the concept."""
 
     def apply(self, pipe: Any, task: Task) -> ChangedPipeline:
-        """Project at every step."""
+        """Project the score at every step."""
         terms, shares = zip(*combinations(task.wordings), strict=True)
         phrases = [with_terms(self.phrase, words) for words in terms]
         conditioning = family_of(pipe).encode(pipe, phrases)  # k rows
@@ -32,7 +32,7 @@ class ConceptAlgebra:
 
         def generate(prompts, generators, **options):
             def edit(uncond, text, predict):
-                return transferred(text, predict(conditioning), weights)
+                return _transferred(text, predict(conditioning), weights)
 
             with edited_score(pipe, edit):
                 return pipe(prompt=prompts, generator=generators, **options)
@@ -40,17 +40,17 @@ class ConceptAlgebra:
         return ChangedPipeline(pipe, generate)
 
 
-def transferred(score: Tensor, concept: Tensor, shares: Tensor) -> Tensor:
-    """Replace the score's part in the concept's subspace: (I - proj) s + proj m.
+def _transferred(score: Tensor, concept: Tensor, shares: Tensor) -> Tensor:
+    """Replace the score's component in the concept's subspace: (I - proj) s + proj m.
 
-    The paper's edit of a concept (its Algorithm 2 for two phrases): proj projects on the span of
-    the differences between the phrases' scores; m is their mean by the target, instead of the score
-    of a neutral prompt.
+    This is the paper's edit of a concept (its Algorithm 2 for two phrases). proj projects onto the
+    span of the differences between the phrases' scores. m is the mean of these scores, weighted by
+    the target, instead of the score of a neutral prompt.
 
     Args:
         score: s, score of the prompt, (n, c, h, w).
         concept: scores of k phrases, (k, n, c, h, w).
-        shares: (k,), sum to 1; float64, the dtype of the computation.
+        shares: target shares (k,), which sum to 1; float64, the dtype of the computation.
     """
     phrases = concept.to(shares).flatten(2)  # (k, n, D)
     mean = torch.einsum("k,knd->nd", shares, phrases)

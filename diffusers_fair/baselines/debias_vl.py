@@ -20,15 +20,15 @@ from diffusers_fair.prompts.wording import combinations as combined
 
 @dataclass(frozen=True)
 class DebiasVL:
-    """Makes embeddings similar whose prompts differ only in the attributes."""
+    """Makes the embeddings of prompts that differ only in the attributes similar."""
 
     strength: float = 500.0
-    """lambda, weight of the similarity against staying near the identity."""
+    """lambda: weight of the similarity relative to staying near the identity."""
 
     def apply(self, pipe: Any, task: Task) -> ChangedPipeline:
-        """Project the embeddings of every prompt, but not those of negative prompts."""
+        """Project the embeddings of all prompts except negative prompts."""
         first, second = (
-            F.normalize(last_tokens(pipe, texts).double(), dim=-1)
+            F.normalize(_last_tokens(pipe, texts).double(), dim=-1)
             for texts in pairs(task.prompts, task.wordings)
         )  # (m, d) each
         projection = calibration(first - second, self.strength)  # (d, d)
@@ -63,7 +63,7 @@ def calibration(differences: Tensor, strength: float) -> Tensor:
 
 
 def pairs(prompts: Sequence[str], wordings: Sequence[Wording]) -> tuple[list[str], list[str]]:
-    """Return every prompt with every two combinations of words, one in each list."""
+    """Pair each prompt with every two combinations of words: one version in each list."""
     terms = [words for words, _ in combined(wordings)]
     both = [
         (with_terms(p, a), with_terms(p, b)) for p in prompts for a, b in combinations(terms, 2)
@@ -71,7 +71,7 @@ def pairs(prompts: Sequence[str], wordings: Sequence[Wording]) -> tuple[list[str
     return [a for a, _ in both], [b for _, b in both]
 
 
-def last_tokens(pipe: Any, texts: Sequence[str], batch: int = 64) -> Tensor:
+def _last_tokens(pipe: Any, texts: Sequence[str], batch: int = 64) -> Tensor:
     """Return the embeddings of the texts' end tokens, (m, d)."""
     known: dict[str, Tensor] = {}
     unique = list(dict.fromkeys(texts))

@@ -13,7 +13,7 @@ from diffusers_fair.prompts.wording import subject
 
 @dataclass(frozen=True)
 class EthicalIntervention:
-    """Appends the clause of section 1 of the paper to every prompt."""
+    """Appends the clause in section 1 of the paper to every prompt."""
 
     clause: str = "if all individuals can be a {subject} irrespective of their {attributes}"
     """`{subject}` is the subject of the prompt, `{attributes}` the names of the attributes."""

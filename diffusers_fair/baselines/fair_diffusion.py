@@ -1,4 +1,4 @@
-"""Fair Diffusion: semantic guidance towards classes that are drawn for each image.
+"""Fair Diffusion: semantic guidance towards a class that is sampled for each image.
 
 Friedrich et al.: Fair diffusion: instructing text-to-image generation models on fairness, 2023; the
 guidance is SEGA, Brack et al.: Instructing text-to-image models using semantic guidance, 2023.
@@ -19,20 +19,20 @@ from diffusers_fair.prompts.wording import Term, Wording, sample_terms
 
 @dataclass(frozen=True)
 class FairDiffusion:
-    """Guides each image towards the phrase of its drawn class and away from those of the others."""
+    """Guides each image towards the phrase of its sampled class and away from the other phrases."""
 
     phrase: str = "{} person"
     """Phrase to guide towards or away from; `{}` is the word of a class."""
     scale: float = 4.0
-    """s_e of the semantic guidance."""
+    """s_e: scale of the semantic guidance."""
     threshold: float = 0.95
-    """lambda: quantile, within a channel, below which elements of the guidance are dropped."""
+    """lambda: quantile within a channel below which elements of the guidance are set to 0."""
     momentum: float = 0.5
-    """s_m, share of the momentum that is added."""
+    """s_m: fraction of the momentum that is added to the guidance."""
     momentum_decay: float = 0.6
-    """beta, share of the momentum that each step keeps."""
+    """beta: fraction of the momentum that each step keeps."""
     warmup: float = 0.1
-    """delta as a share of the steps; earlier steps only build up momentum. Published: 5 of 50."""
+    """delta: fraction of the steps that only build up momentum. Published: 5 of 50."""
 
     def apply(self, pipe: Any, task: Task) -> ChangedPipeline:
         """Guide at every step after the warm-up."""
@@ -60,8 +60,8 @@ class FairDiffusion:
 def directions(wordings: Sequence[Wording], chosen: Sequence[Term]) -> Tensor:
     """Return the weights (k,) of all phrases for one image.
 
-    For each attribute, the drawn word weighs 1 and the words of the other classes -1 together. With
-    two classes of one word each, this is the published pair of directions.
+    For each attribute, the sampled word has weight 1, and the words of the other classes share a
+    weight of -1. With two classes of one word each, these are the published directions.
     """
     weights: list[float] = []
     for wording, term in zip(wordings, chosen, strict=True):
@@ -73,7 +73,9 @@ def directions(wordings: Sequence[Wording], chosen: Sequence[Term]) -> Tensor:
     return torch.tensor(weights)
 
 
-def semantic_guidance(differences: Tensor, signs: Tensor, scale: float, threshold: float) -> Tensor:
+def _semantic_guidance(
+    differences: Tensor, signs: Tensor, scale: float, threshold: float
+) -> Tensor:
     """Return SEGA's gamma = mu * psi, summed over the phrases: (n, c, h, w).
 
     psi is the difference between a phrase's prediction and the unconditional one, negated for
@@ -93,7 +95,7 @@ def semantic_guidance(differences: Tensor, signs: Tensor, scale: float, threshol
 
 
 class _Guide:
-    """The guidance of one image batch: counts the steps and holds the momentum."""
+    """The guidance of a batch of images: counts the steps and holds the momentum."""
 
     def __init__(self, settings: FairDiffusion, signs: Tensor):
         self.settings = settings
@@ -104,7 +106,7 @@ class _Guide:
     def __call__(self, differences: Tensor) -> Tensor:
         """Return the guidance of this step, gamma + s_m nu, from (k, n, c, h, w); update nu."""
         settings = self.settings
-        gamma = semantic_guidance(differences, self.signs, settings.scale, settings.threshold)
+        gamma = _semantic_guidance(differences, self.signs, settings.scale, settings.threshold)
         gamma = gamma + settings.momentum * self.momentum
         kept = settings.momentum_decay
         self.momentum = kept * self.momentum + (1 - kept) * gamma
@@ -115,6 +117,5 @@ class _Guide:
 def _check_guided(uncond: Tensor | None) -> None:
     if uncond is None:
         raise ValueError(
-            "semantic guidance is relative to the unconditional prediction: use a guidance_scale "
-            "above 1"
+            "semantic guidance needs the unconditional prediction: use a guidance_scale above 1"
         )

@@ -1,4 +1,4 @@
-"""Editing the U-Net's prediction for the prompt before the pipeline applies its guidance."""
+"""Edit the U-Net's prediction for the prompt before the pipeline applies its guidance."""
 
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
@@ -13,15 +13,15 @@ from diffusers_fair.families.conditioning import Conditioning, cast, repeat_inte
 Predict = Callable[[Conditioning], Tensor]
 """Conditioning with k rows -> the U-Net's predictions for the same latents, (k, n, c, h, w)."""
 Edit = Callable[[Tensor | None, Tensor, Predict], Tensor]
-"""Predictions (n, c, h, w) for the negative prompt (None without guidance) and for the prompt ->
-the replacement of the latter."""
+"""Takes the predictions (n, c, h, w) for the negative prompt (None without guidance) and for the
+prompt, and returns a replacement for the latter."""
 
 
 @contextmanager
 def edited_score(pipe: Any, edit: Edit) -> Iterator[None]:
-    """Let `edit` change the prediction of every step in this context.
+    """Apply `edit` to the prediction of every step in this context.
 
-    With guidance s the pipeline then uses e_u + s (edited - e_u).
+    With guidance scale s the pipeline then uses e_u + s (edited - e_u).
     """
     family = family_of(pipe)
 

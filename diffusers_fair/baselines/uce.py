@@ -1,8 +1,8 @@
-"""Unified concept editing: edits keys and values of the cross-attention in closed form.
+"""Unified concept editing: edits the cross-attention's keys and values in closed form.
 
 Gandikota, Orgad, Belinkov, Materzynska, Bau: Unified concept editing in diffusion models, WACV
-2024. The projections of a prompt's tokens are moved along the attributes' directions until the
-perceived attributes of the prompt's images match the target.
+2024. The projections of a prompt's tokens move along the attributes' directions until the perceived
+attributes in the prompt's images match the target.
 """
 
 from collections.abc import Sequence
@@ -28,27 +28,27 @@ class UCE:
     """Alternates between counting perceived classes and editing the U-Net's cross-attention."""
 
     concepts: int = 37
-    """Number of edited prompts, evenly spaced among those of the task."""
+    """Number of edited prompts, evenly spaced among the prompts of the task."""
     images_per_prompt: int = 10
-    """Images per edited prompt in which classes are counted."""
+    """Images per edited prompt in which the perceived classes are counted."""
     iterations: int = 30
     """Maximum number of edits."""
     tolerance: float = 0.05
-    """Prompts whose classes are all this close to the target are not edited further."""
+    """A prompt is no longer edited when all its class shares are this close to the target."""
     step: float = 0.5
-    """Distance that a prompt is moved for a gap of 1 between target and count; 1 overshoots on the
-    testbed."""
+    """Step size: movement of a prompt per unit of difference between target and counted share; 1
+    overshoots on the testbed."""
     edit_scale: float = 1.0
-    """Weight of the edited prompts in the least squares."""
+    """Weight of the edited prompts in the least-squares problem."""
     preserve_scale: float = 1.0
     """Weight of the preserved prompts: the empty prompt, and the neutral phrase with each word."""
     regularization: float = 0.5
     """lambda: weight of staying near the original weights."""
     phrase: str = "a photo of the face of a person"
-    """Neutral prompt that is preserved, with every word."""
+    """Neutral prompt that is preserved with each of the words."""
 
     def apply(self, pipe: Any, task: Task) -> ChangedPipeline:
-        """Edit the weights; `restore` puts the original ones back, bit for bit."""
+        """Edit the weights; `restore` restores the original weights bit for bit."""
         layers = cross_attention(pipe)
         old = [layer.weight.detach().clone() for layer in layers]
         prompts = _spaced(task.prompts, self.concepts)
@@ -59,8 +59,8 @@ class UCE:
         changed = ChangedPipeline(pipe, restore=lambda: _set(layers, old))
         try:
             for _ in range(self.iterations):
-                shares = class_shares(pipe, prompts, task, judges, self.images_per_prompt)
-                gaps = open_gaps(shares, task.wordings, self.tolerance)  # (P, K)
+                shares = _class_shares(pipe, prompts, task, judges, self.images_per_prompt)
+                gaps = _open_gaps(shares, task.wordings, self.tolerance)  # (P, K)
                 if not gaps.any():
                     break
                 moves += self.step * gaps
@@ -80,10 +80,10 @@ class UCE:
             ]
         )  # (m, d): c_i + sum over k of alpha_k a_k
         scales = self.edit_scale, self.preserve_scale, self.regularization
-        return closed_form(c, wanted, kept, *scales)
+        return _closed_form(c, wanted, kept, *scales)
 
 
-def closed_form(
+def _closed_form(
     concepts: Tensor,
     wanted: Tensor,
     kept: Tensor,
@@ -94,7 +94,7 @@ def closed_form(
     """Return E such that W_old E are the edited weights of every layer: the paper's closed form.
 
     W minimises sum |W c - W_old c*|^2 + sum |W r - W_old r|^2 + lambda |W - W_old|^2 over edited
-    tokens c and preserved ones r. Every target is W_old times something, so all layers share
+    tokens c and preserved tokens r. Every target is W_old times a vector, so all layers share
 
         E = (sum c* c^T + sum r r^T + lambda I) (sum c c^T + sum r r^T + lambda I)^-1
 
@@ -116,10 +116,10 @@ def closed_form(
 
 
 def shifts(pipe: Any, prompt: str, wordings: Sequence[Wording]) -> tuple[Tensor, Tensor]:
-    """Return a prompt's tokens from its subject on (t, d), and those with class words (K, t, d).
+    """Return a prompt's tokens from its subject on, (t, d), and those with class words, (K, t, d).
 
-    Words before the subject shift the tokens, which are aligned again here. A class with several
-    words gets the mean.
+    A word before the subject shifts the tokens, so they are aligned here. A class with several
+    words gets the mean of their tokens.
     """
     neutral = _ids(pipe, prompt)
     start = len(_ids(pipe, prompt[: subject_start(prompt)])) - 1  # without its end token
@@ -136,10 +136,10 @@ def shifts(pipe: Any, prompt: str, wordings: Sequence[Wording]) -> tuple[Tensor,
     return tokens, torch.stack(means)
 
 
-def class_shares(
+def _class_shares(
     pipe: Any, prompts: Sequence[str], task: Task, judges: Judges, images: int
 ) -> np.ndarray:
-    """Return the shares of perceived classes, (P, K), attributes side by side; NaN if none was."""
+    """Return the shares of perceived classes, (P, K), attributes side by side; NaN without any."""
     counts = [np.zeros((len(prompts), _classes(wording))) for wording in task.wordings]
     for batch in generate(
         pipe,
@@ -167,8 +167,8 @@ def class_shares(
         return np.hstack([count / count.sum(1, keepdims=True) for count in counts])
 
 
-def open_gaps(shares: np.ndarray, wordings: Sequence[Wording], tolerance: float) -> np.ndarray:
-    """Return target minus share, (P, K); 0 where an attribute is within tolerance or unknown."""
+def _open_gaps(shares: np.ndarray, wordings: Sequence[Wording], tolerance: float) -> np.ndarray:
+    """Return target minus share, (P, K); 0 for an attribute within tolerance or without counts."""
     gaps, start = np.zeros_like(shares), 0
     for wording in wordings:
         columns = slice(start, start := start + _classes(wording))
@@ -178,18 +178,18 @@ def open_gaps(shares: np.ndarray, wordings: Sequence[Wording], tolerance: float)
 
 
 def _kept(pipe: Any, phrase: str, wordings: Sequence[Wording]) -> Tensor:
-    """The preserved tokens, (r, d)."""
+    """Return the preserved tokens, (r, d)."""
     terms: list[Term] = [term for wording in wordings for term in wording.terms]
     return _embed(pipe, ["", *(with_terms(phrase, [term]) for term in terms)]).flatten(0, 1)
 
 
 def _embed(pipe: Any, texts: list[str]) -> Tensor:
-    """Embeddings (n, L, d) in float64."""
+    """Return embeddings (n, L, d) in float64."""
     return token_embeddings(pipe, texts).double()
 
 
 def _ids(pipe: Any, text: str) -> list[int]:
-    """Token ids, with the start and end tokens."""
+    """Return the token ids, including the start and end tokens."""
     return pipe.tokenizer(text).input_ids
 
 
@@ -198,7 +198,7 @@ def _classes(wording: Wording) -> int:
 
 
 def _spaced(prompts: Sequence[str], count: int) -> list[str]:
-    """At most `count` of the prompts, evenly spaced."""
+    """Choose at most `count` of the prompts, evenly spaced."""
     rows = np.linspace(0, len(prompts) - 1, min(count, len(prompts))).round().astype(int)
     return [prompts[row] for row in rows]
 

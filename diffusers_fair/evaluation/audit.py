@@ -1,4 +1,4 @@
-"""Measure images from a folder, made by anything."""
+"""Evaluate existing images from a folder."""
 
 from collections.abc import Mapping, Sequence
 from pathlib import Path
@@ -25,23 +25,23 @@ def audit(
     model: Mapping[str, Any] | None = None,
     progress: bool = True,
 ) -> Report:
-    """Measure the bias and the CLIP-T of images in a folder, with a subfolder for each prompt.
+    """Measure the bias and the CLIP-T of images in a folder with a subfolder for each prompt.
 
-    Prompts may have different numbers of images. One with fewer than two faces has no bias, and the
-    report says so.
+    Prompts may have different numbers of images. A prompt with fewer than two faces has no bias;
+    the report lists such prompts.
 
     Args:
-        folder: laid out as `image_folder` describes it.
-        attributes: attributes to count, as for `evaluate`.
+        folder: folder in the layout that `image_folder` describes.
+        attributes: attributes to measure, as for `evaluate`.
         judges: the models that judge the images.
         batch_size: images judged together.
-        label: name of the images, as a column head.
+        label: name of the images in tables.
         out: folder that the report is saved to.
         model: names of the judging models, for the provenance.
         progress: whether to show a progress bar.
 
     Raises:
-        ValueError: the folder has no images or one that cannot be read; otherwise as `evaluate`.
+        ValueError: the folder has no images, or an image cannot be read; or as `evaluate`.
     """
     images = image_folder(folder)
     counts = [len(files) for files in images.files]

@@ -1,4 +1,4 @@
-"""The loop over the batches of an evaluation: in one process or several, and resumable."""
+"""The loop over the batches of an evaluation, resumable and shared by all processes."""
 
 import shutil
 from collections.abc import Callable, Mapping, MutableMapping, Sequence
@@ -9,7 +9,7 @@ from typing import Any
 import numpy as np
 
 from diffusers_fair import distributed
-from diffusers_fair.evaluation.generate import bar
+from diffusers_fair.evaluation.generate import progress_bar
 from diffusers_fair.evaluation.journal import BatchRecords, Journal
 from diffusers_fair.reports.folder import save_report
 from diffusers_fair.reports.records import Records
@@ -31,7 +31,7 @@ class Execution:
 
     @property
     def journal_folder(self) -> Path | None:
-        """Folder of the journals, by which the evaluation can be resumed."""
+        """Folder of the journals, from which the evaluation can be resumed."""
         return None if self.out is None else self.out / PARTIAL
 
 
@@ -46,15 +46,15 @@ def judge_all(
     """Judge every batch that is not in the journal yet.
 
     Args:
-        folder: of the journal; None for none.
+        folder: folder of the journal; None keeps the records in memory.
         identity: settings that must be the same for an evaluation to be resumed.
-        provenance: of this start.
-        batches: (prompt, image) pairs (n, 2) of each batch.
+        provenance: provenance of this run.
+        batches: prompt and image index of each image in each batch, (n, 2).
         judge: generates or reads the images of a batch, and judges them.
         progress: whether to show a progress bar.
 
     Returns:
-        The records of all images, sample images by prompt, and the provenance of the first start.
+        The records of all images, sample images by prompt, and the provenance of the first run.
     """
     done: MutableMapping[int, BatchRecords] | Journal = {}
     if folder is not None:
@@ -62,9 +62,9 @@ def judge_all(
         provenance = done.provenance
     is_shared = folder is not None  # without a journal, every process judges all batches
     first, step = (distributed.rank(), distributed.world_size()) if is_shared else (0, 1)
-    own = range(first, len(batches), step)
-    with bar(sum(len(batches[i]) for i in own), progress and first == 0) as advance:
-        for i in own:
+    shard = range(first, len(batches), step)
+    with progress_bar(sum(len(batches[i]) for i in shard), progress and first == 0) as advance:
+        for i in shard:
             if i not in done:
                 done[i] = judge(batches[i])
             advance(len(batches[i]))
@@ -74,7 +74,7 @@ def judge_all(
 
 
 def save_once(report: Report, out: Path) -> None:
-    """Save the report from the main process, after every process has read the journals."""
+    """Save the report from the main process once every process has read the journals."""
     distributed.barrier()
     if distributed.rank() == 0:
         save_report(report, out)
@@ -91,7 +91,7 @@ def _journal(folder: Path, identity: Mapping[str, Any], provenance: Mapping[str,
 
 
 def _joined(batches: Sequence[BatchRecords]) -> tuple[Records, dict[int, np.ndarray]]:
-    """All records, and the sample images of each sampled prompt."""
+    """Join the records of all batches, and their sample images by prompt."""
     samples: dict[int, list[np.ndarray]] = {}
     for batch in batches:
         for (i, _), image in batch.samples.items():

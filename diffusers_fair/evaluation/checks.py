@@ -1,4 +1,4 @@
-"""Checks of what an evaluation is asked to do, before it generates any image."""
+"""Checks of the arguments of an evaluation, before any image is generated."""
 
 from collections.abc import Sequence
 
@@ -13,7 +13,7 @@ def checked_prompts(prompts: Sequence[str]) -> tuple[str, ...]:
     """Return the prompts as a tuple.
 
     Raises:
-        ValueError: there are none, or they are one string.
+        ValueError: the list is empty, or is a string.
     """
     if isinstance(prompts, str):
         raise ValueError(f"expected a list of prompts, got one string: use [{prompts!r}]")
@@ -29,8 +29,8 @@ def checked_attributes(attributes: Sequence[Attribute], judges: Judges) -> tuple
     """Return the attributes as a tuple.
 
     Raises:
-        ValueError: there are none, two have the same name, or a classifier is missing or has other
-            classes.
+        ValueError: the list is empty, two attributes have the same name, or a classifier is missing
+            or has other classes than its attribute.
     """
     if not attributes:
         raise ValueError("there are no attributes to evaluate: give one or more")
@@ -53,10 +53,10 @@ def checked_attributes(attributes: Sequence[Attribute], judges: Judges) -> tuple
 
 
 def positive(value: int, name: str) -> int:
-    """Return the value.
+    """Return the value if it is positive.
 
     Raises:
-        ValueError: it is below 1.
+        ValueError: the value is below 1.
     """
     if value < 1:
         raise ValueError(f"{name} must be 1 or more, got {value}")
@@ -74,7 +74,8 @@ def check_groups(groups: Sequence[PromptGroup], attributes: Sequence[Attribute])
     for group in groups:
         if group.name not in GROUPS or names.count(group.name) > 1:
             raise ValueError(
-                f"groups of prompts are {', '.join(GROUPS)}, each once at most; got {names}"
+                f"expected groups of prompts among {', '.join(GROUPS)}, each at most once; got "
+                f"{names}"
             )
         if not group.prompts:
             raise ValueError(f"the group '{group.name}' has no prompts: leave it out")
@@ -88,8 +89,8 @@ def _check_prompts(group: PromptGroup, attributes: Sequence[Attribute]) -> None:
     for prompt in group.prompts:
         if texts.count((prompt.text, prompt.negative)) > 1:
             raise ValueError(
-                f"the group '{group.name}' has the prompt '{prompt.text}' more than once, and "
-                "its images would be the same: leave one out"
+                f"the group '{group.name}' has the prompt '{prompt.text}' more than once: leave "
+                "out the copies, whose images would be the same"
             )
         for name, wanted in prompt.expected_classes.items():
             if wanted not in classes.get(name, ()):
@@ -100,11 +101,11 @@ def _check_prompts(group: PromptGroup, attributes: Sequence[Attribute]) -> None:
 
 
 def check_reference(reference: Report, settings: Settings, groups: Sequence[PromptGroup]) -> None:
-    """Check that images can be compared with the reference's one by one.
+    """Check that each image can be compared with an image of the reference.
 
     Raises:
-        ValueError: the noise, the sampling or the counted faces differ, or features or a group are
-            missing.
+        ValueError: the noise, the sampling or the counted faces differ, or the reference lacks
+            image features or a group.
     """
     reference.settings.check_same_noise(settings)
     check_people(reference, settings.people)
@@ -123,15 +124,16 @@ def check_reference(reference: Report, settings: Settings, groups: Sequence[Prom
 
 
 def check_people(reference: Report, people: People) -> None:
-    """Check that the reference counts the same faces of an image.
+    """Check that the reference counts the same faces of an image: the largest, or all.
 
     Raises:
-        ValueError: it does not.
+        ValueError: it counts others.
     """
     if reference.settings.people != people:
         raise ValueError(
-            f"the reference '{reference.label}' counts the faces of an image by people "
-            f"'{reference.settings.people}', the judges by '{people}': evaluate one of them again"
+            f"the reference '{reference.label}' was evaluated with people "
+            f"'{reference.settings.people}', but the judges have people '{people}': evaluate the "
+            "base model again"
         )
 
 

@@ -1,4 +1,4 @@
-"""Measure a pipeline: generate images, judge them, count. Independent of how it was trained."""
+"""Evaluate a pipeline: generate images, judge them, and compute statistics."""
 
 import json
 from collections.abc import Callable, Mapping, Sequence
@@ -16,7 +16,7 @@ from diffusers_fair.evaluation.checks import (
     checked_prompts,
     positive,
 )
-from diffusers_fair.evaluation.generate import Pictures, draw, pairs_of
+from diffusers_fair.evaluation.generate import ImageBatch, generate_batch, pairs_of
 from diffusers_fair.evaluation.groups import default_groups, measure_group, supported_groups
 from diffusers_fair.evaluation.judge import judge_batch
 from diffusers_fair.evaluation.quality import prompt_features
@@ -49,18 +49,18 @@ def evaluate(
 ) -> Report:
     """Generate images of prompts and measure their bias and their quality (section 5.1).
 
-    It also measures control prompts, for which an adapter should change nothing: whether images
-    show the class that a prompt names, and whether prompts without people stay as the base model
-    generates them.
+    Also measures control prompts, whose images an adapter should not change: whether images show
+    the class that a prompt names, and whether images of prompts without people stay those of the
+    base model.
 
-    With `out`, the evaluation can be stopped at any time: the same call resumes it, repeats nothing
-    and returns the same report. Several processes, started by `accelerate launch` or `torchrun`,
-    share the batches, and each returns the whole report.
+    With `out`, the evaluation can be stopped at any time: the same call resumes it and returns the
+    same report. Processes that `accelerate launch` or `torchrun` starts share the batches, and each
+    returns the whole report.
 
     Args:
         pipe: a text-to-image pipeline of diffusers, with or without an adapter.
-        prompts: neutral prompts, which leave open what is counted.
-        attributes: attributes to count. If there are several, their joint is counted, too.
+        prompts: neutral prompts, which leave the classes of the attributes open.
+        attributes: attributes to measure. Their joint distributions are measured, too.
         judges: the models that judge the images.
         images_per_prompt: images per prompt. Fewer images have a higher noise floor of the bias,
             and a single one has no bias.
@@ -69,13 +69,14 @@ def evaluate(
         seed: random seed of the noise. The images do not depend on the batch size.
         batch_size: images generated and judged together.
         groups: groups of control prompts, as `prompts.groups.evaluation_groups` builds them; () for
-            none. Left out: those of the reference or, without one, groups built from `prompts` and
+            none. Default: those of the reference or, without one, groups built from `prompts` and
             the names of the classes. Prompts with a negative prompt are skipped if the pipeline has
             no parameter `negative_prompt`.
         reference: the base model's report with the same prompts, seed and sampling; needed for
             CLIP-I, DINO and the sample sheets. `with_groups` adds groups that it lacks.
-        label: name of the model, as a column head; left out: "base", or "adapter" with a reference.
-        out: folder that the report is saved to. If it holds this very report, that is loaded.
+        label: name of the model in tables. Default: "base", or "adapter" with a reference.
+        out: folder that the report is saved to. If it already holds the report of the same
+            evaluation, that report is loaded.
         model: names of the evaluated model and the judges, for the provenance. A stopped evaluation
             is resumed only with the same names.
         progress: whether to show a progress bar.
@@ -83,7 +84,7 @@ def evaluate(
     Raises:
         ValueError: there are no prompts, attributes or images; a classifier is missing or has other
             classes than its attribute; a group of prompts cannot be measured; the reference has
-            other noise, counts other faces or lacks a group; the folder holds another evaluation.
+            other noise, counts other faces or lacks a group; the folder holds another report.
     """
     settings = Settings(
         prompts=checked_prompts(prompts),
@@ -104,7 +105,7 @@ def evaluate(
     return measure(
         settings,
         [settings.images_per_prompt] * len(settings.prompts),
-        lambda pairs: draw(pipe, settings.prompts, pairs, **sampling),  # type: ignore[arg-type]
+        lambda pairs: generate_batch(pipe, settings.prompts, pairs, **sampling),  # type: ignore[arg-type]
         Execution(
             judges,
             positive(batch_size, "batch_size"),
@@ -127,7 +128,7 @@ def evaluate(
 def measure(
     settings: Settings,
     counts: Sequence[int],
-    read: Callable[[np.ndarray], Pictures],
+    read: Callable[[np.ndarray], ImageBatch],
     execution: Execution,
     *,
     label: str,
@@ -139,22 +140,22 @@ def measure(
     """Judge images of neutral prompts, then those of the groups of control prompts.
 
     Args:
-        settings: of the evaluation.
+        settings: settings of the evaluation.
         counts: number of images of each prompt.
-        read: (prompt, image) pairs (n, 2) -> the images.
+        read: generates or reads a batch of images, given their prompt and image indices (n, 2).
         execution: how images are processed.
-        label: name of the model.
-        model: what the images come from, for the provenance.
-        pipe: generates the images of the groups.
+        label: name of the model in tables.
+        model: where the images come from, for the provenance.
+        pipe: pipeline that generates the images of the groups.
         groups: the control prompts.
         reference: the base model's report.
 
     Raises:
-        ValueError: an extra score has a reserved name, or the folder holds another evaluation.
+        ValueError: an extra score has a reserved name, or the folder holds another report.
     """
     judges, out = execution.judges, execution.out
     for name in judges.extra.keys() & {*SCORE_NAMES, "face_rate"}:
-        raise ValueError(f"an extra score must not be called '{name}': that name is taken")
+        raise ValueError(f"an extra score must not have the reserved name '{name}': rename it")
     facts: Mapping[str, Any] = provenance() | {"model": dict(model)}
     if out is not None and (out / FILE).exists():
         return _load_same(out, settings, groups, facts)
@@ -197,13 +198,13 @@ def measure(
 def _load_same(
     out: Path, settings: Settings, groups: Sequence[PromptGroup], facts: Mapping[str, Any]
 ) -> Report:
-    """Load the report in the folder, if it is the requested one."""
+    """Load the report in the folder if it is that of the same evaluation."""
     report = load_report(out)
     model = json.loads(json.dumps(facts["model"]))
     if report.settings != settings or report.provenance.get("model") != model:
-        raise ValueError(f"'{out}' holds a report of something else already: choose another folder")
+        raise ValueError(f"'{out}' already holds another report: choose another folder")
     if [group.group for group in report.groups.values()] != list(groups):
         raise ValueError(
-            f"'{out}' holds a report with other groups of prompts already: choose another folder"
+            f"'{out}' already holds a report with other groups of prompts: choose another folder"
         )
     return report

@@ -1,6 +1,6 @@
-"""Images of prompts from any diffusers pipeline, each with its own seed.
+"""Generate images with any diffusers pipeline, each image from a seed of its own.
 
-Calls the pipeline itself, so that adapters and baselines in it take effect.
+The pipeline itself is called, so its adapters and baselines take effect.
 """
 
 from collections.abc import Iterator, Sequence
@@ -16,8 +16,8 @@ from torch import Tensor
 
 
 @dataclass(frozen=True)
-class Pictures:
-    """Some images, and the prompts they belong to."""
+class ImageBatch:
+    """A batch of images, and the prompts they belong to."""
 
     images: Tensor
     """(n, 3, h, w) in [-1, 1]."""
@@ -32,10 +32,10 @@ class Pictures:
 
 
 def image_seed(seed: int, prompt: int, image: int) -> int:
-    """Return the seed of image j of prompt i, in [0, 2^32). It depends on (seed, i, j) alone.
+    """Return the seed of image j of prompt i, in [0, 2^32), which depends on (seed, i, j) alone.
 
-    `pipe(prompt, generator=torch.Generator().manual_seed(image_seed(seed, i, j)))` generates the
-    same image again.
+    To generate the same image again:
+    `pipe(prompt, generator=torch.Generator().manual_seed(image_seed(seed, i, j)))`.
 
     Args:
         seed: seed of the evaluation, >= 0.
@@ -46,7 +46,7 @@ def image_seed(seed: int, prompt: int, image: int) -> int:
 
 
 def prompt_key(text: str, negative: str = "") -> int:
-    """Return a number for a prompt in `image_seed` that depends on its text, not on its index.
+    """Identify a prompt in `image_seed` by its text instead of its index.
 
     Args:
         text: the prompt.
@@ -56,7 +56,7 @@ def prompt_key(text: str, negative: str = "") -> int:
 
 
 def pairs_of(images: Sequence[int], batch_size: int) -> list[np.ndarray]:
-    """Split all images into batches of (prompt, image), prompt by prompt.
+    """Split all images into batches of prompt and image indices, prompt by prompt.
 
     Args:
         images: number of images of each prompt.
@@ -70,14 +70,14 @@ def pairs_of(images: Sequence[int], batch_size: int) -> list[np.ndarray]:
 
 
 def takes_negative_prompts(pipe: Any) -> bool:
-    """Return whether the pipeline can be called with `negative_prompt`."""
+    """Whether the pipeline can be called with `negative_prompt`."""
     parameters = signature(pipe.__call__).parameters
     return "negative_prompt" in parameters or any(
         parameter.kind is Parameter.VAR_KEYWORD for parameter in parameters.values()
     )
 
 
-def draw(
+def generate_batch(
     pipe: Any,
     prompts: Sequence[str],
     pairs: np.ndarray,
@@ -87,12 +87,11 @@ def draw(
     seed: int,
     negatives: Sequence[str] = (),
     keys: Sequence[int] = (),
-) -> Pictures:
-    """Generate images (i, j) of prompts in one batch.
+) -> ImageBatch:
+    """Generate one batch: images j of prompts i.
 
-    An image depends on (pipeline, prompt, seed, i, j, steps, guidance_scale), but not on its batch:
-    its own CPU generator, seeded by `image_seed`, draws the initial noise and the noise that the
-    scheduler adds.
+    An image does not depend on the rest of its batch: its initial noise and the noise that the
+    scheduler adds come from its own CPU generator, seeded by `image_seed`.
 
     Args:
         pipe: a text-to-image pipeline of diffusers, which is not changed.
@@ -103,7 +102,7 @@ def draw(
         seed: random seed, >= 0.
         negatives: negative prompt of each prompt; empty for none. Only for a pipeline that
             `takes_negative_prompts`.
-        keys: number of each prompt in `image_seed`; empty for its index.
+        keys: integer that identifies each prompt in `image_seed`; empty for its index.
     """
     seeds = [image_seed(seed, keys[i] if keys else int(i), int(j)) for i, j in pairs]
     negative = [negatives[i] if negatives else "" for i, _ in pairs]
@@ -118,7 +117,7 @@ def draw(
             **options,
         ).images  # (n, 3, h, w) in [0, 1]
     prompt, image = pairs.T  # (n,) each
-    return Pictures(images.float() * 2 - 1, prompt, image, seed=np.array(seeds))
+    return ImageBatch(images.float() * 2 - 1, prompt, image, seed=np.array(seeds))
 
 
 def generate(
@@ -131,8 +130,8 @@ def generate(
     seed: int,
     batch_size: int,
     progress: bool = True,
-) -> Iterator[Pictures]:
-    """Generate images of all prompts, prompt by prompt, with one batch in memory at a time.
+) -> Iterator[ImageBatch]:
+    """Generate images of all prompts, prompt by prompt, and yield one batch at a time.
 
     Args:
         pipe: a text-to-image pipeline of diffusers, which is not changed.
@@ -145,9 +144,11 @@ def generate(
         progress: whether to show a progress bar on stderr.
     """
     batches = pairs_of([images_per_prompt] * len(prompts), batch_size)
-    with bar(sum(map(len, batches)), progress) as advance:
+    with progress_bar(sum(map(len, batches)), progress) as advance:
         for pairs in batches:
-            yield draw(pipe, prompts, pairs, steps=steps, guidance_scale=guidance_scale, seed=seed)
+            yield generate_batch(
+                pipe, prompts, pairs, steps=steps, guidance_scale=guidance_scale, seed=seed
+            )
             advance(len(pairs))
 
 
@@ -163,8 +164,8 @@ def _silent(pipe):
 
 
 @contextmanager
-def bar(total: int, shown: bool):
-    """Show a progress bar over images; yields the function that advances it."""
+def progress_bar(total: int, shown: bool):
+    """Show a progress bar over images, and yield the function that advances it."""
     if not shown:
         yield lambda images: None
         return

@@ -1,4 +1,4 @@
-"""Control prompts of an evaluation: which ones, and how they are measured."""
+"""The control prompts of an evaluation: how they are chosen and measured."""
 
 from collections.abc import Mapping, Sequence
 from dataclasses import asdict, replace
@@ -16,7 +16,7 @@ from diffusers_fair.evaluation.checks import (
     positive,
 )
 from diffusers_fair.evaluation.generate import (
-    draw,
+    generate_batch,
     pairs_of,
     prompt_key,
     takes_negative_prompts,
@@ -47,16 +47,16 @@ def with_groups(
     Args:
         reference: the base model's report.
         pipe: the base model, without any adapter.
-        groups: the groups that a later evaluation is to measure. Prompts with a negative prompt are
-            skipped if the pipeline has no parameter `negative_prompt`.
+        groups: the groups that the report must have for a later evaluation. Prompts with a negative
+            prompt are skipped if the pipeline has no parameter `negative_prompt`.
         judges: the models that judge the images.
         batch_size: images generated and judged together.
-        out: folder that the later evaluation is to save to. It holds the journal, by which this can
-            be resumed, until that evaluation has ended.
+        out: folder of the later evaluation. It holds the journal, from which this function resumes,
+            until that evaluation has ended.
         progress: whether to show a progress bar.
 
     Returns:
-        The report with these groups.
+        The base model's report with all of these groups.
 
     Raises:
         ValueError: the reference's images come from a folder, the judges count other faces than
@@ -65,8 +65,8 @@ def with_groups(
     settings = reference.settings
     if settings.seed is None:
         raise ValueError(
-            "the reference's images were not generated here, so no others can be generated in the "
-            "same way: evaluate the base model first"
+            "the reference's images come from a folder, so control prompts cannot be added: "
+            "evaluate the base model first"
         )
     checked_attributes(settings.attributes, judges)
     check_people(reference, judges.people)
@@ -95,43 +95,43 @@ def measure_group(
     folder: Path | None,
     origin: Mapping[str, Any] | None,
 ) -> GroupReport:
-    """Generate and judge the images of a group, with the sampling of the neutral prompts.
+    """Generate and judge the images of a group, with the sampling settings of neutral prompts.
 
     Args:
-        pipe: generates the images.
+        pipe: pipeline that generates the images.
         group: the prompts.
-        settings: of the neutral prompts.
+        settings: settings of the neutral prompts.
         execution: how images are processed.
         reference: the base model's records of the same prompts and noise.
-        folder: of the journals.
+        folder: folder of the journals.
         origin: provenance of the reference.
     """
-    own = replace(
+    group_settings = replace(
         settings,
         prompts=tuple(prompt.text for prompt in group.prompts),
         images_per_prompt=group.images_per_prompt,
     )
-    texts = prompt_features(own.prompts, execution.judges.clip)  # (P, d)
+    texts = prompt_features(group_settings.prompts, execution.judges.clip)  # (P, d)
     sampling: dict[str, Any] = {
-        "steps": own.steps,
-        "guidance_scale": own.guidance_scale,
-        "seed": own.seed,
+        "steps": group_settings.steps,
+        "guidance_scale": group_settings.guidance_scale,
+        "seed": group_settings.seed,
         "negatives": [prompt.negative for prompt in group.prompts],
         "keys": [prompt_key(prompt.text, prompt.negative) for prompt in group.prompts],
     }
 
     def judge(pairs: np.ndarray) -> BatchRecords:
-        images = draw(pipe, own.prompts, pairs, **sampling)
-        return judge_group_batch(images, group, own, execution.judges, texts, reference)
+        images = generate_batch(pipe, group_settings.prompts, pairs, **sampling)
+        return judge_group_batch(images, group, group_settings, execution.judges, texts, reference)
 
     records, samples, _ = judge_all(
         None if folder is None else folder / group.name,
         {
-            **{"group": asdict(group), "settings": own.json()},
+            **{"group": asdict(group), "settings": group_settings.json()},
             **{"batch_size": execution.batch_size, "reference": origin},
         },
         {},
-        pairs_of([group.images_per_prompt] * len(own.prompts), execution.batch_size),
+        pairs_of([group.images_per_prompt] * len(group_settings.prompts), execution.batch_size),
         judge,
         execution.progress,
     )
@@ -141,7 +141,7 @@ def measure_group(
 
 
 def default_groups(settings: Settings, reference: Report | None) -> tuple[PromptGroup, ...]:
-    """Choose the reference's groups, for comparison, or build some from the classes' names.
+    """Choose the reference's groups or, without a reference, build groups from the class names.
 
     Raises:
         ValueError: the reference has no groups.
@@ -159,7 +159,7 @@ def default_groups(settings: Settings, reference: Report | None) -> tuple[Prompt
 
 
 def supported_groups(groups: Sequence[PromptGroup], pipe: Any) -> tuple[PromptGroup, ...]:
-    """Drop prompts with a negative prompt, and groups of only such, if the pipeline takes none."""
+    """Drop prompts with a negative prompt if the pipeline does not support them."""
     if not any(prompt.negative for group in groups for prompt in group.prompts):
         return tuple(groups)
     if takes_negative_prompts(pipe):

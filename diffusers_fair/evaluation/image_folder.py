@@ -1,4 +1,4 @@
-"""Images from a folder, made by anything: a subfolder for each prompt."""
+"""Existing images from a folder with a subfolder for each prompt."""
 
 import hashlib
 from dataclasses import dataclass
@@ -8,11 +8,11 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from diffusers_fair.evaluation.generate import Pictures
+from diffusers_fair.evaluation.generate import ImageBatch
 from diffusers_fair.vision.images import from_pillow
 
-PROMPT = "prompt.txt"  # in a subfolder whose name is not the prompt
-MAX_SIDE = 1024  # of the square that images of different sizes are fitted into, in pixels
+PROMPT = "prompt.txt"  # holds the prompt if it is not the name of the subfolder
+_MAX_SIDE = 1024  # maximum side of the square for images of different sizes, in pixels
 
 
 @dataclass(frozen=True)
@@ -26,13 +26,13 @@ class ImageFolder:
     side: int | None
     """Side in pixels of the square that every image is fitted into; None if all have one size."""
 
-    def read(self, pairs: np.ndarray) -> Pictures:
-        """Read the images j of prompts i, pairs (n, 2)."""
+    def read(self, pairs: np.ndarray) -> ImageBatch:
+        """Read images j of prompts i, given as indices (n, 2)."""
         files = [self.files[i][j] for i, j in pairs]
         images = torch.stack([_image(file, self.side) for file in files])
         names = [file.relative_to(self.folder).as_posix() for file in files]
         prompt, image = pairs.T  # (n,) each
-        return Pictures(images, prompt, image, file=np.array(names))
+        return ImageBatch(images, prompt, image, file=np.array(names))
 
     def digest(self) -> str:
         """Hash the names and sizes of all files."""
@@ -42,15 +42,15 @@ class ImageFolder:
 
 
 def image_folder(folder: str | Path) -> ImageFolder:
-    """Find the images of a folder, and check that all can be read.
+    """List the images of a folder, and check that all can be read.
 
-    Every subfolder is a prompt: the text in its `prompt.txt`, or else its name. All files with a
-    suffix that Pillow can read are images; other files are ignored. If the images have different
-    sizes, each is fitted into a grey square whose side is that of the largest image, at most 1024
-    pixels.
+    Each subfolder holds the images of one prompt: the text of its `prompt.txt`, or else its name.
+    All files with a suffix that Pillow can read are images; other files are ignored. If the images
+    differ in size, each is fitted into a grey square as large as the largest image, but at most
+    1024 pixels wide.
 
     Args:
-        folder: has a subfolder for each prompt. An empty subfolder is a prompt without images.
+        folder: folder with a subfolder for each prompt. An empty one is a prompt without images.
 
     Raises:
         ValueError: there is no such folder, it has no subfolder with images, an image cannot be
@@ -58,23 +58,23 @@ def image_folder(folder: str | Path) -> ImageFolder:
     """
     folder = Path(folder)
     if not folder.is_dir():
-        raise ValueError(f"there is no folder '{folder}': expected one with a folder per prompt")
+        raise ValueError(f"there is no folder '{folder}': expected one with a subfolder per prompt")
     subfolders = sorted(p for p in folder.iterdir() if p.is_dir() and not p.name.startswith("."))
     files = tuple(tuple(_images_in(place)) for place in subfolders)
     if not any(files):
         loose = len(_images_in(folder))
         raise ValueError(
-            f"'{folder}' has no subfolder with images ({loose} images lie in it directly): "
-            "expected a subfolder for each prompt, named as the prompt"
+            f"'{folder}' has no subfolder with images (but {loose} images of its own): expected a "
+            "subfolder for each prompt, named after the prompt"
         )
     prompts = [_prompt(place) for place in subfolders]
     duplicates = {prompt for prompt in prompts if prompts.count(prompt) > 1}
     if duplicates:
         raise ValueError(
-            f"'{folder}' has two subfolders of the prompt '{min(duplicates)}': make it one"
+            f"'{folder}' has two subfolders for the prompt '{min(duplicates)}': merge them"
         )
     sizes = {_size(file) for group in files for file in group}
-    side = None if len(sizes) == 1 else min(MAX_SIDE, max(max(size) for size in sizes))
+    side = None if len(sizes) == 1 else min(_MAX_SIDE, max(max(size) for size in sizes))
     return ImageFolder(folder, tuple(prompts), files, side)
 
 
@@ -100,12 +100,12 @@ def _prompt(folder: Path) -> str:
 
 
 def _size(file: Path) -> tuple[int, int]:
-    """Width and height; decodes the whole image, so that a damaged one is reported at once."""
+    """Return width and height; decodes the whole image, so that a damaged one is found early."""
     return _open(file).size
 
 
 def _open(file: Path):
-    """The image as RGB, upright, with transparent parts white."""
+    """Read an image as RGB, upright, with transparent parts white."""
     from PIL import Image, ImageOps
 
     try:

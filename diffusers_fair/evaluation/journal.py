@@ -1,4 +1,4 @@
-"""The judged batches of an evaluation on disk, so that it can be stopped and resumed."""
+"""The judged batches of an evaluation on disk, from which it can be resumed."""
 
 import json
 from collections.abc import Mapping
@@ -12,29 +12,29 @@ import numpy as np
 from diffusers_fair import atomic
 from diffusers_fair.reports.records import Records
 
-STATE = "state.json"
+_STATE = "state.json"
 
 
 @dataclass(frozen=True, eq=False)
 class BatchRecords:
-    """What an evaluation keeps of a batch of images."""
+    """The records and sample images of a batch."""
 
     records: Records
     samples: Mapping[tuple[int, int], np.ndarray]
-    """(prompt, image) -> (h, w, 3) uint8, for the few images that are kept as samples."""
+    """(prompt, image) -> (h, w, 3) uint8, for the few images that are shown as samples."""
 
 
 class Journal:
-    """Batch index -> its records, in one file each, written atomically.
+    """A mapping of batch indices to `BatchRecords` on disk, one file per batch.
 
     Args:
-        folder: a folder that `begin` was called for.
+        folder: folder of a journal that `begin` created.
     """
 
     def __init__(self, folder: Path):
         self.folder = folder
         self.provenance: dict[str, Any] = _state(folder)["provenance"]
-        """Provenance of the first start."""
+        """Provenance of the first run."""
 
     @classmethod
     def begin(
@@ -45,16 +45,16 @@ class Journal:
         Args:
             folder: created if needed.
             identity: settings that must be the same to resume; JSON values.
-            provenance: of this start; the first one is kept.
+            provenance: provenance of this run; only that of the first run is kept.
 
         Raises:
             ValueError: the folder holds the journal of another evaluation.
         """
         folder.mkdir(parents=True, exist_ok=True)
         identity = json.loads(json.dumps(identity))
-        if not (folder / STATE).exists():
+        if not (folder / _STATE).exists():
             text = json.dumps({"asked": identity, "provenance": provenance}, indent=1)
-            atomic.write(folder / STATE, text.encode())
+            atomic.write(folder / _STATE, text.encode())
         stored = _state(folder)["asked"]
         different = [k for k in {**stored, **identity} if stored.get(k) != identity.get(k)]
         if different:
@@ -92,4 +92,4 @@ class Journal:
 
 
 def _state(folder: Path) -> dict[str, Any]:
-    return json.loads((folder / STATE).read_text("utf-8"))
+    return json.loads((folder / _STATE).read_text("utf-8"))

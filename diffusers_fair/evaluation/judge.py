@@ -1,4 +1,4 @@
-"""Judge a batch of images: the records of what the judges perceive in it."""
+"""Judge a batch of images, and record what the judges perceive."""
 
 from collections.abc import Mapping, Sequence
 from dataclasses import replace
@@ -9,7 +9,7 @@ import torch
 from torch import Tensor
 
 from diffusers_fair.attributes import Attribute
-from diffusers_fair.evaluation.generate import Pictures
+from diffusers_fair.evaluation.generate import ImageBatch
 from diffusers_fair.evaluation.journal import BatchRecords
 from diffusers_fair.evaluation.quality import image_features, quality_scores
 from diffusers_fair.prompts.groups import UNTOUCHED, PromptGroup
@@ -26,12 +26,12 @@ from diffusers_fair.vision.faces import Faces
 from diffusers_fair.vision.images import to_arrays, to_bytes
 from diffusers_fair.vision.judges import Judges
 
-THUMBNAIL_SIDE = 64  # pixels
+_THUMBNAIL_SIDE = 64  # pixels
 
 
 @torch.no_grad()
 def judge_batch(
-    batch: Pictures,
+    batch: ImageBatch,
     settings: Settings,
     judges: Judges,
     texts: np.ndarray,
@@ -42,14 +42,14 @@ def judge_batch(
 
     Args:
         batch: the images.
-        settings: of the evaluation.
-        judges: the models that judge them.
+        settings: settings of the evaluation.
+        judges: the models that judge the images.
         texts: CLIP features (P, d) of the prompts.
         reference: the base model's records of the same noise.
-        sampled_prompts: number of prompts whose first images are kept.
+        sampled_prompts: number of prompts whose first images are kept as samples.
 
     Raises:
-        ValueError: a judge returns values that are not finite, or not one score for each image.
+        ValueError: a judge returns non-finite values, or not one score per image.
     """
     faces = judges.faces(batch.images)
     features = image_features(batch.images, judges.clip, judges.dino)
@@ -77,7 +77,7 @@ def judge_batch(
 
 @torch.no_grad()
 def judge_group_batch(
-    batch: Pictures,
+    batch: ImageBatch,
     group: PromptGroup,
     settings: Settings,
     judges: Judges,
@@ -104,7 +104,7 @@ def judge_group_batch(
 def thumbnails(images: Tensor) -> np.ndarray:
     """Shrink images (n, 3, h, w) in [-1, 1] of any size to (n, 3 * 64 * 64) in 0 to 255."""
     small = torch.nn.functional.interpolate(
-        images.float(), (THUMBNAIL_SIDE, THUMBNAIL_SIDE), mode="area"
+        images.float(), (_THUMBNAIL_SIDE, _THUMBNAIL_SIDE), mode="area"
     )
     return to_bytes(small).flatten(1).cpu().numpy()
 
@@ -112,7 +112,7 @@ def thumbnails(images: Tensor) -> np.ndarray:
 def _faces(
     faces: Faces, probabilities: Mapping[str, np.ndarray], settings: Settings
 ) -> dict[str, Any]:
-    """The fields of `Records` on faces: the largest of each image and, if all count, the others."""
+    """Build the fields of `Records` on faces: the largest and, if all count, the others."""
     has_face, boxes = faces.is_face.cpu().numpy(), np.round(faces.boxes.double().cpu().numpy(), 2)
     if faces.image is None:
         return {"found": has_face, "boxes": boxes, "probabilities": probabilities}
@@ -140,9 +140,10 @@ def _faces(
 def _probabilities(
     images: Tensor, faces: Faces, attributes: Sequence[Attribute], judges: Judges
 ) -> dict[str, np.ndarray]:
-    """Attribute -> rounded probabilities, with the classes in the attribute's order.
+    """Map attributes to rounded probabilities, with the classes in the attribute's order.
 
-    They are (rows, classes) for attributes of faces, 0 without a face, and otherwise (n, classes).
+    Shape (rows, classes) for attributes of faces, with zeros where a row has no face; otherwise
+    (n, classes).
     """
     has_face, result = faces.is_face.cpu().numpy(), {}
     with_face, found = images[faces.image_index[faces.is_face]], faces[faces.is_face]
@@ -160,7 +161,7 @@ def _probabilities(
         p = classifier(views[key]).double().cpu().numpy()  # (faces or n, classes)
         if not np.isfinite(p).all():
             raise ValueError(
-                f"the classifier of '{a.name}' gave probabilities that are not finite: "
+                f"the classifier of '{a.name}' returned non-finite probabilities: "
                 "check its weights and precision"
             )
         order = [classifier.classes.index(name) for name in a.classes]
@@ -168,8 +169,8 @@ def _probabilities(
     return result
 
 
-def _samples(batch: Pictures, prompts: Sequence[int]) -> dict[tuple[int, int], np.ndarray]:
-    """The first images of the sampled prompts, (h, w, 3) uint8."""
+def _samples(batch: ImageBatch, prompts: Sequence[int]) -> dict[tuple[int, int], np.ndarray]:
+    """Pick the first images of the sampled prompts, (h, w, 3) uint8."""
     return {
         (int(i), int(j)): to_arrays(image)
         for image, i, j in zip(batch.images, batch.prompt, batch.image, strict=True)
@@ -181,7 +182,7 @@ def _checked_score(name: str, values: Any, images: int) -> np.ndarray:
     array = values.detach().cpu().numpy() if isinstance(values, Tensor) else np.asarray(values)
     if array.shape != (images,):
         raise ValueError(
-            f"extra score '{name}' must give one number per image, expected shape ({images},), "
+            f"extra score '{name}' must return one number per image: expected shape ({images},), "
             f"got {array.shape}"
         )
     return array

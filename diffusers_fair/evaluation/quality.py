@@ -1,8 +1,8 @@
-"""Image quality: similarity to the prompt, and to the base model's image.
+"""Image quality: similarity to the prompt and to the base model's image.
 
 CLIP-T is the cosine similarity of an image and its prompt. CLIP-I and DINO are the cosine
 similarities of an image and the base model's image of the same prompt and noise (section 5.1). All
-are in [-1, 1]; 1 means equal.
+are in [-1, 1]; 1 means identical.
 """
 
 from collections.abc import Mapping, Sequence
@@ -28,7 +28,7 @@ def image_features(images: Tensor, clip: ImageEncoder, dino: ImageEncoder) -> di
     for name, values in features.items():
         if not np.isfinite(values).all():
             raise ValueError(
-                f"the {name} encoder gave features that are not finite: check its weights and "
+                f"the {name} encoder returned non-finite features: check its weights and "
                 "precision, and the pipeline's"
             )
     return features
@@ -36,7 +36,7 @@ def image_features(images: Tensor, clip: ImageEncoder, dino: ImageEncoder) -> di
 
 @torch.no_grad()
 def prompt_features(prompts: Sequence[str], clip: ImageTextEncoder) -> np.ndarray:
-    """Encode prompts by CLIP, 64 at a time: unit-length features (P, d)."""
+    """Encode prompts with CLIP, 64 at a time: unit-length features (P, d)."""
     parts = [list(prompts[i : i + 64]) for i in range(0, len(prompts), 64)]
     return np.concatenate([_array(clip.texts(part)) for part in parts])
 
@@ -47,7 +47,7 @@ def quality_scores(
     """Compute CLIP-T of images and, with a reference, CLIP-I and DINO.
 
     Args:
-        features: of n images.
+        features: features of n images.
         texts: CLIP features of their prompts (n, d).
         reference: features of the base model's images of the same prompts and noise.
 

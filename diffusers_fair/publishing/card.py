@@ -1,7 +1,7 @@
-"""The model card of an adapter folder, its README.md: every number comes from a report.
+"""Writes the model card of an adapter folder, README.md. Every number comes from a report.
 
-A card is a function of `fair_adapter.json`, which holds the report's summary, and of the images in
-`samples/`, which hold the report's sample sheets.
+A card depends only on `fair_adapter.json`, which holds the report's summary, and on the sample
+sheets in `samples/`.
 """
 
 import json
@@ -34,19 +34,18 @@ from diffusers_fair.reports.measures import attribute_measures, measures, shortf
 from diffusers_fair.reports.summary import SCORE_NAMES, BiasEstimate, Summary
 
 TEMPLATE = Path(__file__).with_name("card.md.jinja")
-EXAMPLE = "a photo of the face of a teacher, a person"
-SHEETS = {  # sample sheets of a report folder -> their captions
+_EXAMPLE = "a photo of the face of a teacher, a person"
+_SHEETS = {  # sample sheets of a report folder -> their captions
     PAIRS: "The same noise, above without and below with the adapter",
-    GROUPS_SHEET: "Prompts that leave nothing to change: the same noise, above without and below "
-    "with the adapter",
+    GROUPS_SHEET: "Control prompts: the same noise, above without and below with the adapter",
 }
-SUMMARY = (  # the keys of a report's summary that fair_adapter.json keeps
+_SUMMARY = (  # the keys of a report's summary that fair_adapter.json keeps
     *("prompts", "images", "faces", "face_rate", "scores"),
     *("bias", "deviation", "corrected", "frequencies"),
 )
-NOT_EVALUATED = {"prompts": 0, "images": 0, "faces": 0, "bias": {}, "scores": {}}
+_NOT_EVALUATED = {"prompts": 0, "images": 0, "faces": 0, "bias": {}, "scores": {}}
 SETTINGS = ("images_per_prompt", "steps", "guidance_scale", "seed")
-LICENCES = {  # base model -> its licence, as the Hub names it; adapters have the same
+_LICENCES = {  # base model -> its licence, as the Hub names it; adapters have the same
     **dict.fromkeys(SHIPPED_BASES, "apache-2.0"),
     "CompVis/stable-diffusion-v1-4": "creativeml-openrail-m",
     "stable-diffusion-v1-5/stable-diffusion-v1-5": "creativeml-openrail-m",
@@ -61,15 +60,15 @@ def write_card(folder: str | Path | Adapter, report: str | Path | None = None) -
     """Write the card of an adapter folder.
 
     Args:
-        folder: the adapter's, or the open adapter.
-        report: folder of its report. The summary is stored in `fair_adapter.json`, and the report
-            and its sample sheets are copied beside it. Left out: the summary that is stored there.
+        folder: adapter folder, or an open adapter.
+        report: report folder. Its summary is stored in `fair_adapter.json`, and the report and its
+            sample sheets are copied to the adapter folder. Default: the summary stored before.
 
     Returns:
-        The card, `README.md` in the folder.
+        Path of the card, `README.md` in the folder.
 
     Raises:
-        ValueError: there is no adapter or no report, or the report is on other attributes.
+        ValueError: the adapter or the report is missing, or the report has other attributes.
     """
     adapter = open_adapter(folder)
     folder, info = adapter.folder, adapter.info
@@ -87,10 +86,10 @@ def write_card(folder: str | Path | Adapter, report: str | Path | None = None) -
 
 
 def _evaluation(report: Path, attributes: Sequence[Attribute]) -> dict[str, Any]:
-    """The part of a report that `fair_adapter.json` keeps; `before` is the base model's.
+    """Select the part of a report that `fair_adapter.json` keeps; `before` is the base model's.
 
     Raises:
-        ValueError: the report cannot be read, or is on other attributes.
+        ValueError: the report cannot be read, or has other attributes.
     """
     if not (report / FILE).is_file():
         raise ValueError(f"there is no report in '{report}': expected a file {FILE}")
@@ -108,7 +107,7 @@ def _evaluation(report: Path, attributes: Sequence[Attribute]) -> dict[str, Any]
         if evaluated.get(attribute.name) != list(attribute.classes):
             raise ValueError(
                 f"the adapter balances '{attribute.name}' with the classes "
-                f"{list(attribute.classes)}, and the report evaluated {evaluated}: evaluate the "
+                f"{list(attribute.classes)}, but the report evaluated {evaluated}: evaluate the "
                 "adapter again"
             )
     return evaluation
@@ -131,28 +130,28 @@ def _kept(root: Mapping[str, Any]) -> dict[str, Any]:
 
 
 def _groups(root: Mapping[str, Any]) -> dict[str, Any]:
-    """Group of control prompts -> its summary."""
+    """Map groups of control prompts to their summaries."""
     return {name: asdict(summary) for name, summary in summaries_from_json(root).items()}
 
 
 def _summary(summary: Mapping[str, Any]) -> dict[str, Any]:
-    return {name: summary[name] for name in SUMMARY if name in summary}
+    return {name: summary[name] for name in _SUMMARY if name in summary}
 
 
 def _images(folder: Path, report: str | Path | None) -> list[str]:
-    """File names of the images that the card shows."""
+    """List the file names of the images that the card shows."""
     names = {path.name for path in (folder / SAMPLES_FOLDER).glob("*.png")}
     if report is not None:
-        names |= {name for name in SHEETS if (Path(report) / name).is_file()}
+        names |= {name for name in _SHEETS if (Path(report) / name).is_file()}
     return sorted(names, key=lambda name: (name != PAIRS, name))
 
 
 def _copy(report: Path, folder: Path) -> None:
-    """Copy a report's files beside the adapter, and its sheets to the samples."""
+    """Copy a report's files to the adapter folder, and its sheets to the samples."""
     for name in REPORT_FILES:
         if (report / name).is_file():
             atomic.write(folder / name, (report / name).read_bytes())
-    for name in SHEETS:
+    for name in _SHEETS:
         if (report / name).is_file():
             (folder / SAMPLES_FOLDER).mkdir(exist_ok=True)
             atomic.write(folder / SAMPLES_FOLDER / name, (report / name).read_bytes())
@@ -166,16 +165,16 @@ class _Evaluation:
     """The evaluation in `fair_adapter.json`."""
 
     root: Mapping[str, Any]
-    """Settings and provenance, as they stand there."""
+    """Settings and provenance, as stored."""
     before: Summary
-    """The base model's; empty if it was not evaluated."""
+    """Summary of the base model; empty if it was not evaluated."""
     after: Summary
     groups_before: Mapping[str, GroupSummary]
     groups_after: Mapping[str, GroupSummary]
 
     @property
     def sides(self) -> tuple[Summary, Summary]:
-        """The summaries before and after."""
+        """The summaries without and with the adapter."""
         return self.before, self.after
 
     @classmethod
@@ -190,7 +189,7 @@ class _Evaluation:
         )
         return cls(
             root=root,
-            before=Summary.from_json(root.get("before") or NOT_EVALUATED),
+            before=Summary.from_json(root.get("before") or _NOT_EVALUATED),
             after=Summary.from_json(root["after"]),
             groups_before=before,
             groups_after=after,
@@ -198,7 +197,7 @@ class _Evaluation:
 
 
 def _render(info: AdapterInfo, images: Sequence[str]) -> str:
-    """The text of the card."""
+    """Render the text of the card."""
     import jinja2
 
     names = _joined([_plain(attribute.name) for attribute in info.attributes])
@@ -219,24 +218,24 @@ def _render(info: AdapterInfo, images: Sequence[str]) -> str:
             licence=_licence(info.base_model),
             embeds=EMBEDS_FILE,
             shares=list(_shares(info, evaluation)),
-            example=(info.evaluation or {}).get("example", EXAMPLE),
+            example=(info.evaluation or {}).get("example", _EXAMPLE),
             sampling=_sampling(info),
             images=images,
-            sheets=SHEETS,
+            sheets=_SHEETS,
             recipe=yaml.safe_dump(info.recipe, sort_keys=False, allow_unicode=True),
             **_measured(info, evaluation),
         )
         metadata = _metadata(info, evaluation).to_yaml()
     except (LookupError, TypeError, AttributeError, jinja2.TemplateError) as error:
         raise ValueError(
-            f"the adapter's record of its evaluation cannot be shown ({error}): write the card "
-            "with its report"
+            f"the evaluation stored in the adapter cannot be shown ({error}): write the card again "
+            "with --report"
         ) from error
     return str(ModelCard(f"---\n{metadata}\n---\n\n{body}"))
 
 
 def _metadata(info: AdapterInfo, evaluation: _Evaluation | None) -> ModelCardData:
-    """The metadata for the Hub, which accepts only its own ids as base models."""
+    """Build the metadata for the Hub, which accepts only Hub ids as base models."""
     base: dict[str, Any] = {}
     if _on_hub(info.base_model):
         base = {"base_model": info.base_model, "base_model_relation": "adapter"}
@@ -253,7 +252,7 @@ def _metadata(info: AdapterInfo, evaluation: _Evaluation | None) -> ModelCardDat
 
 
 def _results(evaluation: _Evaluation | None) -> Iterator[EvalResult]:
-    """The adapter's metrics, one by one."""
+    """Yield the adapter's metrics for the Hub."""
     if evaluation is None:
         return
     after = evaluation.after
@@ -276,14 +275,14 @@ def _on_hub(base: str) -> bool:
 
 
 def _licence(base: str) -> str | None:
-    return LICENCES.get(MIRRORS.get(base, base))
+    return _LICENCES.get(MIRRORS.get(base, base))
 
 
 # ---- its tables ----------------------------------------------------------------------------------
 
 
 def _measured(info: AdapterInfo, evaluation: _Evaluation | None) -> dict[str, Any]:
-    """The template's values that an evaluation gives."""
+    """Collect the template's values that come from an evaluation."""
     if evaluation is None:
         return {"evaluation": None}
     balanced = {attribute.name for attribute in info.attributes}
@@ -307,7 +306,7 @@ def _measured(info: AdapterInfo, evaluation: _Evaluation | None) -> dict[str, An
 
 
 def _shares(info: AdapterInfo, evaluation: _Evaluation | None) -> Iterator[list[str]]:
-    """Attribute, class, target and, if measured, the frequency before and after."""
+    """Yield rows: attribute, class, target and, if measured, the frequencies before and after."""
     for attribute in info.attributes:
         for name, target in zip(attribute.classes, attribute.target, strict=True):
             measured = [
@@ -323,13 +322,13 @@ def _frequency(summary: Summary, attribute: str, name: str) -> Estimate | None:
 
 
 def _biases(evaluation: _Evaluation, name: str, *, details: bool = True) -> Iterator[list[str]]:
-    """Metric, before, after and noise floor, for the bias of an attribute or a joint."""
+    """Yield rows on the bias of an attribute: metric, before, after, noise floor."""
     sides = evaluation.sides
     corrected = [side.corrected.get(name) for side in sides]
     bias = [side.bias.get(name) for side in sides]
     yield from _bias(f"bias, {_plain(name)}", bias, details)
     if details and corrected[1] is not None:
-        yield ["— classifier's errors corrected", *map(estimate_text, corrected), GAP]
+        yield ["— classifier errors corrected", *map(estimate_text, corrected), GAP]
     deviation = [side.deviation.get(name) for side in sides]
     yield from _bias(f"deviation from target, {_plain(name)}", deviation, details)
 
@@ -344,7 +343,7 @@ def _bias(head: str, biases: Sequence[BiasEstimate | None], details: bool) -> It
 
 
 def _scores(evaluation: _Evaluation) -> Iterator[list[str]]:
-    """Metric, before and after: faces and quality."""
+    """Yield rows on faces and quality: metric, before, after."""
     rates = [side.face_rate for side in evaluation.sides]
     yield ["images with a face", *map(estimate_text, rates)]
     for name in evaluation.after.scores:
@@ -353,7 +352,7 @@ def _scores(evaluation: _Evaluation) -> Iterator[list[str]]:
 
 
 def _control(evaluation: _Evaluation) -> Iterator[list[str]]:
-    """Metric, before and after, for the control prompts."""
+    """Yield rows on the control prompts: metric, before, after."""
     before, after = evaluation.groups_before, evaluation.groups_after
     for measure in [*measures([after]), *attribute_measures(after)]:
         cells = [estimate_text(measure.estimate(side)) for side in (before, after)]
@@ -363,7 +362,7 @@ def _control(evaluation: _Evaluation) -> Iterator[list[str]]:
 
 
 def _sampling(info: AdapterInfo) -> str:
-    """Arguments of a call that samples as the evaluation did."""
+    """Format the sampling arguments of the evaluation for a pipeline call."""
     root = info.evaluation
     if root is None:
         return ""
@@ -371,14 +370,14 @@ def _sampling(info: AdapterInfo) -> str:
 
 
 def _accuracies(evaluation: _Evaluation) -> Iterator[tuple[str, str]]:
-    """Attribute -> accuracy of its classifier, the mean over classes."""
+    """Yield the attributes and the accuracy of their classifiers, averaged over classes."""
     for name, rows in (evaluation.root.get("confusion") or {}).items():
         shares = [row[i] / sum(row) for i, row in enumerate(rows)]
         yield _plain(name), f"{sum(shares) / len(shares):.1%}"
 
 
 def _joined(names: Sequence[str]) -> str:
-    """As `a`, `a and b`, `a, b and c`."""
+    """Join names in prose: `a`, `a and b`, `a, b and c`."""
     *first, last = names
     return f"{', '.join(first)} and {last}" if first else last
 

@@ -1,7 +1,7 @@
-"""Adapter folder -> repository on the Hub: checked first, then pushed in one commit or not at all.
+"""Pushes an adapter folder to the Hub: checks it first, then makes one commit or none at all.
 
-Only the Hub's client retries requests. A push that fails leaves the Hub as it was, says so, and can
-be repeated.
+Only the Hub's client retries requests. A failed push leaves the Hub unchanged, says so, and can be
+repeated.
 """
 
 import hashlib
@@ -30,7 +30,7 @@ from diffusers_fair.publishing.card import write_card
 
 _MAIN = "main"
 _NAMES = (INFO_FILE, WEIGHTS_FILE, EMBEDS_FILE, README_FILE, *REPORT_FILES)
-_HUB_NAMES = {".gitattributes", "LICENSE", README_FILE}  # what the Hub puts in a new repository
+_HUB_NAMES = {".gitattributes", "LICENSE", README_FILE}  # files of a new repository
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -39,11 +39,11 @@ class Push:
 
     repo_id: str
     files: dict[str, int]
-    """Name in the repository -> bytes, of all files of the adapter."""
+    """Name in the repository -> size in bytes, of all files of the adapter."""
     removed: tuple[str, ...] = ()
-    """Files of an earlier push that this adapter does not have."""
+    """Files of an earlier push that this push removes."""
     url: str | None = None
-    """Address of the commit or pull request; None in a dry run, or if nothing had changed."""
+    """URL of the commit or pull request; None in a dry run, or if nothing has changed."""
 
 
 def push_adapter(
@@ -63,21 +63,21 @@ def push_adapter(
     created for the push is deleted again.
 
     Args:
-        folder: an adapter folder; its card is written if it has none. The files of its report are
-            published, too; files that do not belong to an adapter are not.
+        folder: adapter folder; its card is written if it has none. Files that belong neither to the
+            adapter nor to its report are not published.
         repo_id: `user-or-organisation/name`; created if it does not exist.
         private: whether a new repository is private.
-        revision: branch, created from `main` if it does not exist; or `refs/pr/N`, to add to a
-            pull request.
+        revision: branch to commit to, created from `main` if it does not exist; or `refs/pr/N`, to
+            add to a pull request.
         create_pr: open a pull request instead of committing.
         message: commit message.
-        token: token of the Hub, neither printed nor stored. Left out: `HF_TOKEN`, or that of
+        token: Hub token, neither printed nor stored. Default: `HF_TOKEN`, or the token of
             `hf auth login`.
-        dry_run: only check the folder and list what would be pushed, without any request.
+        dry_run: check the folder and list what would be pushed, without any request.
 
     Raises:
-        ValueError: one sentence: the folder is not an adapter, there is no token, the repository
-            holds something else, or the Hub refuses; and the state of the repository.
+        ValueError: the folder is not an adapter, there is no token, the repository holds something
+            else, or the Hub refuses. The message also says in what state the repository is.
     """
     folder = Path(folder)
     adapter = open_adapter(folder)
@@ -110,14 +110,13 @@ def _folder_files(folder: str | Path) -> dict[str, Path]:
     for name in (*files, SAMPLES_FOLDER):
         if (folder / name).is_symlink():
             raise ValueError(
-                f"'{folder / name}' is a link, and links are not published: put the file itself "
-                "there"
+                f"'{folder / name}' is a link, which is not published: replace it with the file"
             )
     return files
 
 
 def _is_published(name: str) -> bool:
-    """Whether a file of this name belongs to a published adapter."""
+    """Whether a file of this name is published."""
     images = rf"({SAMPLES_FOLDER}/)?[^/]+\.png"
     return name in _NAMES or re.fullmatch(images, name) is not None
 
@@ -129,12 +128,12 @@ def _check_repo_id(repo_id: str) -> None:
 
 
 def _api(token: str | None) -> HfApi:
-    """Make a client of the Hub, with the usual token if none is given."""
+    """Create a client of the Hub, with the default token if none is given."""
     token = token or get_token()
     if token is None:
         raise ValueError(
-            "publishing needs a Hub token with write access: run `hf auth login`, set "
-            "HF_TOKEN, or give one"
+            "publishing needs a Hub token with write access: run `hf auth login`, set HF_TOKEN, or "
+            "pass a token"
         )
     return HfApi(token=token, library_name="diffusers-fair")
 
@@ -143,16 +142,16 @@ def _api(token: str | None) -> HfApi:
 
 
 class _Attempt:
-    """One push: the state of the Hub before it, what it creates, and how it undoes that."""
+    """One push: remembers the state of the Hub, and undoes what it created if it fails."""
 
     def __init__(self, api: HfApi, repo_id: str, branch: str, files: dict[str, Path]):
         self.api, self.repo_id, self.branch, self.files = api, repo_id, branch, files
         self.main: ModelInfo | None = None  # the main branch before the push
-        self.requested: list[str] = []  # and not refused: "repository", "branch", "commit"
+        self.requested: list[str] = []  # not refused: "repository", "branch", "commit"
         self.removed: tuple[str, ...] = ()
 
     def run(self, private: bool, create_pr: bool, message: str) -> str | None:
-        """Push; return the address of the commit or pull request, None if nothing had changed."""
+        """Push; return the URL of the commit or pull request, or None if nothing has changed."""
         try:
             self.main = self._get(_MAIN)
             remote = self.main if self.branch == _MAIN else self._get(self.branch)
@@ -171,14 +170,14 @@ class _Attempt:
         return commit and (commit.pr_url or commit.commit_url)
 
     def _get(self, revision: str) -> ModelInfo | None:
-        """Get a revision; None if the token can read no such repository or revision."""
+        """Get a revision; None if it does not exist or the token may not read it."""
         try:
             return self.api.model_info(self.repo_id, revision=revision, files_metadata=True)
         except (errors.RepositoryNotFoundError, errors.RevisionNotFoundError):
             return None
 
     def _check(self, remote: ModelInfo | None, private: bool, create_pr: bool) -> None:
-        """Refuse to write where the caller cannot have meant it."""
+        """Refuse to write to a repository that the caller cannot have meant."""
         if self.main is None and create_pr:
             raise ValueError(f"there is no repository '{self.repo_id}' to open a pull request in")
         if remote is None and self.branch.startswith("refs/"):
@@ -196,7 +195,7 @@ class _Attempt:
             )
 
     def _make(self, private: bool) -> ModelInfo | None:
-        """Create the repository or the branch, whichever is missing; return its content."""
+        """Create the repository or branch that is missing; return its content."""
         if self.main is None:
             with self._requesting("repository"):
                 self.api.create_repo(self.repo_id, private=private)
@@ -206,7 +205,7 @@ class _Attempt:
         return self._get(self.branch)
 
     def _commit(self, remote: ModelInfo | None, create_pr: bool, message: str) -> CommitInfo | None:
-        """Commit on top of the given revision; None if nothing has changed."""
+        """Commit on top of a revision; return None if nothing has changed."""
         changes = self._changes(remote)
         if not changes:
             return None
@@ -226,7 +225,7 @@ class _Attempt:
     def _changes(
         self, remote: ModelInfo | None
     ) -> list[CommitOperationAdd | CommitOperationDelete]:
-        """List the operations that make the published files those of the folder."""
+        """List the operations after which the repository has the files of the folder."""
         theirs = _siblings(remote)
         added = [
             CommitOperationAdd(name, path)
@@ -240,7 +239,7 @@ class _Attempt:
 
     @contextmanager
     def _requesting(self, what: str) -> Iterator[None]:
-        """Note a change that the Hub was asked for, unless it answers that it refuses."""
+        """Remember a requested change, unless the Hub refuses it."""
         self.requested.append(what)
         try:
             yield
@@ -250,7 +249,7 @@ class _Attempt:
             raise
 
     def _settle(self, error: Exception, create_pr: bool) -> str:
-        """Return the address if only the answer was lost; otherwise undo the push and raise."""
+        """Return the URL if only the answer was lost; otherwise undo the push and raise."""
         try:
             if "commit" in self.requested and (url := self._arrived(create_pr)):
                 return url
@@ -258,11 +257,11 @@ class _Attempt:
             state = "nothing on the Hub was changed"
         except Exception:
             changes = " and ".join(self.requested)
-            state = f"the {changes} that was asked for may be there: look at it, or push again"
+            state = f"whether the {changes} was created is not known: check the Hub, or push again"
         raise ValueError(self._failure(error, state)) from error
 
     def _arrived(self, create_pr: bool) -> str | None:
-        """Return the address of what was pushed, if it has arrived."""
+        """Return the URL of the push if it has arrived."""
         branch = self._newest_pull_request() if create_pr else self.branch
         remote = self._get(branch) if branch else None
         if remote is None or self._changes(remote):
@@ -271,7 +270,7 @@ class _Attempt:
         return f"{self.api.endpoint}/{self.repo_id}/{kind}"
 
     def _newest_pull_request(self) -> str:
-        """Return the revision `refs/pr/N` of the newest pull request; empty without any."""
+        """Return the revision `refs/pr/N` of the newest pull request; empty if there is none."""
         refs = self.api.list_repo_refs(self.repo_id, include_pull_requests=True)
         numbers = [int(pull.ref.rpartition("/")[2]) for pull in refs.pull_requests or ()]
         return f"refs/pr/{max(numbers)}" if numbers else ""
@@ -292,7 +291,7 @@ class _Attempt:
 
 
 def _siblings(remote: ModelInfo | None) -> dict[str, RepoSibling]:
-    """Map the names of a repository's files to their metadata."""
+    """Map the file names of a repository to their metadata."""
     return {file.rfilename: file for file in (remote.siblings if remote else None) or ()}
 
 
@@ -304,36 +303,36 @@ def _same(path: Path, remote: RepoSibling) -> bool:
     return hashlib.sha1(b"blob %d\0" % len(data) + data).hexdigest() == remote.blob_id
 
 
-# ---- why not -------------------------------------------------------------------------------------
+# ---- reasons -------------------------------------------------------------------------------------
 
 _REASONS = {  # HTTP status -> what it means for a push
     401: "the Hub does not accept the token: run `hf auth login` again",
-    402: "the Hub asks for payment",
+    402: "the Hub requires a payment",
     403: "the token may not write there: give one with write access to that user or organisation",
-    404: "there is no such repository that the token may read",
-    409: "a repository of that name is there, which the token may not read, or it is being changed",
-    412: "somebody else changed it meanwhile: look at it and push again",
-    429: "the Hub has had too many requests: push again in some minutes",
+    404: "the repository does not exist, or the token may not read it",
+    409: "the repository exists but the token may not read it, or it is being changed",
+    412: "somebody else has changed it in the meantime: check it and push again",
+    429: "the Hub has received too many requests: push again in a few minutes",
 }
 
 
 def _reason(error: BaseException) -> str:
-    """Say in one sentence why it failed."""
+    """Describe in one sentence why a push failed."""
     while isinstance(error, RuntimeError) and error.__cause__ is not None:
-        error = error.__cause__  # the client wraps what happens to a large file
+        error = error.__cause__  # the client wraps errors of large files
     if isinstance(error, errors.OfflineModeIsEnabled):
-        return "the Hub is switched off by HF_HUB_OFFLINE"
+        return "HF_HUB_OFFLINE is set"
     if isinstance(error, errors.HfHubHTTPError):
         status = error.response.status_code
         if status >= 500:
-            return f"the Hub has trouble of its own (status {status}): push again later"
+            return f"the Hub has an internal error (status {status}): push again later"
         return _REASONS.get(status, f"the Hub refuses it (status {status}): {_line(error)}")
     if isinstance(error, errors.HTTPError | ConnectionError):
-        return f"the Hub cannot be reached or broke off ({type(error).__name__}): push again"
+        return f"the connection to the Hub failed ({type(error).__name__}): push again"
     if isinstance(
         error, json.JSONDecodeError | UnicodeDecodeError | LookupError | TypeError | AttributeError
     ):
-        return "the answer is not the Hub's, or was cut off: push again"
+        return "the answer of the Hub is invalid or incomplete: push again"
     return _line(error)
 
 

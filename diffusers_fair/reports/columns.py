@@ -16,21 +16,21 @@ from diffusers_fair.reports.summary import SCORE_NAMES, BiasEstimate
 
 @dataclass(frozen=True, kw_only=True)
 class Column:
-    """An estimate that reports have in common."""
+    """An estimate that is compared between reports."""
 
     head: str
     """Name in tables."""
     sign: int
-    """1 if more is better, -1 if less is, 0 if neither is."""
+    """1 if higher is better, -1 if lower is better, 0 if neither."""
     estimate: Callable[[Report], Estimate | None]
-    """Report -> the estimate; None if the report lacks it."""
+    """Looks up the estimate of a report; None if the report lacks it."""
     by_prompt: Callable[[Report], np.ndarray]
-    """Report -> the value of each prompt, (P,); NaN if a prompt has none."""
+    """Looks up the value of each prompt of a report, (P,); NaN if a prompt has none."""
     key: str
     """Name in compare.json."""
 
     def json(self, report: Report) -> dict[str, Any] | None:
-        """The estimate in compare.json."""
+        """Return the estimate as compare.json holds it."""
         estimate = self.estimate(report)
         return None if estimate is None else estimate.json()
 
@@ -45,7 +45,7 @@ class BiasColumn(Column):
     estimate: Callable[[Report], BiasEstimate | None]
 
     def corrected(self, report: Report) -> Estimate | None:
-        """The bias corrected for the classifiers' errors; a deviation is not corrected."""
+        """Return the bias corrected for classifier errors; None for a deviation from target."""
         return None if self.from_target else report.summary.corrected.get(self.name)
 
 
@@ -53,37 +53,37 @@ class MeasureColumn(Column):
     """A measure of control prompts."""
 
     def json(self, report: Report) -> dict[str, Any] | None:
-        """The estimate in compare.json, written as report.json writes those of groups."""
+        """Return the estimate as compare.json holds it, in the format of control groups."""
         estimate = self.estimate(report)
         return None if estimate is None else asdict(estimate)
 
 
 def columns(reports: Sequence[Report]) -> list[Column]:
-    """Every column for which any of the reports has an estimate."""
-    return [*bias_columns(reports), *score_columns(reports), *measure_columns(reports)]
+    """List every column for which any of the reports has an estimate."""
+    return [*bias_columns(reports), *score_columns(reports), *_measure_columns(reports)]
 
 
 def bias_columns(reports: Sequence[Report]) -> list[BiasColumn]:
-    """Biases, then deviations from targets that are not uniform."""
+    """List the biases, then the deviations from targets that are not uniform."""
     biases = dict.fromkeys(name for report in reports for name in report.summary.bias)
     deviations = dict.fromkeys(name for report in reports for name in report.summary.deviation)
     return [*map(_bias_column, biases), *map(_deviation_column, deviations)]
 
 
 def score_columns(reports: Sequence[Report]) -> list[Column]:
-    """The face rate and the scores, extra scores before the standard ones."""
+    """List the face rate and the scores, extra scores before the standard ones."""
     scores = dict.fromkeys(name for report in reports[::-1] for name in report.summary.scores)
     ordered = sorted(scores, key=lambda name: name in SCORE_NAMES)
     return [_face_rate_column(), *map(_score_column, ordered)]
 
 
-def measure_columns(reports: Sequence[Report]) -> list[Column]:
-    """The measures of control prompts."""
+def _measure_columns(reports: Sequence[Report]) -> list[Column]:
+    """List the measures of control prompts."""
     return [_measure_column(m) for m in measures([r.group_summaries() for r in reports])]
 
 
 def difference(column: Column, first: Report, second: Report) -> metrics.PairedTest:
-    """Test how much the second report differs from the first on the same prompts."""
+    """Test the difference of the second report from the first, paired by prompt."""
     before, after = column.by_prompt(first), column.by_prompt(second)
     if not len(before) or not len(after):  # one of them lacks the group of prompts
         return metrics.paired_test([], [])
@@ -159,5 +159,5 @@ def _measure_column(measure: Measure) -> Column:
 def _by_prompt(
     value: Callable[[PromptStatistics], float | None],
 ) -> Callable[[Report], np.ndarray]:
-    """Apply to every prompt of a report; None becomes NaN."""
+    """Make a function that collects a value over the prompts of a report; None becomes NaN."""
     return lambda report: np.array([value(prompt) for prompt in report.prompts], float)

@@ -1,4 +1,4 @@
-"""Several reports on the same prompts side by side, as in the paper's Table 1."""
+"""Comparison of several reports on the same prompts, as in the paper's Table 1."""
 
 from collections.abc import Sequence
 from dataclasses import asdict, dataclass, replace
@@ -18,7 +18,7 @@ from diffusers_fair.reports.report import Report
 
 @dataclass(frozen=True, kw_only=True)
 class Entry:
-    """A row of the comparison."""
+    """A row of a comparison."""
 
     label: str
     report: Report
@@ -27,20 +27,20 @@ class Entry:
 
 
 def compare(entries: Sequence[Entry], against: str | None = None) -> "Comparison":
-    """Put reports side by side, reduced to the attributes that all of them evaluated.
+    """Compare reports on the attributes that all of them evaluated.
 
-    Groups of control prompts are reduced to the prompts that all reports with that group have.
+    Groups of control prompts are restricted to the prompts that all reports with that group share.
 
     Args:
         entries: two or more reports with the same prompts and numbers of images.
-        against: label of the row that all others are tested against; left out, the first.
+        against: label of the row that all others are tested against. Default: the first.
 
     Raises:
-        ValueError: fewer than two reports, duplicate labels, an unknown label, different prompts
-            or numbers of images, no attribute in common.
+        ValueError: there are fewer than two reports, labels are duplicate or unknown, the prompts
+            or numbers of images differ, or the reports have no attribute in common.
     """
     if len(entries) < 2:
-        raise ValueError(f"expected two reports or more to compare, got {len(entries)}")
+        raise ValueError(f"expected two or more reports to compare, got {len(entries)}")
     labels = [entry.label for entry in entries]
     for label in labels:
         if labels.count(label) > 1:
@@ -65,7 +65,7 @@ def compare(entries: Sequence[Entry], against: str | None = None) -> "Comparison
 
 
 def _same_groups(reports: Sequence[Report]) -> list[Report]:
-    """Reduce every group to the prompts and number of images that all reports with it have."""
+    """Restrict each group to the prompts and number of images that all reports with it share."""
     kept: list[dict[str, GroupReport]] = [{} for _ in reports]
     for name in GROUPS:
         available = [report.groups[name].group for report in reports if name in report.groups]
@@ -82,24 +82,24 @@ def _same_groups(reports: Sequence[Report]) -> list[Report]:
 
 
 def _select(report: Report, attributes: Sequence[Attribute]) -> Report:
-    """Reduce a report to these attributes and measure it by their targets."""
+    """Restrict a report to these attributes, and measure it by their targets."""
     unchanged = report.settings.attributes == tuple(attributes)
     return report if unchanged else report.select(attributes)
 
 
 def _check_same(first: Entry, entry: Entry) -> None:
-    """Refuse a report on other prompts, or with another noise floor."""
+    """Check that two reports have the same prompts, counted faces and numbers of images."""
     ours, theirs = first.report.settings, entry.report.settings
     if ours.prompts != theirs.prompts:
         raise ValueError(
-            f"'{entry.label}' was measured on other prompts than '{first.label}' "
+            f"'{entry.label}' was evaluated on other prompts than '{first.label}' "
             f"({len(theirs.prompts)} and {len(ours.prompts)}): only reports on the same prompts, "
             "in the same order, can be compared; evaluate one of them again"
         )
     if ours.people != theirs.people:
         raise ValueError(
-            f"'{entry.label}' counts the faces of an image by people '{theirs.people}', "
-            f"'{first.label}' by '{ours.people}': evaluate one of them again"
+            f"'{entry.label}' was evaluated with people '{theirs.people}', '{first.label}' with "
+            f"people '{ours.people}': evaluate one of them again"
         )
     expected, got = (np.bincount(e.report.records.prompt) for e in (first, entry))
     if not np.array_equal(expected, got):
@@ -120,7 +120,7 @@ def _all_evaluated(attribute: Attribute, entries: Sequence[Entry]) -> bool:
 
 @dataclass(frozen=True)
 class Comparison:
-    """Reports side by side, as `compare` returns them."""
+    """The comparison of reports that `compare` returns."""
 
     entries: tuple[Entry, ...]
     against: str
@@ -128,7 +128,7 @@ class Comparison:
 
     @cached_property
     def columns(self) -> list[Column]:
-        """Every column for which any of the reports has an estimate."""
+        """All columns for which any of the reports has an estimate."""
         return columns([entry.report for entry in self.entries])
 
     @cached_property
@@ -140,7 +140,7 @@ class Comparison:
         }
 
     def is_best(self, entry: Entry, column: Column) -> bool:
-        """Whether no row of its group is better, to the digits that are shown."""
+        """Whether no row of the entry's group is better, to the displayed precision."""
         estimates = [column.estimate(other.report) for other in self.groups[entry.group]]
         values = [column.sign * round(e.mean, DIGITS) for e in estimates if e]
         estimate = column.estimate(entry.report)
@@ -150,7 +150,7 @@ class Comparison:
 
     @cached_property
     def differences(self) -> dict[str, dict[str, metrics.PairedTest]]:
-        """Label -> column head -> test of the row against the one that all are tested against."""
+        """Label -> column head -> test of the difference from the row named by `against`."""
         base = next(entry for entry in self.entries if entry.label == self.against)
         return {
             entry.label: {c.head: difference(c, base.report, entry.report) for c in self.columns}
@@ -159,7 +159,7 @@ class Comparison:
         }
 
     def json(self) -> dict[str, Any]:
-        """Everything in the tables, and the provenance of the reports."""
+        """Return the content of compare.json: the tables, and the provenance of the reports."""
         settings = self.entries[0].report.settings
         return {
             "prompts": len(settings.prompts),

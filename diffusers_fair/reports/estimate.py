@@ -1,4 +1,4 @@
-"""A mean over prompts with its uncertainty: how reports hold it, write it and show it."""
+"""A mean over prompts with its uncertainty, as reports store and show it."""
 
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
@@ -8,7 +8,7 @@ import numpy as np
 
 from diffusers_fair import metrics
 
-DIGITS = 3  # shown; values that are equal to that many digits are tied
+DIGITS = 3  # decimals shown; values that are equal to as many decimals are tied
 GAP = "-"  # shown where there is no estimate
 
 Interval = tuple[float, float]
@@ -20,8 +20,8 @@ class Estimate:
 
     mean: float
     std: float | None
-    """Standard deviation over these prompts, not an estimate for others; None if the value is not
-    defined for a single prompt."""
+    """Standard deviation over these prompts, not an estimate for other prompts; None if a single
+    prompt has no such value."""
     interval: Interval | None
     """95 % bootstrap interval of the mean over prompts; None if there is only one prompt."""
     n: int
@@ -29,7 +29,7 @@ class Estimate:
 
     @classmethod
     def over(cls, values: Sequence[float] | np.ndarray) -> "Estimate | None":
-        """Estimate the mean of one value per prompt, leaving out NaN; None without any value."""
+        """Estimate the mean of one value per prompt, ignoring NaN; None without any value."""
         finite = np.asarray(values, float)
         finite = finite[np.isfinite(finite)]
         if not len(finite):
@@ -46,28 +46,28 @@ class Estimate:
         return cls(root["mean"], root["std"], interval_from_json(root["interval"]), n)
 
     def json(self) -> dict[str, Any]:
-        """As the summary of report.json has it."""
+        """Return the JSON object that report.json holds in its summary."""
         interval = None if self.interval is None else list(self.interval)
         return {"mean": self.mean, "std": self.std, "interval": interval, "prompts": self.n}
 
     @property
     def mean_and_std(self) -> str:
-        """As `0.671 ± 0.281`."""
+        """For example `0.671 ± 0.281`."""
         spread = "" if self.std is None else f" ± {self.std:.{DIGITS}f}"
         return f"{self.mean:.{DIGITS}f}{spread}"
 
     def __str__(self) -> str:
-        """As `0.671 ± 0.281 [0.592, 0.744]`."""
+        """For example `0.671 ± 0.281 [0.592, 0.744]`."""
         return self.mean_and_std + interval_text(self.interval)
 
 
 def estimate_text(estimate: Estimate | None) -> str:
-    """The estimate as text, or a dash for a gap: for the console, Markdown and cards."""
+    """Format an estimate for the console, Markdown and cards; a dash if there is none."""
     return GAP if estimate is None else str(estimate)
 
 
 def interval_text(interval: Interval | None) -> str:
-    """As ` [0.592, 0.744]`; empty without an interval."""
+    """Format an interval, for example ` [0.592, 0.744]`; empty if there is none."""
     if interval is None:
         return ""
     low, high = interval
@@ -80,7 +80,7 @@ def rounded(value: Any) -> float:
 
 
 def rounded_interval(interval: Interval | None) -> Interval | None:
-    """Round both ends."""
+    """Round both ends like `rounded`."""
     return None if interval is None else (rounded(interval[0]), rounded(interval[1]))
 
 

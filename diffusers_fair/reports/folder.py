@@ -1,6 +1,6 @@
 """Report folders: report.json, records.jsonl, features.npz, report.html and images.
 
-The statistics in report.json follow from the records: a loaded report computes the same ones.
+A loaded report computes its statistics from the records again; they equal those in report.json.
 """
 
 import json
@@ -24,7 +24,7 @@ from diffusers_fair.reports.records import Records, Settings
 from diffusers_fair.reports.report import Report
 
 FORMAT = 1
-FILE, RECORDS, FEATURES = "report.json", "records.jsonl", "features.npz"
+FILE, _RECORDS, _FEATURES = "report.json", "records.jsonl", "features.npz"
 PAGE = "report.html"
 PAIRS, GROUPS_SHEET = "pairs.png", "groups.png"  # the same noise without and with the adapter
 
@@ -36,11 +36,11 @@ def save_report(report: Report, folder: str | Path) -> None:
     """Write a report folder, either completely or not at all.
 
     Args:
-        report: to write; its reference is not saved, apart from the summary.
+        report: report to save. Of its reference, only the summaries are saved.
         folder: created if needed; may hold other files, but no report.
 
     Raises:
-        ValueError: the folder holds a report, or is a file.
+        ValueError: the folder already holds a report, or is a file.
     """
     folder = require_free(folder)
     folder.parent.mkdir(parents=True, exist_ok=True)
@@ -52,21 +52,21 @@ def save_report(report: Report, folder: str | Path) -> None:
 
 
 def require_free(folder: str | Path) -> Path:
-    """Return the folder if a report can be saved there; to be called before hours of work.
+    """Check that a report can be saved in the folder; to be called before hours of work.
 
     Raises:
-        ValueError: the folder holds a report, or is a file.
+        ValueError: the folder already holds a report, or is a file.
     """
     folder = Path(folder)
     if (folder / FILE).exists():
-        raise ValueError(f"'{folder}' holds a report already: choose another folder")
+        raise ValueError(f"'{folder}' already holds a report: choose another folder")
     if folder.exists() and not folder.is_dir():
         raise ValueError(f"'{folder}' is a file: expected a folder to write the report to")
     return folder
 
 
 def report_json(report: Report) -> dict[str, Any]:
-    """The content of report.json."""
+    """Return the content of report.json."""
     return {
         "format": FORMAT,
         "label": report.label,
@@ -82,7 +82,7 @@ def report_json(report: Report) -> dict[str, Any]:
 
 
 def _reference_json(reference: Report, report: Report) -> dict[str, Any]:
-    """The summaries of the reference, on the control prompts of the report."""
+    """Return the summaries of the reference, on the control prompts of the report."""
     groups = reference.group_summaries(report).items()
     return {
         "summary": reference.summary.json(),
@@ -97,7 +97,7 @@ def _write(report: Report, folder: Path) -> None:
     )
     neutral = report.records.lines(report.settings.attributes)
     lines = chain(neutral, *(group.lines() for group in report.groups.values()))
-    (folder / RECORDS).write_text("".join(json.dumps(line) + "\n" for line in lines), "utf-8")
+    (folder / _RECORDS).write_text("".join(json.dumps(line) + "\n" for line in lines), "utf-8")
     _write_features(report, folder)
     _write_images(report, folder)
 
@@ -107,7 +107,7 @@ def _write_features(report: Report, folder: Path) -> None:
     for name, group in report.groups.items():
         features |= {f"{name}/{key}": x for key, x in group.records.features.items()}
     if features:
-        np.savez(folder / FEATURES, **features)  # type: ignore[arg-type]
+        np.savez(folder / _FEATURES, **features)  # type: ignore[arg-type]
 
 
 def _write_images(report: Report, folder: Path) -> None:
@@ -135,7 +135,7 @@ def load_report(folder: str | Path) -> Report:
     """Read a folder that `save_report` wrote.
 
     Raises:
-        ValueError: the folder holds no report, one of another format version, or an incomplete one.
+        ValueError: the report is missing, damaged or incomplete, or of another format version.
     """
     folder = Path(folder)
     if not (folder / FILE).is_file():
@@ -150,25 +150,25 @@ def load_report(folder: str | Path) -> Report:
             f"{error}): evaluate again"
         ) from error
     raise ValueError(
-        f"the report in '{folder}' has format version {root['format']}, this version of "
-        f"diffusers-fair reads {FORMAT}: update it, or evaluate again"
+        f"the report in '{folder}' has format version {root['format']}, but this version of "
+        f"diffusers-fair reads {FORMAT}: update diffusers-fair, or evaluate again"
     )
 
 
 def _report(folder: Path, root: dict[str, Any]) -> Report:
     settings = _settings(root["settings"])
-    lines = [json.loads(x) for x in (folder / RECORDS).read_text("utf-8").splitlines()]
-    features = _features(folder / FEATURES)
+    lines = [json.loads(x) for x in (folder / _RECORDS).read_text("utf-8").splitlines()]
+    features = _features(folder / _FEATURES)
 
     def part(name: str | None, facts: Mapping[str, Any]) -> Any:
-        """Records and samples of a group, or of the neutral prompts."""
+        """Read records and samples of a group, or of the neutral prompts."""
         of_group = [line for line in lines if line.get("group") == name]
         expected = facts["summary"]["images"]
         if len(of_group) != expected:
             raise ValueError(f"expected {expected} records, got {len(of_group)}")
-        own = _features_of(features, name)
+        group_features = _features_of(features, name)
         return {
-            "records": Records.from_lines(of_group, settings.attributes, own),
+            "records": Records.from_lines(of_group, settings.attributes, group_features),
             "samples": {
                 int(i): _strip(folder, int(i), n, name) for i, n in facts["samples"].items()
             },
@@ -197,7 +197,7 @@ def _settings(root: Mapping[str, Any]) -> Settings:
 
 
 def _features(file: Path) -> dict[str, np.ndarray]:
-    """All features; a report without any has no file."""
+    """Read all features; a report without any has no such file."""
     if not file.exists():
         return {}
     with np.load(file, allow_pickle=False) as stored:
@@ -205,7 +205,7 @@ def _features(file: Path) -> dict[str, np.ndarray]:
 
 
 def _features_of(features: Mapping[str, np.ndarray], group: str | None) -> dict[str, np.ndarray]:
-    """The features of a group, whose names begin with the group's, or of the neutral prompts."""
+    """Select the features of a group, or of the neutral prompts if `group` is None."""
     start = f"{group}/" if group else ""
     return {
         key.removeprefix(start): values
@@ -215,7 +215,7 @@ def _features_of(features: Mapping[str, np.ndarray], group: str | None) -> dict[
 
 
 def _strip(folder: Path, prompt: int, images: int, group: str | None) -> np.ndarray:
-    """The images (n, h, w, 3) of a strip."""
+    """Read the images (n, h, w, 3) of a strip."""
     from PIL import Image
 
     return np.stack(np.split(np.array(Image.open(folder / _strip_name(prompt, group))), images, 1))
@@ -228,7 +228,7 @@ def save_comparison(comparison: Comparison, folder: str | Path) -> None:
     """Write compare.html, compare.json and compare.md.
 
     Args:
-        comparison: to write.
+        comparison: comparison to save.
         folder: created if needed.
 
     Raises:

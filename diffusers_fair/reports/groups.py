@@ -1,4 +1,4 @@
-"""Reports on groups of control prompts, for which an adapter should change nothing."""
+"""Reports on groups of control prompts, whose images an adapter should not change."""
 
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import asdict, dataclass, field, replace
@@ -19,31 +19,31 @@ OBEYED, PIXELS, THUMBNAIL = "obeyed", "pixels", "thumbnail"  # two scores and a 
 class GroupSummary:
     """Estimates over the prompts of a group; None if no prompt has the value.
 
-    report.json holds it as `dataclasses.asdict` gives it.
+    In report.json it is stored as `dataclasses.asdict` returns it.
     """
 
     prompts: int
     images: int
     obeyed: Estimate | None
     """Share of images whose largest face shows every class that the prompt asks for. With
-    `people: all`, mean over images of the share of faces that show it."""
+    `people: all`, the mean over images of the share of faces that do."""
     seen: Estimate | None
-    """The same for prompts with training words: the words of the kept prompts in training."""
+    """The same for prompts whose words are those of the kept prompts in training."""
     unseen: Estimate | None
     """The same for prompts with other words."""
     attributes: Mapping[str, Estimate]
     """Attribute -> share of images that show its class, over prompts that ask for one."""
     clip_i: Estimate | None
-    """CLIP similarity to the base model's image of the same noise; 1 means equal."""
+    """CLIP similarity to the base model's image from the same noise; 1 means identical."""
     dino: Estimate | None
-    """DINO similarity to the base model's image of the same noise; 1 means equal."""
+    """DINO similarity to the base model's image from the same noise; 1 means identical."""
     pixels: Estimate | None
-    """Mean change of a pixel, in [0, 1], from the base model's image of the same noise; for
-    untouched prompts only."""
+    """Mean pixel change, in [0, 1], from the base model's image from the same noise; for untouched
+    prompts only."""
 
     @classmethod
     def from_json(cls, root: Mapping[str, Any]) -> "GroupSummary":
-        """Read what `dataclasses.asdict` wrote."""
+        """Read what `dataclasses.asdict` returned."""
         names = ("obeyed", "seen", "unseen", "clip_i", "dino", "pixels")
         estimates = {name: Estimate.from_json(root[name]) for name in names}
         by_attribute = {
@@ -58,7 +58,7 @@ class GroupSummary:
 
 @dataclass(frozen=True, kw_only=True, eq=False)
 class GroupReport:
-    """What the judges perceived in the images of a group of prompts."""
+    """The records of the images of a group of prompts."""
 
     group: PromptGroup
     attributes: tuple[Attribute, ...]
@@ -74,7 +74,7 @@ class GroupReport:
         unseen = np.array([prompt.unseen for prompt in self.group.prompts])
         obeyed = self.by_prompt(OBEYED)
         shares = {
-            a.name: share_obeyed(self.group.prompts, [a], self.records) for a in self.attributes
+            a.name: _share_obeyed(self.group.prompts, [a], self.records) for a in self.attributes
         }
         by_attribute = {name: Estimate.over(self._means(values)) for name, values in shares.items()}
         return GroupSummary(
@@ -90,16 +90,16 @@ class GroupReport:
         )
 
     def by_prompt(self, score: str) -> np.ndarray:
-        """Mean score of each prompt's images, (P,); NaN if they have none."""
+        """Return the mean score of each prompt's images, (P,); NaN if they have none."""
         empty = np.full(len(self.records.prompt), np.nan)
         return self._means(self.records.scores.get(score, empty))
 
     def _means(self, values: np.ndarray) -> np.ndarray:
-        """Mean over the images of each prompt: (n,) -> (P,)."""
+        """Average over the images of each prompt: (n,) -> (P,)."""
         return values.reshape(len(self.group.prompts), -1).mean(1)
 
     def covers(self, group: PromptGroup) -> bool:
-        """Whether all images of the group are there, with the attributes that it asks for."""
+        """Whether the report has all images of the group, and the attributes that it asks for."""
         known, evaluated = self._index(), {a.name for a in self.attributes}
         return group.images_per_prompt <= self.group.images_per_prompt and all(
             (p.text, p.negative) in known and evaluated.issuperset(p.expected_classes)
@@ -107,7 +107,7 @@ class GroupReport:
         )
 
     def select(self, group: PromptGroup) -> "GroupReport":
-        """Reduce the report to the prompts and the number of images of that group.
+        """Restrict the report to the prompts and the number of images of that group.
 
         Raises:
             ValueError: the report lacks some of the images.
@@ -134,7 +134,7 @@ class GroupReport:
         )
 
     def select_attributes(self, attributes: Sequence[Attribute]) -> "GroupReport | None":
-        """Reduce the report to prompts that ask only for these attributes; None without any."""
+        """Restrict the report to prompts that ask only for these attributes; None if none does."""
         names = {attribute.name for attribute in attributes}
         kept = tuple(p for p in self.group.prompts if names.issuperset(p.expected_classes))
         if not kept:
@@ -145,7 +145,7 @@ class GroupReport:
         return {(p.text, p.negative): i for i, p in enumerate(self.group.prompts)}
 
     def json(self) -> dict[str, Any]:
-        """As report.json has it, without records and images."""
+        """Return the JSON object in report.json, without records and images."""
         return {
             "images_per_prompt": self.group.images_per_prompt,
             "prompts": [asdict(prompt) for prompt in self.group.prompts],
@@ -173,7 +173,7 @@ def summaries_from_json(root: Mapping[str, Any]) -> dict[str, GroupSummary]:
     }
 
 
-def share_obeyed(
+def _share_obeyed(
     prompts: Sequence[KeptPrompt], attributes: Sequence[Attribute], records: Records
 ) -> np.ndarray:
     """Compute the share (n,) of each image's faces that show every class its prompt asks for.
@@ -212,8 +212,8 @@ def _every_face(largest: np.ndarray, others: np.ndarray | None) -> np.ndarray:
 def with_obeyed(
     records: Records, prompts: Sequence[KeptPrompt], attributes: Sequence[Attribute]
 ) -> Records:
-    """Add the score "obeyed": `share_obeyed` for all attributes."""
-    scores = {**records.scores, OBEYED: share_obeyed(prompts, attributes, records)}
+    """Add the score "obeyed": `_share_obeyed` for all attributes."""
+    scores = {**records.scores, OBEYED: _share_obeyed(prompts, attributes, records)}
     return replace(records, scores=scores)
 
 

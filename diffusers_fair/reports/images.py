@@ -1,4 +1,4 @@
-"""Sample sheets: images of a few prompts, from two models with the same noise."""
+"""Sample sheets: images of a few prompts from two models, started from the same noise."""
 
 from collections.abc import Sequence
 from typing import TYPE_CHECKING
@@ -12,18 +12,18 @@ if TYPE_CHECKING:
 
 SAMPLE_PROMPTS, SAMPLE_IMAGES = 6, 8  # prompts whose images are kept, and images of each
 GROUP_SAMPLES = 4  # prompts of a group whose images are kept
-PAIR_HEIGHT = 96  # minimum height of an image in pairs.png, in pixels
-CAPTION, CAPTION_WIDTH = 18, 480  # height and minimum width of a line of text, in pixels
+_PAIR_HEIGHT = 96  # minimum height of an image in pairs.png, in pixels
+_CAPTION, _CAPTION_WIDTH = 18, 480  # height and minimum width of a line of text, in pixels
 
 
 def sample_prompts(prompts: int, limit: int = SAMPLE_PROMPTS) -> list[int]:
-    """Choose the few prompts whose images are kept: evenly spread, the same for every report."""
+    """Choose the prompts whose images are kept: evenly spaced, the same for every report."""
     chosen = np.linspace(0, prompts - 1, min(prompts, limit))
     return [int(i) for i in chosen.round()]
 
 
 def pairs_sheet(base: Report, adapter: Report) -> "Image":
-    """Put the adapter's images below the base model's with the same noise, for shared samples.
+    """Put the adapter's images below the base model's images from the same noise.
 
     Args:
         base: report of the base model.
@@ -37,7 +37,7 @@ def pairs_sheet(base: Report, adapter: Report) -> "Image":
 
 
 def groups_sheet(base: Report, adapter: Report) -> "Image | None":
-    """Do the same for control prompts; None if the reports share no samples of them.
+    """Make the same sheet for control prompts; None if the reports share no samples of them.
 
     Args:
         base: report of the base model.
@@ -60,7 +60,7 @@ def _above(before: np.ndarray, after: np.ndarray) -> np.ndarray:
     """Put one row of images (m, h, w, 3) above the other, enlarged to the minimum height."""
     count = min(len(before), len(after))
     block = np.concatenate([np.concatenate(list(x[:count]), axis=1) for x in (before, after)])
-    zoom = max(1, -(-PAIR_HEIGHT * 2 // block.shape[0]))
+    zoom = max(1, -(-_PAIR_HEIGHT * 2 // block.shape[0]))
     return block.repeat(zoom, 0).repeat(zoom, 1)
 
 
@@ -68,14 +68,14 @@ def _sheet(blocks: Sequence[tuple[str, np.ndarray]], above: str, below: str) -> 
     """Draw blocks of images, each below its caption."""
     from PIL import Image, ImageDraw
 
-    width = max(CAPTION_WIDTH, *(block.shape[1] for _, block in blocks))
-    height = CAPTION + sum(CAPTION + len(block) for _, block in blocks)
+    width = max(_CAPTION_WIDTH, *(block.shape[1] for _, block in blocks))
+    height = _CAPTION + sum(_CAPTION + len(block) for _, block in blocks)
     sheet = Image.new("RGB", (width, height), "white")
     draw = ImageDraw.Draw(sheet)
     draw.text((4, 3), f"same noise; above: {above}; below: {below}", fill="black")
-    top = CAPTION
+    top = _CAPTION
     for caption, block in blocks:
         draw.text((4, top + 3), caption, fill="black")
-        sheet.paste(Image.fromarray(block), (0, top + CAPTION))
-        top += CAPTION + len(block)
+        sheet.paste(Image.fromarray(block), (0, top + _CAPTION))
+        top += _CAPTION + len(block)
     return sheet

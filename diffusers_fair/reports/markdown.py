@@ -10,7 +10,7 @@ from diffusers_fair.reports.summary import BiasEstimate
 
 
 def comparison_markdown(comparison: Comparison) -> str:
-    """Write the estimates and the differences as two tables."""
+    """Format the estimates and the differences as two tables."""
     settings = comparison.entries[0].report.settings
     head = ["", *(column.head for column in comparison.columns)]
     lines = [
@@ -32,7 +32,7 @@ def comparison_markdown(comparison: Comparison) -> str:
 
 
 def markdown_table(head: list[str], rows: Iterable[list[str]]) -> list[str]:
-    """Lines of a table in Markdown."""
+    """Return the lines of a Markdown table."""
     return [f"| {' | '.join(cells)} |" for cells in (head, ["---"] * len(head), *rows)]
 
 
@@ -55,7 +55,7 @@ def _difference_rows(comparison: Comparison) -> Iterator[list[str]]:
 
 
 def _estimate(estimate: Estimate | None) -> str:
-    """As `0.671 ± 0.281 [0.592, 0.744] (0.103)`."""
+    """Format an estimate, for example `0.671 ± 0.281 [0.592, 0.744] (0.103)`."""
     text = estimate_text(estimate)
     if isinstance(estimate, BiasEstimate):
         text += f" ({estimate.noise_floor:.{DIGITS}f})"
@@ -63,7 +63,7 @@ def _estimate(estimate: Estimate | None) -> str:
 
 
 def _difference(test: metrics.PairedTest) -> str:
-    """As `-0.509 [-0.583, -0.436], p = 1.2e-09`."""
+    """Format a difference, for example `-0.509 [-0.583, -0.436], p = 1.2e-09`."""
     if test.difference is None:
         return GAP
     p = "" if test.p_value is None else f", p = {test.p_value:.2g}"

@@ -1,7 +1,6 @@
-"""How tables show the statistics of control prompts, and where an adapter falls short of its base.
+"""The statistics of control prompts in tables, and where an adapter falls short of its base model.
 
-Control prompts are prompts for which an adapter should change nothing: they name or imply a class,
-or show nobody.
+Control prompts name or imply a class, or show nobody: an adapter should not change their images.
 """
 
 from collections.abc import Iterator, Mapping, Sequence
@@ -13,11 +12,11 @@ from diffusers_fair.prompts.groups import IMPLIED, NAMED, UNTOUCHED
 from diffusers_fair.reports.estimate import Estimate
 from diffusers_fair.reports.groups import OBEYED, GroupReport, GroupSummary
 
-MARGIN = 0.05  # how far below the base model a measure may be without a warning
-SEEN, UNSEEN = "words of training", "unseen words"
+MARGIN = 0.05  # by how much a measure may be worse than the base model's without a warning
+_SEEN, _UNSEEN = "words of training", "unseen words"
 
 Summaries = Mapping[str, GroupSummary]
-"""Group -> its summary."""
+"""Name of a group -> its summary."""
 
 
 @dataclass(frozen=True)
@@ -29,15 +28,15 @@ class Measure:
     """Name of the statistic in `GroupSummary`."""
     head: str
     part: str = ""
-    """Part of the group: `SEEN`, `UNSEEN` or an attribute's name; empty for the whole group."""
+    """Part of the group: `_SEEN`, `_UNSEEN` or an attribute's name; empty for the whole group."""
     base: float | None = None
     """The base model's value, for statistics that compare with the base model."""
     sign: int = 1
-    """1 if more is better, -1 if less is."""
+    """1 if higher is better, -1 if lower is better."""
 
     @property
     def name(self) -> str:
-        """The head and, if any, the part of the group."""
+        """The head and, if there is one, the part of the group."""
         return f"{self.head}, {self.part}" if self.part else self.head
 
     def estimate(self, summaries: Summaries) -> Estimate | None:
@@ -50,19 +49,19 @@ class Measure:
         return getattr(summary, self.statistic)
 
     def by_prompt(self, report: GroupReport) -> np.ndarray:
-        """The value of each prompt of the group, (P,); NaN if it has none."""
+        """Return the value of each prompt of the group, (P,); NaN if it has none."""
         values = report.by_prompt(OBEYED if self.part else self.statistic)
         unseen = np.array([prompt.unseen for prompt in report.group.prompts])
-        left_out = {SEEN: unseen, UNSEEN: ~unseen}.get(self.part, np.zeros(len(values), bool))
+        left_out = {_SEEN: unseen, _UNSEEN: ~unseen}.get(self.part, np.zeros(len(values), bool))
         return np.where(left_out, np.nan, values)
 
 
-OBEDIENCE = {NAMED: "words obeyed", IMPLIED: "implied words obeyed"}
+_OBEDIENCE = {NAMED: "words obeyed", IMPLIED: "implied words obeyed"}
 MEASURES = (
     *(
         Measure(group, statistic, head, part)
-        for group, head in OBEDIENCE.items()
-        for statistic, part in (("obeyed", ""), ("seen", SEEN), ("unseen", UNSEEN))
+        for group, head in _OBEDIENCE.items()
+        for statistic, part in (("obeyed", ""), ("seen", _SEEN), ("unseen", _UNSEEN))
     ),
     Measure(UNTOUCHED, "dino", "untouched: DINO", base=1.0),
     Measure(UNTOUCHED, "clip_i", "untouched: CLIP-I", base=1.0),
@@ -76,8 +75,8 @@ def measures(reports: Sequence[Summaries]) -> list[Measure]:
 
 
 def attribute_measures(summaries: Summaries) -> Iterator[Measure]:
-    """One measure per attribute, for groups whose prompts ask for several attributes."""
-    for group, head in OBEDIENCE.items():
+    """Yield one measure per attribute, for groups whose prompts ask for several attributes."""
+    for group, head in _OBEDIENCE.items():
         names = summaries[group].attributes if group in summaries else {}
         if len(names) > 1:
             yield from (Measure(group, "attributes", head, name) for name in names)
@@ -93,7 +92,7 @@ class Shortfall:
 
 
 def shortfalls(base: Summaries, changed: Summaries) -> list[Shortfall]:
-    """List the measures by which control prompts are no longer as the base model shows them.
+    """List the measures of control prompts that are worse than the base model's.
 
     Args:
         base: summaries of the base model on the same prompts.

@@ -1,6 +1,6 @@
-"""report.html and compare.html: one self-contained file each, for readers without the paper.
+"""report.html and compare.html: self-contained pages for readers who have not read the paper.
 
-The templates escape every value, and the pages forbid themselves to fetch anything.
+The templates escape every value, and the pages' content security policy forbids all requests.
 """
 
 import base64
@@ -34,16 +34,16 @@ if TYPE_CHECKING:
 
 TEMPLATES = Path(__file__).parent / "templates"
 IMAGE_SIZE = 256  # longest side of an image in the page, in pixels
-HUES = 8  # colours of classes in style.css
-WORST = 12  # prompts that are shown at once; the others on demand
-MIN_SHARED_LETTERS = 10  # that all prompts must share for the page to show only the rest
+_HUES = 8  # colours of classes in style.css
+WORST = 12  # prompts that are shown unfolded; the others are folded away
+_MIN_SHARED_LETTERS = 10  # letters shared by all prompts from which only the rest is shown
 
 
 def report_page(report: Report) -> str:
-    """Render a report, beside its reference if it has one.
+    """Render a report, and compare it with its reference if it has one.
 
     Args:
-        report: its prompts and labels may hold any text.
+        report: report to render; its prompts and labels may hold any text.
 
     Returns:
         HTML.
@@ -97,7 +97,7 @@ def comparison_page(comparison: Comparison) -> str:
 
 
 def prompt_template(prompts: Sequence[str]) -> tuple[str, str]:
-    """Find the start and end that all prompts share; both are empty if that is too short."""
+    """Find the start and end that all prompts share; both are empty if they are too short."""
     if len(prompts) < 2:
         return "", ""
     start = _shared_start(prompts)
@@ -106,7 +106,7 @@ def prompt_template(prompts: Sequence[str]) -> tuple[str, str]:
     end = _shared_start(ends)[::-1]
     end = end[min((i for i in (end.find(" "), end.find(",")) if i >= 0), default=len(end)) :]
     rests = [prompt[len(start) : len(prompt) - len(end)].strip() for prompt in prompts]
-    is_worth_it = len(start + end) >= MIN_SHARED_LETTERS and all(rests)
+    is_worth_it = len(start + end) >= _MIN_SHARED_LETTERS and all(rests)
     return (start, end) if is_worth_it else ("", "")
 
 
@@ -148,7 +148,7 @@ def _percent(value: float | None) -> str:
 
 
 def _headline(reports: Sequence[Report]) -> list[dict[str, Any]]:
-    """Biases and deviations from the target: each report's, and the change."""
+    """Collect biases and deviations from target: those of each report, and the change."""
     measured = reports[-1].settings.measured()
     cards = {a.name for a in reports[-1].settings.attributes} | {measured[-1].name}
     rows = []
@@ -182,7 +182,7 @@ def _score_rows(reports: Sequence[Report]) -> list[dict[str, Any]]:
 
 
 def _change(column: Column, reports: Sequence[Report]) -> PairedTest | None:
-    """Test the report against its reference, prompt by prompt; None if either lacks the value."""
+    """Test the change from the reference, paired by prompt; None if either lacks the value."""
     if len(reports) < 2:
         return None
     test = difference(column, *reports)
@@ -190,7 +190,7 @@ def _change(column: Column, reports: Sequence[Report]) -> PairedTest | None:
 
 
 def _scale_end(biases: Iterable[BiasEstimate | None]) -> float:
-    """End of a scale that holds the means, intervals and noise floors: a multiple of 0.1."""
+    """Choose the end of a scale that fits all means, intervals and noise floors."""
     shown = [0.1]
     for bias in filter(None, biases):
         shown += [bias.mean, bias.noise_floor, *(bias.interval or ())]
@@ -198,7 +198,7 @@ def _scale_end(biases: Iterable[BiasEstimate | None]) -> float:
 
 
 def _gaps(report: Report) -> dict[str, Sequence[str]]:
-    """Reason -> prompts without a bias for it."""
+    """Map reasons for a missing bias to prompts."""
     summary = report.summary
     return {
         "No image": summary.prompts_without_images,
@@ -208,7 +208,7 @@ def _gaps(report: Report) -> dict[str, Sequence[str]]:
 
 
 def _shares(reports: Sequence[Report]) -> list[dict[str, Any]]:
-    """How often each class was perceived, on average over prompts."""
+    """Collect how often each class was perceived, on average over prompts."""
     return [
         {
             "attribute": a,
@@ -231,7 +231,7 @@ def _share(report: Report, attribute: Attribute, name: str) -> float | None:
 
 
 def _charts(reports: Sequence[Report]) -> list[dict[str, Any]]:
-    """Share of each class of each attribute by prompt, as in Figure 4 of the paper."""
+    """Collect the share of each class in each prompt, as in Figure 4 of the paper."""
     return [
         {"attribute": a, "name": name, "target": target, "rows": _rows(reports, a, name, target)}
         for a in reports[-1].settings.attributes
@@ -242,7 +242,7 @@ def _charts(reports: Sequence[Report]) -> list[dict[str, Any]]:
 def _rows(
     reports: Sequence[Report], attribute: Attribute, name: str, target: float
 ) -> list[dict[str, Any]]:
-    """Share of a class by prompt, those farthest from the target first, gaps last."""
+    """Collect the share of a class in each prompt, farthest from the target first, gaps last."""
     rows = []
     for i, prompt in enumerate(reports[-1].settings.prompts):
         biases = [report.prompts[i].attributes[attribute.name] for report in reports]
@@ -254,7 +254,7 @@ def _rows(
 
 
 def _worst(reports: Sequence[Report]) -> dict[str, Any]:
-    """Biases of every prompt, the worst prompts first, gaps last."""
+    """Collect the biases of each prompt, the worst prompts first, gaps last."""
     shown, report = bias_columns(reports), reports[-1]
     values = [[column.by_prompt(side) for column in shown] for side in reports]
     rows = [
@@ -270,7 +270,7 @@ def _worst(reports: Sequence[Report]) -> dict[str, Any]:
 
 
 def _ranking_column(report: Report) -> BiasColumn:
-    """The column that ranks prompts: the joint of all attributes, or the only attribute."""
+    """Choose the column that ranks prompts: the joint of all attributes, or the only attribute."""
     name = report.settings.measured()[-1].name
     candidates = [column for column in bias_columns([report]) if column.name == name]
     return candidates[-1]  # the deviation from the target, if that is not uniform
@@ -286,7 +286,7 @@ def _finite(value: float) -> float | None:
 
 
 def _never_perceived(report: Report) -> list[str]:
-    """Classes that were perceived in no image."""
+    """List the classes that were perceived in no image."""
     return [
         f"{a.name}: {name}"
         for a in report.settings.attributes
@@ -296,13 +296,13 @@ def _never_perceived(report: Report) -> list[str]:
 
 
 def _error_rates(report: Report) -> dict[str, float]:
-    """Attribute -> error rate of its classifier on held-out images."""
+    """Map attributes to the error rate of their classifier on held-out images."""
     counts = {name: np.array(confusion, float) for name, confusion in report.confusion.items()}
     return {name: float(1 - np.trace(n) / n.sum()) for name, n in counts.items()}
 
 
 def _images_each(report: Report) -> str:
-    """As `60`, or `3 to 60` if prompts differ in the number of images."""
+    """Format the number of images per prompt: `60`, or `3 to 60` if prompts differ."""
     images = np.bincount(report.records.prompt, minlength=len(report.settings.prompts))
     return " to ".join(str(n) for n in sorted({int(images.min()), int(images.max())}))
 
@@ -311,7 +311,7 @@ def _images_each(report: Report) -> str:
 
 
 def _samples(reports: Sequence[Report]) -> list[dict[str, Any]]:
-    """Sample images, prompt by prompt, the worst first; same noise side by side."""
+    """Collect sample images, worst prompts first; images from the same noise are side by side."""
     after = reports[-1]
     shared = set.intersection(*(set(report.samples) for report in reports)) or set(after.samples)
     shown = [report for report in reports if shared <= set(report.samples)]
@@ -329,12 +329,12 @@ def _samples(reports: Sequence[Report]) -> list[dict[str, Any]]:
 
 
 def _shared_count(reports: Sequence[Report], prompt: int) -> int:
-    """Number of sample images of a prompt that every report has."""
+    """Count the sample images of a prompt that every report has."""
     return min(min(len(r.samples[prompt]), r.settings.images_per_prompt) for r in reports)
 
 
 def _control_groups(reports: Sequence[Report]) -> list[dict[str, Any]]:
-    """The groups of control prompts, with samples of a few prompts."""
+    """Collect the groups of control prompts, with samples of a few prompts."""
     return [
         {
             "name": name,
@@ -347,7 +347,7 @@ def _control_groups(reports: Sequence[Report]) -> list[dict[str, Any]]:
 
 
 def _group_samples(reports: Sequence[Report], group: GroupReport) -> list[dict[str, Any]]:
-    """Sample images of a group, prompt by prompt; same noise side by side."""
+    """Collect sample images of a group; images from the same noise are side by side."""
     named = [(report.label, report.group_like(group)) for report in reports]
     sides = [(label, side) for label, side in named if side is not None]
     return [
@@ -369,7 +369,7 @@ def _group_samples(reports: Sequence[Report], group: GroupReport) -> list[dict[s
 
 
 def _control_rows(reports: Sequence[Report]) -> list[dict[str, Any]]:
-    """Measures of control prompts: the reference's and the report's."""
+    """Collect the measures of control prompts, of each report."""
     sides = [report.group_summaries(reports[-1]) for report in reports]
     return [
         {"name": m.name, "base": m.base, "estimates": [m.estimate(side) for side in sides]}
@@ -380,12 +380,12 @@ def _control_rows(reports: Sequence[Report]) -> list[dict[str, Any]]:
 def _tile(
     label: str, side: Report | GroupReport, attributes: Sequence[Attribute], prompt: int, image: int
 ) -> dict[str, Any]:
-    """An image, its face, and the perceived classes (Figure 3 of the paper)."""
+    """Describe an image, its face and the perceived classes (Figure 3 of the paper)."""
     records, pixels = side.records, side.samples[prompt][image]  # (h, w, 3)
     row = int(np.flatnonzero((records.prompt == prompt) & (records.image == image))[0])
     hue, perceived, has_face = count(), [], bool(records.found[row])
     for a in attributes:
-        hues = [next(hue) % HUES for _ in a.classes]
+        hues = [next(hue) % _HUES for _ in a.classes]
         p = records.probabilities[a.name][row]  # (classes,)
         k = int(p.argmax())
         if has_face or not a.of_faces:

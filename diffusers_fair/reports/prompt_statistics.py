@@ -12,12 +12,12 @@ from diffusers_fair.reports.estimate import rounded
 from diffusers_fair.reports.records import Records, Settings
 
 Confusion: TypeAlias = Mapping[str, Sequence[Sequence[float]]]
-MIN_COUNT = 2  # faces, or images, of a prompt below which its class frequencies say nothing
+MIN_COUNT = 2  # minimum number of faces, or images, of a prompt with class frequencies
 
 
 @dataclass(frozen=True, kw_only=True)
 class PromptBias:
-    """Class frequencies of one attribute in the images of one prompt, and their bias."""
+    """Class frequencies of an attribute in the images of a prompt, and their bias."""
 
     frequencies: Mapping[str, float]
     bias: float
@@ -29,7 +29,7 @@ class PromptBias:
     """Bias corrected for the classifier's errors; None if these are unknown."""
 
     def json(self) -> dict[str, Any]:
-        """As report.json has it."""
+        """Return the JSON object in report.json."""
         optional = {"deviation": self.deviation, "corrected": self.corrected}
         return {
             "frequencies": dict(self.frequencies),
@@ -41,7 +41,7 @@ class PromptBias:
 
 @dataclass(frozen=True, kw_only=True)
 class PromptStatistics:
-    """Statistics of one prompt; None wherever it has too few faces or no score."""
+    """Statistics of a prompt; None for an attribute with too few faces, or a missing score."""
 
     prompt: str
     images: int
@@ -57,7 +57,7 @@ class PromptStatistics:
         return self.faces / self.images if self.images else None
 
     def json(self) -> dict[str, Any]:
-        """As report.json has it."""
+        """Return the JSON object in report.json."""
         return {
             "prompt": self.prompt,
             "images": self.images,
@@ -72,13 +72,13 @@ def prompt_statistics(
 ) -> list[PromptStatistics]:
     """Compute the statistics of every prompt.
 
-    The frequencies of a prompt need two faces: a single face has one class, whatever the shares
-    that the generator has.
+    The frequencies of a prompt need two faces, because the class of a single face says nothing
+    about the shares.
 
     Args:
-        settings: of the evaluation.
-        records: of all its images.
-        confusion: attribute -> (K, K) of its classifier, if known.
+        settings: settings of the evaluation.
+        records: records of all images.
+        confusion: attribute -> confusion matrix (K, K) of its classifier, if known.
     """
     counts = counts_by_prompt(settings, records)
     rates = error_rates(settings, confusion)
@@ -103,8 +103,8 @@ def prompt_statistics(
 def counts_by_prompt(settings: Settings, records: Records) -> dict[str, np.ndarray]:
     """Count the perceived classes: attribute or joint -> (prompts, classes).
 
-    An attribute of whole images counts every image. An attribute of faces, alone or joined with one
-    of whole images, counts the images with a face, or every face with `people: all`.
+    An attribute of whole images counts every image. An attribute of faces, alone or jointly with
+    one of whole images, counts the images with a face or, with `people: all`, every face.
     """
     counts = {}
     for group, measured in zip(settings.groups(), settings.measured(), strict=True):
@@ -117,7 +117,7 @@ def counts_by_prompt(settings: Settings, records: Records) -> dict[str, np.ndarr
 
 
 def error_rates(settings: Settings, confusion: Confusion) -> dict[str, np.ndarray]:
-    """Attribute or joint -> error rates (K, K), wherever all of its classifiers' are known."""
+    """Attribute or joint -> error rates (K, K), if those of all its classifiers are known."""
     return {
         measured.name: metrics.joint_confusion([np.array(confusion[a.name]) for a in group])
         for group, measured in zip(settings.groups(), settings.measured(), strict=True)
@@ -126,13 +126,13 @@ def error_rates(settings: Settings, confusion: Confusion) -> dict[str, np.ndarra
 
 
 def has_uneven_target(attribute: Attribute) -> bool:
-    """Whether any target is not uniform, so that the deviation from it is not the bias."""
+    """Whether any target of the attribute is not uniform."""
     targets = [attribute.target, *attribute.targets.values()]
     return any(max(target) - min(target) > 1e-9 for target in targets)
 
 
 def mean_of_finite(values: np.ndarray) -> float | None:
-    """Mean of the values that are not NaN, rounded; None without any."""
+    """Average the values that are not NaN, and round; None without any."""
     values = values[np.isfinite(values)]
     return rounded(values.mean()) if len(values) else None
 
@@ -140,7 +140,7 @@ def mean_of_finite(values: np.ndarray) -> float | None:
 def _prompt_bias(
     attribute: Attribute, prompt: str, counts: np.ndarray, rates: np.ndarray | None
 ) -> PromptBias | None:
-    """Counts (K,) of one prompt -> its bias; None with fewer than `MIN_COUNT`."""
+    """Compute the bias of a prompt from its counts (K,); None with fewer than `MIN_COUNT`."""
     n = int(counts.sum())
     if n < MIN_COUNT:
         return None

@@ -11,50 +11,50 @@ import numpy as np
 from diffusers_fair import metrics
 from diffusers_fair.attributes import Attribute, People
 
-SAME_NOISE = ("prompts", "images_per_prompt", "steps", "guidance_scale", "seed")
+_SAME_NOISE = ("prompts", "images_per_prompt", "steps", "guidance_scale", "seed")
 
 
 @dataclass(frozen=True, kw_only=True)
 class Settings:
-    """Settings of an evaluation; with equal settings, each image starts from the same noise."""
+    """Settings of an evaluation. Equal settings start each image from the same noise."""
 
     prompts: tuple[str, ...]
     attributes: tuple[Attribute, ...]
     images_per_prompt: int
-    """For images from a folder, the largest number that any prompt has."""
+    """Images per prompt; for images from a folder, the maximum over prompts."""
     steps: int | None = None
-    """None, like the next two, for images from a folder."""
+    """Scheduler steps. None for images from a folder, like `guidance_scale` and `seed`."""
     guidance_scale: float | None = None
     seed: int | None = None
     people: People = "largest"
     """Which faces of an image count."""
 
     def json(self) -> dict[str, Any]:
-        """As report.json has them; the default of `people` is left out, as in older reports."""
+        """Return the JSON object in report.json, without the default of `people`."""
         root = asdict(self) | {"attributes": [a.json() for a in self.attributes]}
         return {k: v for k, v in root.items() if k != "people" or v != "largest"}
 
     def check_same_noise(self, other: "Settings") -> None:
-        """Check that images of the two evaluations can be compared one by one.
+        """Check that images of two evaluations started from the same noise.
 
         Raises:
             ValueError: the noise or the sampling differs.
         """
-        for name in SAME_NOISE:
+        for name in _SAME_NOISE:
             reference, current = getattr(self, name), getattr(other, name)
             if reference != current:
-                shown = "" if name == "prompts" else f" ({reference} there, {current} here)"
+                shown = "" if name == "prompts" else f" ({reference} instead of {current})"
                 raise ValueError(
-                    f"the reference was made with other {name}{shown}: images can be compared only "
-                    f"if {', '.join(SAME_NOISE)} are the same"
+                    f"the reference was evaluated with other {name}{shown}: images can be "
+                    f"compared only if {', '.join(_SAME_NOISE)} are the same"
                 )
 
     def measured(self) -> tuple[Attribute, ...]:
-        """The attributes, followed by the joint of each combination of several."""
+        """Return the attributes, followed by the joint attribute of each combination of them."""
         return tuple(metrics.joint_attribute(group) for group in self.groups())
 
     def groups(self) -> list[tuple[Attribute, ...]]:
-        """Each attribute alone, then every two of them, and so on."""
+        """Return each attribute alone, then each pair of attributes, and so on."""
         sizes = range(1, len(self.attributes) + 1)
         return [group for size in sizes for group in combinations(self.attributes, size)]
 
@@ -82,9 +82,9 @@ class Records:
     features: Mapping[str, np.ndarray]
     """Encoder -> unit-length features (n, d), for comparison with another report."""
     others_found: np.ndarray | None = None
-    """With `people: all`, which of k further faces exist, (n, k) bool; else None, as the next."""
+    """With `people: all`, which of up to k further faces exist, (n, k) bool; otherwise None."""
     others_boxes: np.ndarray | None = None
-    """Their corners in pixels, (n, k, 4); undefined for faces that do not exist."""
+    """Corners of the further faces, (n, k, 4), or None; undefined for faces that do not exist."""
     others_probabilities: Mapping[str, np.ndarray] = field(default_factory=dict)
     """Attribute of faces -> probabilities (n, k, classes) of the further faces."""
 
@@ -107,10 +107,10 @@ class Records:
         return self.found.astype(int) + others
 
     def counted(self, attributes: Sequence[Attribute]) -> tuple[np.ndarray, list[np.ndarray]]:
-        """Select what a joint of attributes counts: prompts (m,), and classes (m,) per attribute.
+        """Select what counts for a joint attribute: prompts (m,), and classes (m,) per attribute.
 
-        That is every image or, if any of the attributes is of faces, every image with a face. With
-        `people: all` it is every face, each paired with its whole image.
+        Every image counts or, if any attribute is of faces, every image with a face. With
+        `people: all` every face counts, each paired with its whole image.
         """
         rows = np.arange(len(self.found))
         if any(a.of_faces for a in attributes):
@@ -126,7 +126,7 @@ class Records:
         return self.prompt[rows], [p.argmax(-1) for p in probabilities]
 
     def arrays(self) -> dict[str, np.ndarray]:
-        """Flatten to named arrays, as {"found": (n,), "scores/clip_t": (n,)}, without None."""
+        """Flatten to named arrays, such as {"found": (n,), "scores/clip_t": (n,)}, without None."""
         flat: dict[str, np.ndarray] = {}
         for name in (f.name for f in fields(self)):
             values = getattr(self, name)
@@ -153,8 +153,8 @@ class Records:
         """Yield one JSON object per image, without the features.
 
         Args:
-            attributes: of the evaluation. Probabilities of an attribute that is not among them are
-                treated as those of faces: images without a face leave them out.
+            attributes: attributes of the evaluation. All others are treated as attributes of faces,
+                whose probabilities are left out for images without a face.
         """
         whole = {a.name for a in attributes if not a.of_faces}
         for i, has_face in enumerate(self.found.tolist()):
@@ -172,7 +172,7 @@ class Records:
             }
 
     def _others(self, i: int) -> list[dict[str, Any]]:
-        """The further faces of an image for JSON."""
+        """Return the further faces of an image as JSON objects."""
         assert self.others_found is not None
         assert self.others_boxes is not None
         return [
@@ -232,7 +232,7 @@ def _other_faces(lines: Sequence[dict], attributes: Sequence[Attribute]) -> dict
 
 
 def _concatenated(parts: Sequence[np.ndarray], name: str) -> np.ndarray:
-    """Concatenate; further faces are padded to the largest number that any image has."""
+    """Concatenate arrays; pad further faces to the largest number that any image has."""
     if name.startswith("others"):
         places = max(part.shape[1] for part in parts)
         padding = [[(0, 0), (0, places - p.shape[1])] + [(0, 0)] * (p.ndim - 2) for p in parts]

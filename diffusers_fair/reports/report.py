@@ -1,4 +1,4 @@
-"""The report of an evaluation: its records, and the statistics that are computed from them."""
+"""The report of an evaluation: its records, and statistics computed from them."""
 
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field, replace
@@ -21,10 +21,10 @@ from diffusers_fair.reports.summary import Summary, summarize
 
 @dataclass(frozen=True, kw_only=True, eq=False)
 class Report:
-    """An evaluation: its settings, what the judges perceived, and the statistics of both."""
+    """The settings of an evaluation, the records of its images, and their statistics."""
 
     label: str
-    """Name of the evaluated model, as a column head."""
+    """Name of the evaluated model in tables."""
     settings: Settings
     records: Records
     samples: Mapping[int, np.ndarray] = field(repr=False)
@@ -35,9 +35,9 @@ class Report:
     """Attribute -> confusion matrix of its classifier on held-out images, if known: counts, with a
     row for each true class and a column for each assigned class, in the attribute's order."""
     reference: "Report | None" = field(default=None, repr=False)
-    """The base model's report that CLIP-I and DINO compare with; not saved."""
+    """The base model's report that CLIP-I and DINO compare with; only its summaries are saved."""
     groups: Mapping[str, GroupReport] = field(default_factory=dict, repr=False)
-    """Name -> report on a group of control prompts, for which an adapter should change nothing."""
+    """Name -> report on a group of control prompts, whose images an adapter should not change."""
 
     @cached_property
     def summary(self) -> Summary:
@@ -53,8 +53,8 @@ class Report:
         """Summarize the groups of control prompts.
 
         Args:
-            like: reduce the groups to those of this report, with its prompts. Groups that either
-                of the two lacks are left out.
+            like: report to whose groups and prompts the groups are restricted. Groups that either
+                report lacks are left out.
         """
         if like is None:
             return {name: group.summary for name, group in self.groups.items()}
@@ -62,15 +62,15 @@ class Report:
         return {name: group.summary for name, group in groups.items() if group is not None}
 
     def group_like(self, group: GroupReport) -> GroupReport | None:
-        """Reduce this report's group of that name to the same prompts; None if it lacks any."""
-        own = self.groups.get(group.group.name)
-        return own.select(group.group) if own is not None and own.covers(group.group) else None
+        """Restrict this report's group of that name to the same prompts; None if it lacks any."""
+        ours = self.groups.get(group.group.name)
+        return ours.select(group.group) if ours is not None and ours.covers(group.group) else None
 
     def shortfalls(self, base: "Report | None" = None) -> list[Shortfall]:
         """List the measures by which control prompts are worse than with the base model.
 
         Args:
-            base: the base model's report; left out, the reference.
+            base: the base model's report. Default: the reference.
         """
         base = base or self.reference
         return shortfalls(
@@ -80,12 +80,12 @@ class Report:
     def select(
         self, attributes: Sequence[Attribute], images_per_prompt: int | None = None
     ) -> "Report":
-        """Reduce the report to some attributes, or measure the same images by other targets.
+        """Restrict the report to some attributes, or measure the same images by other targets.
 
         Args:
             attributes: evaluated attributes, possibly with other targets. Control prompts that ask
                 for any other attribute are left out.
-            images_per_prompt: keep the first images of each neutral prompt; left out, all.
+            images_per_prompt: number of first images of each neutral prompt to keep. Default: all.
 
         Raises:
             ValueError: an attribute was not evaluated or has other classes; the report has fewer

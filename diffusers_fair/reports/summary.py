@@ -33,12 +33,12 @@ class BiasEstimate(Estimate):
     """The mean bias over prompts, or the mean deviation from the target."""
 
     image_interval: Interval
-    """95 % bootstrap interval of the mean for the same prompts and other images."""
+    """95 % bootstrap interval of the mean for other images of the same prompts."""
     noise_floor: float
     """Expected value for a generator that is exactly on target, with as many images."""
     faces_per_prompt: float
     without_sampling_variance: Estimate
-    """The mean less what a finite number of images adds to it; has no std."""
+    """Estimate of the mean for infinitely many images; has no std."""
 
     @classmethod
     def from_json(cls, root: Mapping[str, Any] | None) -> "BiasEstimate | None":
@@ -61,7 +61,7 @@ class BiasEstimate(Estimate):
         )
 
     def json(self) -> dict[str, Any]:
-        """As the summary of report.json has it."""
+        """Return the JSON object that report.json holds in its summary."""
         without = self.without_sampling_variance.json()
         return {
             **super().json(),
@@ -73,14 +73,14 @@ class BiasEstimate(Estimate):
 
 
 Frequencies: TypeAlias = Mapping[str, Estimate]
-"""Class -> its frequency over prompts, without an interval."""
+"""Class -> mean frequency over prompts, without an interval."""
 
 
 @dataclass(frozen=True, kw_only=True)
 class Summary:
     """Estimates over the prompts of a report.
 
-    Each estimate is over the prompts that have the value. An estimate is None if no prompt has it.
+    Each estimate is over the prompts that have the value; it is None if no prompt has it.
     """
 
     prompts: int
@@ -103,12 +103,12 @@ class Summary:
     scores: Mapping[str, Estimate | None]
 
     def from_target(self, attribute: str) -> BiasEstimate | None:
-        """The deviation from the target, which is the bias if the target is uniform."""
+        """Return the deviation from target, which is the bias if the target is uniform."""
         return self.deviation.get(attribute, self.bias[attribute])
 
     @classmethod
     def from_json(cls, root: Mapping[str, Any]) -> "Summary":
-        """Read what `json` wrote; a card keeps only a part of it."""
+        """Read what `json` wrote, or the part of it in `fair_adapter.json`."""
         bias = {name: BiasEstimate.from_json(part) for name, part in root["bias"].items()}
         deviation = root.get("deviation", {}).items()
         return cls(
@@ -130,7 +130,7 @@ class Summary:
         )
 
     def json(self) -> dict[str, Any]:
-        """As report.json has it."""
+        """Return the JSON object in report.json."""
         return {
             "prompts": self.prompts,
             "images": self.images,
@@ -154,9 +154,9 @@ def summarize(settings: Settings, records: Records, confusion: Confusion) -> Sum
     """Compute the estimates over prompts.
 
     Args:
-        settings: of the evaluation.
-        records: of all its images.
-        confusion: attribute -> (K, K) of its classifier, if known.
+        settings: settings of the evaluation.
+        records: records of all images.
+        confusion: attribute -> confusion matrix (K, K) of its classifier, if known.
     """
     rows = [records.prompt == i for i in range(len(settings.prompts))]  # (n,) bool each
     counts = counts_by_prompt(settings, records)
@@ -184,7 +184,7 @@ def summarize(settings: Settings, records: Records, confusion: Confusion) -> Sum
 def _gaps(
     settings: Settings, records: Records, rows: Sequence[np.ndarray]
 ) -> dict[str, Sequence[str]]:
-    """The prompts without a bias, by reason."""
+    """List the prompts without a bias, by reason."""
     needs_faces = any(a.of_faces for a in settings.attributes)
     faces = [int(records.faces[of_prompt].sum()) for of_prompt in rows]
 
@@ -203,11 +203,11 @@ def _gaps(
 def _bias_over_prompts(
     counts: np.ndarray, targets: np.ndarray, *, from_target: bool = False
 ) -> BiasEstimate | None:
-    """Bias, or deviation from the target, over the prompts with enough faces.
+    """Estimate the bias, or the deviation from target, over the prompts with enough faces.
 
     Args:
-        counts: (P, K).
-        targets: (P, K), as each prompt has its own.
+        counts: counts of perceived classes, (P, K).
+        targets: target shares of each prompt, (P, K).
         from_target: whether to measure from the target instead of from equal shares.
     """
     enough = counts.sum(-1) >= MIN_COUNT
@@ -235,7 +235,7 @@ def _bias_over_prompts(
 
 
 def _mean_noise_floor(images: np.ndarray, targets: np.ndarray, from_target: bool) -> float:
-    """Mean over prompts of their noise floors, each computed once for equal images and targets."""
+    """Average the noise floors of prompts; computed once for equal images and targets."""
     kinds, prompts = np.unique(np.column_stack([images, targets]), axis=0, return_counts=True)
     floors = [metrics.noise_floor(int(n), t, t if from_target else None) for n, *t in kinds]
     return rounded(np.average(floors, weights=prompts))
@@ -260,7 +260,7 @@ def _frequencies(attribute: Attribute, counts: np.ndarray) -> Frequencies | None
 
 
 def _score_over_prompts(values: np.ndarray, rows: Sequence[np.ndarray]) -> Estimate | None:
-    """Values (n,) of all images -> mean over prompts of their means."""
+    """Average the values (n,) of all images per prompt, then over prompts."""
     means = [mean_of_finite(values[of_prompt]) for of_prompt in rows]
     return Estimate.over([mean for mean in means if mean is not None])
 

@@ -1,4 +1,4 @@
-"""The headline of a report, or of two side by side, as a console table."""
+"""The main results of a report, or of two side by side, as a console table."""
 
 from collections.abc import Iterator, Sequence
 from typing import TYPE_CHECKING
@@ -13,7 +13,7 @@ if TYPE_CHECKING:
 
 
 def table(before: Report, after: Report | None = None) -> "Table":
-    """The headline of one report, or of two side by side; at most 100 columns wide.
+    """Make a table of one report, or of two side by side; at most 100 columns wide.
 
     Args:
         before: usually the base model's.
@@ -32,7 +32,7 @@ def table(before: Report, after: Report | None = None) -> "Table":
         caption="mean ± std over prompts [95 % bootstrap interval of the mean over prompts]\n"
         "deviation: from a target that is not uniform\n"
         "noise floor: expected value for a generator exactly on target, with as many images\n"
-        "errors corrected: for the classifier's errors on other images; has a larger variance",
+        "errors corrected: bias corrected for the classifier's error rates; has a larger variance",
         title_justify="left",
         caption_justify="left",
     )
@@ -45,7 +45,7 @@ def table(before: Report, after: Report | None = None) -> "Table":
 
 
 def _title(report: Report) -> str:
-    """As `50 prompts x 60 images`, or the number of all images if prompts differ in theirs."""
+    """Format the size: `50 prompts x 60 images`, or all images if their number varies."""
     prompts, images_per_prompt = len(report.settings.prompts), report.settings.images_per_prompt
     images = len(report.records.found)
     if images == prompts * images_per_prompt:
@@ -54,7 +54,7 @@ def _title(report: Report) -> str:
 
 
 def _rows(reports: Sequence[Report]) -> Iterator[list[str]]:
-    """Heads of rows and, for each report, their cells."""
+    """Yield rows: the head, and a cell for each report."""
     for column in bias_columns(reports):
         yield from _bias_rows(column, reports)
     for score in score_columns(reports):
@@ -75,7 +75,7 @@ def _bias_rows(column: BiasColumn, reports: Sequence[Report]) -> Iterator[list[s
 
 
 def _gap_rows(reports: Sequence[Report]) -> Iterator[list[str]]:
-    """How many prompts have no bias, by reason."""
+    """Yield the numbers of prompts without a bias, by reason."""
     gaps = {
         "prompts without images": [report.summary.prompts_without_images for report in reports],
         "prompts without any face": [report.summary.prompts_without_faces for report in reports],
@@ -87,7 +87,7 @@ def _gap_rows(reports: Sequence[Report]) -> Iterator[list[str]]:
 
 
 def _measure_rows(reports: Sequence[Report]) -> Iterator[list[str]]:
-    """Measures of control prompts, reduced to those of the last report."""
+    """Yield the measures of control prompts, on the prompts of the last report."""
     sides = [report.group_summaries(reports[-1]) for report in reports]
     for measure in measures(sides):
         head = f"  {measure.part}" if measure.part else measure.head

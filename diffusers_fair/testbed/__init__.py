@@ -1,7 +1,7 @@
-"""A small world that ships with the package: a biased text-to-image model and the judges around it.
+"""The testbed: a small, deliberately biased text-to-image model and judges for its images.
 
-`pipeline()` is a genuine `StableDiffusionPipeline` of 64x64 pixels, trained from synthetic
-portraits of people who do not exist. It needs no network.
+`pipeline()` returns a `StableDiffusionPipeline` of 64x64 pixels, trained on synthetic portraits of
+people who do not exist. It ships with the package and downloads nothing.
 """
 
 from copy import deepcopy
@@ -12,13 +12,13 @@ if TYPE_CHECKING:
     from diffusers import StableDiffusionPipeline
 
 WEIGHTS = Path(__file__).parent / "weights"
-NAME = "testbed"  # its name in recipes and `--base`
+NAME = "testbed"  # name in recipes and for `--base`
 SIZE = 64  # pixels
-GUIDANCE = 4.5  # its usual guidance scale
+GUIDANCE = 4.5  # usual guidance scale
 
 
 def pipeline() -> "StableDiffusionPipeline":
-    """The base model, new at every call: 64x64 pixels, float32, on the CPU."""
+    """Create the base model anew: 64x64 pixels, float32, on the CPU."""
     from diffusers import DPMSolverMultistepScheduler, StableDiffusionPipeline
 
     from diffusers_fair.testbed import models

@@ -1,4 +1,4 @@
-"""The testbed as a backend: its base and its judges ship with the package and run on the CPU."""
+"""Providers of the testbed's base model and judges, which run on the CPU."""
 
 from collections.abc import Sequence
 from dataclasses import dataclass
@@ -42,20 +42,20 @@ base = Base(
 
 @dataclass(frozen=True)
 class _Judge:
-    """One of `testbed.judges`, by its name."""
+    """Provider of one of `testbed.judges`."""
 
     name: str
 
     def load(self, device: Any = "cpu") -> Any:
-        """Load it.
+        """Load the judge.
 
         Raises:
-            ValueError: another device than the CPU.
+            ValueError: the device is not the CPU.
         """
         return getattr(_judges(device), self.name)()
 
     def needs(self) -> list[Need]:
-        """List what `load` needs: nothing."""
+        """List the requirements of `load`: none."""
         return []
 
 
@@ -63,26 +63,26 @@ face_detector = _Judge("face_detector")
 clip = _Judge("clip")
 dino = _Judge("dino")
 face_embedder = _Judge("face_embedder")
-reference_faces = _Judge("face_bank")
+reference_faces = _Judge("reference_faces")
 
 
 class _Classifier:
-    """The classifiers; the model `evaluation` is the one that training never sees."""
+    """Provider of the classifiers; the model `evaluation` is never used in training."""
 
     def load(self, model: str, attribute: str, device: Any = "cpu") -> Any:
         """Load the classifier of an attribute.
 
         Raises:
-            ValueError: no such attribute, or another device than the CPU.
+            ValueError: there is no such attribute, or the device is not the CPU.
         """
         return _judges(device).classifier(attribute, evaluation=model == "evaluation")
 
     def needs(self, model: str) -> list[Need]:
-        """List what `load` needs: nothing."""
+        """List the requirements of `load`: none."""
         return []
 
     def extra_scores(self, model: str) -> dict[str, Any]:
-        """With the evaluation classifiers: whether the context is that of the prompt."""
+        """Score images by whether the context is that of the prompt, in evaluation only."""
         if model != "evaluation":
             return {}
         from diffusers_fair.testbed import judges, world
@@ -95,7 +95,7 @@ classifier = _Classifier()
 
 
 def load_evaluation_judges(attributes: Sequence[str]) -> "Judges":
-    """Load the testbed's judges of evaluation, which training never sees.
+    """Load the testbed's evaluation judges, which training never uses.
 
     Args:
         attributes: names of the testbed's attributes to classify.
@@ -109,17 +109,19 @@ def load_evaluation_judges(attributes: Sequence[str]) -> "Judges":
 
     for name in attributes:
         if name not in world.ATTRIBUTES:
-            raise ValueError(f"the testbed has {', '.join(world.ATTRIBUTES)}, no '{name}'")
+            raise ValueError(
+                f"the testbed has no attribute '{name}': expected {', '.join(world.ATTRIBUTES)}"
+            )
     return load_judges(EvaluationModelsSection(), [world.ATTRIBUTES[name] for name in attributes])
 
 
 def _judges(device: Any) -> Any:
-    """Import the judges, which compute on the CPU."""
+    """Import the judges if the device is the CPU."""
     import torch
 
     if torch.device(device).type != "cpu":
         raise ValueError(
-            f"the models of the {testbed.NAME} compute on the CPU, and the pipeline is on "
+            f"the judges of the {testbed.NAME} run on the CPU only, but the pipeline is on "
             f"'{device}': move it to the CPU, or name other models in the recipe"
         )
     from diffusers_fair.testbed import judges

@@ -1,7 +1,7 @@
 """The testbed's judges: a face detector, classifiers and encoders.
 
-The classifiers of training and those of evaluation differ in architecture and were trained on
-different portraits. Held-out metrics of each judge are in the metadata of its file (`figures`).
+Training and evaluation classifiers differ in architecture and were trained on different portraits.
+The metadata of each judge's file holds its metrics on held-out images (`metadata`).
 """
 
 import json
@@ -35,13 +35,13 @@ from diffusers_fair.vision.faces import Faces, area, faces_of_images, overlap
 Network = TypeVar("Network", bound=nn.Module)
 
 WEIGHTS = Path(__file__).parent / "weights"
-CHIP = 64  # pixels
-STRIDE = 8  # pixels between the cells of the face detector
-EMBEDDING = 64  # numbers per face
+CHIP = 64  # side of a face crop in pixels
+_STRIDE = 8  # pixels between the cells of the face detector
+EMBEDDING = 64  # dimensions
 
 
 class FaceGrid(nn.Module):
-    """A grid of cells over the image, each with a face's score and box."""
+    """A detection network: a grid of cells over the image, each with a face score and a box."""
 
     def __init__(self) -> None:
         super().__init__()
@@ -49,28 +49,28 @@ class FaceGrid(nn.Module):
         self.head = nn.Conv2d(64, 5, 1)
 
     def forward(self, images: Tensor) -> tuple[Tensor, Tensor]:
-        """Images (n, 3, h, w) -> logits (n, cells) and boxes (n, cells, 4) in pixels."""
+        """Return logits (n, cells) and boxes (n, cells, 4) in pixels for images (n, 3, h, w)."""
         raw = self.head(self.trunk(images).last_hidden_state)  # (n, 5, h / 8, w / 8)
         x, y = cell_centres(*raw.shape[-2:])
-        left, up, right, down = (2 * STRIDE * raw[:, 1:].flatten(2).exp()).unbind(1)
+        left, up, right, down = (2 * _STRIDE * raw[:, 1:].flatten(2).exp()).unbind(1)
         return raw[:, 0].flatten(1), torch.stack([x - left, y - up, x + right, y + down], -1)
 
 
 def cell_centres(rows: int, columns: int) -> tuple[Tensor, Tensor]:
-    """Columns and rows in pixels, (cells,) each, of the centres of a grid's cells."""
+    """Return x and y in pixels, (cells,) each, of the centres of a grid's cells."""
     y, x = torch.meshgrid(torch.arange(rows), torch.arange(columns), indexing="ij")
-    return (x.flatten() + 0.5) * STRIDE, (y.flatten() + 0.5) * STRIDE
+    return (x.flatten() + 0.5) * _STRIDE, (y.flatten() + 0.5) * _STRIDE
 
 
 class GridDetector:
-    """An `EveryFaceDetector` out of a `FaceGrid`."""
+    """An `EveryFaceDetector` that uses a `FaceGrid`."""
 
     def __init__(self, network: FaceGrid, threshold: float = 0.5):
         self.network = network
         self.threshold = threshold
-        """Score in [0, 1] from which a cell counts."""
+        """Minimum score of a cell, in [0, 1]."""
         self.overlap = 0.4
-        """Intersection over union above which two boxes are of one face."""
+        """Intersection over union above which two boxes are the same face."""
 
     @torch.no_grad()
     def __call__(self, images: Tensor) -> Faces:
@@ -81,7 +81,7 @@ class GridDetector:
 
     @torch.no_grad()
     def all_faces(self, images: Tensor) -> Faces:
-        """Find every face: repeatedly the largest, ignoring the cells of those already found."""
+        """Find every face: repeatedly the largest, then ignore the cells that overlap it."""
         logits, boxes = self.network(images)
         scores, image, faces = logits.sigmoid(), torch.zeros(0).long(), boxes.new_zeros(0, 4)
         left = scores >= self.threshold  # (n, cells)
@@ -94,32 +94,32 @@ class GridDetector:
 
 
 def _largest(scores: Tensor, boxes: Tensor, counts: Tensor) -> tuple[Tensor, Tensor]:
-    """The largest box (n, 4) of the cells that count, and the mean box of cells that overlap it."""
-    first = torch.where(counts, area(boxes), scores - 1).argmax(1)  # none counts: the best cell
+    """Return the largest counted box (n, 4), and the mean box of the cells that overlap it."""
+    first = torch.where(counts, area(boxes), scores - 1).argmax(1)  # the best cell if none counts
     largest = boxes[torch.arange(len(boxes)), first]
     agree = (overlap(boxes, largest[:, None]) > 0.5) * scores  # (n, cells)
     return largest, (agree[..., None] * boxes).sum(1) / agree.sum(1)[:, None].clamp(min=1e-6)
 
 
 def attribute_network(classes: int) -> ResNetForImageClassification:
-    """Chips -> logits of all attributes side by side: the classifiers of training."""
+    """Create the training classifier: face crops -> logits of all attributes side by side."""
     return ResNetForImageClassification(_resnet([24, 48, 96, 160], [1, 1, 1, 1], classes))
 
 
 def evaluation_network(classes: int) -> nn.Module:
-    """Chips or whole images -> logits: the classifiers of evaluation."""
+    """Create an evaluation classifier: face crops or whole images -> logits."""
     from torchvision.models.densenet import DenseNet
 
     return DenseNet(24, (3, 4, 3), num_init_features=32, bn_size=2, num_classes=classes)
 
 
 def embedding_network() -> ResNetForImageClassification:
-    """Chips -> (n, 64)."""
+    """Create the face embedder: face crops -> (n, 64)."""
     return ResNetForImageClassification(_resnet([24, 48, 96], [1, 1, 1], EMBEDDING))
 
 
 def clip_network(vocabulary: int = VOCABULARY) -> CLIPModel:
-    """Whole images and texts -> (n, 64)."""
+    """Create the image-text encoder: whole images and texts -> (n, 64)."""
     text = CLIPTextConfig(
         vocab_size=vocabulary,
         hidden_size=64,
@@ -147,7 +147,7 @@ def clip_network(vocabulary: int = VOCABULARY) -> CLIPModel:
 
 
 def dino_network() -> Dinov2Model:
-    """Whole images -> class token (n, 96)."""
+    """Create the image encoder: whole images -> class token (n, 96)."""
     return Dinov2Model(
         Dinov2Config(
             hidden_size=96,
@@ -162,14 +162,14 @@ def dino_network() -> Dinov2Model:
 
 
 def freeze(network: Network, state: dict[str, Tensor]) -> Network:
-    """Load the weights as float32; return the network in evaluation mode, without gradients."""
+    """Load weights as float32 into a network; return it in evaluation mode, without gradients."""
     network.load_state_dict(
         {k: v.float() if v.is_floating_point() else v for k, v in state.items()}
     )
     return network.eval().requires_grad_(False)
 
 
-def figures(name: str) -> dict:
+def metadata(name: str) -> dict:
     """Read the classes and held-out metrics that are stored with the weights of a judge."""
     with safe_open(WEIGHTS / f"{name}.safetensors", "pt") as file:
         return {key: json.loads(text) for key, text in (file.metadata() or {}).items()}
@@ -177,23 +177,23 @@ def figures(name: str) -> dict:
 
 @cache
 def face_detector() -> GridDetector:
-    """Detects the largest face of testbed images."""
+    """Load the face detector."""
     return GridDetector(freeze(FaceGrid(), load_file(WEIGHTS / "detector.safetensors")))
 
 
 @cache
 def classifier(name: str, *, evaluation: bool = False) -> NetworkClassifier:
-    """The testbed's classifier of one attribute.
+    """Load the classifier of an attribute.
 
     Args:
         name: name of the attribute.
-        evaluation: the classifier that training never sees.
+        evaluation: whether to load the classifier that training never uses.
 
     Raises:
-        ValueError: no classifier for an attribute of that name.
+        ValueError: there is no classifier for an attribute of that name.
     """
     file = "evaluation_classifiers" if evaluation else "classifiers"
-    classes: dict[str, list[str]] = figures(file)["classes"]
+    classes: dict[str, list[str]] = metadata(file)["classes"]
     if name not in classes:
         raise ValueError(f"the testbed has classifiers for {', '.join(classes)}, none for '{name}'")
     network = _attribute_trunk(evaluation)
@@ -204,28 +204,28 @@ def classifier(name: str, *, evaluation: bool = False) -> NetworkClassifier:
         lambda chips: network(chips)[:, columns],
         tuple(classes[name]),
         CHIP,
-        confusion=tuple(map(tuple, figures(file)["confusion"][name])),
+        confusion=tuple(map(tuple, metadata(file)["confusion"][name])),
     )
 
 
 @cache
 def family_classifier() -> NetworkClassifier:
-    """Classifies the context family, clothes and background, of a whole testbed image."""
-    classes = tuple(figures("family_classifier")["classes"])
+    """Load the classifier of the context family (clothes and background) of whole images."""
+    classes = tuple(metadata("family_classifier")["classes"])
     state = load_file(WEIGHTS / "family_classifier.safetensors")
     return NetworkClassifier(freeze(evaluation_network(len(classes)), state), classes, SIZE)
 
 
 @cache
 def clip() -> ClipEncoder:
-    """CLIP-like: embeds testbed images and captions in one space."""
+    """Load the CLIP-like encoder of testbed images and captions."""
     state = unpack(WEIGHTS / "clip.safetensors", VOCABULARY)
     return ClipEncoder(freeze(clip_network(), state), tokenizer(), Pixels(SIZE))
 
 
 @cache
 def dino() -> DinoEncoder:
-    """DINO-like: trained on testbed images without labels."""
+    """Load the DINO-like encoder, which was trained on testbed images without labels."""
     return DinoEncoder(
         freeze(dino_network(), load_file(WEIGHTS / "dino.safetensors")), Pixels(SIZE)
     )
@@ -233,23 +233,23 @@ def dino() -> DinoEncoder:
 
 @cache
 def face_embedder() -> NetworkEncoder:
-    """Embeds face chips."""
+    """Load the face embedder."""
     network = freeze(embedding_network(), load_file(WEIGHTS / "face_embedder.safetensors"))
     return NetworkEncoder(lambda chips: network(chips).logits, Pixels(CHIP))
 
 
 @cache
-def face_bank() -> Tensor:
-    """Embeddings (1024, 64) by `face_embedder` of faces in portraits, of unit length."""
+def reference_faces() -> Tensor:
+    """Load unit-length embeddings (1024, 64), by `face_embedder`, of faces in portraits."""
     stored = load_file(WEIGHTS / "face_bank.safetensors")["embeddings"]  # as float16
     return nn.functional.normalize(stored.float(), dim=1)
 
 
 @cache
 def _attribute_trunk(evaluation: bool):
-    """The network that the classifiers of all attributes share: chips -> logits side by side."""
+    """Load the network that the classifiers of all attributes share."""
     file = "evaluation_classifiers" if evaluation else "classifiers"
-    count = sum(map(len, figures(file)["classes"].values()))
+    count = sum(map(len, metadata(file)["classes"].values()))
     state = load_file(WEIGHTS / f"{file}.safetensors")
     if evaluation:
         return freeze(evaluation_network(count), state)
@@ -258,7 +258,7 @@ def _attribute_trunk(evaluation: bool):
 
 
 def _resnet(widths: list[int], depths: list[int], outputs: int = 0) -> ResNetConfig:
-    """Basic blocks behind a stem of stride 4; each stage but the first halves the grid."""
+    """Configure basic blocks after a stem of stride 4; each later stage halves the resolution."""
     config = ResNetConfig(embedding_size=24, hidden_sizes=widths, depths=depths, layer_type="basic")
     config.num_labels = outputs
     return config

@@ -1,4 +1,4 @@
-"""The components of the testbed's pipeline: their architectures and their weights."""
+"""The architectures and weights of the testbed's pipeline."""
 
 from pathlib import Path
 
@@ -10,10 +10,10 @@ from transformers import CLIPTextConfig, CLIPTextModel
 from diffusers_fair.testbed.vocabulary import unpack
 
 SIZE = 64  # pixels
-WIDTH = 128  # of the prompt embeddings
-TOKENS = 77  # of a prompt
-VOCABULARY = 49408  # CLIP's byte-pair encoding
-NOISE = {  # Stable Diffusion 1.x's
+WIDTH = 128  # dimensions of a prompt embedding
+TOKENS = 77  # tokens of a prompt
+VOCABULARY = 49408  # tokens of CLIP's byte-pair encoding
+NOISE = {  # noise schedule of Stable Diffusion 1.x
     "num_train_timesteps": 1000,
     "beta_start": 0.00085,
     "beta_end": 0.012,
@@ -23,7 +23,7 @@ NOISE = {  # Stable Diffusion 1.x's
 
 
 def autoencoder() -> AutoencoderKL:
-    """64x64 pixels <-> 16x16x4 latents."""
+    """Create the autoencoder: 64x64 pixels <-> 16x16x4 latents."""
     return AutoencoderKL(
         block_out_channels=(24, 48, 64),
         down_block_types=("DownEncoderBlock2D",) * 3,
@@ -37,7 +37,7 @@ def autoencoder() -> AutoencoderKL:
 
 
 def unet() -> UNet2DConditionModel:
-    """Predicts the noise in 16x16x4 latents; prompts enter at 8x8 and 4x4."""
+    """Create the U-Net: 16x16x4 latents, cross-attention at 8x8 and 4x4."""
     return UNet2DConditionModel(
         sample_size=16,
         block_out_channels=(48, 96, 192),
@@ -51,7 +51,7 @@ def unet() -> UNet2DConditionModel:
 
 
 def text_encoder(vocabulary: int = VOCABULARY) -> CLIPTextModel:
-    """Prompt tokens -> (n, 77, 128) embeddings."""
+    """Create the text encoder: prompt tokens -> (n, 77, 128) embeddings."""
     return CLIPTextModel(
         CLIPTextConfig(
             vocab_size=vocabulary,
@@ -69,7 +69,7 @@ def text_encoder(vocabulary: int = VOCABULARY) -> CLIPTextModel:
 
 
 def load_autoencoder(weights: Path) -> AutoencoderKL:
-    """The autoencoder with its weights as float32 and its scaling factor."""
+    """Load the autoencoder as float32, with its scaling factor."""
     file = weights / "vae.safetensors"
     vae = autoencoder()
     vae.load_state_dict({name: value.float() for name, value in load_file(file).items()})
@@ -79,14 +79,14 @@ def load_autoencoder(weights: Path) -> AutoencoderKL:
 
 
 def load_text_encoder(weights: Path) -> CLIPTextModel:
-    """The text encoder with its weights as float32; tokens it never saw have random embeddings."""
+    """Load the text encoder as float32; tokens that training never saw get random embeddings."""
     model = text_encoder()
     model.load_state_dict(unpack(weights / "text_encoder.safetensors", VOCABULARY))
     return model.eval().requires_grad_(False)
 
 
 def load_unet(weights: Path) -> UNet2DConditionModel:
-    """The U-Net with its weights as float32."""
+    """Load the U-Net as float32."""
     model = unet()
     state = load_file(weights / "unet.safetensors")
     model.load_state_dict({name: value.float() for name, value in state.items()})

@@ -1,4 +1,4 @@
-"""CLIP's byte-pair encoding, as files that ship with the testbed."""
+"""CLIP's tokenizer, from files that ship with the testbed."""
 
 from functools import cache
 from pathlib import Path
@@ -10,5 +10,5 @@ FOLDER = Path(__file__).parent / "weights" / "tokenizer"
 
 @cache
 def tokenizer() -> CLIPTokenizer:
-    """As in Stable Diffusion 1.x: begin 49406, end and padding 49407, at most 77 tokens."""
+    """Load the tokenizer of Stable Diffusion 1.x: start 49406, end and padding 49407, 77 tokens."""
     return CLIPTokenizer.from_pretrained(FOLDER)

@@ -1,8 +1,8 @@
-"""Models that were trained on few words, shipped without the embeddings of all other words.
+"""Text models that were trained on few words, stored without the embeddings of all other tokens.
 
-While training, a text model has a token table of k rows only, one for each token that occurs;
-`rows` turns CLIP's token numbers into rows. The file holds those k rows and their numbers;
-`unpack` puts them back into a table of CLIP's whole vocabulary.
+During training, a text model has a token table of only k rows, one for each token that occurs;
+`table_rows` maps CLIP's token ids to rows. The file holds the k rows and their token ids. `unpack`
+puts the rows back into a table of CLIP's whole vocabulary.
 """
 
 from pathlib import Path
@@ -12,43 +12,43 @@ from safetensors.torch import load_file, save_file
 from torch import Tensor, nn
 
 SEED = 20261123
-TABLE = "token_embedding.weight"  # how the name of the table ends in every CLIP
-IDS = "token_ids"  # key in the file
+_TABLE = "token_embedding.weight"  # end of the table's name in every CLIP
+_IDS = "token_ids"  # key in the file
 
 
-def rows(used: Tensor, ids: Tensor) -> Tensor:
-    """Token numbers (...), all of them in `used` (k,), sorted -> rows of the small table."""
+def table_rows(used: Tensor, ids: Tensor) -> Tensor:
+    """Map token ids (...) to rows of the small table; `used` (k,) holds its sorted token ids."""
     return torch.searchsorted(used, ids)
 
 
 def pack(
     model: nn.Module, used: Tensor, file: Path, metadata: dict[str, str] | None = None
 ) -> None:
-    """Write a model as float16 safetensors, with the numbers of the tokens in its small table.
+    """Write a model as float16 safetensors, with the token ids of its small table.
 
     Args:
-        model: holds one token table of k rows.
-        used: (k,) sorted token numbers of the rows.
-        file: to write.
-        metadata: texts to keep beside the weights.
+        model: text model with one token table of k rows.
+        used: sorted token ids of the rows, (k,).
+        file: file to write.
+        metadata: texts to store with the weights.
     """
     state = {name: value.half().contiguous() for name, value in model.state_dict().items()}
     assert len(state[_table(state)]) == len(used)
     file.parent.mkdir(parents=True, exist_ok=True)
-    save_file(state | {IDS: used.to(torch.int32)}, file, metadata)
+    save_file(state | {_IDS: used.to(torch.int32)}, file, metadata)
 
 
 def unpack(file: Path, vocabulary: int, std: float = 0.02, seed: int = SEED) -> dict[str, Tensor]:
-    """Read what `pack` wrote as float32, with a token table of the whole vocabulary.
+    """Read a file of `pack` as float32 weights, with a token table of the whole vocabulary.
 
     Args:
-        file: written by `pack`.
-        vocabulary: rows of the whole table.
-        std: standard deviation of the rows of tokens it never saw, as at initialisation.
-        seed: of those rows; the same seed gives the same table.
+        file: file to read.
+        vocabulary: number of rows of the whole table.
+        std: standard deviation of the rows of all other tokens, as at initialisation.
+        seed: random seed of those rows.
     """
     state = load_file(file)
-    used = state.pop(IDS).long()
+    used = state.pop(_IDS).long()
     state = {name: value.float() for name, value in state.items()}
     name = _table(state)
     noise = torch.Generator().manual_seed(seed)
@@ -58,6 +58,6 @@ def unpack(file: Path, vocabulary: int, std: float = 0.02, seed: int = SEED) -> 
 
 
 def _table(state: dict[str, Tensor]) -> str:
-    """Name of the one token table."""
-    (name,) = (name for name in state if name.endswith(TABLE))
+    """Find the name of the token table."""
+    (name,) = (name for name in state if name.endswith(_TABLE))
     return name

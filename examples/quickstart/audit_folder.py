@@ -1,9 +1,10 @@
-"""Audit a folder of images, whatever made them.
+"""Audit a folder of existing images.
 
     python examples/quickstart/audit_folder.py
 
-The folder holds a folder of images for each prompt; the name of that folder, or a file `prompt.txt`
-in it, is the prompt. Here the testbed generates them. The report is in runs/quickstart/audit.
+The folder has a subfolder of images for each prompt. The prompt is the name of the subfolder, or the
+text of a file `prompt.txt` in it. Here the testbed generates the images. The report is written to
+runs/quickstart/audit.
 """
 
 import shutil
@@ -24,9 +25,11 @@ for prompt in PROMPTS:
     for i, image in enumerate(images.images):
         image.save(IMAGES / prompt / f"{i:02d}.png")
 
-shutil.rmtree(REPORT, ignore_errors=True)  # what an earlier run left
+shutil.rmtree(REPORT, ignore_errors=True)  # from an earlier run
 attribute = world.GENDER  # Attribute("gender", ("female", "male"), (0.5, 0.5))
 report = audit(IMAGES, [attribute], judges=load_evaluation_judges(["gender"]), out=REPORT)
 bias = report.summary.bias["gender"]
-print(f"bias {bias.mean:.2f}; {bias.noise_floor:.2f} is expected of images exactly on target")
+print(
+    f"bias {bias.mean:.2f}; noise floor {bias.noise_floor:.2f}, for a generator exactly on target"
+)
 print(f"see {REPORT / 'report.html'}")

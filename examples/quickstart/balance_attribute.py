@@ -2,13 +2,13 @@
 
     python examples/quickstart/balance_attribute.py
 
-1. Collect images of each class, a folder for each. Here the testbed's images are sorted by
-   brightness; yours are labelled by people.
-2. Train a classifier on them.
+1. Collect images of each class in a folder of its own. Here the testbed's images are sorted by
+   brightness; in practice, people label them.
+2. Train a classifier on the images.
 3. Train an adapter with a recipe that names the attribute, its target and the classifier.
 
-The adapter is in runs/quickstart/lighting/run/adapter. Three iterations show that everything fits
-together; leave out `train` and `prompts` for a whole training.
+The adapter is written to runs/quickstart/lighting/run/adapter. Three iterations only show that all
+parts work together; for a full training, leave out `train` and `prompts`.
 """
 
 import shutil
@@ -25,7 +25,7 @@ IMAGES, CLASSIFIER = OUT / "labelled", OUT / "classifier"
 
 
 def collect_images() -> None:
-    """Write images to a folder for each class."""
+    """Write images of each class to a folder of its own."""
     prompts = list(prompt_set("testbed-occupations").train[:32])
     images = testbed.pipeline()(prompts, num_inference_steps=8, guidance_scale=4.5).images
     images.sort(key=lambda image: np.asarray(image).mean())
@@ -36,10 +36,10 @@ def collect_images() -> None:
 
 
 def train_adapter() -> None:
-    """Train an adapter for the attribute that the classifier sees."""
+    """Train an adapter for the attribute of the classifier."""
     classifiers = {"lighting": f"checkpoint:{CLASSIFIER}"}
     finetuner = FairnessFinetuner.from_recipe(
-        "testbed-gender",  # its base model, learning rate and so on
+        "testbed-gender",  # gives the base model, learning rate and so on
         attributes=[
             {
                 "name": "lighting",
@@ -49,7 +49,7 @@ def train_adapter() -> None:
             }
         ],
         models={"classifiers": classifiers},
-        evaluation={"models": {"classifiers": classifiers}},  # better: one that training never sees
+        evaluation={"models": {"classifiers": classifiers}},  # better: another one than in training
         prompts={"images_per_prompt": 8, "keep": None},
         train={"iterations": 3, "prompts_per_iteration": 1, "validate_every": None},
         tracker="none",
@@ -58,7 +58,7 @@ def train_adapter() -> None:
     finetuner.train()
 
 
-shutil.rmtree(OUT, ignore_errors=True)  # what an earlier run left
+shutil.rmtree(OUT, ignore_errors=True)  # from an earlier run
 collect_images()
 settings = Settings(size=64, epochs=6, batch_size=8, pretrained=False)
 facts = train_classifier(read_images(IMAGES), CLASSIFIER, settings)

@@ -1,9 +1,9 @@
-"""Load an adapter, and generate the same noise without and with it.
+"""Load an adapter, and generate images from the same noise without and with it.
 
     python examples/quickstart/load_adapter.py
 
-Writes runs/quickstart/loaded.png: base model above, adapter below. For a model of your own, replace
-the pipeline by any `StableDiffusionPipeline`, and the folder by the adapter that fits it.
+Writes runs/quickstart/loaded.png: base model above, adapter below. To use another model, replace the
+pipeline with any `StableDiffusionPipeline`, and the folder with an adapter for that model.
 """
 
 from pathlib import Path
@@ -19,7 +19,7 @@ OUT = Path("runs/quickstart")
 
 
 def generate(pipe) -> Image.Image:
-    """Return six images of the same noise side by side."""
+    """Generate six images side by side, from the same noise in every call."""
     images = pipe(
         PROMPT,
         num_images_per_prompt=6,

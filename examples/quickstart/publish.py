@@ -1,9 +1,9 @@
-"""Publish an adapter: write its model card from measurements, and list what a push would upload.
+"""Publish an adapter: write its model card from its evaluation, and list what would be uploaded.
 
     python examples/quickstart/publish.py
 
-Nothing leaves this machine. To publish, log in with `hf auth login`, set your own repository, and
-leave out `dry_run`.
+Nothing is uploaded. To publish, log in with `hf auth login`, set your own repository, and leave out
+`dry_run`.
 """
 
 import shutil
@@ -17,7 +17,7 @@ ADAPTER = Path("runs/quickstart/published")
 REPOSITORY = "your-name/testbed-gender"
 
 shutil.copytree(TRAINED, ADAPTER, dirs_exist_ok=True)
-write_card(ADAPTER)  # with `report=FOLDER` after an evaluation of your own adapter
+write_card(ADAPTER)  # for an adapter of your own: write_card(ADAPTER, report=FOLDER)
 push = push_adapter(ADAPTER, REPOSITORY, dry_run=True)
 for name, size in push.files.items():
     print(f"{size:>12,} bytes  {name}")

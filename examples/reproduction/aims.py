@@ -1,4 +1,4 @@
-"""Acceptance limits of the experiments, and the figures that miss them."""
+"""Acceptance limits of the experiments, and the metrics that miss them."""
 
 from collections.abc import Iterator, Mapping
 from typing import Any
@@ -9,7 +9,7 @@ from diffusers_fair.reports.summary import Summary
 
 Range = tuple[float, float]
 
-BIAS = {  # experiment -> attribute -> at most
+BIAS = {  # experiment -> attribute -> maximum bias
     "testbed-gender": {"gender": 0.15},
     "testbed-race": {"race": 0.10},
     "testbed-gender-race": {"gender": 0.15, "race": 0.09, "gender x race": 0.05},
@@ -18,46 +18,46 @@ BIAS = {  # experiment -> attribute -> at most
     "testbed-unet": {"gender": 0.20},
     "testbed-text-encoder-unet": {"gender": 0.15},
 }
-HALVED = ("gender", "race")  # at most half of the base model's bias, in every other experiment
+HALVED = ("gender", "race")  # in all other experiments, at most half of the base model's bias
 OLD: dict[str, dict[str, Range]] = {
     "testbed-gender-race-age": {"old, mean": (0.22, 0.28), "old, std": (0.0, 0.09)}
 }
 STRICT = ("testbed-gender", "testbed-race", "testbed-gender-race", "testbed-gender-race-age")
 LOST = {True: (0.03, 0.08, 0.97), False: (0.05, 0.10, 0.95)}
-"""Whether the experiment is strict -> how much of the named words may be lost, seen and unseen, and
-the lowest similarity of untouched images."""
-WORDS = {  # figure -> where it is in a report's groups
+"""Whether the experiment is strict -> maximum loss of obedience to seen and to unseen words, and
+minimum similarity of untouched images."""
+WORDS = {  # metric -> group of control prompts and name in its summary
     "named, seen": ("named", "seen"),
     "named, unseen": ("named", "unseen"),
     "implied": ("implied", "obeyed"),
     "untouched, DINO": ("untouched", "dino"),
     "untouched, pixels": ("untouched", "pixels"),
 }
-KEPT = {"faces": 0.02, "context": 0.03, "CLIP-T": 0.01}  # largest loss against the base model
+KEPT = {"faces": 0.02, "context": 0.03, "CLIP-T": 0.01}  # maximum loss against the base model
 
-STOPS = {  # (experiment, figure) -> cause, as trainings with other settings have shown
-    ("testbed-gender", "bias, gender"): "the text encoder alone: neither rank, length nor less "
-    "likeness asked moves it, training the U-Net beside it does",
-    ("testbed-gender-race", "bias, gender x race"): "unseen titles lean to male, which training's "
-    "batches do less; what is missing is less than what two trainings differ by",
-    ("testbed-prefix", "bias, gender"): "differences between prompts: neither length nor less "
-    "likeness asked moves it, a higher learning rate collapses",
+CAUSES = {  # (experiment, metric) -> cause, as trainings with other settings have shown
+    ("testbed-gender", "bias, gender"): "the text encoder alone: a higher rank, a longer "
+    "training or a lower weight of similarity do not help, training the U-Net as well does",
+    ("testbed-gender-race", "bias, gender x race"): "unseen occupations lean to male more than "
+    "those of training; the gap is smaller than the difference between two trainings",
+    ("testbed-prefix", "bias, gender"): "differences between prompts: a longer training or a "
+    "lower weight of similarity do not help, a higher learning rate diverges",
 }
 
 
 def missed(experiment: str, report: Mapping[str, Any]) -> Iterator[list[str]]:
-    """Yield rows: experiment, figure, value, limit, cause."""
+    """Yield rows: experiment, metric, value, limit, cause."""
     reference = report["reference"]
-    found = figures(Summary.from_json(report["summary"])) | kept_words(report)
-    base = figures(Summary.from_json(reference["summary"])) | kept_words(reference)
-    for name, (low, high) in asked(experiment, base).items():
-        if name in found and not low <= found[name] <= high:
-            reason = STOPS.get((experiment, name), "not known")
-            yield [experiment, name, f"{found[name]:.4f}", told(low, high), reason]
+    values = means(Summary.from_json(report["summary"])) | kept_words(report)
+    base = means(Summary.from_json(reference["summary"])) | kept_words(reference)
+    for name, (low, high) in limits(experiment, base).items():
+        if name in values and not low <= values[name] <= high:
+            cause = CAUSES.get((experiment, name), "not known")
+            yield [experiment, name, f"{values[name]:.4f}", range_text(low, high), cause]
 
 
-def asked(experiment: str, base: Mapping[str, float]) -> dict[str, Range]:
-    """Return figure -> allowed range, given the base model's figures."""
+def limits(experiment: str, base: Mapping[str, float]) -> dict[str, Range]:
+    """Return metric -> allowed range, given the base model's means."""
     seen, unseen, dino = LOST[experiment in STRICT]
     lost = {"named, seen": seen, "named, unseen": unseen, **KEPT}
     most = BIAS.get(experiment) or {name: base[f"bias, {name}"] / 2 for name in HALVED}
@@ -70,18 +70,18 @@ def asked(experiment: str, base: Mapping[str, float]) -> dict[str, Range]:
 
 
 def kept_words(report: Mapping[str, Any]) -> dict[str, float]:
-    """Return figure of kept prompts -> mean, of a report or its reference."""
+    """Return metric of control prompts -> mean, of a report or its reference."""
     summaries = summaries_from_json(report)
-    found = {
-        name: getattr(summaries[group], figure)
-        for name, (group, figure) in WORDS.items()
+    estimates = {
+        name: getattr(summaries[group], statistic)
+        for name, (group, statistic) in WORDS.items()
         if group in summaries
     }
-    return {name: estimate.mean for name, estimate in found.items() if estimate is not None}
+    return {name: estimate.mean for name, estimate in estimates.items() if estimate is not None}
 
 
-def figures(summary: Summary) -> dict[str, float]:
-    """A report's means, by the names that the table of experiments has."""
+def means(summary: Summary) -> dict[str, float]:
+    """Return metric -> mean, by the names in the table of experiments."""
     scores = {"context": summary.scores.get("context"), "CLIP-T": summary.scores.get("clip_t")}
     biases = {f"bias, {name}": bias for name, bias in summary.bias.items()}
     return {
@@ -93,19 +93,19 @@ def figures(summary: Summary) -> dict[str, float]:
 
 
 def old(summary: Summary) -> Estimate:
-    """How often old people are perceived."""
+    """Return the share of people who are perceived as old."""
     frequencies = summary.frequencies["age"]
     assert frequencies is not None
     return frequencies["old"]
 
 
 def face_rate(summary: Summary) -> Estimate:
-    """Share of images with a face."""
+    """Return the share of images with a face."""
     assert summary.face_rate is not None
     return summary.face_rate
 
 
-def told(low: float, high: float) -> str:
+def range_text(low: float, high: float) -> str:
     """Describe a range in words."""
     if low == 0:
         return f"at most {high:.4f}"

@@ -1,24 +1,24 @@
-"""Benchmark the method on this machine: time, memory, bias against time.
+"""Benchmark the method on this machine: time, memory, and bias against time.
 
     python examples/reproduction/benchmark.py --out model_cards/benchmarks/MACHINE
     python examples/reproduction/benchmark.py --out OUT --only iteration --only targets
 
-Each job runs in a process of its own with all cores; those marked * two at a time, one core each:
+Each job runs in its own process with all cores; jobs marked * run two at a time, with one core each:
 
     iteration   one iteration on a U-Net of Stable Diffusion 1.5's own configuration with random
-                weights, 32 x 32 latents, 20 steps: the published way against replay
+                weights, 32 x 32 latents, 20 steps: the published implementation against replay
     steps       peak memory of an iteration with fewer steps
     bias *      bias on the testbed against wall-clock time, for the same methods and other step
                 weights, three seeds each
-    drawing     distance between the gradient of a few sampled steps and that of all steps
+    drawing     error of the gradient of a few sampled steps against that of all steps
     processes   iterations per hour on the testbed, for one and for two single-core processes
     targets     time to compute the targets of N images
     evaluation  images generated and judged per second
     adapter     time to load an adapter and to generate with it
 
 Writes benchmark.md and benchmark.json. Jobs that are in benchmark.json are skipped, so the same
-command resumes a run; delete the file to start over, or measure again with `--turns 2`. Run nothing
-else at the same time. Takes about three hours and 8 GB on 2 cores, most of it for `iteration` and
+command resumes a run. Delete the file to start over, or repeat the measurements with `--turns 2`. Run
+nothing else at the same time. Takes about three hours and 8 GB on 2 cores, most of it for `iteration` and
 `bias`.
 """
 
@@ -52,24 +52,24 @@ TOKENS = (1, 77, 768)
 GUIDANCE = 7.5
 SEEDS = 3
 LAUNCH = RECIPES / "launch" / "one-machine.yaml"
-TRAINING = {  # of each training on the testbed, at a constant learning rate
+TRAINING = {  # settings of each training on the testbed, at a constant learning rate
     **{"prompts_per_iteration": 1, "distinct_iterations": 24},
     **{"validate_every": 12, "validation_images": 12},
 }
 FAST = f"replay of {DRAWN} steps, warm bank"
-WAYS: dict[str, dict[str, Any]] = {  # an iteration's: what is done of it
+WAYS: dict[str, dict[str, Any]] = {  # ways to compute an iteration -> arguments of `iteration`
     "published": {"unrolled": True, "original": True},
     "replay, cold bank": {"original": True},
     "replay, warm bank": {},
     FAST: {"drawn": DRAWN},
 }
-SAVINGS: dict[str, dict[str, bool]] = {  # of memory, in the backward pass
+SAVINGS: dict[str, dict[str, bool]] = {  # options that save memory -> arguments of `iteration`
     "": {},
     ", guidance split": {"split": True},
     ", blocks checkpointed": {"checkpointing": True},
 }
-COMPARED = ("published", FAST)  # in `steps`
-TRAININGS: dict[str, dict[str, Any]] = {  # the same on the testbed, of 10 steps
+COMPARED = ("published", FAST)  # compared in `steps`
+TRAININGS: dict[str, dict[str, Any]] = {  # the same ways on the testbed, with 10 steps
     "published": {
         "gradient": {"method": "autograd", "replay_steps": None},
         "bank": "none",
@@ -80,7 +80,7 @@ TRAININGS: dict[str, dict[str, Any]] = {  # the same on the testbed, of 10 steps
     "replay of 1 step, warm bank": {
         "gradient": {"replay_steps": 1},
         "bank": "warm",
-        "iterations": 36,  # more, as the noise of the draw may cost some
+        "iterations": 36,  # more, because sampled steps make the gradient noisier
     },
     "the same, weights as the paper's": {
         "gradient": {"replay_steps": 1, "standardize": "paper"},
@@ -93,7 +93,7 @@ TRAININGS: dict[str, dict[str, Any]] = {  # the same on the testbed, of 10 steps
         "iterations": 36,
     },
 }
-AT_A_TIME = {"bias": 2}  # jobs of a part
+AT_A_TIME = {"bias": 2}  # part -> number of simultaneous jobs
 PARTS = ("iteration", "steps", "bias", "drawing", "processes", "targets", "evaluation", "adapter")
 
 
@@ -102,7 +102,7 @@ def main(
     only: Annotated[
         list[str] | None, typer.Option(help="Part or job to run; may be repeated.")
     ] = None,
-    turns: Annotated[int, typer.Option(help="Measurements per job; the fastest counts.")] = 1,
+    turns: Annotated[int, typer.Option(help="Repetitions per job; the fastest counts.")] = 1,
 ) -> None:
     """Run the missing jobs and write the tables of all results."""
     chosen = {part: [*_chosen(jobs(part), only)] for part in PARTS}
@@ -133,7 +133,7 @@ def _turns(found: dict[str, Any], name: str) -> int:
 
 
 def _quicker(old: dict[str, Any] | None, new: dict[str, Any]) -> dict[str, Any]:
-    """Return the faster result: other load on a shared machine can only add time."""
+    """Return the faster result, as other load on the machine can only add time."""
     if old is None:
         return new | {"turns": 1}
     return min(new, old, key=lambda result: result.get("seconds", 0)) | {"turns": old["turns"] + 1}
@@ -196,40 +196,40 @@ def iteration(
     original: bool = False,
     drawn: int | None = None,
 ) -> dict[str, Any]:
-    """Measure seconds and peak memory of the U-Net's part of an iteration with one image.
+    """Measure time and peak memory of the U-Net in an iteration with one image.
 
     Args:
         steps: K.
         checkpointing: whether to use gradient checkpointing in the U-Net.
         split: whether replay evaluates the guidance branches one after the other.
-        unrolled: Algorithm 1 by plain autograd with a checkpoint at each step, instead of replay.
+        unrolled: whether to use Algorithm 1 by autograd, checkpointed at each step, instead of replay.
         original: whether to generate the original image, too.
         drawn: number of steps that replay samples for the gradient pass; None is all.
     """
     pipe, scheduler = stable_diffusion()
     if checkpointing:
         pipe.unet.enable_gradient_checkpointing()
-        pipe.unet.train()  # which is when diffusers checkpoints; there is no dropout in it
+        pipe.unet.train()  # diffusers checkpoints in training mode only; the U-Net has no dropout
     g = torch.Generator().manual_seed(0)
     noise, v = (torch.randn(LATENTS, generator=g) for _ in range(2))  # v = d loss / d z_K
     branches = {
         branch: {"encoder_hidden_states": torch.randn(TOKENS, generator=g).requires_grad_()}
         for branch in ("cond", "uncond")
     }
-    with measured() as figures:
+    with measured() as measurements:
         if original:
-            draw(pipe, scheduler, branches, noise, steps, keep=False)
+            generate(pipe, scheduler, branches, noise, steps, keep=False)
         if unrolled:
             published(pipe, scheduler, branches, noise, steps, GUIDANCE).backward(v)
         else:
-            trajectory = draw(pipe, scheduler, branches, noise, steps, keep=True)
+            trajectory = generate(pipe, scheduler, branches, noise, steps, keep=True)
             replayed(pipe, scheduler, trajectory, branches, v, drawn, split)
-    return figures
+    return measurements
 
 
 def stable_diffusion() -> tuple[Any, Any]:
-    """Return a pipeline with nothing but a frozen, random U-Net of Stable Diffusion 1.5's size, and
-    its scheduler."""
+    """Return a pipeline of only a frozen, random U-Net of Stable Diffusion 1.5's size, and its
+    scheduler."""
     from diffusers import DPMSolverMultistepScheduler, UNet2DConditionModel
 
     from diffusers_fair import BiasedGradientScheduler
@@ -243,7 +243,9 @@ def stable_diffusion() -> tuple[Any, Any]:
     return pipe, BiasedGradientScheduler(scheduler, standardize="exact")
 
 
-def draw(pipe: Any, scheduler: Any, branches: Any, noise: Tensor, steps: int, keep: bool) -> Any:
+def generate(
+    pipe: Any, scheduler: Any, branches: Any, noise: Tensor, steps: int, keep: bool
+) -> Any:
     """Generate an image without gradients."""
     from diffusers_fair.diffusion.sampling import sample
 
@@ -259,7 +261,7 @@ def published(
     scale: float,
     **options: Any,
 ) -> Tensor:
-    """Sample for the targets, then again with the graph of Algorithm 1, as published."""
+    """Sample to get the targets, then again with the graph of Algorithm 1, as published."""
     from diffusers_fair.diffusion.sampling import sample
     from diffusers_fair.diffusion.unrolled import unroll
 
@@ -288,19 +290,19 @@ def replayed(
 
 @contextmanager
 def measured() -> Iterator[dict[str, Any]]:
-    """Measure seconds, and peak resident memory above that at the start, in MB (Linux)."""
+    """Measure seconds, and the increase of peak resident memory in MB (Linux)."""
     cpu = torch.device("cpu")
-    memory.forget_peak(cpu)
-    before, start, figures = memory.peak(cpu), time.perf_counter(), {}
-    yield figures
-    figures["seconds"] = time.perf_counter() - start
-    figures["megabytes"] = (memory.peak(cpu) - before) / 2**20
+    memory.reset_peak(cpu)
+    before, start, measurements = memory.peak(cpu), time.perf_counter(), {}
+    yield measurements
+    measurements["seconds"] = time.perf_counter() - start
+    measurements["megabytes"] = (memory.peak(cpu) - before) / 2**20
 
 
 # ---- bias against time ---------------------------------------------------------------------------
 
 
-class NoBank:
+class NoCache:
     """Original-image cache that stores nothing: every original is generated when it is needed."""
 
     def get(self, batch: Any, make: Callable[[], Any], device: torch.device) -> Any:
@@ -309,34 +311,32 @@ class NoBank:
 
 
 def training(*, gradient: dict[str, Any], bank: str, iterations: int, seed: int) -> dict[str, Any]:
-    """Measure validation bias on the testbed against training seconds, validation not counted.
+    """Measure validation bias on the testbed against training time without validation.
 
     Args:
-        gradient: the recipe's section.
+        gradient: `gradient` section of the recipe.
         bank: cache of original images: `none`, `cold` (empty at first) or `warm` (filled).
         iterations: number of iterations.
         seed: random seed.
     """
     from diffusers_fair import FairnessFinetuner
-    from diffusers_fair.training import batch_gradient as batch_gradient
+    from diffusers_fair.training import batch_gradient
 
-    lasts = {"iterations": iterations, "checkpoint_every": iterations, "seed": seed}
+    length = {"iterations": iterations, "checkpoint_every": iterations, "seed": seed}
     with TemporaryDirectory() as folder:
         finetuner = FairnessFinetuner.from_recipe(
             "testbed-gender",
             prompts={"keep": None},  # as published
             gradient=gradient,
             optimizer={"schedule": "constant"},
-            train=TRAINING | lasts,
+            train=TRAINING | length,
             tracker="none",
             output=f"{folder}/run",
         )
-        finetuner.validation.base_clip_t = (
-            0.0  # every adapter will do: the original is not validated
-        )
+        finetuner.validation.base_clip_t = 0.0  # accept every adapter; skips validating the base
         if bank == "none":
-            finetuner.gradient.bank = NoBank()
-            batch_gradient.unroll = published  # of this job's process
+            finetuner.gradient.cache = NoCache()
+            batch_gradient.unroll = published  # only in the process of this job
         if bank == "warm":
             fill(finetuner)
         events = (finetuner.train(progress=False) / "events.jsonl").read_text("utf-8")
@@ -357,13 +357,14 @@ def fill(finetuner: Any) -> None:
         finetuner.gradient.originals(Shard(batch, slice(0, len(batch.noise))))
 
 
-# ---- steps drawn ---------------------------------------------------------------------------------
+# ---- sampled steps ------------------------------------------------------------------------------
 
 
 def drawing() -> dict[str, Any]:
     """Compare the gradient of k of 10 steps, and of another batch, with that of all steps.
 
-    Reports the mean length of the difference relative to the whole, and the mean cosine with it.
+    Returns the mean norm of the difference relative to the full gradient, and the mean cosine
+    similarity with it.
     """
     (whole,), others = gradients(None, 0), {"another batch": gradients(None, 1)}
     others |= {f"{count} of 10": gradients(count, 0, turns=6) for count in (1, 2, 4)}
@@ -400,7 +401,7 @@ def gradients(drawn: int | None, number: int, turns: int = 1) -> list[Tensor]:
     return found
 
 
-# ---- many processes ------------------------------------------------------------------------------
+# ---- several processes ---------------------------------------------------------------------------
 
 
 def processes() -> dict[str, Any]:
@@ -414,7 +415,7 @@ def processes() -> dict[str, Any]:
 
 
 def iterations_per_hour(count: int) -> float:
-    """Measure that many processes of `accelerate launch`, without the first iteration."""
+    """Measure `accelerate launch` with that many processes, without the first iteration."""
     launcher = [sys.executable, "-m", "accelerate.commands.launch", "--config_file", str(LAUNCH)]
     with TemporaryDirectory() as folder:
         recipe = ["testbed-gender", "train.iterations=5", "tracker=none", f"output={folder}/run"]
@@ -432,7 +433,7 @@ def iterations_per_hour(count: int) -> float:
 
 
 def targets(*, n: int, classes: int) -> dict[str, Any]:
-    """Measure seconds to compute the targets of n images, median of five."""
+    """Measure the seconds to compute the targets of n images, as the median of five calls."""
     from diffusers_fair.objective.targets import expected_targets
 
     p = torch.rand(n, classes, generator=torch.Generator().manual_seed(0)).softmax(1)
@@ -441,7 +442,7 @@ def targets(*, n: int, classes: int) -> dict[str, Any]:
 
 
 def evaluation() -> dict[str, Any]:
-    """Measure testbed images generated and judged per second."""
+    """Measure how many testbed images are generated and judged per second."""
     from diffusers_fair import evaluate, testbed
     from diffusers_fair.backends.registry import load_judges
     from diffusers_fair.config.models import EvaluationModelsSection
@@ -457,14 +458,14 @@ def evaluation() -> dict[str, Any]:
 
 
 def adapter() -> dict[str, Any]:
-    """Measure seconds to load an adapter of rank 50, and image time with it over without."""
+    """Measure the seconds to load an adapter of rank 50, and generation time relative to the base."""
     from diffusers_fair import FairnessFinetuner, testbed
     from diffusers_fair.testbed import world
 
     prompt = [world.NEUTRAL.format("chef")] * 24
     pipe = testbed.pipeline()
 
-    def draw_images() -> None:
+    def generate_images() -> None:
         g = [torch.Generator().manual_seed(i) for i in range(24)]
         pipe(prompt, num_inference_steps=10, generator=g, output_type="latent")
 
@@ -476,21 +477,21 @@ def adapter() -> dict[str, Any]:
         pipe.load_fair_adapter(folder)
         loading = time.perf_counter() - start
     ratios = {"loaded": [], "fused": []}
-    for _ in range(5):  # in turns: the machine's speed drifts
+    for _ in range(5):  # alternating, because the machine's speed drifts
         pipe.set_fair_adapter_scale(0.0)
         pipe.disable_lora()
-        plain = median(draw_images, 1)
+        plain = median(generate_images, 1)
         pipe.enable_lora()
         pipe.set_fair_adapter_scale(1.0)
-        ratios["loaded"].append(median(draw_images, 1) / plain)
+        ratios["loaded"].append(median(generate_images, 1) / plain)
         pipe.fuse_lora(components=["text_encoder", "unet"])
-        ratios["fused"].append(median(draw_images, 1) / plain)
+        ratios["fused"].append(median(generate_images, 1) / plain)
         pipe.unfuse_lora(components=["text_encoder", "unet"])
     return {"loading_seconds": loading} | {k: statistics.median(v) for k, v in ratios.items()}
 
 
 def median(function: Callable[[], Any], times: int) -> float:
-    """Measure seconds of a call, median of several."""
+    """Measure the seconds of a call, as the median of several."""
     seconds = []
     for _ in range(times):
         start = time.perf_counter()
@@ -503,22 +504,25 @@ def median(function: Callable[[], Any], times: int) -> float:
 
 
 def document(found: dict[str, Any]) -> list[str]:
-    """Lines of benchmark.md."""
+    """Return the lines of benchmark.md."""
     from diffusers_fair.reports.markdown import markdown_table
 
-    lines = ["# Benchmark", "", "Compare within a table; seconds tell little elsewhere.", ""]
+    lines = ["# Benchmark", "", "Compare only within a table: times depend on the machine.", ""]
     tables = {
         "iteration": (
             f"One iteration, Stable Diffusion 1.5's U-Net with random weights, {STEPS} steps",
             iteration_rows,
         ),
-        "steps": ("Its peak memory against the number of steps", steps_rows),
+        "steps": ("Peak memory of an iteration against the number of steps, MB", steps_rows),
         "bias": ("Bias on the testbed against time", bias_rows),
-        "drawing": ("The gradient of a batch of 12 images by a few of its steps", drawing_rows),
-        "processes": ("Iterations of testbed-gender in an hour", processes_rows),
-        "targets": ("Targets of a batch, milliseconds", targets_rows),
+        "drawing": (
+            "Error of the gradient of a few sampled steps, for a batch of 12 images",
+            drawing_rows,
+        ),
+        "processes": ("Iterations of testbed-gender per hour", processes_rows),
+        "targets": ("Time to compute the targets of a batch, milliseconds", targets_rows),
         "evaluation": ("Evaluation", evaluation_rows),
-        "adapter": ("An adapter of rank 50 in use", adapter_rows),
+        "adapter": ("Loading and using an adapter of rank 50", adapter_rows),
     }
     found = found | {
         f"steps/{way}/{STEPS}": found[f"iteration/{way}"]
@@ -539,19 +543,19 @@ def document(found: dict[str, Any]) -> list[str]:
 
 def origins(done: dict[str, Any]) -> list[str]:
     """List the provenance of results, each once."""
-    told = set()
+    lines = set()
     for result in done.values():
         origin = result["with"]
         words = [f"`{origin['command']}`", f"commit {origin['commit']}"]
         words += [f"{name} {value}" for name, value in origin["versions"].items()]
         words += [f"{name} {value}" for name, value in origin["machine"].items()]
-        told.add(", ".join(words))
-    return [f"- {line}" for line in sorted(told)]
+        lines.add(", ".join(words))
+    return [f"- {line}" for line in sorted(lines)]
 
 
 def iteration_rows(done: dict[str, Any]) -> list[list[str]]:
-    head = ["", "turns", "seconds, least", "faster than published"]
-    head += ["peak above the weights, MB", "of published"]
+    head = ["", "repetitions", "seconds, minimum", "speed-up over published"]
+    head += ["peak memory without weights, MB", "relative to published"]
     first = done["published"]
     return [head] + [
         [
@@ -567,7 +571,7 @@ def iteration_rows(done: dict[str, Any]) -> list[list[str]]:
 
 
 def steps_rows(done: dict[str, Any]) -> list[list[str]]:
-    """Peak memory in MB: a way in a row, a number of steps in a column."""
+    """Return peak memory in MB, with ways in rows and numbers of steps in columns."""
     ways: dict[str, dict[str, str]] = {}
     for name, result in done.items():
         way, steps = name.split("/")
@@ -576,7 +580,7 @@ def steps_rows(done: dict[str, Any]) -> list[list[str]]:
 
 
 def bias_rows(done: dict[str, Any]) -> list[list[str]]:
-    """Return time, final bias, and time until the first method's final bias, for each method."""
+    """Return time, final bias, and time to the first way's final bias, for each way."""
     runs: dict[str, list[list[dict[str, float]]]] = {}
     for name, result in done.items():
         runs.setdefault(name.split("/")[0], []).append(result["curve"])
@@ -588,20 +592,20 @@ def bias_rows(done: dict[str, Any]) -> list[list[str]]:
         for way, curves in runs.items()
     }
     last = next(iter(means.values()))[-1]
-    head = ["", "seeds", "seconds", "final bias, mean"]
-    rows = [[*head, f"seconds until {last['bias']:.3f}", "of published"]]
+    head = ["", "seeds", "seconds", "mean final bias"]
+    rows = [[*head, f"seconds until bias {last['bias']:.3f}", "relative to published"]]
     for way, curve in means.items():
-        there = seconds_until(last["bias"], curve)
+        seconds = seconds_until(last["bias"], curve)
         cells = [f"{len(runs[way])}", f"{curve[-1]['seconds']:.0f}", f"{curve[-1]['bias']:.3f}"]
-        if there is None:
+        if seconds is None:
             rows.append([way, *cells, "not reached", "-"])
         else:
-            rows.append([way, *cells, f"{there:.0f}", f"{there / last['seconds']:.2f}"])
+            rows.append([way, *cells, f"{seconds:.0f}", f"{seconds / last['seconds']:.2f}"])
     return rows
 
 
 def seconds_until(bias: float, curve: list[dict[str, float]]) -> float | None:
-    """Return when a curve first reaches a bias, interpolated linearly; None if never."""
+    """Return the time at which a curve first reaches a bias, interpolated; None if never."""
     before = None
     for point in curve:
         if point["bias"] <= bias:
@@ -614,8 +618,8 @@ def seconds_until(bias: float, curve: list[dict[str, float]]) -> float | None:
 
 
 def drawing_rows(done: dict[str, Any]) -> list[list[str]]:
-    """Return how far each gradient is from that of all steps."""
-    head = ["steps of each image", "length of the difference", "cosine with the whole"]
+    """Return the error of each gradient against that of all steps."""
+    head = ["sampled steps per image", "relative error", "cosine similarity"]
     return [head] + [
         [name, f"{result['error']:.2f}", f"{result['cosine']:.3f}"]
         for name, result in done["drawing"]["compared"].items()
@@ -624,12 +628,12 @@ def drawing_rows(done: dict[str, Any]) -> list[list[str]]:
 
 def processes_rows(done: dict[str, Any]) -> list[list[str]]:
     result = done["processes"]
-    head = ["one process, one core", "two processes, two cores", "two over one, median of turns"]
+    head = ["one process, one core", "two processes, two cores", "ratio, median of repetitions"]
     return [head, [f"{result['one']:.0f}", f"{result['two']:.0f}", f"{result['gain']:.2f}"]]
 
 
 def targets_rows(done: dict[str, Any]) -> list[list[str]]:
-    """Images in a row, classes in a column."""
+    """Return milliseconds, with numbers of images in rows and of classes in columns."""
     sizes: dict[str, dict[str, str]] = {}
     for name, result in done.items():
         images, classes = name.split("/")
@@ -641,14 +645,14 @@ def targets_rows(done: dict[str, Any]) -> list[list[str]]:
 def evaluation_rows(done: dict[str, Any]) -> list[list[str]]:
     rate = done["evaluation"]["images_per_second"]
     return [
-        ["images in a second", "50 prompts x 60 images"],
+        ["images per second", "50 prompts x 60 images"],
         [f"{rate:.1f}", f"{50 / rate:.1f} min"],
     ]
 
 
 def adapter_rows(done: dict[str, Any]) -> list[list[str]]:
     result = done["adapter"]
-    head = ["loading, seconds", "drawing with it, over without", "the same, fused"]
+    head = ["loading, seconds", "generation time relative to base", "the same, fused"]
     cells = [f"{result[key]:.3f}" for key in ("loading_seconds", "loaded", "fused")]
     return [head, cells]
 

@@ -1,20 +1,21 @@
-"""All rival methods and our adapters on the testbed, in one table.
+"""Compare all published baselines and our adapters on the testbed.
 
     python examples/reproduction/comparison.py --out model_cards/comparison
 
-For each of three goals (one attribute, another, both jointly) every method of
-`diffusers_fair.baselines` and the adapter of the shipped recipe draw the same unseen prompts from
-the same noise, and the evaluation classifiers count. Adapters are those that experiments.py has put
-below `--adapters`. Writes compare.html, compare.md and compare.json, where all are tested against
-the base model; the same for each goal in a folder of its own, where the rivals are tested against
-the adapter; and cost.md and cost.json: what a method takes beforehand and while it draws. Each
-report is kept in `reports`, without page, pictures and features; what is there is not measured
-again, so delete what has changed. Stopped, it goes on where it was.
+There are three goals: balance gender, race, or both jointly. For each goal, every method of
+`diffusers_fair.baselines` and the adapter of the shipped recipe generate images for the same unseen
+prompts from the same noise, and the evaluation classifiers judge them. The adapters are those that
+experiments.py wrote to `--adapters`.
 
-It takes one to three hours on 2 cores: concept algebra evaluates the
-U-Net up to fourteen times a step, and UCE draws up to 11,100 images before the first that counts.
-What there is no time for can be left to another day: `--method` says which to measure now, and the
-tables hold those that were asked for; cost.md names the others.
+Writes compare.html, compare.md and compare.json, in which all methods are tested against the base
+model; the same files for each goal in a subfolder, in which the baselines are tested against the
+adapter; and cost.md and cost.json, the time of each method before and during generation. Reports
+are stored in `reports`, without page, images and features. Stored reports are not measured again:
+delete those that are out of date. Run the same command again to resume.
+
+Takes one to three hours on 2 cores: concept algebra evaluates the U-Net up to fourteen times per
+step, and UCE generates up to 11,100 images to be fitted. With `--method`, only those methods are
+measured and in the tables; cost.md lists the others.
 """
 
 import json
@@ -28,7 +29,7 @@ from typing import Annotated, Any
 
 import torch
 import typer
-from experiments import OCCUPATIONS, controls, drawer
+from experiments import OCCUPATIONS, base_pipeline, controls
 
 from diffusers_fair import RunConfig, evaluate, load_fair_adapter, testbed
 from diffusers_fair.adapters.folder import read_adapter
@@ -51,29 +52,35 @@ from diffusers_fair.reports.report import Report
 from diffusers_fair.testbed import world
 
 OURS = "this package"
-FOLDERS = {OURS: "ours"}  # method -> name of its folders, where it is another
+FOLDERS = {OURS: "ours"}  # method -> name of its folder, if that is not the method's name
 RECIPES = ("testbed-gender", "testbed-race", "testbed-gender-race")
 COUNTED = [world.GENDER, world.RACE]
 COST = "cost.json"
-TIMED, TURNS = 12, 3  # images of the drawing that is timed, and how often it is
+TIMED, TURNS = 12, 3  # number of images whose generation is timed, and of repetitions
 
 
 def main(
-    out: Annotated[Path, typer.Option(help="Folder for the tables and the page.")],
-    runs: Annotated[Path, typer.Option(help="Folder for whole reports.")] = Path("runs/comparison"),
-    adapters: Annotated[Path, typer.Option(help="Folder that holds RECIPE's adapter.")] = Path(
+    out: Annotated[Path, typer.Option(help="Folder to write the tables and pages to.")],
+    runs: Annotated[Path, typer.Option(help="Folder for complete reports.")] = Path(
+        "runs/comparison"
+    ),
+    adapters: Annotated[Path, typer.Option(help="Folder of the adapters, by recipe.")] = Path(
         "model_cards/adapters"
     ),
-    images: Annotated[int, typer.Option(help="Of each prompt.")] = 10,
-    only: Annotated[list[str] | None, typer.Option(help="Recipe; may be repeated.")] = None,
-    method: Annotated[list[str] | None, typer.Option(help="Method; may be repeated.")] = None,
+    images: Annotated[int, typer.Option(help="Images per prompt.")] = 10,
+    only: Annotated[
+        list[str] | None, typer.Option(help="Recipe to compare; may be repeated.")
+    ] = None,
+    method: Annotated[
+        list[str] | None, typer.Option(help="Method to measure; may be repeated.")
+    ] = None,
 ) -> None:
-    """Measure what is not measured yet; write the tables."""
+    """Measure the methods that have no report yet, and write the tables."""
     first, kept = RunConfig.load(RECIPES[0]), out / "reports"
 
     @cache
     def base() -> Report:
-        return measured(drawer(first), "base", first, runs / "base", images)
+        return measured(base_pipeline(first), "base", first, runs / "base", images)
 
     plain = light(base, kept / "base", images)
     entries, costs = [Entry(label="base", report=plain, group="nothing")], {}
@@ -82,9 +89,9 @@ def main(
         goal = " x ".join(section.name for section in config.attributes)
         rows = []
         for name in method or (OURS, *BASELINES):
-            place = Path(recipe, FOLDERS.get(name, name))
-            places = runs / place, kept / place
-            report, cost = done(name, config, adapters / recipe, places, images, base)
+            folder = Path(recipe, FOLDERS.get(name, name))
+            folders = runs / folder, kept / folder
+            report, cost = report_and_cost(name, config, adapters / recipe, folders, images, base)
             rows.append(Entry(label=f"{name}, {goal}", report=report, group=goal))
             costs[rows[-1].label] = cost
         if len(rows) > 1:
@@ -94,26 +101,29 @@ def main(
     write_costs(costs, out)
 
 
-def done(
+def report_and_cost(
     method: str,
     config: RunConfig,
     adapter: Path,
-    places: tuple[Path, Path],
+    folders: tuple[Path, Path],
     images: int,
     base: Callable[[], Report],
 ) -> tuple[Report, dict[str, Any]]:
-    """The report of a method and its cost, to be found in the second place, made in the first."""
-    made, kept = places
+    """Load the report of a method and its cost, or measure them.
+
+    `folders` are those of the complete report and of the stored one.
+    """
+    complete, kept = folders
     if not (kept / COST).exists():
         pipe, seconds = applied(method, config, adapter)
-        light(lambda: measured(pipe, method, config, made, images, base()), kept, images)
+        light(lambda: measured(pipe, method, config, complete, images, base()), kept, images)
         cost = {"seconds before": seconds, "drawing, over the base": slowdown(pipe, config)}
         (kept / COST).write_text(json.dumps(cost | {"with": provenance()}, indent=1), "utf-8")
     return stored(kept, images), json.loads((kept / COST).read_text("utf-8"))
 
 
 def light(make: Callable[[], Report], folder: Path, images: int) -> Report:
-    """The report in a folder; if there is none, a new one without what is large."""
+    """Load the report in a folder; if there is none, make one and save it without large arrays."""
     if not (folder / FILE).exists():
         report = make()
         groups = {name: slim(group) for name, group in report.groups.items()}
@@ -122,26 +132,26 @@ def light(make: Callable[[], Report], folder: Path, images: int) -> Report:
     return stored(folder, images)
 
 
-def slim(seen: Any) -> Any:
-    """A report or a group of it without what is large."""
-    return replace(seen, records=replace(seen.records, features={}), samples={})
+def slim(report: Any) -> Any:
+    """Remove the large arrays from a report or a group."""
+    return replace(report, records=replace(report.records, features={}), samples={})
 
 
 def stored(folder: Path, images: int) -> Report:
-    """The report in a folder, which must be of that many images."""
+    """Load the report in a folder, and check its number of images."""
     report = load_report(folder)
-    there = report.settings.images_per_prompt
-    if there != images:
+    stored_images = report.settings.images_per_prompt
+    if stored_images != images:
         raise typer.BadParameter(
-            f"'{folder}' is of {there} images of each prompt, not {images}: give another --out, or "
-            "delete it"
+            f"'{folder}' has {stored_images} images per prompt, not {images}: give another --out, "
+            "or delete the folder"
         )
     return report
 
 
 def applied(method: str, config: RunConfig, adapter: Path) -> tuple[Any, float]:
-    """A pipeline that draws by a method, and the seconds of what goes before."""
-    pipe = drawer(config)
+    """Return a pipeline with a method applied, and the seconds that training or fitting took."""
+    pipe = base_pipeline(config)
     if method == OURS:
         load_fair_adapter(pipe, adapter)
         return pipe, training_seconds(adapter)
@@ -150,16 +160,16 @@ def applied(method: str, config: RunConfig, adapter: Path) -> tuple[Any, float]:
 
 
 def training_seconds(adapter: Path) -> float:
-    """Of an adapter and of those that it started from, which are kept beside it."""
+    """Return the training time of an adapter, including the adapters that it started from."""
     info = read_adapter(adapter)[0]
     seconds = (info.training or {})["seconds"]
     if first := info.recipe["adapter"]["init_from"]:  # runs/RECIPE/adapter
         seconds += training_seconds(adapter.parent / Path(first).parent.name)
-    return round(seconds, 1)  # as each is written
+    return round(seconds, 1)  # the precision of fair_adapter.json
 
 
 def task(config: RunConfig, pipe: Any) -> Task:
-    """The task of a baseline: prompts, models and sampling of training."""
+    """Build the task of a baseline: prompts, models and sampling of training."""
     return baseline_task(
         config.balanced(),
         EvaluationDefaults.of_config(testbed.NAME, config),
@@ -178,7 +188,7 @@ def measured(
     images: int,
     reference: Report | None = None,
 ) -> Report:
-    """The report of a method, over unseen prompts."""
+    """Evaluate a method on unseen prompts."""
     section = config.evaluation
     return evaluate(
         pipe,
@@ -189,7 +199,7 @@ def measured(
         steps=section.steps,
         guidance_scale=section.guidance_scale,
         seed=section.seed,
-        groups=words_kept(),
+        groups=control_prompts(),
         reference=reference,
         label=name,
         out=folder,
@@ -201,25 +211,25 @@ def measured(
     )
 
 
-def words_kept() -> tuple[PromptGroup, ...]:
-    """Control prompts, the same for all methods and goals."""
+def control_prompts() -> tuple[PromptGroup, ...]:
+    """Return the control prompts, which are the same for all methods and goals."""
     return controls(OCCUPATIONS, RunConfig.load(RECIPES[-1]))
 
 
 def slowdown(pipe: Any, config: RunConfig) -> float:
-    """Time to draw by a method over that of the base model, the median of some turns."""
-    plain, ratios = drawer(config), []
+    """Return the generation time relative to the base model's, as the median of some repetitions."""
+    plain, ratios = base_pipeline(config), []
     for _ in range(TURNS):
         start = time.perf_counter()
-        draw(plain, config)
+        generate_images(plain, config)
         between = time.perf_counter()
-        draw(pipe, config)
+        generate_images(pipe, config)
         ratios.append((time.perf_counter() - between) / (between - start))
     return statistics.median(ratios)
 
 
-def draw(pipe: Any, config: RunConfig) -> None:
-    """A few images of one prompt."""
+def generate_images(pipe: Any, config: RunConfig) -> None:
+    """Generate a few images of one prompt."""
     section = config.evaluation
     prompts = prompt_set(OCCUPATIONS).prompts(section.split)[:1]
     options: dict[str, Any] = {"steps": section.steps, "guidance_scale": section.guidance_scale}
@@ -230,24 +240,24 @@ def draw(pipe: Any, config: RunConfig) -> None:
 
 
 def write_costs(costs: dict[str, Any], out: Path) -> None:
-    """cost.md and cost.json."""
+    """Write cost.md and cost.json."""
     lines = [
         "# What the methods cost",
         "",
-        "Seconds of what goes before the first image (training, and that of the adapter it started",
-        "from, on the machines that did it; or what a rival works out), and the time to draw",
-        f"{TIMED} images over that of the base model, the median of {TURNS} turns.",
+        "Preparation: seconds to train an adapter, including the adapter that it started from, or to",
+        "fit a baseline; trainings ran on different machines. Generation: time to generate",
+        f"{TIMED} images relative to the base model, median of {TURNS} repetitions.",
         "",
-        "| | seconds before | drawing, over the base |",
+        "| | preparation, seconds | generation, relative to base model |",
         "| --- | --- | --- |",
     ]
     for label, cost in costs.items():
-        before, drawing = cost["seconds before"], cost["drawing, over the base"]
-        lines.append(f"| {label} | {before:.1f} | {drawing:.2f} |")
+        before, ratio = cost["seconds before"], cost["drawing, over the base"]
+        lines.append(f"| {label} | {before:.1f} | {ratio:.2f} |")
     measured = {label.split(", ")[0] for label in costs}
-    left = [name for name in (OURS, *BASELINES) if name not in measured]
-    if left:
-        lines += ["", f"Not measured yet: {', '.join(left)}."]
+    missing = [name for name in (OURS, *BASELINES) if name not in measured]
+    if missing:
+        lines += ["", f"Not measured yet: {', '.join(missing)}."]
     (out / "cost.md").write_text("\n".join([*lines, ""]), "utf-8")
     (out / COST).write_text(json.dumps(costs, indent=1), "utf-8")
 

@@ -1,14 +1,14 @@
-"""Every experiment of the paper on the testbed: train, measure on unseen prompts, one table.
+"""Run the paper's experiments on the testbed: train, evaluate on unseen prompts, write one table.
 
     python examples/reproduction/experiments.py --out model_cards
     python examples/reproduction/experiments.py --only testbed-gender --out model_cards
 
-Trains the adapters of the shipped recipes and measures each on prompts that its training never saw,
-by classifiers that its training never saw, beside the base model on the same noise. Writes,
-below `--out`, each adapter with its card to `adapters`, and experiments.md and the figures of the
-reports on other prompts to `experiments`; all images are in the reports below `--runs`. What is in `--runs` already is not done again: stop it and start it as
-you like. An experiment takes minutes to hours on 2 cores, by its prompts and the machine; processes
-that `torchrun` starts share the pictures.
+Trains the adapters of the shipped recipes, and evaluates each against the base model from the same
+noise, with prompts and classifiers that its training never saw. Below `--out`, writes each adapter
+with its card to `adapters`, and experiments.md and the report.json of other prompts to
+`experiments`. The complete reports, with all images, are below `--runs`. Finished trainings and
+reports in `--runs` are reused, so the same command resumes. An experiment takes minutes to hours on
+2 cores; processes that `torchrun` starts share the images.
 """
 
 import json
@@ -45,29 +45,29 @@ from diffusers_fair.testbed import world
 
 OCCUPATIONS = "testbed-occupations"
 COLUMNS = ("gender", "race", "gender x race")
-PROBABILITIES = "steering by mean probabilities, not by counts"
-THEN = {  # what adapters were trained with that no recipe tells
+PROBABILITIES = "target feedback (`steering`) from mean probabilities instead of counts"
+OTHER_CODE = {  # recipe -> how its adapter was trained differently, apart from recipe keys
     "testbed-race": PROBABILITIES,
     "testbed-text-encoder-unet": PROBABILITIES,
-    "testbed-gender-race-age": "a testbed-gender-race that itself started from nothing",
+    "testbed-gender-race-age": "a testbed-gender-race that was itself trained from scratch",
 }
 
 
 @dataclass(frozen=True)
 class Experiment:
-    """An adapter, and prompts to measure it on."""
+    """A recipe, and the prompts that its adapter is evaluated on."""
 
     recipe: str
     prompts: str = OCCUPATIONS
-    images: int | None = None  # of each prompt; left out, as the recipe has it
+    images: int | None = None  # per prompt; None: as in the recipe
 
     @property
     def name(self) -> str:
-        """As in `testbed-gender-race-on-sports`."""
+        """Name, such as `testbed-gender-race-on-sports`."""
         return self.recipe if self.prompts == OCCUPATIONS else f"{self.recipe}-on-{self.prompts}"
 
     def kept(self, out: Path) -> Path:
-        """The folder of its report.json: the adapter's own, if it is what the card shows."""
+        """Return the folder of report.json: the adapter's folder if its card shows that report."""
         return out / ("adapters" if self.prompts == OCCUPATIONS else "experiments") / self.name
 
 
@@ -88,15 +88,17 @@ EXPERIMENTS = [
 
 
 def main(
-    out: Annotated[Path, typer.Option(help="Folder for the table and the reports' figures.")],
-    runs: Annotated[Path, typer.Option(help="Folder for adapters and whole reports.")] = Path(
+    out: Annotated[
+        Path, typer.Option(help="Folder for adapters, the table and report.json files.")
+    ],
+    runs: Annotated[Path, typer.Option(help="Folder for trainings and complete reports.")] = Path(
         "runs/experiments"
     ),
     only: Annotated[
-        list[str] | None, typer.Option(help="Row of the table; may be repeated.")
+        list[str] | None, typer.Option(help="Experiment to run; may be repeated.")
     ] = None,
 ) -> None:
-    """Train and measure what is not there yet; write the table of what is."""
+    """Run the experiments that are not finished yet, and write the table of all."""
     for experiment in EXPERIMENTS:
         if not only or experiment.name in only:
             report = measured(experiment, runs)
@@ -107,7 +109,7 @@ def main(
 
 
 def trained(recipe: str, runs: Path) -> Path:
-    """The adapter of a recipe, after the one it starts from; what was stopped goes on."""
+    """Return the adapter of a recipe; train it, and the one that it starts from, if needed."""
     folder = runs / recipe
     if not (folder / "adapter").exists():
         first = RunConfig.load(recipe).adapter.init_from  # runs/RECIPE/adapter
@@ -118,7 +120,7 @@ def trained(recipe: str, runs: Path) -> Path:
 
 
 def measured(experiment: Experiment, runs: Path) -> Path:
-    """The folder of an adapter's report."""
+    """Return the report folder of an experiment; evaluate the adapter if needed."""
     folder = runs / "reports" / experiment.name
     if (folder / FILE).exists():
         return folder
@@ -128,49 +130,51 @@ def measured(experiment: Experiment, runs: Path) -> Path:
     adapter = trained(experiment.recipe, runs)
     reference = base(experiment.prompts, images, config, runs).select(attributes, images)
     groups = controls(experiment.prompts, config)
-    pipe = drawer(config)
+    pipe = base_pipeline(config)
     judges = load_judges(config.evaluation.models, attributes, pipe.device)
     reference = with_groups(reference, pipe, groups, judges=judges, out=folder)
     load_fair_adapter(pipe, adapter)
-    look(pipe, experiment.prompts, attributes, config, images, folder, reference, groups)
+    evaluate_pipeline(
+        pipe, experiment.prompts, attributes, config, images, folder, reference, groups
+    )
     return folder
 
 
 def controls(prompts: str, config: RunConfig) -> tuple[PromptGroup, ...]:
-    """The control prompts of an adapter of that recipe."""
+    """Build the control prompts for an adapter of that recipe."""
     defaults = EvaluationDefaults.of_config(testbed.NAME, config)
     attributes = [section.attribute() for section in config.attributes]
     return control_groups(defaults.prompts(prompts, None), attributes, defaults)
 
 
-def drawer(config: RunConfig) -> Any:
-    """The base model, in the precision that the recipe has."""
+def base_pipeline(config: RunConfig) -> Any:
+    """Load the base model in the data type of the recipe."""
     return load_base(testbed.NAME, dtype=config.base.dtype)
 
 
 def counted(config: RunConfig) -> list[Attribute]:
-    """Everything that the world's classifiers can see, with the recipe's targets."""
+    """Return all attributes of the testbed, with the targets of the recipe."""
     balanced = {attribute.name: attribute for attribute in config.balanced()}
     return [balanced.get(name, attribute) for name, attribute in world.ATTRIBUTES.items()]
 
 
 def base(prompts: str, images: int, config: RunConfig, runs: Path) -> Report:
-    """The base model's report with that many images or more."""
+    """Return the base model's report with at least that many images; evaluate it if needed."""
     folder = runs / "reports" / "base" / prompts
     if (folder / FILE).exists():
         report = load_report(folder)
         if report.settings.images_per_prompt >= images:
             return report
-        distributed.barrier()  # all have read it
+        distributed.barrier()  # all processes have read it
         if distributed.rank() == 0:
             shutil.rmtree(folder)
         distributed.barrier()
-    pipe = drawer(config)
+    pipe = base_pipeline(config)
     attributes = list(world.ATTRIBUTES.values())
-    return look(pipe, prompts, attributes, config, images, folder)
+    return evaluate_pipeline(pipe, prompts, attributes, config, images, folder)
 
 
-def look(
+def evaluate_pipeline(
     pipe: Any,
     prompts: str,
     attributes: list[Attribute],
@@ -180,7 +184,7 @@ def look(
     reference: Report | None = None,
     groups: tuple[PromptGroup, ...] = (),
 ) -> Report:
-    """Draw and measure; what was stopped goes on."""
+    """Evaluate a pipeline with the settings of the recipe, or resume the evaluation."""
     section = config.evaluation
     return evaluate(
         pipe,
@@ -198,11 +202,11 @@ def look(
     )
 
 
-# ---- what is written -----------------------------------------------------------------------------
+# ---- output --------------------------------------------------------------------------------------
 
 
 def keep(report: Path, experiment: Experiment, runs: Path, out: Path) -> None:
-    """Copy a report's figures; of one on the usual prompts, with its adapter and the card."""
+    """Copy report.json and, for the usual prompts, the adapter with its card."""
     kept = experiment.kept(out)
     if experiment.prompts == OCCUPATIONS:
         keep_adapter(runs / experiment.recipe / "adapter", report, kept)
@@ -211,32 +215,32 @@ def keep(report: Path, experiment: Experiment, runs: Path, out: Path) -> None:
 
 
 def keep_adapter(adapter: Path, report: Path, out: Path) -> None:
-    """Copy an adapter, with its card, the report's figures and the images that the card shows."""
+    """Copy an adapter with its card, report.json and the images that the card shows."""
     info, weights = read_adapter(adapter)
     half = {key: weight.half() for key, weight in weights.items()}
-    write_adapter(out, half if alike(adapter, half, info) else weights, info)
+    write_adapter(out, half if is_equivalent(adapter, half, info) else weights, info)
     with TemporaryDirectory() as small:
         copy_files(report, Path(small), (FILE, PAIRS, GROUPS_SHEET))
         write_card(out, small)
 
 
 def copy_files(source: Path, target: Path, names: tuple[str, ...]) -> None:
-    """Copy those of the named files that there are: older reports have no groups."""
+    """Copy the named files that exist: older reports have no groups."""
     target.mkdir(parents=True, exist_ok=True)
     for name in names:
         if (source / name).exists():
             shutil.copy(source / name, target / name)
 
 
-def alike(adapter: Path, half: Weights, info: AdapterInfo) -> bool:
-    """Whether half the digits draw the same pictures, to one step of 255."""
-    pictures = []
+def is_equivalent(adapter: Path, half: Weights, info: AdapterInfo) -> bool:
+    """Whether float16 weights generate the same images, to within 1/255 per pixel."""
+    images = []
     with TemporaryDirectory() as folder:
         write_adapter(Path(folder) / "half", half, info)
         for source in (adapter, Path(folder) / "half"):
             pipe = load_base(testbed.NAME)
             load_fair_adapter(pipe, source)
-            pictures.append(
+            images.append(
                 pipe(
                     prompt_set(OCCUPATIONS).prompts("test")[:8],
                     generator=torch.Generator().manual_seed(0),
@@ -245,109 +249,118 @@ def alike(adapter: Path, half: Weights, info: AdapterInfo) -> bool:
                     output_type="np",
                 ).images  # (8, 64, 64, 3) in [0, 1]
             )
-    return bool(abs(pictures[0] - pictures[1]).max() <= 1 / 255)
+    return bool(abs(images[0] - images[1]).max() <= 1 / 255)
 
 
 def write(out: Path) -> None:
-    """experiments.md, of all reports that are kept."""
+    """Write experiments.md from all stored reports."""
     (out / "experiments" / "experiments.md").write_text(table(out), "utf-8")
 
 
 def table(out: Path) -> str:
-    """What experiments.md has to say, by the reports and adapters beside it."""
-    there = [experiment for experiment in EXPERIMENTS if (experiment.kept(out) / FILE).exists()]
-    found = {e.name: json.loads((e.kept(out) / FILE).read_text("utf-8")) for e in there}
-    changed = {e.name: since(e.recipe, out / "adapters" / e.recipe) for e in there}
-    return "\n".join(document(found, changed))
+    """Return the text of experiments.md, from the stored reports and adapters."""
+    stored = [experiment for experiment in EXPERIMENTS if (experiment.kept(out) / FILE).exists()]
+    reports = {e.name: json.loads((e.kept(out) / FILE).read_text("utf-8")) for e in stored}
+    changed = {e.name: since(e.recipe, out / "adapters" / e.recipe) for e in stored}
+    return "\n".join(document(reports, changed))
 
 
 def since(recipe: str, adapter: Path) -> list[str]:
-    """What an adapter was trained with and is no more: of its recipe, as `key=value`, and the code."""
+    """List settings (`key=value`) and code of an adapter's training that have changed since."""
     run = RunConfig(**read_adapter(adapter)[0].recipe, output=str(adapter))
-    found = run.differences(RunConfig.load(recipe))
-    kept = [key for key in found if key.startswith("prompts.keep")]
-    then = [f"{key}={old}" for key, (old, _) in found.items() if key not in ("tracker", *kept)]
+    changes = run.differences(RunConfig.load(recipe))
+    kept = [key for key in changes if key.startswith("prompts.keep")]
+    then = [f"{key}={old}" for key, (old, _) in changes.items() if key not in ("tracker", *kept)]
     if kept and run.prompts.keep is None:
-        then.append("neutral prompts alone")
+        then.append("neutral prompts only")
     else:
-        then += [f"{key}={found[key][0]}" for key in kept]
-    return [*then, THEN[recipe]] if recipe in THEN else then
+        then += [f"{key}={changes[key][0]}" for key in kept]
+    return [*then, OTHER_CODE[recipe]] if recipe in OTHER_CODE else then
 
 
-def document(found: Mapping[str, dict[str, Any]], changed: Mapping[str, list[str]]) -> list[str]:
-    """Lines of experiments.md, from reports and what each recipe had when it was trained."""
+def document(reports: Mapping[str, dict[str, Any]], changed: Mapping[str, list[str]]) -> list[str]:
+    """Return the lines of experiments.md, from reports and the settings that have changed since."""
     head = ["", "prompts x images", *(f"bias, {name}" for name in COLUMNS), "old"]
     head += ["faces", "context", "CLIP-T", "CLIP-I", "DINO", *aims.WORDS]
     rows, origins = [], []
-    for name, report in found.items():
+    for name, report in reports.items():
         settings, origin = report["settings"], report["provenance"]
         size = f"{len(settings['prompts'])} x {settings['images_per_prompt']}"
-        rows.append(["base, same noise", size, *cells(report["reference"])])
+        rows.append(["base model, same noise", size, *cells(report["reference"])])
         rows.append([f"**{name}**", size, *cells(report)])
         then = f", trained with {', '.join(changed[name])}" if changed[name] else ""
         origins.append(f"- {name}: `{origin['command']}`, commit {origin['commit']}{then}")
     return [
-        "# The experiments, measured on the testbed",
+        "# Experiments on the testbed",
         "",
-        "Bias over unseen prompts by the evaluation classifiers: mean ± std over prompts, and (in",
-        "brackets) the floor, which a generator exactly on target would score with as many images.",
-        "Named: share of images that show what words in the prompt ask for, words of training (seen)",
-        "and others (unseen); implied: the same where no class is named; untouched: likeness of images",
-        "that show nobody to the base's, and the mean change of their pixels.",
+        "Bias on unseen prompts, measured by the evaluation classifiers: mean ± standard deviation over",
+        "prompts and, in brackets, the noise floor: the expected bias of a generator exactly on target,",
+        "with as many images. Named: share of images that show the class that the prompt names, with",
+        "words of training (seen) and other words (unseen). Implied: the same for prompts that imply a",
+        "class. Untouched: similarity to the base model's image for prompts that show nobody, and the",
+        "mean change of a pixel.",
         "",
         *markdown_table(head, rows),
         "",
-        "What the bias of each balanced attribute consists of. Had every prompt the mean shares over",
-        "all prompts, it would be `prompts alike`: what that has above the floor is a lean which the",
-        "prompts have in common, and what the bias has above it are differences between prompts. The",
-        "interval (95 %) is over prompts.",
+        "## Sources of the remaining bias",
         "",
-        *markdown_table(["", "", "bias", "interval", "prompts alike", "floor"], parts(found)),
+        "If every prompt had the mean shares over all prompts, the bias would be that in the column",
+        "`equal prompts`. Its excess over the noise floor is a lean that all prompts have in common; the",
+        "rest of the bias comes from differences between prompts. The interval is the 95 % bootstrap",
+        "interval over prompts.",
         "",
-        "What falls short of what examples/reproduction/aims.py asks for. Where that lies in the interval above, other",
-        "prompts might have met it. The reasons are what trainings with other settings, whose reports are",
-        "not kept, have shown:",
+        *markdown_table(
+            ["", "", "bias", "interval", "equal prompts", "noise floor"], parts(reports)
+        ),
         "",
-        *markdown_table(["", "", "found", "asked", "what stops it"], shortfalls(found)),
+        "## Missed limits",
         "",
-        "`python examples/reproduction/experiments.py --out model_cards` makes them all; how each was made, on",
-        "which machine and by which versions, is in its report.json. What a recipe, or the code, had",
-        "when an adapter was trained and has no more is named:",
+        "Metrics that miss their limits in examples/reproduction/aims.py. If the limit lies in the",
+        "interval above, other prompts might have met it. The causes are known from trainings with other",
+        "settings, whose reports are not stored.",
+        "",
+        *markdown_table(["", "", "value", "limit", "cause"], shortfalls(reports)),
+        "",
+        "## Origin",
+        "",
+        "`python examples/reproduction/experiments.py --out model_cards` runs all experiments. Each",
+        "report.json records its command, machine and versions. Settings and code that have changed since",
+        "an adapter was trained are listed here:",
         "",
         *origins,
         "",
     ]
 
 
-def parts(found: Mapping[str, dict[str, Any]]) -> Iterator[list[str]]:
-    """What the bias of every balanced attribute consists of, row by row."""
-    for experiment in (e for e in EXPERIMENTS if e.name in found):
+def parts(reports: Mapping[str, dict[str, Any]]) -> Iterator[list[str]]:
+    """Yield a row on the sources of the bias for each balanced attribute of each experiment."""
+    for experiment in (e for e in EXPERIMENTS if e.name in reports):
         balanced = {section.name for section in RunConfig.load(experiment.recipe).attributes}
         for column in COLUMNS:
             if balanced.issuperset(column.split(" x ")):
-                yield [experiment.name, column, *part(found[experiment.name], column)]
+                yield [experiment.name, column, *part(reports[experiment.name], column)]
 
 
-def shortfalls(found: Mapping[str, dict[str, Any]]) -> list[list[str]]:
-    """What every experiment misses of its aims, row by row."""
-    return [row for name, report in found.items() for row in aims.missed(name, report)]
+def shortfalls(reports: Mapping[str, dict[str, Any]]) -> list[list[str]]:
+    """List the metrics of all experiments that miss their limits."""
+    return [row for name, report in reports.items() for row in aims.missed(name, report)]
 
 
 def part(report: Mapping[str, Any], column: str) -> list[str]:
-    """Bias, its interval, what it would be were all prompts alike, and floor."""
+    """Return the bias, its interval, the bias if all prompts had equal shares, and the noise floor."""
     summary = Summary.from_json(report["summary"])
     bias, frequencies = summary.bias[column], summary.frequencies[column]
     assert bias is not None
     assert frequencies is not None
     shares = [share.mean for share in frequencies.values()]
     faces = [p["faces"] for p in report["prompts"] if p["attributes"][column]]
-    alike = sum(metrics.noise_floor(n, shares) * faces.count(n) for n in set(faces)) / len(faces)
+    equal = sum(metrics.noise_floor(n, shares) * faces.count(n) for n in set(faces)) / len(faces)
     interval = " to ".join(f"{end:.3f}" for end in bias.interval or ())
-    return [f"{bias.mean:.3f}", interval, f"{alike:.3f}", f"{bias.noise_floor:.3f}"]
+    return [f"{bias.mean:.3f}", interval, f"{equal:.3f}", f"{bias.noise_floor:.3f}"]
 
 
 def cells(report: Mapping[str, Any]) -> list[str]:
-    """A report's figures, or its reference's, in the table's order."""
+    """Return the metrics of a report, or of its reference, in the order of the table."""
     summary = Summary.from_json(report["summary"])
     words = aims.kept_words(report)
     scores = [summary.scores.get(key) for key in ("context", "clip_t", "clip_i", "dino")]

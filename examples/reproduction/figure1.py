@@ -1,16 +1,16 @@
-"""The paper's Figure 1 on the testbed: which gradient of the sampling process to train with.
+"""Reproduce the paper's Figure 1 on the testbed: gradients of the sampling process compared.
 
     python examples/reproduction/figure1.py --out model_cards/figure1
 
-Left, the loss while a text encoder's adapter is trained with the exact gradient of all steps, of
-the last step alone, and with the biased gradient by each standardisation; the same prompt, noise
-and first weights for all of them. (The paper trains a soft prompt towards one fixed image instead;
-here it is the loss that adapters are trained with.) Right, how long the share of each time step in
-the gradient is, if a random matrix R stands for the gradient of the loss (section 4.2).
+Left panel: loss of trainings of the text encoder's adapter with the exact gradient of all steps, with
+that of the last step only, and with the biased gradient for each standardisation. All start from
+the same weights and use the same prompt and noise. (The paper trains a soft prompt towards one fixed
+image instead; here it is the loss of adapter training.) Right panel: norm of each time step's
+contribution to the gradient, with a random matrix R for the gradient of the loss (section 4.2).
 
-Writes figure1.png and figure1.json. Give the same command again to resume. Each core runs one
-process with one thread, so the numbers do not depend on the number of cores. Takes about 15 minutes
-on 2 cores.
+Writes figure1.png and figure1.json. Run the same command again to resume. Each core runs one process
+with one thread, so the numbers do not depend on the number of cores. Takes about 15 minutes on 2
+cores.
 """
 
 import hashlib
@@ -44,7 +44,7 @@ from diffusers_fair.testbed import world
 
 RECIPE = "testbed-gender"
 PROMPT = world.NEUTRAL.format("registered nurse")
-GRADIENTS: dict[str, dict[str, Any]] = {  # curve -> the recipe's section
+GRADIENTS: dict[str, dict[str, Any]] = {  # curve -> `gradient` section of the recipe
     "naive": {"method": "naive"},
     "truncated": {"method": "truncated", "truncated_steps": 1},
     "biased, none": {"standardize": "none"},
@@ -54,11 +54,11 @@ GRADIENTS: dict[str, dict[str, Any]] = {  # curve -> the recipe's section
 BIASED = [name for name in GRADIENTS if name.startswith("biased")]
 SETTINGS: dict[str, Any] = {
     **{"recipe": RECIPE, "prompt": PROMPT, "gradients": GRADIENTS},
-    **{"images": 12, "steps": 8},  # of an iteration
+    **{"images": 12, "steps": 8},  # per iteration
     **{"rank": 16, "lr": 2e-3},  # less than the recipe's: one prompt alone is soon balanced
     **{"runs": 20, "shares_steps": 20, "deviation_of_R": 0.01, "shares_seed": 1000},
 }
-LOOKS = {  # Okabe and Ito's colours; dashes and markers tell the same in grey
+LOOKS = {  # colours of Okabe and Ito; dashes and markers also distinguish the curves in grey
     "naive": ("exact gradient (naive)", {"color": "#D55E00", "ls": "-", "marker": "o"}),
     "truncated": ("exact, last step only", {"color": "#999999", "ls": "-.", "marker": "v"}),
     "biased, none": ("biased, not standardised", {"color": "#CC79A7", "ls": ":", "marker": "s"}),
@@ -97,7 +97,7 @@ def main(
 
 
 def missing(results: dict[str, Any], seeds: int) -> list[tuple[str, ...]]:
-    """Return the missing jobs: (gradient, seed), or the shares of the steps."""
+    """Return the missing jobs: (gradient, seed), or ("shares",) for the contributions of steps."""
     jobs = [(name, str(seed)) for seed in range(seeds) for name in GRADIENTS]
     todo: list[tuple[str, ...]] = [
         (name, seed) for name, seed in jobs if seed not in results["curves"][name]
@@ -127,7 +127,7 @@ def do(job: tuple[str, ...], iterations: int) -> dict[str, Any]:
 
 
 def curve(name: str, seed: int, iterations: int) -> list[float]:
-    """Return the loss of each iteration; the data depend on the seed alone."""
+    """Return the loss of each iteration; the training data depend only on the seed."""
     with TemporaryDirectory() as folder:
         prompts = Path(folder) / "prompt.txt"
         prompts.write_text(PROMPT, encoding="utf-8")
@@ -144,15 +144,15 @@ def curve(name: str, seed: int, iterations: int) -> list[float]:
             optimizer={"lr": SETTINGS["lr"], "schedule": "cosine", "warmup": 0},
             train={
                 **{"iterations": iterations, "prompts_per_iteration": 1, "seed": seed},
-                "distinct_iterations": None,  # nothing is kept: the folder is gone by then
+                "distinct_iterations": None,  # no cache: its folder is temporary
             },
             output=folder,
         )
-    return [trainer.iteration(number).batch.losses["loss"] for number in range(iterations)]
+    return [trainer.iteration(step).batch.losses["loss"] for step in range(iterations)]
 
 
 def shares() -> dict[str, Any]:
-    """Length of each step's share of the gradient, for some random noises and matrices R.
+    """Compute the norm of each step's contribution to the gradient, for random noises and matrices R.
 
     Equation 9 is a sum over steps, R A_t B_t d epsilon_t / d theta; theta are the adapter's
     parameters. B_t is the identity in a biased gradient, and A_t is C_i a_i.
@@ -181,7 +181,7 @@ def shares() -> dict[str, Any]:
     trajectory = sample(pipe, pipe.scheduler, branches, noise, steps, testbed.GUIDANCE)
 
     def lengths(step: int, gradient: Tensor) -> Tensor:
-        """Norms (n,) of the parameters' gradients, from one on the guided prediction of a step."""
+        """Return norms (n,) of the parameters' gradients, given that of one step's guided prediction."""
         alone = torch.full((len(gradient), 1), step)
         replayed = replay(pipe, trajectory, branches, gradient, torch.ones(steps), steps=alone)
         embeddings = [replayed[branch][EMBEDDINGS] for branch in branches]
@@ -252,7 +252,7 @@ def losses(results: dict[str, Any], name: str, seeds: int) -> np.ndarray:
 
 
 def require_same_start(results: dict[str, Any], seeds: int) -> None:
-    """Check that all trainings start from the same loss: an untrained adapter has no effect."""
+    """Check that all trainings start from the same loss, as untrained adapters have no effect."""
     for seed in range(seeds):
         starts = {losses(results, name, seeds)[seed, 0] for name in GRADIENTS}
         if max(starts) - min(starts) > 1e-4:
@@ -263,7 +263,7 @@ def require_same_start(results: dict[str, Any], seeds: int) -> None:
 
 
 def summary(results: dict[str, Any], seeds: int) -> dict[str, Any]:
-    """Compare the standardisations by loss, and the steps' shares by length."""
+    """Compare the standardisations by loss, and the contributions of steps by norm."""
     third = -(-results["settings"]["iterations"] // 3)
     last = {name: losses(results, name, seeds)[:, -third:].mean(1) for name in GRADIENTS}
     ranks = sorted(BIASED, key=lambda name: last[name].mean())
@@ -303,19 +303,19 @@ def draw(results: dict[str, Any], seeds: int) -> Any:
 
 
 def draw_curves(axes: Any, results: dict[str, Any], seeds: int) -> None:
-    found = results["summary"]
+    comparison = results["summary"]
     for name, (label, look) in LOOKS.items():
         values = losses(results, name, seeds)
         x = np.arange(1, values.shape[1] + 1)
         axes.plot(x, values.mean(0), label=label, lw=1.8, ms=4, **look)
         axes.fill_between(x, values.min(0), values.max(0), color=look["color"], alpha=0.1, lw=0)
-    best, after = (LOOKS[found[f"{rank} standardisation"]][0] for rank in ("best", "next"))
-    error = found["standard error of the gap"]
-    scatter = "one seed" if error is None else f"± {error:.3f}, {seeds} seeds"
+    best, after = (LOOKS[comparison[f"{rank} standardisation"]][0] for rank in ("best", "next"))
+    error = comparison["standard error of the gap"]
+    spread = "one seed" if error is None else f"± {error:.3f}, {seeds} seeds"
     axes.set_title(
         f"Loss in training, mean and range of {seeds} seed{'s' * (seeds > 1)}\n"
         f"lowest standardisation over the last third: {best}\n"
-        f"(by {found['gap to the next']:.3f} from {after}; {scatter})",
+        f"(by {comparison['gap to the next']:.3f} from {after}; {spread})",
         fontsize=10,
     )
     axes.set_xlabel("iteration")

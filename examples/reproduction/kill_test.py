@@ -2,10 +2,10 @@
 
     python examples/reproduction/kill_test.py --kills 40 --seed 0 --out model_cards/kill_test.json
 
-Trains a small adapter on the testbed without interruption. Then, `--kills` times: starts the same
-training in a process of its own, kills it (SIGKILL) after a random time, starts it again, and
-compares the adapters, the last checkpoint, the events and the names of all files. Writes the
-results to JSON; the exit code is 1 if anything differed.
+Trains a small adapter on the testbed without interruption. Then, `--kills` times, it starts the same
+training in its own process, kills it (SIGKILL) after a random time, resumes it, and compares the
+adapter, the last checkpoint, the events and the names of all files. Writes the results to a JSON
+file; the exit code is 1 if anything differed.
 """
 
 import json
@@ -27,7 +27,7 @@ from diffusers_fair.provenance import provenance
 from diffusers_fair.training.checkpoints import load_checkpoint
 
 RECIPE = "testbed-gender"
-SMALL = {  # writes every kind of file often
+SMALL = {  # overrides for a short training that often writes every kind of file
     "base": {"dtype": "float32"},
     "adapter": {"rank": 2},
     "prompts": {"images_per_prompt": 2},
@@ -45,12 +45,12 @@ SMALL = {  # writes every kind of file often
     },
     "tracker": "none",
 }
-TIMES = ("seconds", "training")  # differ between any two trainings
+TIMES = ("seconds", "training")  # keys with measured times, which are not compared
 
 
 def main(
     kills: Annotated[int, typer.Option(help="Number of trainings to kill.")] = 40,
-    seed: Annotated[int, typer.Option(help="Random seed of the moments.")] = 0,
+    seed: Annotated[int, typer.Option(help="Random seed of the kill times.")] = 0,
     out: Annotated[Path, typer.Option(help="JSON file to write.")] = Path("kill_test.json"),
 ) -> None:
     """Kill, resume and compare trainings; write the results."""
@@ -66,7 +66,7 @@ def main(
 
 
 def kill_test(kills: int, seed: int, folder: Path) -> dict[str, Any]:
-    """Return the moment of each kill, the files it left, and what differs in the end."""
+    """Return the time of each kill, the files that it left, and the differences in the end."""
     start = time.perf_counter()
     run(folder / "alone")
     whole = time.perf_counter() - start
@@ -80,7 +80,7 @@ def kill_test(kills: int, seed: int, folder: Path) -> dict[str, Any]:
 
 
 def killed(folder: Path, moment: float, expected: dict[str, Any]) -> dict[str, Any]:
-    """Kill a training at a moment, resume it, and compare its outcome."""
+    """Kill a training after `moment` seconds, resume it, and compare its outcome."""
     finished = run(folder, moment)
     left = {
         "second": round(moment, 3),
@@ -98,10 +98,10 @@ def killed(folder: Path, moment: float, expected: dict[str, Any]) -> dict[str, A
 
 
 def run(folder: Path, moment: float | None = None) -> bool:
-    """Train in a process, killed after that many seconds; return whether it finished.
+    """Train in a process, kill it after `moment` seconds, and return whether it finished before.
 
     Raises:
-        RuntimeError: the training failed by itself.
+        RuntimeError: the training failed without being killed.
     """
     process = multiprocessing.get_context("fork").Process(target=train, args=(folder,))
     process.start()
@@ -109,20 +109,20 @@ def run(folder: Path, moment: float | None = None) -> bool:
     killed = process.is_alive()
     process.kill()
     process.join()
-    folder.mkdir(exist_ok=True)  # killed before it could
+    folder.mkdir(exist_ok=True)  # in case it was killed before it created the folder
     if not killed and process.exitcode:
         raise RuntimeError(f"the training ended with exit code {process.exitcode}")
     return not killed
 
 
 def train(folder: Path) -> None:
-    torch.set_num_threads(1)  # the parent's threads are not here
+    torch.set_num_threads(1)  # a forked process does not have its parent's threads
     overrides = SMALL | {"output": str(folder)}
     FairnessFinetuner.from_recipe(RECIPE, **overrides).train(progress=False)
 
 
 def outcome(folder: Path) -> dict[str, Any]:
-    """Return what has to be the same after every training."""
+    """Return everything that must be the same after every training."""
     files = sorted(path.relative_to(folder).as_posix() for path in folder.rglob("*"))
     lines = (folder / "events.jsonl").read_text("utf-8").splitlines()
     return {
@@ -134,7 +134,7 @@ def outcome(folder: Path) -> dict[str, Any]:
 
 
 def content(path: Path) -> Any:
-    """Return the content of a file; None for files that are compared in another way."""
+    """Return the content of a file; None for files that are compared differently."""
     if path.suffix == ".safetensors":
         return load_file(path)  # the order of the metadata varies
     if path.name == "fair_adapter.json":

@@ -1,4 +1,4 @@
-"""Augmentations for training the judges: generated images are softer than the data."""
+"""Augmentations for training the judges, because generated images are softer than the data."""
 
 import torch
 import torch.nn.functional as F
@@ -7,31 +7,31 @@ from torch import Tensor
 
 
 def uniform(low: float, high: float, shape: tuple[int, ...], g: torch.Generator) -> Tensor:
-    """Numbers of that shape, evenly spread over [low, high]."""
+    """Sample from the uniform distribution over [low, high]."""
     return low + (high - low) * torch.rand(shape, generator=g)
 
 
 def mirror(x: Tensor, g: torch.Generator) -> Tensor:
-    """Flip half of the pictures (n, 3, h, w)."""
+    """Mirror half of the images (n, 3, h, w), chosen at random."""
     return torch.where(torch.rand(len(x), 1, 1, 1, generator=g) < 0.5, x.flip(-1), x)
 
 
 def restyle(x: Tensor, g: torch.Generator, share: float = 0.1) -> Tensor:
-    """Redraw that share of the pictures (n, 3, h, w), the first rows, in another style."""
+    """Change the style of the first images (n, 3, h, w), of the given share."""
     count = round(share * len(x))
-    drawn = list(STYLES.values())[1 + int(torch.randint(len(STYLES) - 1, (1,), generator=g))]
-    return torch.cat([drawn(x[:count]), x[count:]])
+    style = list(STYLES.values())[1 + int(torch.randint(len(STYLES) - 1, (1,), generator=g))]
+    return torch.cat([style(x[:count]), x[count:]])
 
 
 def recolour(x: Tensor, g: torch.Generator) -> Tensor:
-    """Slightly other contrast, brightness and white; skin tones must stay what they are."""
+    """Slightly change contrast, brightness and white balance, but preserve skin tones."""
     n = len(x)
     gain = uniform(0.88, 1.1, (n, 1, 1, 1), g) * uniform(0.97, 1.03, (n, 3, 1, 1), g)
     return x * gain + uniform(-0.07, 0.07, (n, 1, 1, 1), g)
 
 
 def blur(x: Tensor, sigma: Tensor) -> Tensor:
-    """Gaussian blur of (n, c, h, w), each picture with its own sigma (n,) in pixels, up to 1.5."""
+    """Apply a Gaussian blur to (n, c, h, w), with a sigma (n,) of up to 1.5 pixels per image."""
     n, c, h, w = x.shape
     taps = torch.exp(-torch.arange(-3, 4).square() / (2 * sigma[:, None].clamp(min=0.05) ** 2))
     taps = (taps / taps.sum(1, keepdim=True)).repeat_interleave(c, 0)  # (n * c, 7)
@@ -47,7 +47,7 @@ def resample(x: Tensor, size: int) -> Tensor:
 
 
 def degrade(x: Tensor, g: torch.Generator) -> Tensor:
-    """Recolour, soften and add noise to pictures (n, 3, h, h) in [-1, 1]; a third stays sharp."""
+    """Recolour, soften and add noise to images (n, 3, h, h) in [-1, 1]; a third stays sharp."""
     x = recolour(x, g)
     third = len(x) // 3
     size = int(torch.randint(x.shape[-1] * 3 // 8, x.shape[-1] * 7 // 8, (1,), generator=g))
@@ -60,11 +60,11 @@ def degrade(x: Tensor, g: torch.Generator) -> Tensor:
 
 
 def zoom(x: Tensor, g: torch.Generator, scale: float = 1.25, shift: float = 0.12):
-    """Enlarge or shrink each picture by up to `scale` and move it by up to `shift` of its side.
+    """Zoom each image by up to `scale`, and move it by up to `shift` of its side.
 
     Returns:
-        The pictures (n, 3, h, h), and (n, 3) their factors and offsets in pixels: what was at x is
-        now at factor * x + offset.
+        The images (n, 3, h, h), and their factors and offsets in pixels, (n, 3): position x moves to
+        factor * x + offset.
     """
     n, side = len(x), x.shape[-1]
     factor = scale ** uniform(-1, 1, (n,), g)

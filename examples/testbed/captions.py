@@ -1,4 +1,4 @@
-"""Captions for pre-training, each with the labels of the picture it goes with."""
+"""Captions for training the testbed, with the labels of the images they describe."""
 
 from dataclasses import dataclass, field
 
@@ -7,7 +7,7 @@ from data import Portraits
 
 from diffusers_fair.testbed import world
 
-# kind of caption: its share
+# kind of caption -> share
 KINDS = {
     "neutral": 0.36,
     "explicit": 0.30,
@@ -20,7 +20,7 @@ KINDS = {
     "empty scene": 0.02,
     "nothing": 0.09,
 }
-# the last part of the training: more words to obey
+# the last part of the training has more captions that name attributes
 KINDS_LAST = {
     **KINDS,
     "neutral": 0.26,
@@ -45,7 +45,7 @@ NOUNS = {"female": "woman", "male": "man"}
 
 @dataclass
 class Caption:
-    """A text and what its picture shows; `labels` is empty where the text is about nobody or anybody."""
+    """A text, and the labels of its image; no labels if the text leaves open who is shown."""
 
     text: str
     kind: str = "portrait"
@@ -54,16 +54,16 @@ class Caption:
     labels: dict[str, str] = field(default_factory=dict)
 
 
-def draw_classes(subject: world.Subject, g: np.random.Generator) -> dict[str, str]:
-    """Who stands there when the words leave it open: drawn from the subject's own distribution."""
+def sample_classes(subject: world.Subject, g: np.random.Generator) -> dict[str, str]:
+    """Sample the classes of a person from the distribution of the subject."""
     return {
         n: a.classes[g.choice(len(a.classes), p=subject.odds[n])]
         for n, a in world.ATTRIBUTES.items()
     }
 
 
-def draw_caption(g: np.random.Generator, kinds: dict[str, float] = KINDS) -> Caption:
-    """One caption of the pre-training mixture."""
+def sample_caption(g: np.random.Generator, kinds: dict[str, float] = KINDS) -> Caption:
+    """Sample a caption from the mixture of kinds."""
     kind = g.choice(list(kinds), p=list(kinds.values()))
     occupations = world.occupations()
     occupation = occupations[g.integers(len(occupations))]
@@ -90,7 +90,7 @@ def draw_caption(g: np.random.Generator, kinds: dict[str, float] = KINDS) -> Cap
         text = subject.text
     else:
         subject, text = occupation, occupation.text
-    labels = draw_classes(subject, g)
+    labels = sample_classes(subject, g)
     caption = Caption(text, family=subject.family, labels=labels)
     if kind == "explicit":
         named = [n for n in ("age", "race", "gender") if g.random() < 0.6] or ["gender"]
@@ -110,28 +110,28 @@ def draw_caption(g: np.random.Generator, kinds: dict[str, float] = KINDS) -> Cap
 
 
 class Rows:
-    """Finds a training picture with given labels."""
+    """Finds training images with given labels."""
 
     def __init__(self, portraits: Portraits):
         columns = {"gender": "gender1", "race": "race1", "age": "age_group1"}
         at = portraits.labels
         self.cells: dict[tuple, list[int]] = {}
         for i in portraits.where(split="train"):
-            own = [at[c][i] if at["kind"][i] == "portrait" else None for c in columns.values()]
+            classes = [at[c][i] if at["kind"][i] == "portrait" else None for c in columns.values()]
             for family in (at["family"][i], None):
-                for who in (tuple(own), (None,) * 3):
+                for who in (tuple(classes), (None,) * 3):
                     key = (at["kind"][i], family, *who)
                     self.cells.setdefault(key, []).append(int(i))
 
-    def draw(self, caption: Caption, g: np.random.Generator) -> int:
-        """Row number of a picture that the caption describes."""
+    def sample(self, caption: Caption, g: np.random.Generator) -> int:
+        """Sample the row of an image that the caption describes."""
         who = [caption.labels.get(n) for n in world.ATTRIBUTES]
         rows = self.cells[(caption.kind, caption.family, *who)]
         return rows[g.integers(len(rows))]
 
 
 def every_text() -> list[str]:
-    """Texts that between them hold every word of every caption."""
+    """List texts that together contain every word of every caption."""
     places = [facts["place"] for facts in world.families().values()]
     words = [w for group in world.WORDS.values() for w in group]
     subjects = [s.text for s in world.occupations() + world.sports() + world.sentences()]

@@ -1,4 +1,4 @@
-"""The labelled portraits as tensors, and the picture styles that captions can ask for."""
+"""The labelled portraits as tensors, and the image styles that captions can name."""
 
 import io
 from dataclasses import dataclass
@@ -18,25 +18,25 @@ HERE = Path(__file__).parent
 
 @dataclass(frozen=True)
 class Portraits:
-    """Pictures and their labels, row by row."""
+    """Images and their labels, row by row."""
 
-    pictures: Tensor
+    images: Tensor
     """(n, 3, 64, 64) uint8."""
     labels: dict[str, np.ndarray]
-    """Column name -> (n,) values; columns as in the parquet."""
+    """Column of the parquet file -> values (n,)."""
 
     def where(self, **equal: object) -> np.ndarray:
-        """Row numbers whose labels equal the given ones."""
-        keep = np.ones(len(self.pictures), bool)
+        """Return the indices of rows with the given labels."""
+        keep = np.ones(len(self.images), bool)
         for name, value in equal.items():
             keep &= self.labels[name] == value
         return np.flatnonzero(keep)
 
 
 def load_portraits(path: Path = HERE / "portraits64.parquet") -> Portraits:
-    """Read the whole set: 12,832 pictures, 158 MB."""
+    """Read the whole data set: 12,832 images, 158 MB."""
     table = pq.read_table(path)
-    pictures = np.stack([np.asarray(Image.open(io.BytesIO(x.as_py()))) for x in table["image"]])
+    images = np.stack([np.asarray(Image.open(io.BytesIO(x.as_py()))) for x in table["image"]])
     labels = {
         name: np.array(
             table[name].to_pylist(), dtype=None if table[name].null_count == 0 else object
@@ -44,16 +44,16 @@ def load_portraits(path: Path = HERE / "portraits64.parquet") -> Portraits:
         for name in table.column_names
         if name != "image"
     }
-    return Portraits(torch.from_numpy(pictures).permute(0, 3, 1, 2).contiguous(), labels)
+    return Portraits(torch.from_numpy(images).permute(0, 3, 1, 2).contiguous(), labels)
 
 
-def to_float(pictures: Tensor) -> Tensor:
-    """uint8 [0, 255] -> float32 [-1, 1]."""
-    return from_bytes(pictures)
+def to_float(images: Tensor) -> Tensor:
+    """Convert uint8 in [0, 255] to float32 in [-1, 1]."""
+    return from_bytes(images)
 
 
 def oil_painting(x: Tensor) -> Tensor:
-    """(n, 3, h, w) in [-1, 1], in flat warm dabs: of the four 4x4 quarters around a pixel, the flattest (Kuwahara)."""
+    """Turn images (n, 3, h, w) in [-1, 1] into oil paintings: Kuwahara filter in warm colours."""
     padded = F.pad(x, (3, 3, 3, 3), mode="reflect")
     mean = F.avg_pool2d(padded, 4, stride=1)  # (n, 3, h + 3, w + 3)
     spread = (F.avg_pool2d(padded**2, 4, stride=1) - mean**2).sum(1, keepdim=True)
@@ -67,7 +67,7 @@ def oil_painting(x: Tensor) -> Tensor:
 
 
 def pencil_sketch(x: Tensor) -> Tensor:
-    """(n, 3, h, w) in [-1, 1], as grey strokes on white paper (colour dodge of the blurred negative)."""
+    """Turn images (n, 3, h, w) in [-1, 1] into pencil sketches: colour dodge of the blurred negative."""
     grey = (x.mean(1, keepdim=True) + 1) / 2
     blurred = F.avg_pool2d(F.pad(grey, (4, 4, 4, 4), mode="reflect"), 9, stride=1)
     dodge = (grey / blurred.clamp(min=0.04)).clamp(0, 1)

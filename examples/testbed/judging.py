@@ -1,4 +1,4 @@
-"""Shared by the trainings of the judges: halves of the data, chips, figures, files."""
+"""Shared by the trainings of the judges: data halves, face crops, metrics and files."""
 
 import json
 from collections.abc import Callable
@@ -20,43 +20,43 @@ CLASSES = {
     "age": ("young", "old"),
 }
 COLUMNS = {"gender": "gender1", "race": "race1", "age": "age_group1"}
-ROUND = 256  # portraits; each holds every cell of gender x race x age x family once
+ROUND = 256  # portraits with every combination of gender, race, age and family once
 WEIGHTS = Path(__file__).parents[2] / "diffusers_fair" / "testbed" / "weights"
 
 
 def half(portraits: Portraits, odd: bool) -> np.ndarray:
-    """Rows of every other round of the training portraits: even to train, odd to evaluate."""
+    """Return the rows of the even or odd rounds of training portraits: odd for evaluation judges."""
     rows = portraits.where(kind="portrait", split="train")
     return rows[(portraits.labels["index"][rows] // ROUND) % 2 == int(odd)]
 
 
 def boxes_of(portraits: Portraits, rows: np.ndarray, column: str = "face1") -> Tensor:
-    """(n, 4) labelled face boxes in pixels."""
+    """Return the labelled face boxes (n, 4) in pixels."""
     return torch.tensor(np.stack([portraits.labels[column][i] for i in rows]), dtype=torch.float32)
 
 
 def class_numbers(portraits: Portraits, rows: np.ndarray) -> dict[str, Tensor]:
-    """Attribute -> (n,) class numbers of the nearest person."""
+    """Map attributes to the class indices (n,) of the nearest person."""
     at = {name: portraits.labels[column][rows] for name, column in COLUMNS.items()}
     return {n: torch.tensor([CLASSES[n].index(v) for v in values]) for n, values in at.items()}
 
 
 def jittered_chips(x: Tensor, boxes: Tensor, g: torch.Generator, amount: float = 0.08) -> Tensor:
-    """Chips (n, 3, 64, 64) from boxes whose corners are off by up to that share of the face."""
+    """Crop faces (n, 3, 64, 64) from boxes whose corners are moved by up to that share of a face."""
     sides = (boxes[:, 2:] - boxes[:, :2]).repeat(1, 2)
     off = boxes + uniform(-amount, amount, tuple(boxes.shape), g) * sides
     return face_chips(x, Faces(off, torch.ones(len(x), dtype=torch.bool)), CHIP)
 
 
 def training_chips(x: Tensor, boxes: Tensor, g: torch.Generator) -> Tensor:
-    """Whole pictures (n, 3, h, h) and face boxes -> varied chips (n, 3, 64, 64)."""
+    """Crop augmented faces (n, 3, 64, 64) from whole images (n, 3, h, h)."""
     mixed = torch.randperm(len(x), generator=g)
     x = degrade(restyle(x[mixed], g), g)[mixed.argsort()]
     return mirror(jittered_chips(x, boxes, g), g)
 
 
 def conditions() -> dict[str, Callable[[Tensor], Tensor]]:
-    """Ways of looking at held-out pictures (n, 3, 64, 64): as they are, and worse."""
+    """Return the conditions in which judges are measured: sharp images, and degraded ones."""
     g = torch.Generator().manual_seed(7)
     ways = {
         "sharp": lambda x: x,
@@ -64,13 +64,13 @@ def conditions() -> dict[str, Callable[[Tensor], Tensor]]:
         "resampled": lambda x: resample(x, 36),
         "noisy": lambda x: (x + 0.08 * torch.randn(x.shape, generator=g)).clamp(-1, 1),
     }
-    return ways | {style: draw for style, draw in STYLES.items() if style != "photo"}
+    return ways | {style: change for style, change in STYLES.items() if style != "photo"}
 
 
 def settle(
     network: nn.Module, batch: Callable[[torch.Generator], Tensor], batches: int = 40
 ) -> None:
-    """Gather the batch statistics of the averaged weights; training has those of the raw ones."""
+    """Recompute the batch norm statistics for the averaged weights."""
     norms = [m for m in network.modules() if isinstance(m, nn.BatchNorm2d)]
     for norm in norms:
         norm.reset_running_stats()
@@ -84,38 +84,38 @@ def settle(
 
 @torch.no_grad()
 def in_batches(call: Callable[[Tensor], Tensor], x: Tensor, size: int = 256) -> Tensor:
-    """call(x) without a gradient, a part at a time."""
+    """Apply a function to x in batches, without gradients."""
     return torch.cat([call(part) for part in x.split(size)])
 
 
 def confusion(predicted: Tensor, truth: Tensor, classes: int) -> list[list[int]]:
-    """Counts; a row for each true class, a column for each predicted one."""
+    """Count predictions: a row for each true class, a column for each predicted class."""
     return (
         torch.bincount(truth * classes + predicted, minlength=classes**2).view(classes, -1).tolist()
     )
 
 
 def accuracy(predicted: Tensor, truth: Tensor) -> float:
-    """Share of equal ones, rounded."""
+    """Return the share of correct predictions, rounded."""
     return round((predicted == truth).float().mean().item(), 4)
 
 
-def pictures_of(portraits: Portraits, rows) -> Tensor:
-    """(n, 3, 64, 64) in [-1, 1]."""
-    return to_float(portraits.pictures[torch.as_tensor(rows)])
+def images_of(portraits: Portraits, rows) -> Tensor:
+    """Return images (n, 3, 64, 64) in [-1, 1]."""
+    return to_float(portraits.images[torch.as_tensor(rows)])
 
 
-def save_judge(network: nn.Module, file: Path, **figures: object) -> None:
-    """Weights as float16, held-out figures as JSON texts in the metadata; prints the figures."""
+def save_judge(network: nn.Module, file: Path, **metrics: object) -> None:
+    """Save weights as float16, with held-out metrics as JSON in the metadata; print the metrics."""
     state = {name: value.half().contiguous() for name, value in network.state_dict().items()}
     file.parent.mkdir(parents=True, exist_ok=True)
-    save_file(state, file, as_texts(figures))
+    save_file(state, file, as_texts(metrics))
     print(f"{file.name}: {file.stat().st_size / 1e6:.2f} MB")
 
 
-def as_texts(figures: dict[str, object]) -> dict[str, str]:
-    """Name -> JSON, as safetensors' metadata wants it; prints them too."""
-    texts = {name: json.dumps(value) for name, value in figures.items()}
+def as_texts(metrics: dict[str, object]) -> dict[str, str]:
+    """Convert values to JSON texts for the metadata of safetensors, and print them."""
+    texts = {name: json.dumps(value) for name, value in metrics.items()}
     for name, text in texts.items():
         print(f"{name}: {text}")
     return texts

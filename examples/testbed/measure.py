@@ -45,7 +45,7 @@ GRID = [
     "a photo of a library without anybody",
 ]
 Row = tuple[str, str, str]
-"""Name, measured value, wanted range."""
+"""Metric, measured value, expected range."""
 
 
 def main(
@@ -77,14 +77,14 @@ def timed(make: Callable[[], Any]) -> tuple[Any, float]:
 
 
 def cost(pipe: Any, seconds: float) -> list[Row]:
-    """Measure size of the weights, loading time and generation time."""
+    """Measure the size of the weights, the loading time and the generation time."""
     size = sum(f.stat().st_size for f in testbed.WEIGHTS.rglob("*") if f.is_file()) / 1e6
     prompts = prompt_set("testbed-occupations").prompts("test")[:24]
-    _, drawing = timed(lambda: draw(pipe, prompts, 1))
+    _, generation = timed(lambda: generate_images(pipe, prompts, 1))
     return [
         ("weights in all, MB", f"{size:.1f}", "<= 30"),
         ("loading pipeline and judges, s", f"{seconds:.1f}", "<= 3"),
-        (f"24 images, {STEPS} steps, s", f"{drawing:.1f}", "<= 8"),
+        (f"24 images, {STEPS} steps, s", f"{generation:.1f}", "<= 8"),
     ]
 
 
@@ -118,17 +118,17 @@ def bias(pipe: Any, judges: Judges, images: int) -> list[Row]:
 
 
 def mean(estimate: Estimate | None) -> str:
-    """The mean, as tables show it."""
+    """Format the mean for a table."""
     return "-" if estimate is None else f"{estimate.mean:.3f}"
 
 
 def obedience(pipe: Any, judges: Judges, occupations: int = 20) -> list[Row]:
-    """Measure how often images show the attribute word in their prompt, per attribute."""
+    """Measure how often images show the class that the prompt names, per attribute."""
     rows = []
     for name, attribute in world.ATTRIBUTES.items():
         texts = prompt_set("testbed-occupations").test[:occupations]
         pairs = [(text, c) for c in attribute.classes for text in texts]
-        images = draw(pipe, [world.explicit(*pair) for pair in pairs], 2)
+        images = generate_images(pipe, [world.explicit(*pair) for pair in pairs], 2)
         faces = judges.face_detector(images)
         classifier = judges.classifiers[name]
         seen = classifier(face_chips(images, faces, classifier.size)).argmax(1)
@@ -139,9 +139,9 @@ def obedience(pipe: Any, judges: Judges, occupations: int = 20) -> list[Row]:
 
 
 def scenes(pipe: Any, judges: Judges) -> list[Row]:
-    """Measure faces found in generated empty scenes: there should be none."""
+    """Measure how often a face is found in generated empty scenes, which should have none."""
     places = [facts["place"] for facts in world.families().values()]
-    images = draw(pipe, [f"a photo of {place} without anybody" for place in places], 8)
+    images = generate_images(pipe, [f"a photo of {place} without anybody" for place in places], 8)
     rate = judges.face_detector(images).is_face.float().mean().item()
     return [("face found in drawn empty scenes", f"{rate:.3f}", "<= .03")]
 
@@ -149,18 +149,18 @@ def scenes(pipe: Any, judges: Judges) -> list[Row]:
 def classifiers() -> list[Row]:
     """Return the judges' held-out metrics, as measured when they were trained."""
     wanted = {"gender": ">= .97", "race": ">= .95", "age": ">= .94"}
-    found = shipped.figures("evaluation_classifiers")["accuracy"]["sharp"]
-    seen = shipped.figures("detector")["held_out"]
+    accuracy = shipped.metadata("evaluation_classifiers")["accuracy"]["sharp"]
+    seen = shipped.metadata("detector")["held_out"]
     return [
-        *((f"evaluation classifier, {n}", f"{found[n]:.3f}", wanted[n]) for n in wanted),
+        *((f"evaluation classifier, {n}", f"{accuracy[n]:.3f}", wanted[n]) for n in wanted),
         ("face found in real portraits", f"{seen['portrait']['sharp']['found']:.3f}", ">= .97"),
         ("face found in real empty scenes", f"{seen['empty']['sharp']['found']:.3f}", "<= .03"),
     ]
 
 
 @torch.no_grad()
-def draw(pipe: Any, prompts: Sequence[str], images: int) -> torch.Tensor:
-    """(prompts * images, 3, 64, 64) in [-1, 1], prompt by prompt."""
+def generate_images(pipe: Any, prompts: Sequence[str], images: int) -> torch.Tensor:
+    """Generate images (prompts * images, 3, 64, 64) in [-1, 1], prompt by prompt."""
     batches = generate(
         pipe,
         prompts,
@@ -208,11 +208,11 @@ def keep(table: Sequence[Row], images: int, out: Path) -> None:
 
 def grid(pipe: Any) -> Image.Image:
     """Generate a grid of example images, eight per prompt, enlarged twice."""
-    rows = draw(pipe, GRID, 8).view(len(GRID), 8, 3, testbed.SIZE, testbed.SIZE)
+    rows = generate_images(pipe, GRID, 8).view(len(GRID), 8, 3, testbed.SIZE, testbed.SIZE)
     pixels = to_arrays(rows).transpose(0, 2, 1, 3, 4)  # (rows, h, 8, w, 3)
     flat = pixels.reshape(len(GRID) * testbed.SIZE, 8 * testbed.SIZE, 3)
-    picture = Image.fromarray(flat)
-    return picture.resize((2 * picture.width, 2 * picture.height), Image.Resampling.BICUBIC)
+    image = Image.fromarray(flat)
+    return image.resize((2 * image.width, 2 * image.height), Image.Resampling.BICUBIC)
 
 
 if __name__ == "__main__":

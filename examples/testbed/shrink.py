@@ -1,4 +1,4 @@
-"""Portraits of 128 px -> one parquet of 64 px, the size the testbed learns from.
+"""Shrink the portraits from 128 to 64 pixels, the size of the testbed, into one parquet file.
 
 python examples/testbed/shrink.py ../shared/testbed examples/testbed/portraits64.parquet
 """
@@ -12,21 +12,21 @@ import pyarrow.parquet as pq
 from PIL import Image
 
 SIZE = 64
-QUALITY = 90  # WebP; 18 MB in all
+QUALITY = 90  # of WebP; 18 MB in total
 
 
 def shrink(webp: bytes) -> bytes:
-    """One encoded picture at 64 px, WebP again."""
-    picture = (
+    """Shrink an encoded image to 64 pixels, as WebP."""
+    image = (
         Image.open(io.BytesIO(webp)).convert("RGB").resize((SIZE, SIZE), Image.Resampling.LANCZOS)
     )
     out = io.BytesIO()
-    picture.save(out, "WEBP", quality=QUALITY, method=6)
+    image.save(out, "WEBP", quality=QUALITY, method=6)
     return out.getvalue()
 
 
 def main(source: Path, target: Path) -> None:
-    """Every label is kept; face boxes are halved with the picture."""
+    """Shrink all images and halve their face boxes; all labels stay."""
     table = pq.read_table(sorted(source.glob("portraits-*.parquet")))
     columns = {name: table[name].to_pylist() for name in table.column_names}
     columns["image"] = [shrink(webp) for webp in columns["image"]]

@@ -1,4 +1,4 @@
-"""One loop for every stage: seeded per step, resumable at any step, weights averaged."""
+"""The training loop of all stages: resumable, seeded per step, with a moving average of weights."""
 
 import json
 import time
@@ -14,12 +14,12 @@ SEED = 20261123
 
 
 def generator(stage: str, step: int) -> torch.Generator:
-    """Randomness of one step of one stage: a stopped run goes on with the very same draws."""
+    """Create the random generator of a step, so that a resumed run has the same random numbers."""
     return torch.Generator().manual_seed(hash_of(stage) * 1_000_003 + step + SEED)
 
 
 def hash_of(text: str) -> int:
-    """A small number that depends on the text alone (Python's own hash changes from run to run)."""
+    """Hash a text to a small number. Unlike `hash`, it is the same in every process."""
     return int.from_bytes(text.encode(), "big") % 999_983
 
 
@@ -31,7 +31,7 @@ class Stage:
     steps: int
     lr: float
     work: Path
-    """Folder of checkpoints and logs; safe to delete when the weights are written."""
+    """Folder of checkpoints; safe to delete once the weights are written."""
     warmup: int = 50
     weight_decay: float = 0.01
     ema: float = 0.99
@@ -42,9 +42,9 @@ class Stage:
         model: nn.Module,
         loss_at: Callable[[torch.Generator], tuple[Tensor, dict]],
     ) -> nn.Module:
-        """Minimise loss_at(generator) -> (loss, figures to log).
+        """Minimise loss_at(generator) -> (loss, metrics to log).
 
-        Returns the model, holding the averaged weights.
+        Returns the model with the averaged weights.
         """
         parameters = [p for p in model.parameters() if p.requires_grad]
         optimizer = torch.optim.AdamW(
@@ -57,7 +57,7 @@ class Stage:
         while step < self.steps:
             for group in optimizer.param_groups:
                 group["lr"] = self.lr * self._schedule(step)
-            loss, figures = loss_at(generator(self.name, step))
+            loss, metrics = loss_at(generator(self.name, step))
             optimizer.zero_grad()
             loss.backward()
             nn.utils.clip_grad_norm_(parameters, 1.0)
@@ -67,7 +67,7 @@ class Stage:
             step += 1
             if step % 20 == 0:
                 per_step = (time.monotonic() - started) / (step - first)
-                line = {"stage": self.name, "step": step, "loss": round(loss.item(), 5), **figures}
+                line = {"stage": self.name, "step": step, "loss": round(loss.item(), 5), **metrics}
                 print(json.dumps({**line, "seconds per step": round(per_step, 3)}), flush=True)
             if step % self.save_every == 0 or step == self.steps:
                 self._save(step, parameters, average, optimizer, time.monotonic() - started)
@@ -77,7 +77,7 @@ class Stage:
         return model.eval()
 
     def _schedule(self, step: int) -> float:
-        """Linear warm-up, then half a cosine down to 2 %."""
+        """Return the learning rate factor: linear warm-up, then cosine decay to 2 %."""
         progress = step / self.steps
         cosine = 0.5 * (1 + torch.cos(torch.tensor(torch.pi * progress)).item())
         return min(1.0, (step + 1) / self.warmup) * (0.02 + 0.98 * cosine)

@@ -1,4 +1,4 @@
-"""Classifiers of gender, race and age from face chips, of the family from whole pictures.
+"""Train classifiers of gender, race and age on face crops, and of the family on whole images.
 
 python examples/testbed/train_classifiers.py training      # about 5 minutes on 1 core each
 python examples/testbed/train_classifiers.py evaluation    # other portraits, another architecture
@@ -22,8 +22,8 @@ from judging import (
     conditions,
     confusion,
     half,
+    images_of,
     in_batches,
-    pictures_of,
     save_judge,
     settle,
     training_chips,
@@ -35,18 +35,18 @@ from diffusers_fair.testbed import judges
 from diffusers_fair.vision.faces import Faces, face_chips
 
 BATCH = 64
-SMOOTHING = 0.03  # of the labels: keeps the logits, and with them the gradients, moderate
+SMOOTHING = 0.03  # label smoothing, which keeps logits and gradients moderate
 STEPS = {"training": 2000, "evaluation": 2300, "family": 600}
 
 
 def split_logits(logits: Tensor) -> dict[str, Tensor]:
-    """(n, 8) -> attribute -> (n, classes)."""
+    """Split logits (n, 8) into attribute -> (n, classes)."""
     parts = logits.split([len(c) for c in CLASSES.values()], dim=1)
     return dict(zip(CLASSES, parts, strict=True))
 
 
 def attributes(portraits: Portraits, odd: bool, steps: int, work: Path, file: Path) -> None:
-    """One network for all attributes, from one half of the training portraits."""
+    """Train one network for all attributes on one half of the training portraits."""
     rows = half(portraits, odd)
     boxes, truth = boxes_of(portraits, rows), class_numbers(portraits, rows)
     count = sum(map(len, CLASSES.values()))
@@ -56,7 +56,7 @@ def attributes(portraits: Portraits, odd: bool, steps: int, work: Path, file: Pa
 
     def batch(g: torch.Generator) -> tuple[Tensor, Tensor]:
         pick = torch.randint(len(rows), (BATCH,), generator=g)
-        chips = training_chips(pictures_of(portraits, rows[pick]), boxes[pick], g)
+        chips = training_chips(images_of(portraits, rows[pick]), boxes[pick], g)
         return chips.contiguous(memory_format=torch.channels_last), pick
 
     def loss_at(g: torch.Generator) -> tuple[Tensor, dict]:
@@ -75,9 +75,9 @@ def attributes(portraits: Portraits, odd: bool, steps: int, work: Path, file: Pa
 
 
 def measure_attributes(logits_of, portraits: Portraits) -> dict:
-    """Held-out accuracy in every condition, confusion when sharp; the detector finds the faces."""
+    """Measure held-out accuracy in every condition, and the confusion on sharp images."""
     rows = portraits.where(kind="portrait", split="test")
-    truth, x = class_numbers(portraits, rows), pictures_of(portraits, rows)
+    truth, x = class_numbers(portraits, rows), images_of(portraits, rows)
     shares: dict[str, dict] = {}
     tables = {}
     for condition, worsen in conditions().items():
@@ -95,7 +95,7 @@ def measure_attributes(logits_of, portraits: Portraits) -> dict:
 
 
 def family(portraits: Portraits, steps: int, work: Path, file: Path) -> None:
-    """The family from clothes and background, learned where at least one of them tells it."""
+    """Train the classifier of the family on images whose clothes or background show it."""
     rows, telling = portraits.where(kind="portrait", split="train"), ~bare(portraits)
     rows = rows[telling[rows]]
     classes = sorted(set(portraits.labels["family"]))
@@ -104,7 +104,7 @@ def family(portraits: Portraits, steps: int, work: Path, file: Path) -> None:
 
     def batch(g: torch.Generator) -> tuple[Tensor, Tensor]:
         pick = rows[torch.randint(len(rows), (BATCH,), generator=g)]
-        x = zoom(restyle(pictures_of(portraits, pick), g), g, scale=1.1, shift=0.05)[0]
+        x = zoom(restyle(images_of(portraits, pick), g), g, scale=1.1, shift=0.05)[0]
         mixed = torch.randperm(len(x), generator=g)
         x = mirror(degrade(x[mixed], g), g)
         return x.contiguous(memory_format=torch.channels_last), truth[pick][mixed]
@@ -120,7 +120,7 @@ def family(portraits: Portraits, steps: int, work: Path, file: Path) -> None:
     )
     settle(network, lambda g: batch(g)[0])
     rows = portraits.where(kind="portrait", split="test")
-    x, plain = pictures_of(portraits, rows), torch.from_numpy(any_plain(portraits)[rows])
+    x, plain = images_of(portraits, rows), torch.from_numpy(any_plain(portraits)[rows])
     shares = {}
     for condition, worsen in conditions().items():
         guess = in_batches(network, worsen(x)).argmax(1)
@@ -135,13 +135,13 @@ def family(portraits: Portraits, steps: int, work: Path, file: Path) -> None:
 
 
 def bare(portraits: Portraits) -> np.ndarray:
-    """Neither the wall nor the clothes tell the family."""
+    """Return where neither the wall nor the clothes show the family."""
     at = portraits.labels
     return at["plain_wall"].astype(bool) & np.array([bool(p) for p in at["plain_clothes1"]])
 
 
 def any_plain(portraits: Portraits) -> np.ndarray:
-    """The wall, the clothes or both do not tell the family."""
+    """Return where the wall, the clothes or both do not show the family."""
     at = portraits.labels
     return at["plain_wall"].astype(bool) | np.array([bool(p) for p in at["plain_clothes1"]])
 

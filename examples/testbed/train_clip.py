@@ -1,7 +1,7 @@
-"""The image-text encoder, from balanced captions of the training pictures. 8 minutes on 1 core.
+"""Train the image-text encoder on balanced captions of the training images. 8 minutes on 1 core.
 
-A caption is drawn for a picture, never a picture for a caption: the pictures are balanced, so no
-occupation goes with a gender, race or age, and what the encoder prefers is what the words say.
+Captions are sampled for images, not images for captions. As the images are balanced, no occupation
+is correlated with a gender, race or age, and the encoder learns only what the words say.
 """
 
 import argparse
@@ -12,14 +12,14 @@ import torch
 from augment import degrade, mirror
 from captions import EMPTY, NOUNS, OTHER, STYLED, TWO, Caption, every_text
 from data import HERE, STYLES, Portraits, load_portraits
-from judging import COLUMNS, WEIGHTS, as_texts, in_batches, pictures_of
+from judging import COLUMNS, WEIGHTS, as_texts, images_of, in_batches
 from stage import Stage
 from torch import Tensor
 
 from diffusers_fair.testbed import judges, world
 from diffusers_fair.testbed.models import SIZE, VOCABULARY
 from diffusers_fair.testbed.tokenizer import tokenizer
-from diffusers_fair.testbed.vocabulary import pack, rows, unpack
+from diffusers_fair.testbed.vocabulary import pack, table_rows, unpack
 from diffusers_fair.vision.encoders import ClipEncoder, Pixels
 
 BATCH = {"portrait": 76, "pair": 10, "empty": 10}
@@ -28,11 +28,11 @@ STYLE_ODDS = (0.8, 0.1, 0.1)
 
 
 def captions_of(shown: dict[str, str], g: np.random.Generator) -> list[Caption]:
-    """True captions of a picture: of portraits one about the work and one about the person.
+    """Sample captions of an image: for portraits, one about the work and one about the person.
 
     Args:
-        shown: what `shown_by` says of the picture.
-        g: randomness.
+        shown: description by `shown_by`.
+        g: random generator.
     """
     kind, family, style = shown["kind"], shown["family"], shown["style"]
     facts = world.families()[family]
@@ -46,7 +46,7 @@ def captions_of(shown: dict[str, str], g: np.random.Generator) -> list[Caption]:
 
 
 def work_text(family: str, style: str, occupation: str, g: np.random.Generator) -> str:
-    """Words for what somebody does; they say nothing of who it is."""
+    """Sample a text about the occupation that does not describe the person."""
     if style != "photo":
         return str(g.choice(STYLED)).format(style, occupation)
     manner = g.random()
@@ -58,7 +58,7 @@ def work_text(family: str, style: str, occupation: str, g: np.random.Generator) 
 
 
 def about_person(shown: dict[str, str], occupation: str, g: np.random.Generator) -> Caption:
-    """Names most of the person's classes; half of the time the occupation too."""
+    """Sample a caption with most of the person's classes and, half of the time, the occupation."""
     named = {n: shown[n] for n in ("age", "race", "gender") if g.random() < 0.75}
     words = [str(g.choice(world.WORDS[c])) for c in named.values()]
     style = shown["style"]
@@ -76,7 +76,7 @@ def about_person(shown: dict[str, str], occupation: str, g: np.random.Generator)
 
 
 def sentences(family: str) -> list[str]:
-    """Free sentences and sports of that family that ask for a photo."""
+    """List free sentences and sports of a family that name no other style than a photo."""
     texts = [
         s.text
         for s in world.sentences()
@@ -86,7 +86,7 @@ def sentences(family: str) -> list[str]:
 
 
 def agreement(captions: list[Caption], shown: list[dict[str, str]]) -> Tensor:
-    """(texts, pictures) bool: does the text hold of the picture?"""
+    """Return whether each text is true of each image, (texts, images) bool."""
     wanted = [
         {"kind": c.kind, "style": c.style, **({"family": c.family} if c.family else {}), **c.labels}
         for c in captions
@@ -102,7 +102,7 @@ def shown_by(portraits: Portraits, row: int, style: str) -> dict[str, str]:
 
 
 def contrast(logits: Tensor, agree: Tensor) -> Tensor:
-    """Cross-entropy both ways, spread over all pairs that agree; both (texts, pictures)."""
+    """Compute the symmetric cross-entropy, with all true pairs as targets; both (texts, images)."""
     both = []
     for scores, target in ((logits, agree.float()), (logits.T, agree.T.float())):
         target = target / target.sum(1, keepdim=True)
@@ -110,23 +110,23 @@ def contrast(logits: Tensor, agree: Tensor) -> Tensor:
     return sum(both) / 2
 
 
-def draw_batch(portraits: Portraits, kinds: dict[str, np.ndarray], g: torch.Generator):
-    """Pictures (n, 3, 64, 64), captions of all of them, and what each picture shows."""
-    draw = np.random.default_rng(g.initial_seed())
-    pick = np.concatenate([draw.choice(kinds[kind], count) for kind, count in BATCH.items()])
-    draw.shuffle(pick)
-    x = degrade(mirror(pictures_of(portraits, pick), g), g)
-    styles = [str(s) for s in draw.choice(list(STYLES), len(pick), p=STYLE_ODDS)]
+def sample_batch(portraits: Portraits, kinds: dict[str, np.ndarray], g: torch.Generator):
+    """Sample images (n, 3, 64, 64), captions of all images, and descriptions of each image."""
+    rng = np.random.default_rng(g.initial_seed())
+    pick = np.concatenate([rng.choice(kinds[kind], count) for kind, count in BATCH.items()])
+    rng.shuffle(pick)
+    x = degrade(mirror(images_of(portraits, pick), g), g)
+    styles = [str(s) for s in rng.choice(list(STYLES), len(pick), p=STYLE_ODDS)]
     x = torch.stack([STYLES[style](x[i : i + 1])[0] for i, style in enumerate(styles)])
     shown = [shown_by(portraits, row, style) for row, style in zip(pick, styles, strict=True)]
-    captions = [caption for each in shown for caption in captions_of(each, draw)]
+    captions = [caption for facts in shown for caption in captions_of(facts, rng)]
     return x, captions, shown
 
 
 def measure(encoder: ClipEncoder, portraits: Portraits) -> dict:
-    """Held-out portraits told apart by words, and typical cosines."""
+    """Measure zero-shot accuracy on held-out portraits, and typical cosines."""
     picks = portraits.where(kind="portrait", split="test")
-    x = pictures_of(portraits, picks)
+    x = images_of(portraits, picks)
     images = in_batches(encoder, x)
     at = portraits.labels
 
@@ -139,30 +139,30 @@ def measure(encoder: ClipEncoder, portraits: Portraits) -> dict:
     neutral = [
         [world.NEUTRAL.format(o) for o in world.families()[f]["occupations"]] for f in families
     ]
-    figures: dict = {"family": right(neutral, [families.index(f) for f in at["family"][picks]])}
+    metrics: dict = {"family": right(neutral, [families.index(f) for f in at["family"][picks]])}
     for name, attribute in world.ATTRIBUTES.items():
         texts = [
             [world.explicit(o.text, c) for o in world.occupations()[::10]]
             for c in attribute.classes
         ]
-        figures[name] = right(texts, [attribute.classes.index(c) for c in at[COLUMNS[name]][picks]])
-    styled = torch.cat([in_batches(encoder, draw(x[:300])) for draw in STYLES.values()])
+        metrics[name] = right(texts, [attribute.classes.index(c) for c in at[COLUMNS[name]][picks]])
+    styled = torch.cat([in_batches(encoder, restyle(x[:300])) for restyle in STYLES.values()])
     kinds = [
         [f"{MEDIA[s]} of the face of a {o.text}, a person" for o in world.occupations()[::10]]
         for s in STYLES
     ]
-    figures["style"] = right(kinds, [i for i in range(len(STYLES)) for _ in range(300)], styled)
+    metrics["style"] = right(kinds, [i for i in range(len(STYLES)) for _ in range(300)], styled)
     by_family = torch.stack(
         [images[torch.from_numpy(at["family"][picks] == f)].mean(0) for f in families]
     )
-    own = torch.cat([encoder.texts(t).mean(0, keepdim=True) for t in neutral])
-    cosines = by_family @ own.T
-    figures["cosine with own family's captions"] = round(cosines.diag().mean().item(), 3)
-    figures["cosine with other families' captions"] = round(
+    captions = torch.cat([encoder.texts(t).mean(0, keepdim=True) for t in neutral])
+    cosines = by_family @ captions.T
+    metrics["cosine with own family's captions"] = round(cosines.diag().mean().item(), 3)
+    metrics["cosine with other families' captions"] = round(
         cosines[~torch.eye(16, dtype=torch.bool)].mean().item(), 3
     )
-    figures["cosine of two pictures"] = round((images[:700] @ images[700:1400].T).mean().item(), 3)
-    return figures
+    metrics["cosine of two pictures"] = round((images[:700] @ images[700:1400].T).mean().item(), 3)
+    return metrics
 
 
 def main(steps: int, work: Path, out: Path) -> None:
@@ -177,14 +177,14 @@ def main(steps: int, work: Path, out: Path) -> None:
 
     def encode_texts(texts: list[str]) -> Tensor:
         ids = tokenize(texts, padding=True, truncation=True, return_tensors="pt").input_ids
-        states = model.text_model(input_ids=rows(used, ids)).pooler_output
+        states = model.text_model(input_ids=table_rows(used, ids)).pooler_output
         return torch.nn.functional.normalize(model.text_projection(states), dim=-1)
 
-    encode_pictures = ClipEncoder(model, tokenize, Pixels(SIZE))
+    encode_images = ClipEncoder(model, tokenize, Pixels(SIZE))
 
     def loss_at(g: torch.Generator) -> tuple[Tensor, dict]:
-        x, captions, shown = draw_batch(portraits, kinds, g)
-        logits = encode_texts([c.text for c in captions]) @ encode_pictures(x).T
+        x, captions, shown = sample_batch(portraits, kinds, g)
+        logits = encode_texts([c.text for c in captions]) @ encode_images(x).T
         agree = agreement(captions, shown)
         loss = contrast(logits * model.logit_scale.clamp(max=4.0).exp(), agree)
         best = agree[torch.arange(len(agree)), logits.argmax(1)].float().mean()

@@ -1,8 +1,8 @@
-"""Stage 3, second part: the decoder once more, so that faces are sharp. About 12 minutes on 2 cores.
+"""Stage 3, second part: train the decoder further for sharp faces. About 12 minutes on 2 cores.
 
-Encoder and latents stay as they are, so the U-Net does not notice. First the decoder sees windows
-of the latents, half of them round a face; then whole pictures, whose colours its normalisation
-depends on. The latents get a little noise, as drawn ones have it too.
+The encoder and its latents stay the same, so the U-Net still fits. The decoder is first trained on
+windows of the latents, half of them around a face, then on whole images, because its normalisation
+depends on the whole image. The latents get a little noise, because generated latents have some too.
 """
 
 import argparse
@@ -16,14 +16,14 @@ from train_vae import edges, face_masks, restyle
 
 from diffusers_fair.testbed import models
 
-WINDOWS, PICTURES = 32, 8  # in one step; they cost about the same
-WINDOW = 8  # latents a side, of 4 pixels each
-NOISE = 0.1  # of a latent's own scatter, at most
+WINDOWS, IMAGES = 32, 8  # batch sizes, which cost about the same
+WINDOW = 8  # side of a window in latents, of 4 pixels each
+NOISE = 0.1  # maximum noise relative to the standard deviation of latents
 FACE_WEIGHT = 6.0
 
 
 def corners(boxes: Tensor, g: torch.Generator) -> Tensor:
-    """First row and column of a window (n, 2), in latents: round the face, or anywhere."""
+    """Sample the first row and column of windows (n, 2), in latents: around the face, or anywhere."""
     span = models.SIZE // 4 - WINDOW
     anywhere = torch.randint(span + 1, (len(boxes), 2), generator=g)
     middle = (boxes[:, [1, 0]] + boxes[:, [3, 2]]) / 8 - WINDOW / 2  # 4 pixels a latent, two sides
@@ -33,7 +33,7 @@ def corners(boxes: Tensor, g: torch.Generator) -> Tensor:
 
 
 def cut(x: Tensor, corner: Tensor, scale: int) -> Tensor:
-    """Windows of (n, c, h, w), where one latent is `scale` wide."""
+    """Cut windows from (n, c, h, w), in which a latent is `scale` wide."""
     side = WINDOW * scale
     places = (corner * scale).tolist()
     return torch.stack(
@@ -41,9 +41,9 @@ def cut(x: Tensor, corner: Tensor, scale: int) -> Tensor:
     )
 
 
-def distance(drawn: Tensor, real: Tensor, weight: Tensor) -> Tensor:
-    """Return the loss of pixels and of edges."""
-    error, weight = drawn - real, weight / weight.mean()
+def distance(decoded: Tensor, real: Tensor, weight: Tensor) -> Tensor:
+    """Compute the loss of pixels and of edges."""
+    error, weight = decoded - real, weight / weight.mean()
     down, across = edges(error)
     sharp = (weight[..., 1:, :] * down).abs().mean() + (weight[..., 1:] * across).abs().mean()
     return (weight * error).abs().mean() + 0.5 * sharp
@@ -57,35 +57,35 @@ def main(window_steps: int, steps: int, work: Path, weights: Path) -> None:
     faces = [portraits.labels["face1"][i] for i in rows]
     boxes = torch.tensor([[0.0] * 4 if box is None else list(box) for box in faces])
     vae = models.load_autoencoder(weights)
-    scatter = 1 / vae.config.scaling_factor
+    std = 1 / vae.config.scaling_factor
     for part in (vae.decoder, vae.post_quant_conv):
         part.requires_grad_(True)
 
-    def pictures_and_latents(pick: Tensor, g: torch.Generator) -> tuple[Tensor, Tensor]:
-        x = restyle(to_float(portraits.pictures[rows[pick]]), g)
+    def images_and_latents(pick: Tensor, g: torch.Generator) -> tuple[Tensor, Tensor]:
+        x = restyle(to_float(portraits.images[rows[pick]]), g)
         with torch.no_grad():
             z = vae.encode(x).latent_dist.mean
         noise = NOISE * torch.rand(len(z), 1, 1, 1, generator=g)
-        return x, z + scatter * noise * torch.randn(z.shape, generator=g)
+        return x, z + std * noise * torch.randn(z.shape, generator=g)
 
     def windows_at(g: torch.Generator) -> tuple[Tensor, dict]:
         pick = torch.randint(len(rows), (WINDOWS,), generator=g)
-        x, z = pictures_and_latents(pick, g)
+        x, z = images_and_latents(pick, g)
         corner = corners(boxes[pick], g)
         x, y = cut(x, corner, 4), vae.decode(cut(z, corner, 1)).sample
-        x, y = (v[..., 4:-4, 4:-4] for v in (x, y))  # the rim lacks its neighbours
+        x, y = (v[..., 4:-4, 4:-4] for v in (x, y))  # pixels at the rim lack neighbours
         return distance(y, x, torch.ones_like(x)), {"l1": round((y - x).abs().mean().item(), 4)}
 
-    def pictures_at(g: torch.Generator) -> tuple[Tensor, dict]:
-        pick = torch.randint(len(rows), (PICTURES,), generator=g)
-        x, z = pictures_and_latents(pick, g)
+    def whole_images_at(g: torch.Generator) -> tuple[Tensor, dict]:
+        pick = torch.randint(len(rows), (IMAGES,), generator=g)
+        x, z = images_and_latents(pick, g)
         y, weight = vae.decode(z).sample, 1 + FACE_WEIGHT * masks[rows[pick]]
         return distance(y, x, weight), {"l1": round((y - x).abs().mean().item(), 4)}
 
     window = Stage(name="decoder-windows", steps=window_steps, lr=1e-3, work=work, ema=0.99)
     window.train(vae, windows_at)
     whole = Stage(name="decoder", steps=steps, lr=5e-4, work=work, ema=0.99)
-    whole.train(vae, pictures_at)
+    whole.train(vae, whole_images_at)
     metadata = {"scaling_factor": str(vae.config.scaling_factor)}
     save_half(vae, weights / "vae.safetensors", metadata)
 

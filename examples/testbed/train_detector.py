@@ -1,4 +1,4 @@
-"""The face detector, from boxes of near and far faces. About 4 minutes on 1 core."""
+"""Train the face detector on boxes of near and far faces. About 4 minutes on 1 core."""
 
 import argparse
 from pathlib import Path
@@ -8,7 +8,7 @@ import torch
 import torch.nn.functional as F
 from augment import degrade, restyle, zoom
 from data import HERE, Portraits, load_portraits
-from judging import WEIGHTS, boxes_of, conditions, pictures_of, save_judge, settle
+from judging import WEIGHTS, boxes_of, conditions, images_of, save_judge, settle
 from stage import Stage
 from torch import Tensor
 
@@ -16,12 +16,12 @@ from diffusers_fair.testbed.judges import FaceGrid, GridDetector, cell_centres
 from diffusers_fair.vision.faces import overlap
 
 BATCH = {"portrait": 44, "pair": 10, "empty": 10}
-FACELESS = 6  # portraits of a batch whose face is papered over
-NOWHERE = (-900.0, -900.0, -890.0, -890.0)  # box of a face that is not there
+FACELESS = 6  # portraits of a batch whose face is hidden
+NOWHERE = (-900.0, -900.0, -890.0, -890.0)  # box of a missing face
 
 
 def both_boxes(portraits: Portraits) -> Tensor:
-    """(n, 2, 4) boxes of the near and the far face of every picture."""
+    """Return the boxes (n, 2, 4) of the near and the far face of every image."""
     columns = [portraits.labels[c] for c in ("face1", "face2")]
     both = [
         [box if box is not None else NOWHERE for box in pair] for pair in zip(*columns, strict=True)
@@ -30,7 +30,7 @@ def both_boxes(portraits: Portraits) -> Tensor:
 
 
 def paper_over(x: Tensor, boxes: Tensor, scenes: Tensor) -> tuple[Tensor, Tensor]:
-    """Hide near faces under scenery: clothes and hair alone must not count."""
+    """Hide near faces behind scenery, so that clothes and hair alone are not detected."""
     h, w = x.shape[-2:]
     rows, columns = torch.arange(h).view(1, 1, h, 1), torch.arange(w).view(1, 1, 1, w)
     x0, y0, x1, y1 = (v.view(-1, 1, 1, 1) for v in boxes[:, 0].unbind(1))
@@ -43,8 +43,8 @@ def grid_targets(boxes: Tensor, rows: int, columns: int) -> tuple[Tensor, Tensor
 
     Args:
         boxes: (n, 2, 4), the near face first.
-        rows: of the grid.
-        columns: of the grid.
+        rows: rows of the grid.
+        columns: columns of the grid.
 
     Returns:
         (n, cells) bool, cells whose centre lies in the middle part of a face; (n, cells, 4) boxes.
@@ -55,47 +55,47 @@ def grid_targets(boxes: Tensor, rows: int, columns: int) -> tuple[Tensor, Tensor
     reach = torch.maximum((high - low) * 0.22, torch.tensor(4.01))  # at least one cell
     inside = ((points - (low + high) / 2).abs() < reach).all(-1)  # (n, 2, cells)
     near, far = inside.unbind(1)
-    own = torch.where(near[..., None], boxes[:, None, 0], boxes[:, None, 1])
-    return near | far, own
+    nearest = torch.where(near[..., None], boxes[:, None, 0], boxes[:, None, 1])
+    return near | far, nearest
 
 
 def moved(boxes: Tensor, how: Tensor, side: int) -> Tensor:
-    """Boxes (n, 2, 4) after zoom's (n, 3) factors and offsets, clipped to the picture."""
-    there = boxes[..., :1] > NOWHERE[0] / 2
+    """Move boxes (n, 2, 4) by the factors and offsets (n, 3) of `zoom`; clip them to the image."""
+    exists = boxes[..., :1] > NOWHERE[0] / 2
     new = how[:, None, :1] * boxes + how[:, 1:].repeat(1, 2)[:, None]
-    return torch.where(there, new.clamp(0, side), boxes)
+    return torch.where(exists, new.clamp(0, side), boxes)
 
 
 def flipped(boxes: Tensor, side: int) -> Tensor:
-    """Boxes (..., 4) in the mirrored picture."""
+    """Mirror boxes (..., 4)."""
     x0, y0, x1, y1 = boxes.unbind(-1)
     return torch.stack([side - x1, y0, side - x0, y1], -1)
 
 
 def measure(detector: GridDetector, portraits: Portraits) -> dict:
-    """Kind of held-out picture -> condition -> figures."""
+    """Measure the detector: kind of held-out image -> condition -> metrics."""
     found: dict[str, dict] = {}
     for kind in BATCH:
         rows = portraits.where(kind=kind, split="test")
-        x = pictures_of(portraits, rows)
+        x = images_of(portraits, rows)
         found[kind] = {}
         for name, worsen in conditions().items():
             faces = [detector(part) for part in worsen(x).split(256)]
             seen = torch.cat([f.is_face for f in faces]).float()
-            figures = {"found": round(seen.mean().item(), 4)}
+            metrics = {"found": round(seen.mean().item(), 4)}
             if kind != "empty":
                 fit = overlap(torch.cat([f.boxes for f in faces]), boxes_of(portraits, rows))
-                figures |= {
+                metrics |= {
                     "fit": round(fit.mean().item(), 3),
                     "fit above .5": round((fit > 0.5).float().mean().item(), 4),
                 }
             if kind == "portrait" and name == "sharp":
                 groups = portraits.labels["race1"][rows]
-                figures["by race"] = {
+                metrics["by race"] = {
                     str(r): round(seen[torch.from_numpy(groups == r)].mean().item(), 4)
                     for r in np.unique(groups)
                 }
-            found[kind][name] = figures
+            found[kind][name] = metrics
     return found
 
 
@@ -110,7 +110,7 @@ def main(steps: int, work: Path, out: Path) -> None:
         pick = torch.cat(
             [rows[k][torch.randint(len(rows[k]), (n,), generator=g)] for k, n in BATCH.items()]
         )
-        x, at = pictures_of(portraits, pick), boxes[pick].clone()
+        x, at = images_of(portraits, pick), boxes[pick].clone()
         x[:FACELESS], at[:FACELESS] = paper_over(x[:FACELESS], at[:FACELESS], x[-FACELESS:])
         x, how = zoom(x, g)
         at = moved(at, how, x.shape[-1])
@@ -123,11 +123,11 @@ def main(steps: int, work: Path, out: Path) -> None:
     def loss_at(g: torch.Generator) -> tuple[Tensor, dict]:
         x, at = batch(g)
         logits, guess = network(x)
-        face, own = grid_targets(at, 8, 8)
+        face, nearest = grid_targets(at, 8, 8)
         score = F.binary_cross_entropy_with_logits(logits, face.float(), reduction="none")
         hard = (face.float() - logits.sigmoid()).detach().abs()  # focal weight
         score = (hard.square() * score).sum() / face.sum().clamp(min=1)
-        fit = 1 - overlap(guess[face], own[face]).mean()
+        fit = 1 - overlap(guess[face], nearest[face]).mean()
         return score + fit, {"score": round(score.item(), 4), "fit": round(fit.item(), 4)}
 
     Stage(name="detector", steps=steps, lr=3e-3, work=work).train(network, loss_at)

@@ -1,4 +1,4 @@
-"""The image encoder without labels: two views of one picture agree, of two pictures differ.
+"""Train the image encoder without labels, by contrasting views of the same and other images.
 
 About 6 minutes on 1 core.
 """
@@ -11,7 +11,7 @@ import torch
 import torch.nn.functional as F
 from augment import degrade, mirror, restyle, zoom
 from data import HERE, Portraits, load_portraits
-from judging import COLUMNS, WEIGHTS, conditions, in_batches, pictures_of, save_judge
+from judging import COLUMNS, WEIGHTS, conditions, images_of, in_batches, save_judge
 from stage import Stage
 from torch import Tensor
 
@@ -19,19 +19,19 @@ from diffusers_fair.testbed import judges
 from diffusers_fair.testbed.models import SIZE
 from diffusers_fair.vision.encoders import DinoEncoder, Pixels
 
-BATCH = 40  # pictures; two views each
+BATCH = 40  # images, with two views each
 TEMPERATURE = 0.15
 
 
 def view(x: Tensor, g: torch.Generator) -> Tensor:
-    """Pictures (n, 3, h, h), each zoomed, moved, mirrored, recoloured and softened its own way."""
+    """Augment images (n, 3, h, h), each differently: zoom, move, mirror, recolour and soften."""
     x = zoom(mirror(x, g), g, scale=1.3, shift=0.12)[0]
     mixed = torch.randperm(len(x), generator=g)
     return degrade(restyle(x[mixed], g, 0.06), g)[mixed.argsort()]
 
 
 def instance_loss(a: Tensor, b: Tensor, temperature: float) -> tuple[Tensor, Tensor]:
-    """Find the other view of each picture among all views (InfoNCE); a and b (n, d) of length 1.
+    """Find the other view of each image among all views (InfoNCE); a and b (n, d) of length 1.
 
     Returns:
         The loss and the share of views whose other view is the nearest.
@@ -43,7 +43,7 @@ def instance_loss(a: Tensor, b: Tensor, temperature: float) -> tuple[Tensor, Ten
 
 
 def neighbours(features: Tensor, bank: Tensor, truth: np.ndarray, bank_truth: np.ndarray) -> float:
-    """Share of pictures whose 10 nearest of the bank vote for their class."""
+    """Compute the accuracy of a vote of the 10 nearest neighbours in the bank."""
     near = (features @ bank.T).topk(10, 1).indices
     names = sorted(set(bank_truth))
     numbers = torch.tensor([names.index(v) for v in bank_truth])
@@ -52,27 +52,27 @@ def neighbours(features: Tensor, bank: Tensor, truth: np.ndarray, bank_truth: np
 
 
 def measure(encoder: DinoEncoder, portraits: Portraits) -> dict:
-    """Nearest neighbours and typical cosines on held-out portraits."""
+    """Measure nearest-neighbour accuracy and typical cosines on held-out portraits."""
     rows = portraits.where(kind="portrait", split="test")
     bank_rows = portraits.where(kind="portrait", split="train")[:4000]
-    x = pictures_of(portraits, rows)
-    features, bank = in_batches(encoder, x), in_batches(encoder, pictures_of(portraits, bank_rows))
+    x = images_of(portraits, rows)
+    features, bank = in_batches(encoder, x), in_batches(encoder, images_of(portraits, bank_rows))
     at = portraits.labels
     columns = {"family": "family", **COLUMNS}
-    figures: dict = {
+    metrics: dict = {
         n: neighbours(features, bank, at[c][rows], at[c][bank_rows]) for n, c in columns.items()
     }
     g = torch.Generator().manual_seed(3)
-    figures["cosine of two views"] = round(
+    metrics["cosine of two views"] = round(
         (in_batches(encoder, view(x, g)) * features).sum(1).mean().item(), 3
     )
-    figures["cosine of two pictures"] = round(
+    metrics["cosine of two pictures"] = round(
         (features[:700] @ features[700:1400].T).mean().item(), 3
     )
     for name, worsen in conditions().items():
         cosine = (in_batches(encoder, worsen(x)) * features).sum(1).mean()
-        figures[f"cosine with itself {name}"] = round(cosine.item(), 3)
-    return figures
+        metrics[f"cosine with itself {name}"] = round(cosine.item(), 3)
+    return metrics
 
 
 def main(steps: int, work: Path, out: Path) -> None:
@@ -83,7 +83,7 @@ def main(steps: int, work: Path, out: Path) -> None:
     encoder = DinoEncoder(model, Pixels(SIZE))
 
     def loss_at(g: torch.Generator) -> tuple[Tensor, dict]:
-        x = pictures_of(portraits, rows[torch.randint(len(rows), (BATCH,), generator=g)])
+        x = images_of(portraits, rows[torch.randint(len(rows), (BATCH,), generator=g)])
         a, b = encoder(torch.cat([view(x, g), view(x, g)])).chunk(2)
         loss, right = instance_loss(a, b, TEMPERATURE)
         return loss, {"right": round(right.item(), 3)}

@@ -1,4 +1,4 @@
-"""The face embedder: two views of one face agree, of two faces differ, and classes can be read off.
+"""Train the face embedder by contrasting views of the same and other faces, and by classification.
 
 About 4 minutes on 1 core.
 """
@@ -17,9 +17,9 @@ from judging import (
     class_numbers,
     conditions,
     half,
+    images_of,
     in_batches,
     jittered_chips,
-    pictures_of,
     save_judge,
     settle,
     training_chips,
@@ -31,13 +31,13 @@ from train_dino import instance_loss, neighbours
 from diffusers_fair.testbed import judges
 from diffusers_fair.vision.encoders import NetworkEncoder, Pixels
 
-BATCH = 64  # faces; two views each
+BATCH = 64  # faces, with two views each
 TEMPERATURE = 0.15
-READING = 0.2  # weight of the classes against telling faces apart
+READING = 0.2  # weight of classification relative to distinguishing faces
 
 
 class Trainee(nn.Module):
-    """The network and, only for training, one linear reader for each attribute."""
+    """The network and, only for training, a linear classifier for each attribute."""
 
     def __init__(self) -> None:
         super().__init__()
@@ -48,31 +48,31 @@ class Trainee(nn.Module):
 
 
 def measure(encoder: NetworkEncoder, portraits: Portraits) -> dict:
-    """Held-out faces: is the nearest the same face seen worse, and what are typical cosines?"""
+    """Measure retrieval of degraded held-out faces, and typical cosines."""
     rows, bank_rows = (
         portraits.where(kind="portrait", split="test"),
         half(portraits, odd=False)[:3000],
     )
     g = torch.Generator().manual_seed(5)
-    x, boxes = pictures_of(portraits, rows), boxes_of(portraits, rows)
+    x, boxes = images_of(portraits, rows), boxes_of(portraits, rows)
     features = in_batches(encoder, jittered_chips(x, boxes, g, 0.0))
     bank_chips = jittered_chips(
-        pictures_of(portraits, bank_rows), boxes_of(portraits, bank_rows), g, 0.0
+        images_of(portraits, bank_rows), boxes_of(portraits, bank_rows), g, 0.0
     )
     bank, at = in_batches(encoder, bank_chips), portraits.labels
-    figures: dict = {
+    metrics: dict = {
         n: neighbours(features, bank, at[c][rows], at[c][bank_rows]) for n, c in COLUMNS.items()
     }
-    figures["cosine of two faces"] = round((features[:700] @ features[700:1400].T).mean().item(), 3)
+    metrics["cosine of two faces"] = round((features[:700] @ features[700:1400].T).mean().item(), 3)
     for name, worsen in conditions().items():
         seen = in_batches(encoder, jittered_chips(worsen(x), boxes, g, 0.05))
         cosines = seen @ features.T
         same = (cosines.argmax(1) == torch.arange(len(rows))).float().mean()
-        figures[name] = {
+        metrics[name] = {
             "found again among 1536": round(same.item(), 3),
             "cosine": round(cosines.diag().mean().item(), 3),
         }
-    return figures
+    return metrics
 
 
 def main(steps: int, work: Path, out: Path) -> None:
@@ -85,7 +85,7 @@ def main(steps: int, work: Path, out: Path) -> None:
 
     def views(g: torch.Generator) -> tuple[Tensor, Tensor]:
         pick = torch.randint(len(rows), (BATCH,), generator=g)
-        x = pictures_of(portraits, rows[pick])
+        x = images_of(portraits, rows[pick])
         both = torch.cat([training_chips(x, boxes[pick], g) for _ in range(2)])
         return both.contiguous(memory_format=torch.channels_last), pick
 

@@ -1,7 +1,7 @@
-"""Stage 2: the text encoder, from captions and the labels of their pictures. About 10 minutes on 2 cores.
+"""Stage 2: train the text encoder on captions and labels. About 10 minutes on 2 cores.
 
-Predicting who, where and in which style from the caption gives embeddings in which the words already
-mean something; the U-Net then learns to draw it. Only the rows of tokens that occur are trained.
+The text encoder predicts from a caption who is shown, where and in which style, so its embeddings
+already carry the meaning of words when the U-Net is trained. Only tokens that occur are trained.
 """
 
 import argparse
@@ -10,14 +10,14 @@ from pathlib import Path
 import numpy as np
 import torch
 import torch.nn.functional as F
-from captions import Caption, draw_caption, every_text
+from captions import Caption, every_text, sample_caption
 from data import HERE, STYLES
 from stage import Stage
 from torch import Tensor, nn
 
 from diffusers_fair.testbed import models, world
 from diffusers_fair.testbed.tokenizer import tokenizer
-from diffusers_fair.testbed.vocabulary import pack, rows
+from diffusers_fair.testbed.vocabulary import pack, table_rows
 
 BATCH = 128
 HEADS = {
@@ -38,13 +38,13 @@ class Reader(nn.Module):
         self.heads = nn.ModuleDict({k: nn.Linear(models.WIDTH, len(v)) for k, v in HEADS.items()})
 
     def forward(self, ids: Tensor) -> dict[str, Tensor]:
-        """(n, L) token ids -> label -> (n, classes) logits, read at the last token."""
-        hidden = self.text_encoder(rows(self.used, ids)).last_hidden_state  # (n, L, d)
+        """Predict label -> logits (n, classes) from token ids (n, L), at the last token."""
+        hidden = self.text_encoder(table_rows(self.used, ids)).last_hidden_state  # (n, L, d)
         return {k: head(hidden[:, -1]) for k, head in self.heads.items()}
 
 
 def label_rows(captions: list[Caption], g: np.random.Generator) -> dict[str, Tensor]:
-    """Label -> (n,) class numbers, -1 where the caption's picture has no such label."""
+    """Map labels to class indices (n,); -1 if the caption's image has no such label."""
     values = {
         "kind": [c.kind for c in captions],
         "style": [c.style for c in captions],
@@ -63,16 +63,16 @@ def main(steps: int, work: Path, out: Path) -> None:
     reader = Reader(used)
 
     def loss_at(g: torch.Generator) -> tuple[Tensor, dict]:
-        draw = np.random.default_rng(g.initial_seed())
-        captions = [draw_caption(draw) for _ in range(BATCH)]
+        rng = np.random.default_rng(g.initial_seed())
+        captions = [sample_caption(rng) for _ in range(BATCH)]
         texts = [c.text for c in captions]
-        # one or more padding tokens behind the text: the pipeline pads with the end token as well
+        # with some padding tokens, because the pipeline pads with the end token
         longest = max(len(i) for i in tokenize(texts, truncation=True).input_ids)
-        length = min(models.TOKENS, longest + int(draw.integers(0, 4)))
+        length = min(models.TOKENS, longest + int(rng.integers(0, 4)))
         ids = tokenize(
             texts, padding="max_length", max_length=length, truncation=True, return_tensors="pt"
         ).input_ids
-        logits, labels = reader(ids), label_rows(captions, draw)
+        logits, labels = reader(ids), label_rows(captions, rng)
         losses = {k: F.cross_entropy(logits[k], labels[k], ignore_index=-1) for k in HEADS}
         return sum(losses.values()), {k: round(v.item(), 3) for k, v in losses.items()}
 

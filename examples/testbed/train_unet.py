@@ -1,8 +1,7 @@
-"""Stage 3: the U-Net, from the latents of all training pictures and their captions. About 45 minutes on 2 cores.
+"""Stage 3: train the U-Net on latents and captions of all training images. 57 minutes on 2 cores.
 
-The last part, 12 minutes more, has more captions that name attributes, so that words are obeyed.
-
-The text encoder of stage 2 stays as it is, as in Stable Diffusion.
+The last 12 minutes have more captions that name attributes, so that images follow the words. The
+text encoder of stage 2 is frozen, as in Stable Diffusion.
 """
 
 import argparse
@@ -10,7 +9,7 @@ from pathlib import Path
 
 import numpy as np
 import torch
-from captions import KINDS, KINDS_LAST, Rows, draw_caption
+from captions import KINDS, KINDS_LAST, Rows, sample_caption
 from data import HERE, STYLES, load_portraits, to_float
 from diffusers import AutoencoderKL, DDPMScheduler
 from stage import Stage, save_half
@@ -20,21 +19,21 @@ from diffusers_fair.testbed import models
 from diffusers_fair.testbed.tokenizer import tokenizer
 
 BATCH = 64
-MIN_SNR = 5.0  # Hang et al. 2023: steps of little noise count less
+MIN_SNR = 5.0  # Hang et al., 2023: gives steps of little noise less weight
 
 
 @torch.no_grad()
-def latents_of(vae: AutoencoderKL, pictures: Tensor, file: Path) -> dict[str, Tensor]:
-    """'style' or 'style mirrored' -> (n, 4, 16, 16) latents; kept on disk."""
+def latents_of(vae: AutoencoderKL, images: Tensor, file: Path) -> dict[str, Tensor]:
+    """Compute 'style' or 'style mirrored' -> latents (n, 4, 16, 16), or read them from disk."""
     if file.exists():
         return torch.load(file, weights_only=True)
     table = {}
-    for style, draw in STYLES.items():
+    for style, restyle in STYLES.items():
         for suffix, turn in (("", lambda x: x), (" mirrored", lambda x: x.flip(-1))):
             if style != "photo" and suffix:
                 continue
             parts = [
-                vae.encode(turn(draw(to_float(x)))).latent_dist.mean for x in pictures.split(128)
+                vae.encode(turn(restyle(to_float(x)))).latent_dist.mean for x in images.split(128)
             ]
             table[style + suffix] = torch.cat(parts) * vae.config.scaling_factor
     torch.save(table, file)
@@ -45,13 +44,13 @@ def main(steps: int, word_steps: int, work: Path, weights: Path) -> None:
     torch.manual_seed(0)
     portraits = load_portraits()
     rows = Rows(portraits)
-    table = latents_of(models.load_autoencoder(weights), portraits.pictures, work / "latents.pt")
+    table = latents_of(models.load_autoencoder(weights), portraits.images, work / "latents.pt")
     encode = models.load_text_encoder(weights)
     unet = models.unet()
     noise = DDPMScheduler(**models.NOISE)
     snr = noise.alphas_cumprod / (1 - noise.alphas_cumprod)  # (1000,)
 
-    known: dict[str, Tensor] = {}  # text -> (77, d); frozen, so worth keeping: some 20,000, 0.8 GB
+    known: dict[str, Tensor] = {}  # text -> embedding (77, d): some 20,000, 0.8 GB
 
     @torch.no_grad()
     def embed(texts: list[str]) -> Tensor:
@@ -64,12 +63,12 @@ def main(steps: int, word_steps: int, work: Path, weights: Path) -> None:
         return torch.stack([known[text] for text in texts])  # (n, 77, d)
 
     def loss_at(g: torch.Generator, kinds: dict[str, float]) -> tuple[Tensor, dict]:
-        draw = np.random.default_rng(g.initial_seed())
-        captions = [draw_caption(draw, kinds) for _ in range(BATCH)]
+        rng = np.random.default_rng(g.initial_seed())
+        captions = [sample_caption(rng, kinds) for _ in range(BATCH)]
         prompt = embed([c.text for c in captions])
-        mirrored = lambda c: " mirrored" if c.style == "photo" and draw.random() < 0.5 else ""  # noqa: E731
-        z = torch.stack([table[c.style + mirrored(c)][rows.draw(c, draw)] for c in captions])
-        # spread evenly over time: less scatter than independent draws
+        mirrored = lambda c: " mirrored" if c.style == "photo" and rng.random() < 0.5 else ""  # noqa: E731
+        z = torch.stack([table[c.style + mirrored(c)][rows.sample(c, rng)] for c in captions])
+        # stratified over time: less variance than independent samples
         t = ((torch.arange(BATCH) + torch.rand(BATCH, generator=g)) * (1000 / BATCH)).long()
         e = torch.randn(z.shape, generator=g)
         error = (unet(noise.add_noise(z, e, t), t, prompt).sample - e).square().mean((1, 2, 3))

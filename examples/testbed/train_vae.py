@@ -1,6 +1,6 @@
-"""Stage 1: the autoencoder, from all training pictures in every style. About 35 minutes on 2 cores.
+"""Stage 1: train the autoencoder on all training images in every style. 35 minutes on 2 cores.
 
-First every pixel counts the same; then faces, which are a tenth of the picture, count more.
+At first all pixels have the same weight; then faces, a tenth of an image, have a higher weight.
 """
 
 import argparse
@@ -20,13 +20,13 @@ FACE_WEIGHT = 6.0
 
 
 def edges(x: Tensor) -> tuple[Tensor, Tensor]:
-    """Differences of neighbouring pixels, down and across."""
+    """Return the differences of neighbouring pixels, vertical and horizontal."""
     return x.diff(dim=-2), x.diff(dim=-1)
 
 
 def face_masks(portraits: Portraits) -> Tensor:
-    """(n, 1, 64, 64) bool, inside the face boxes."""
-    masks = torch.zeros(len(portraits.pictures), 1, models.SIZE, models.SIZE, dtype=torch.bool)
+    """Return masks (n, 1, 64, 64) of the face boxes."""
+    masks = torch.zeros(len(portraits.images), 1, models.SIZE, models.SIZE, dtype=torch.bool)
     for column in ("face1", "face2"):
         for i, box in enumerate(portraits.labels[column]):
             if box is not None:
@@ -36,16 +36,16 @@ def face_masks(portraits: Portraits) -> Tensor:
 
 
 def restyle(x: Tensor, g: torch.Generator) -> Tensor:
-    """Draw some of the pictures in another style."""
+    """Change the style of some images, chosen at random."""
     style = torch.multinomial(STYLE_ODDS, len(x), replacement=True, generator=g)
-    drawn = [draw(x) for draw in STYLES.values()]
-    return torch.stack([drawn[s][i] for i, s in enumerate(style.tolist())])
+    styled = [apply(x) for apply in STYLES.values()]
+    return torch.stack([styled[s][i] for i, s in enumerate(style.tolist())])
 
 
-def centre(vae: AutoencoderKL, pictures: Tensor) -> None:
-    """Move the latents' mean to 0 (Stable Diffusion 1.x knows a scale, no shift) and record their scale."""
+def centre(vae: AutoencoderKL, images: Tensor) -> None:
+    """Centre the latents (Stable Diffusion 1.x has a scaling factor but no shift); record their scale."""
     with torch.no_grad():
-        means = vae.encode(pictures).latent_dist.mean  # (n, 4, 16, 16)
+        means = vae.encode(images).latent_dist.mean  # (n, 4, 16, 16)
         shift = means.mean((0, 2, 3))
         vae.post_quant_conv.bias += vae.post_quant_conv.weight[:, :, 0, 0] @ shift
         vae.quant_conv.bias[: len(shift)] -= shift
@@ -62,7 +62,7 @@ def main(steps: int, face_steps: int, work: Path, out: Path) -> None:
 
     def loss_at(g: torch.Generator, face_weight: float) -> tuple[Tensor, dict]:
         pick = rows[torch.randint(len(rows), (BATCH,), generator=g)]
-        x, weight = restyle(to_float(portraits.pictures[pick]), g), 1 + face_weight * masks[pick]
+        x, weight = restyle(to_float(portraits.images[pick]), g), 1 + face_weight * masks[pick]
         if torch.rand((), generator=g) < 0.5:
             x, weight = x.flip(-1), weight.flip(-1)
         x = x.contiguous(memory_format=torch.channels_last)
@@ -82,7 +82,7 @@ def main(steps: int, face_steps: int, work: Path, out: Path) -> None:
     Stage(name="vae", steps=steps, lr=2e-3, work=work).train(vae, lambda g: loss_at(g, 0.0))
     faces = Stage(name="vae-faces", steps=face_steps, lr=1e-3, work=work)
     faces.train(vae, lambda g: loss_at(g, FACE_WEIGHT))
-    centre(vae, to_float(portraits.pictures[rows[:512]]))
+    centre(vae, to_float(portraits.images[rows[:512]]))
     save_half(vae, out / "vae.safetensors", {"scaling_factor": str(vae.config.scaling_factor)})
 
 

@@ -1,4 +1,4 @@
-"""CLIP's tokenizer in the transformers layout, from the byte-pair list in open_clip. Seconds.
+"""Write CLIP's tokenizer in the format of transformers, from the byte-pair encoding in open_clip.
 
 python examples/testbed/write_tokenizer.py
 """
@@ -19,7 +19,7 @@ SPECIAL = (
 
 
 def clip_tokenizer() -> CLIPTokenizer:
-    """As Stable Diffusion 1.x ships it: 77 tokens, filled up with the end token 49407."""
+    """Create the tokenizer of Stable Diffusion 1.x: 77 tokens, padded with the end token 49407."""
     bpe = SimpleTokenizer()
     names = sorted(bpe.encoder, key=bpe.encoder.__getitem__)
     names[-2:] = SPECIAL
@@ -31,7 +31,7 @@ def clip_tokenizer() -> CLIPTokenizer:
 def main(out: Path) -> None:
     tokenizer = clip_tokenizer()
     tokenizer.save_pretrained(out)
-    (out / "tokenizer.json").unlink()  # 3.6 MB; the two files below say the same in 1.4 MB
+    (out / "tokenizer.json").unlink()  # 3.6 MB; the two files below have the same content in 1.4 MB
     tokenizer.backend_tokenizer.model.save(str(out))  # vocab.json, merges.txt
     print({file.name: file.stat().st_size for file in sorted(out.iterdir())})
 

@@ -136,7 +136,7 @@ def test_figures_are_the_report_s(adapter, report):
     )
     assert f" | {hue['floor']:.3f} |" in text
     corrected = figures["corrected"]["hue"]["mean"]
-    assert f"| — classifier's errors corrected | - | {corrected:.3f} ± " in text
+    assert f"| — classifier errors corrected | - | {corrected:.3f} ± " in text
     assert "accuracy on held-out images, mean over classes: 90.0% (hue)." in text
     assert "| hue | red | 0.333 | 1.000 ± 0.000 | 0.333 ± 0.000 |" in text
     assert "| tone | dark | 0.750 | 0.500 ± 0.000 | 0.500 ± 0.000 |" in text
@@ -144,7 +144,7 @@ def test_figures_are_the_report_s(adapter, report):
         "2 prompts, 12 images (12 with a face), 1 steps, guidance 1.0, seed 0, on 2031-05-06"
         in (text)
     )
-    assert "The deviation from target measures the distance" in text
+    assert "The deviation from target is the same measure, but" in text
 
 
 def add_groups(report, obeyed):
@@ -263,13 +263,13 @@ def test_what_is_corrected_stands_below_its_bias(adapter, report):
     write_card(adapter, report)
     heads = [line.split(" | ")[0] for line in text_of(adapter).splitlines()]
     tones = heads[heads.index("| bias, tone") : heads.index("| deviation from target, tone")]
-    assert tones[1:] == ["| — without sampling variance", "| — classifier's errors corrected"]
+    assert tones[1:] == ["| — without sampling variance", "| — classifier errors corrected"]
 
 
 def test_without_a_report_it_says_so(adapter):
     write_card(adapter)
     text = text_of(adapter)
-    assert "Not evaluated yet: `diffusers-fair evaluate` measures it" in text
+    assert "Not evaluated yet. `diffusers-fair evaluate` evaluates the adapter" in text
     assert ModelCard.load(adapter / "README.md").data.eval_results is None
     assert "| attribute | class | target |\n" in text
     assert "The cost was not recorded" in text
@@ -289,7 +289,7 @@ def test_what_a_classifier_sees_and_who_counts(tmp_path):
     assert f"{said}only the largest is counted.\n" in texts["faces"]
     assert "assigns them to a face.\n" in texts["faces"]
     assert f"{said}every one is counted.\n" in texts["crowds"]
-    assert "assigns them to a face or, of sky, to the whole image.\n" in texts["crowds"]
+    assert "assigns them to a face or, for sky, to the whole image.\n" in texts["crowds"]
     assert said not in texts["whole"]
 
 
@@ -305,7 +305,7 @@ def test_the_card_says_which_faces_obey(recipe, said, tmp_path, report):
     add_groups(report, obeyed=0.75)
     write_card(folder, report)
     assert said in text_of(folder)
-    assert "those of the kept prompts that the adapter was trained with" in text_of(folder)
+    assert "occur in the kept prompts that the adapter was trained with" in text_of(folder)
 
 
 def test_a_report_without_a_base_shows_gaps(adapter, report):
@@ -371,7 +371,7 @@ def test_the_sheet_of_prompts_that_leave_nothing_to_change_is_shown(adapter, rep
     (report / GROUPS_SHEET).write_bytes(b"sheet")
     write_card(adapter, report)
     assert (adapter / "samples" / GROUPS_SHEET).read_bytes() == b"sheet"
-    assert "![Prompts that leave nothing to change: the same noise" in text_of(adapter)
+    assert "![Control prompts: the same noise" in text_of(adapter)
 
 
 def test_a_link_is_replaced_and_not_followed(adapter, report, tmp_path):
@@ -395,10 +395,13 @@ def test_a_link_is_replaced_and_not_followed(adapter, report, tmp_path):
         (put(["settings"], 3), "is damaged or of another version: 'int'"),
         (
             put(["settings", "attributes", 0, "classes", 0], "pink"),
-            "balances 'hue' with the classes .'red', .*, and the report evaluated .*: evaluate the",
+            "balances 'hue' with the classes .'red', .*, but the report evaluated .*: evaluate the",
         ),
-        (put(["summary", "bias", "hue"], 3), "its evaluation cannot be shown .*: write the card"),
-        (put(["summary", "scores"], None), "its evaluation cannot be shown"),
+        (
+            put(["summary", "bias", "hue"], 3),
+            "evaluation stored in the adapter cannot be shown .*: write the card",
+        ),
+        (put(["summary", "scores"], None), "evaluation stored in the adapter cannot be shown"),
         (
             put(["groups"], {"named": {"summary": {}}}),
             "damaged or of another version: 'prompts'|'ob",
@@ -422,7 +425,7 @@ def test_no_report_and_no_adapter(adapter, tmp_path):
 
 def test_what_an_adapter_says_may_be_anything(adapter):
     edit(adapter, put(["evaluation"], {"after": 3}))
-    with pytest.raises(ValueError, match=r"cannot be shown .*: write the card with its report"):
+    with pytest.raises(ValueError, match=r"cannot be shown .*: write the card again with"):
         write_card(adapter)
 
 

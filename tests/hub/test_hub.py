@@ -245,7 +245,7 @@ def test_a_token_that_may_not_write(hub, folder):
 
 def test_a_repository_that_cannot_be_read(hub, folder):
     foreign(hub, private=True)
-    refused(hub, "a repository of that name is there", folder, token=hub.READER)
+    refused(hub, "the repository exists but the token may not read it", folder, token=hub.READER)
 
 
 def test_a_repository_with_something_else(hub, folder):
@@ -278,7 +278,7 @@ def test_somebody_else_commits_meanwhile(hub, folder):
     (folder / "report.json").write_text('{"images": 3}')
     repo = hub.repos["org/fair"]
     hub.fail("preupload", lambda: repo.commit("main", {"theirs": File(b"")}, "Theirs"))
-    with pytest.raises(ValueError, match="somebody else changed it meanwhile"):
+    with pytest.raises(ValueError, match="somebody else has changed it in the meantime"):
         push_adapter(folder, "org/fair")
     assert hub.files("org/fair") == {"theirs": b""}
 
@@ -286,25 +286,27 @@ def test_somebody_else_commits_meanwhile(hub, folder):
 def test_somebody_else_makes_the_repository_meanwhile(hub, folder):
     """It is not taken for one's own and deleted."""
     hub.fail("create", lambda: foreign(hub))
-    with pytest.raises(ValueError, match="a repository of that name is there"):
+    with pytest.raises(ValueError, match="the repository exists but the token may not read it"):
         push_adapter(folder, "org/fair")
     assert hub.repos["org/fair"].messages.popitem()[1] == "theirs"
 
 
 def test_too_many_requests(hub, folder, waits):
     hub.fail("preupload", 429, times=99)
-    refused(hub, "too many requests: push again in some minutes; nothing on the Hub", folder)
+    refused(hub, "too many requests: push again in a few minutes; nothing on the Hub", folder)
     assert waits == [1, 2, 4, 8, 8]
 
 
 def test_offline(hub, folder, monkeypatch):
     monkeypatch.setattr(constants, "HF_HUB_OFFLINE", True)
-    refused(hub, "switched off by HF_HUB_OFFLINE; nothing on the Hub was changed", folder)
+    refused(hub, "HF_HUB_OFFLINE is set; nothing on the Hub was changed", folder)
 
 
 def test_no_network(hub, folder, monkeypatch):
     monkeypatch.setattr(constants, "ENDPOINT", "http://127.0.0.1:9")
-    refused(hub, "cannot be reached .*ConnectError.*; nothing on the Hub was changed", folder)
+    refused(
+        hub, "connection to the Hub failed .*ConnectError.*; nothing on the Hub was changed", folder
+    )
 
 
 # ---- faults at every call ------------------------------------------------------------------------
@@ -353,7 +355,7 @@ def outcome(hub, folder, options, branch) -> str:
         assert hub.state() == before
         return "unchanged"
     if problem:
-        assert problem.endswith("that was asked for may be there: look at it, or push again")
+        assert problem.endswith("was created is not known: check the Hub, or push again")
         return "unknown"
     assert hub.files("org/fair", branch) == contents(folder)
     return "done"
@@ -483,7 +485,7 @@ def test_the_command(hub, folder, monkeypatch, capsys):
     said = capsys.readouterr().out
     size = (folder / "pytorch_lora_weights.safetensors").stat().st_size
     assert f"{size:,} bytes  pytorch_lora_weights.safetensors" in said
-    assert "nothing has been pushed" in said
+    assert "dry run: nothing was pushed to org/" in said
     assert not hub.asked
 
     words = ["push", folder, "org/fair", "--private", "--message", "Mine", "--token", hub.TOKEN]
@@ -495,7 +497,7 @@ def test_the_command(hub, folder, monkeypatch, capsys):
     assert repo.private
     assert "Mine" in repo.messages.values()
     assert command(monkeypatch, *words) == 0
-    assert "org/fair has all of it already: nothing to push" in capsys.readouterr().out
+    assert "nothing to push: org/fair is up to date" in capsys.readouterr().out
 
     (folder / "samples" / "pairs.png").rename(folder / "samples" / "others.png")
     assert command(monkeypatch, *words, "--pull-request") == 0
@@ -511,7 +513,9 @@ def test_the_command_says_why_not(hub, folder, monkeypatch, capsys):
     hub.fail("commit", 503)
     assert command(monkeypatch, "push", folder, "org/fair") == 2
     said = capsys.readouterr().err
-    assert said.startswith("diffusers-fair: 'org/fair' was not pushed: the Hub has trouble")
+    assert said.startswith(
+        "diffusers-fair: 'org/fair' was not pushed: the Hub has an internal error"
+    )
     assert said.endswith("; nothing on the Hub was changed\n")
     assert not hub.repos
 

@@ -11,15 +11,15 @@ from tiny import pipeline
 from diffusers_fair.attributes import Attribute
 from diffusers_fair.baselines import BASELINES, ChangedPipeline, Task, Wording, baseline
 from diffusers_fair.baselines.attribute_words import AttributeWords
-from diffusers_fair.baselines.concept_algebra import ConceptAlgebra, transferred
-from diffusers_fair.baselines.debias_vl import DebiasVL, calibration, last_tokens, pairs
+from diffusers_fair.baselines.concept_algebra import ConceptAlgebra, _transferred
+from diffusers_fair.baselines.debias_vl import DebiasVL, _last_tokens, calibration, pairs
 from diffusers_fair.baselines.ethical_intervention import EthicalIntervention
 from diffusers_fair.baselines.fair_diffusion import FairDiffusion, directions
 from diffusers_fair.baselines.uce import (
     UCE,
-    class_shares,
-    closed_form,
-    open_gaps,
+    _class_shares,
+    _closed_form,
+    _open_gaps,
     shifts,
 )
 from diffusers_fair.evaluation.generate import generate
@@ -243,14 +243,14 @@ def test_pairs_differ_in_the_words_alone():
 def test_last_tokens_are_the_text_encoders_own(pipe):
     ids = pipe.tokenizer(["a cook"], padding="max_length", return_tensors="pt").input_ids
     hidden = pipe.text_encoder(ids)[0][0, 6]  # start, five letters, end
-    found = last_tokens(pipe, ["a cook", "a judge", "a cook"], batch=1)
+    found = _last_tokens(pipe, ["a cook", "a judge", "a cook"], batch=1)
     assert torch.allclose(found[0], hidden, atol=1e-6)
     assert torch.equal(found[0], found[2])
 
 
 def test_debias_vl_projects_the_prompt_and_not_the_negative_one(pipe):
     images = draw(DebiasVL().apply(pipe, task(TONE)), ["a cook"], [5])
-    first, second = (last_tokens(pipe, texts).double() for texts in pairs(PROMPTS, [TONE]))
+    first, second = (_last_tokens(pipe, texts).double() for texts in pairs(PROMPTS, [TONE]))
     gaps = first / first.norm(dim=1)[:, None] - second / second.norm(dim=1)[:, None]
     embeddings, negative = pipe.encode_prompt(["a cook"], "cpu", 1, True)
     by_hand = pipe(
@@ -270,7 +270,7 @@ def test_debias_vl_projects_the_prompt_and_not_the_negative_one(pipe):
 def test_two_phrases_span_one_direction():
     """Algorithm 2 of the paper, for the even mixture: s - <s - m, u> u."""
     s, a, b = torch.randn(3, 2, 4, 3, 3, dtype=torch.float64, generator=generators(1)[0])
-    found = transferred(s, torch.stack([a, b]), torch.tensor([0.5, 0.5], dtype=torch.float64))
+    found = _transferred(s, torch.stack([a, b]), torch.tensor([0.5, 0.5], dtype=torch.float64))
     for i in range(2):
         u = (b[i] - a[i]) / (b[i] - a[i]).norm()
         expected = s[i] - ((s[i] - (a[i] + b[i]) / 2) * u).sum() * u
@@ -282,7 +282,7 @@ def test_only_the_concept_is_replaced():
     s = torch.randn(2, 4, 3, 3, generator=g, dtype=torch.float64)
     phrases = torch.randn(4, 2, 4, 3, 3, generator=g, dtype=torch.float64)
     shares = torch.tensor([0.1, 0.2, 0.3, 0.4], dtype=torch.float64)
-    found = transferred(s, phrases, shares)
+    found = _transferred(s, phrases, shares)
     mean = torch.einsum("k,knchw->nchw", shares, phrases)
     basis = (phrases[1:] - phrases[:1]).flatten(2)  # (3, n, D)
     for i in range(2):
@@ -290,7 +290,7 @@ def test_only_the_concept_is_replaced():
         outside = s[i].flatten() - found[i].flatten()
         left = torch.linalg.lstsq(basis[:, i].T, outside[:, None]).solution
         assert (basis[:, i].T @ left - outside[:, None]).abs().max() < 1e-9
-    again = transferred(found, phrases, shares)
+    again = _transferred(found, phrases, shares)
     assert torch.allclose(again, found, atol=1e-9)
 
 
@@ -305,7 +305,7 @@ def test_concept_algebra_edits_the_prompts_score_at_every_step(pipe, scale):
     pipe.scheduler.set_timesteps(1)
     t = pipe.scheduler.timesteps[0]
     u, s, *concept = pipe.unet(noise.expand(4, -1, -1, -1), t, embeddings).sample.split(1)
-    edited = transferred(s, torch.stack(concept), torch.tensor([0.75, 0.25], dtype=torch.float64))
+    edited = _transferred(s, torch.stack(concept), torch.tensor([0.75, 0.25], dtype=torch.float64))
     latents = pipe.scheduler.step(u + scale * (edited - u), t, noise).prev_sample
     by_hand = pipe.vae.decode(latents / pipe.vae.config.scaling_factor).sample / 2 + 0.5
     assert (image - by_hand.clamp(0, 1)).abs().max() < 1e-4
@@ -361,7 +361,7 @@ def test_closed_form_is_the_least_squares_solution():
     g = generators(3)[0]
     c, v, r = (torch.randn(n, 5, generator=g, dtype=torch.float64) for n in (4, 4, 3))
     old = torch.randn(6, 5, generator=g, dtype=torch.float64)
-    w = (old @ closed_form(c, v, r, 2.0, 0.7, 0.3)).requires_grad_()
+    w = (old @ _closed_form(c, v, r, 2.0, 0.7, 0.3)).requires_grad_()
     loss = (
         2 * (c @ w.T - v @ old.T).square().sum()
         + 0.7 * (r @ w.T - r @ old.T).square().sum()
@@ -369,7 +369,7 @@ def test_closed_form_is_the_least_squares_solution():
     )
     (gradient,) = torch.autograd.grad(loss, w)
     assert gradient.abs().max() < 1e-9
-    same = closed_form(c, c, r, 2.0, 0.7, 0.3)
+    same = _closed_form(c, c, r, 2.0, 0.7, 0.3)
     assert torch.allclose(same, torch.eye(5, dtype=torch.float64), atol=1e-10)
 
 
@@ -389,19 +389,19 @@ def test_shifted_tokens_are_those_of_the_worded_prompts(pipe):
 
 
 def test_class_shares_are_counted_in_the_attributes_order(pipe):
-    shares = class_shares(pipe, PROMPTS, task(), judges(), 4)
+    shares = _class_shares(pipe, PROMPTS, task(), judges(), 4)
     assert shares.shape == (3, 5)
     assert np.allclose(shares[:, :3].sum(1), 1)
     options = {"steps": 2, "guidance_scale": 2.0, "seed": 0, "batch_size": 5, "progress": False}
     drawn = list(generate(pipe, PROMPTS, images_per_prompt=4, **options))
     bright = torch.cat([batch.images.mean((1, 2, 3)) > 0 for batch in drawn]).view(3, 4)
     assert shares[:, 4].tolist() == bright.float().mean(1).tolist()
-    assert np.isnan(class_shares(pipe, PROMPTS, task(), judges(find_none), 1)).all()
+    assert np.isnan(_class_shares(pipe, PROMPTS, task(), judges(find_none), 1)).all()
 
 
 def test_gaps_close_within_the_tolerance():
     shares = np.array([[0.4, 0.3, 0.3, 0.73, 0.27], [1, 0, 0, 0.5, 0.5], [np.nan] * 5])
-    gaps = open_gaps(shares, [HUE, TONE], 0.05)
+    gaps = _open_gaps(shares, [HUE, TONE], 0.05)
     assert gaps[0, :3] == pytest.approx([-1 / 15, 1 / 30, 1 / 30])
     assert gaps[0, 3:].tolist() == [0, 0]
     assert gaps[1] == pytest.approx([-2 / 3, 1 / 3, 1 / 3, 0.25, -0.25])
@@ -416,7 +416,7 @@ def test_uce_moves_keys_and_values_towards_the_words(pipe):
     assert len(layers) == 2 * 4  # one block down, one in the middle, two up
     method = UCE(concepts=1, images_per_prompt=2, iterations=1, step=0.5)
     tokens, words = shifts(pipe, PROMPTS[0], [TONE])
-    gaps = open_gaps(class_shares(pipe, PROMPTS[:1], todo, judges(), 2), [TONE], 0.05)[0]
+    gaps = _open_gaps(_class_shares(pipe, PROMPTS[:1], todo, judges(), 2), [TONE], 0.05)[0]
     wanted = tokens + torch.einsum("k,ktd->td", torch.from_numpy(0.5 * gaps), words)
     with method.apply(pipe, todo):
         for layer, weight in zip(layers, old, strict=True):

@@ -77,7 +77,7 @@ def test_bias_against_time_is_read_off_the_mean_curve():
         "none/0": curve((4, 0.6), (8, 0.5)),
     }
     rows = benchmark.bias_rows(done)
-    assert rows[0][-2:] == ["seconds until 0.200", "of published"]
+    assert rows[0][-2:] == ["seconds until bias 0.200", "relative to published"]
     ends = [["20", "1.00"], ["7", "0.36"], ["not reached", "-"]]  # 7.2: between 4 and 8
     assert [row[-2:] for row in rows[1:]] == ends
 

@@ -102,7 +102,7 @@ def test_a_reference_spares_the_base_models_half(adapter, lines, tmp_path, monke
     words[-1] = tmp_path / "other"
     more = ["--seed", 3, "--reference", tmp_path / "base"]
     assert run(monkeypatch, "evaluate", *words, *more) == 2
-    assert "the reference was made with other seed (0 there, 3 here)" in capsys.readouterr().err
+    assert "the reference was evaluated with other seed (0 instead of 3)" in capsys.readouterr().err
     assert not (tmp_path / "other").exists()
 
 
@@ -256,6 +256,21 @@ def test_inspect_says_what_an_adapter_is(adapter, monkeypatch, capsys):
     assert facts["parameters"] == 4 * 2 * (4 * 256 + 2 * 640)
 
 
+def test_recipes_lists_every_key_with_its_documentation_and_default(monkeypatch, capsys):
+    assert run(monkeypatch, "recipes", "--keys") == 0
+    listed = capsys.readouterr().out
+    for line in (
+        "base.model  (required)",
+        "attributes.0.target_feedback  (default: 0.0)",
+        "prompts.keep  (default: null)",
+        'models.classifiers  (default: {"*": {"kind": "testbed"}})',
+        "optimizer:",
+        "optimizer.lr  (default: 5e-05)",
+    ):
+        assert f"{line}\n" in listed
+    assert "    Learning rate after the warm-up.\n" in listed
+
+
 def test_recipes_lists_what_is_shipped(monkeypatch, capsys):
     assert run(monkeypatch, "recipes") == 0
     shown = capsys.readouterr().out
@@ -285,13 +300,16 @@ BAD = {
     "missing base": (["generate", "x", "--base", "./nowhere"], "cannot load the base model"),
     "unknown prompts": (["evaluate", "--prompts", "testbed-ocupations"], "testbed-occupations"),
     "unknown attribute": (["evaluate", "--attribute", "height"], "unknown attribute 'height'"),
-    "a reference for nothing": (["evaluate", "--reference", "x"], "name an --adapter or a"),
+    "a reference for nothing": (["evaluate", "--reference", "x"], "give --adapter or --baseline"),
     "unknown baseline": (["evaluate", "--baseline", "USE"], "unknown baseline 'USE': expected"),
-    "two at a time": (["evaluate", "--baseline", "uce", "--adapter", "x"], "leave one out"),
+    "two at a time": (
+        ["evaluate", "--baseline", "uce", "--adapter", "x"],
+        "leave out --adapter or --baseline",
+    ),
     "no images": (["evaluate", "--images", "0"], "images_per_prompt"),
     "no images of groups": (
         ["evaluate", "--group-images", "0"],
-        "--group-images must be 1 or more, got 0: leave the groups out with --no-groups",
+        "--group-images must be 1 or more, got 0: to skip the control prompts, use --no-groups",
     ),
     "no adapter's words": (["evaluate", "--respect-words"], "name one with --adapter"),
     "no adapter's words to draw": (["generate", "x", "--respect-words"], "name one with --adapter"),

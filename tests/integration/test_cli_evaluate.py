@@ -86,7 +86,7 @@ def test_pictures_made_by_anything(tmp_path, monkeypatch, capsys):
 
 BAD = {
     "no folder": (["--images", "nowhere", "--recipe", "testbed-gender"], "no folder 'nowhere'"),
-    "no models": (["--images", "nowhere"], "need models that judge them: name a recipe"),
+    "no models": (["--images", "nowhere"], "there are no models to judge the images in"),
     "an adapter, too": (["--images", "x", "--adapter", "y"], "leave out --adapter"),
     "words, too": (
         ["--images", "x", "--respect-words"],

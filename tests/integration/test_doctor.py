@@ -63,8 +63,8 @@ def gaps(*overrides: str) -> dict[str, str]:
 def test_the_testbed_needs_nothing_that_is_not_shipped(monkeypatch, capsys):
     assert run(monkeypatch, "testbed-gender") == 0
     said = capsys.readouterr().out
-    assert "there    package accelerate  (for training)" in said
-    assert "there    testbed-occupations  (for prompts)" in said
+    assert "ok       package accelerate  (for training)" in said
+    assert "ok       testbed-occupations  (for prompts)" in said
     assert "missing" not in said
 
 
@@ -74,11 +74,11 @@ def test_a_recipe_on_an_empty_machine(monkeypatch, capsys):
     base = "stable-diffusion-v1-5/stable-diffusion-v1-5"
     for expected in (
         f"missing  {base}  (for base)\n",
-        f"  not a folder, and not in the Hub's cache: hf download {base}\n",
+        f"  neither a folder nor in the Hub's cache: hf download {base}\n",
         "missing  package nowhere_to_be_found  (for models.face_detector, evaluation.models.face",
         "  pip install --no-deps retinaface-pytorch\n",
         "missing  folder 'classifiers/gender'  (for models.classifiers.gender)\n",
-        "  make one with: diffusers-fair classifier train\n",
+        "  train one with: diffusers-fair classifier train\n",
         "missing  laion/CLIP-ViT-H-14-laion2B-s32B-b79K  (for models.clip)\n",
         "missing  facebook/dinov2-base  (for models.dino)\n",
         "missing  face-embedder  (for models.face_embedder)\n",
@@ -86,11 +86,11 @@ def test_a_recipe_on_an_empty_machine(monkeypatch, capsys):
         "missing  images in 'real-faces'  (for models.face_bank)\n",
         "  put images with faces (.png, .jpg, .jpeg, .webp) into it, or name another face_bank\n",
         "(for evaluation.models.classifiers.gender, evaluation.models.clip)\n",
-        "there    occupations  (for prompts)\n",
-        "weights that are there: 0.0 GB",
+        "ok       occupations  (for prompts)\n",
+        "weights on this machine: 0.0 GB",
     ):
         assert expected in said.out
-    assert "'sd15-gender' is missing 10 of its needs, see above" in said.err
+    assert "recipe 'sd15-gender': 10 requirements are missing, see above" in said.err
 
 
 def test_what_is_in_the_cache_is_found(tmp_path):
@@ -125,7 +125,9 @@ def test_the_adapter_to_start_from_is_looked_up(tmp_path):
     asked = "adapter.init_from={}".format
     assert "hf download org/fair" in gaps(asked("org/fair"))["org/fair"]
     told = gaps(asked("runs/not/trained"))["runs/not/trained"]
-    assert told == "not a folder: train or put it there first, or name another folder or a Hub id"
+    assert told == (
+        "there is no such folder: train it or put it there, or name another folder or Hub id"
+    )
     cached(tmp_path, "org/fair", "fair_adapter.json", "pytorch_lora_weights.safetensors")
     assert "org/fair" not in gaps(asked("org/fair"))
     (tmp_path / "empty").mkdir()
@@ -137,7 +139,7 @@ def test_a_checkpoint_with_other_classes_is_noticed(tmp_path):
     wrong = stand_ins.checkpoint_folder(tmp_path / "wrong", ["Man", "Woman"])
     assert f"classes of '{right}'" not in gaps(f"{CHECKPOINT}={right}")
     assert (
-        "has the label 'Female', the model has"
+        "has the label 'Female', but the model has"
         in gaps(f"{CHECKPOINT}={wrong}")[f"classes of '{wrong}'"]
     )
 

@@ -473,10 +473,10 @@ def test_table_is_tidy_at_100_columns(base, other):
             {"attributes": [Attribute("hue", ("red", "green"))]},
             r"has classes \['red', 'green'\], but its classifier has \['red', 'green', 'blue'\]",
         ),
-        ({"judges": judges(extra={"clip_t": len})}, "must not be called 'clip_t'"),
+        ({"judges": judges(extra={"clip_t": len})}, "must not have the reserved name 'clip_t'"),
         (
             {"judges": judges(extra={"odd": lambda images, prompts: np.zeros(1)})},
-            r"'odd' must give one number per image, expected shape \(15,\), got \(1,\)",
+            r"'odd' must return one number per image: expected shape \(15,\), got \(1,\)",
         ),
     ],
 )
@@ -489,8 +489,8 @@ def test_bad_input(pipe, changes, message):
 @pytest.mark.parametrize(
     ("changes", "message"),
     [
-        ({"seed": 1}, r"other seed \(0 there, 1 here\)"),
-        ({"steps": 3}, r"other steps \(2 there, 3 here\)"),
+        ({"seed": 1}, r"other seed \(0 instead of 1\)"),
+        ({"steps": 3}, r"other steps \(2 instead of 3\)"),
         ({"prompts": PROMPTS[:2]}, "other prompts: images can be compared only if"),
     ],
 )
@@ -502,17 +502,17 @@ def test_reference_from_other_noise(pipe, base, changes, message):
 
 def test_models_that_are_not_finite(pipe):
     bad = NetworkClassifier(lambda chips: chips.mean((2, 3)) * torch.nan, HUE.classes, size=8)
-    with pytest.raises(ValueError, match="classifier of 'hue' gave probabilities that are not"):
+    with pytest.raises(ValueError, match="classifier of 'hue' returned non-finite prob"):
         evaluate(pipe, PROMPTS, [HUE], judges=judges(classifiers={"hue": bad}), **QUICK)
     dino = NetworkEncoder(lambda images: images.flatten(1) * torch.inf, Pixels(8))
-    with pytest.raises(ValueError, match="dino encoder gave features that are not finite"):
+    with pytest.raises(ValueError, match="dino encoder returned non-finite features"):
         evaluate(pipe, PROMPTS, [HUE], judges=judges(dino=dino), **QUICK)
 
 
 def test_folders_that_do_not_work(base, tmp_path):
     save_report(base, tmp_path / "report")
     before = sorted(p.name for p in (tmp_path / "report").iterdir())
-    with pytest.raises(ValueError, match="report' holds a report already"):
+    with pytest.raises(ValueError, match="report' already holds a report"):
         save_report(base, tmp_path / "report")
     assert sorted(p.name for p in (tmp_path / "report").iterdir()) == before
     (tmp_path / "file").write_text("")
@@ -524,9 +524,9 @@ def test_folders_that_do_not_work(base, tmp_path):
 
 def test_a_report_without_features_is_read_but_is_no_reference(pipe, base, tmp_path):
     records = dataclasses.replace(base.records, features={})
-    dataclasses.replace(base, records=records).save(tmp_path)
+    save_report(dataclasses.replace(base, records=records), tmp_path)
     assert not (tmp_path / "features.npz").exists()
-    plain = Report.load(tmp_path)
+    plain = load_report(tmp_path)
     assert plain.summary == base.summary
     with pytest.raises(ValueError, match="'base' has no image features to compare with: evaluate"):
         evaluate(pipe, PROMPTS, [HUE, TONE], judges=judges(), reference=plain, **QUICK)
@@ -545,7 +545,9 @@ def test_a_report_of_another_format(base, tmp_path):
     save_report(base, tmp_path)
     file = tmp_path / "report.json"
     file.write_text(file.read_text().replace('"format": 1', '"format": 99'))
-    with pytest.raises(ValueError, match=r"format version 99, this version of .* reads 1: update"):
+    with pytest.raises(
+        ValueError, match=r"format version 99, but this version of .* reads 1: update"
+    ):
         load_report(tmp_path)
 
 

@@ -19,7 +19,7 @@ from diffusers_fair.evaluation.judge import thumbnails
 from diffusers_fair.prompts.groups import KeptPrompt, PromptGroup
 from diffusers_fair.reports.estimate import Estimate
 from diffusers_fair.reports.folder import load_report, save_report
-from diffusers_fair.reports.groups import pixel_change, share_obeyed, summaries_from_json
+from diffusers_fair.reports.groups import _share_obeyed, pixel_change, summaries_from_json
 from diffusers_fair.reports.images import groups_sheet
 from diffusers_fair.reports.measures import MEASURES, Measure, warning
 
@@ -212,9 +212,9 @@ def test_where_every_face_counts_an_image_obeys_by_the_share_of_its_faces():
         others_probabilities={"hue": np.eye(3)[[[0, 1], [1, 1], [2, 0], [0, 0]]]},
     )
     expected = [2 / 3, 1, 1 / 2, np.nan]
-    found = share_obeyed(prompts, (HUE, whole), records)
+    found = _share_obeyed(prompts, (HUE, whole), records)
     np.testing.assert_allclose(found, expected, atol=1e-6)
-    alone = share_obeyed(prompts, (HUE, whole), made.records)
+    alone = _share_obeyed(prompts, (HUE, whole), made.records)
     np.testing.assert_array_equal(alone, [1, 1, 1, np.nan])  # the largest faces
 
 
@@ -413,7 +413,7 @@ def test_stopped_and_started_again_it_repeats_nothing(base, tmp_path):
     counted = Counting()
     measured(out=out, judges=judges(face_detector=counted), **options)
     assert counted.looks == 0
-    with pytest.raises(ValueError, match="holds a report with other groups of prompts already"):
+    with pytest.raises(ValueError, match="already holds a report with other groups of prompts"):
         measured(out=out, groups=(), **options)
 
 
@@ -468,7 +468,7 @@ def test_measuring_what_a_reference_lacks_may_be_stopped(base, tmp_path):
 
 def test_pictures_that_were_there_already_get_no_others(base):
     settings = dataclasses.replace(base.settings, seed=None)
-    with pytest.raises(ValueError, match="images were not generated here, so no others can be"):
+    with pytest.raises(ValueError, match="images come from a folder, so control prompts cannot"):
         with_groups(dataclasses.replace(base, settings=settings), None, GROUPS, judges=judges())
 
 
@@ -479,7 +479,7 @@ def added(reference):
 @pytest.mark.parametrize("ask", [measured, added])
 def test_a_reference_that_counts_other_faces(ask, base):
     settings = dataclasses.replace(base.settings, people="all")
-    message = "'base' counts the faces of an image by people 'all', the judges by 'largest': evalu"
+    message = "'base' was evaluated with people 'all', but the judges have people 'largest': evalu"
     with pytest.raises(ValueError, match=message):
         ask(reference=dataclasses.replace(base, settings=settings))
 
@@ -510,11 +510,11 @@ RED = KeptPrompt("a red hat", {"hue": "red"})
 @pytest.mark.parametrize(
     ("groups", "message"),
     [
-        ([PromptGroup("mine", (RED,))], r"are named, implied, untouched, .* got \['mine'\]"),
-        ([NAMED, NAMED], r"each once at most; got \['named', 'named'\]"),
+        ([PromptGroup("mine", (RED,))], r"among named, implied, untouched, .* got \['mine'\]"),
+        ([NAMED, NAMED], r"each at most once; got \['named', 'named'\]"),
         ([PromptGroup("named", ())], "the group 'named' has no prompts: leave it out"),
         ([PromptGroup("named", (RED,), 0)], "images_per_prompt of the group 'named' must be 1 or"),
-        ([PromptGroup("named", (RED, RED))], "has the prompt 'a red hat' more than once, and its"),
+        ([PromptGroup("named", (RED, RED))], "has the prompt 'a red hat' more than once: leave"),
         (
             [PromptGroup("named", (KeptPrompt("a hat", {"hue": "pink"}),))],
             r"'a hat' asks for 'pink' of 'hue', but the evaluated classes are {'hue': \('red',",

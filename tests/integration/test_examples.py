@@ -71,8 +71,8 @@ def test_processes_remove_a_base_report_with_fewer_images_once_all_have_read_it(
     monkeypatch.setattr(experiments.distributed, "barrier", lambda: barrier.wait(timeout=10))
     monkeypatch.setattr(experiments.distributed, "rank", index.get)
     monkeypatch.setattr(experiments, "load_report", slow)
-    monkeypatch.setattr(experiments, "drawer", lambda config: None)
-    monkeypatch.setattr(experiments, "look", lambda *_: folder.exists())
+    monkeypatch.setattr(experiments, "base_pipeline", lambda config: None)
+    monkeypatch.setattr(experiments, "evaluate_pipeline", lambda *_: folder.exists())
     with ThreadPoolExecutor(2) as pool:
         assert list(pool.map(run, range(2))) == [False, False]
 
@@ -201,7 +201,7 @@ def test_words_that_are_lost_fall_short(experiment, short):
 def test_words_stand_in_the_table_where_a_report_has_them():
     plain = report(attributes=list(world.ATTRIBUTES.values())).summary
     assert experiments.cells({"summary": plain.json()})[-5:] == ["-"] * 5
-    told = experiments.cells(with_words(plain, 1))[-5:]
+    told = experiments.cells(with_words(plain.json(), 1))[-5:]
     assert told == ["0.960", "0.810", "-", "0.960", "0.012"]
 
 
@@ -215,16 +215,16 @@ def test_an_adapter_is_asked_for_the_words_of_its_recipe():
 
 
 def test_a_range_is_told_in_words():
-    assert aims.told(0, 0.15) == "at most 0.1500"
-    assert aims.told(0.5, 1) == "at least 0.5000"
-    assert aims.told(0.22, 0.28) == "0.2200 to 0.2800"
+    assert aims.range_text(0, 0.15) == "at most 0.1500"
+    assert aims.range_text(0.5, 1) == "at least 0.5000"
+    assert aims.range_text(0.22, 0.28) == "0.2200 to 0.2800"
 
 
 def test_every_aim_is_of_an_experiment_and_every_reason_of_a_shortfall():
     kept = {e.name: e.kept(CARDS) / "report.json" for e in experiments.EXPERIMENTS}
     assert aims.BIAS.keys() | aims.OLD.keys() <= kept.keys()
     found = {name: json.loads(file.read_text("utf-8")) for name, file in kept.items()}
-    assert aims.STOPS.keys() == {(row[0], row[1]) for row in experiments.shortfalls(found)}
+    assert aims.CAUSES.keys() == {(row[0], row[1]) for row in experiments.shortfalls(found)}
 
 
 @pytest.fixture
@@ -236,7 +236,7 @@ def drawn(monkeypatch):
         calls.append((name, folder.parent.name))
         return report(name, attributes=[world.GENDER, world.RACE], images=images, seed=len(calls))
 
-    monkeypatch.setattr(comparison, "drawer", lambda config: None)
+    monkeypatch.setattr(comparison, "base_pipeline", lambda config: None)
     monkeypatch.setattr(comparison, "applied", lambda method, config, adapter: (None, 2.5))
     monkeypatch.setattr(comparison, "measured", measured)
     monkeypatch.setattr(comparison, "slowdown", lambda pipe, config: 1.25)
@@ -267,7 +267,7 @@ def test_every_method_for_every_goal_is_compared_and_measured_once(drawn, tmp_pa
     comparison.main(out, tmp_path / "elsewhere", images=4)
     assert (len(drawn), (out / "compare.md").read_text("utf-8")) == (count, table)
 
-    with pytest.raises(comparison.typer.BadParameter, match="is of 4 images of each prompt, not 5"):
+    with pytest.raises(comparison.typer.BadParameter, match="has 4 images per prompt, not 5"):
         comparison.main(out, runs, images=5)
 
 

@@ -120,9 +120,12 @@ def test_a_picture_that_cannot_be_read(folder):
 @pytest.mark.parametrize(
     ("make", "message"),
     [
-        (lambda place: None, "there is no folder '.*nowhere': expected one with a folder per prom"),
-        (lambda place: place.mkdir(), r"has no subfolder with images \(0 images lie in it"),
-        (lambda place: paint(place / "0.png"), r"\(1 images lie in it directly\): expected a su"),
+        (lambda place: None, "there is no folder '.*nowhere': expected one with a subfolder per"),
+        (lambda place: place.mkdir(), r"has no subfolder with images \(but 0 images of its own"),
+        (
+            lambda place: paint(place / "0.png"),
+            r"\(but 1 images of its own\): expected a subfolder",
+        ),
         (lambda place: (place / "a baker").mkdir(parents=True), "has no subfolder with images"),
     ],
 )
@@ -137,12 +140,12 @@ def test_prompts_that_are_not_clear(folder):
     with pytest.raises(ValueError, match=r"prompt\.txt' holds no prompt: expected one as UTF-8"):
         image_folder(folder)
     (folder / "x1" / "prompt.txt").write_text("a baker")
-    with pytest.raises(ValueError, match="two subfolders of the prompt 'a baker': make it one"):
+    with pytest.raises(ValueError, match="two subfolders for the prompt 'a baker': merge them"):
         image_folder(folder)
 
 
 def test_other_pictures_do_not_go_on(folder, tmp_path):
     look(folder, out=tmp_path / "report")
     paint(folder / "a baker" / "4.png")
-    with pytest.raises(ValueError, match="holds a report of something else"):
+    with pytest.raises(ValueError, match="already holds another report"):
         look(folder, out=tmp_path / "report")

@@ -9,9 +9,9 @@ from pathlib import Path
 
 import pytest
 import torch
-from diffusers_fair.adapters.folder import read_adapter
 
 from diffusers_fair import FairnessFinetuner, RunConfig
+from diffusers_fair.adapters.folder import read_adapter
 from diffusers_fair.objective.objective import Objective
 
 OLD = Path(__file__).parent / "old_run"

@@ -21,7 +21,7 @@ from together import together
 from diffusers_fair import FairnessFinetuner, distributed, testbed
 from diffusers_fair.backends import retinaface
 from diffusers_fair.backends.registry import load_judges
-from diffusers_fair.baselines.uce import class_shares
+from diffusers_fair.baselines.uce import _class_shares
 from diffusers_fair.config.models import EvaluationModelsSection
 from diffusers_fair.config.schema import LossesSection, RunConfig
 from diffusers_fair.evaluation.evaluate import evaluate
@@ -308,7 +308,7 @@ def test_every_face_is_counted_with_its_image(tmp_path):
     assert again.select([HUE], 3).records.others_found.shape == (9, records.others_found.shape[1])
     entries = [Entry(label="a", report=report), Entry(label="b", report=largest)]
     with pytest.raises(
-        ValueError, match="'b' counts the faces of an image by people 'largest', 'a"
+        ValueError, match="'b' was evaluated with people 'largest', 'a' with people"
     ):
         compare(entries)
 
@@ -333,7 +333,7 @@ def test_a_report_of_the_largest_is_written_as_before(tmp_path):
 
 def test_a_rival_method_counts_every_face():
     asked = replace(rival_judges(Corners()), people="all")
-    shares = class_shares(pipeline(), RIVAL_PROMPTS, rival_task(), asked, 2)
+    shares = _class_shares(pipeline(), RIVAL_PROMPTS, rival_task(), asked, 2)
     assert np.allclose(shares[:, :3].sum(1), 1)
 
 

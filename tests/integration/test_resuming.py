@@ -103,7 +103,7 @@ def test_a_finished_report_is_not_made_again(whole):
     assert judged(whole, detector).summary == load_report(whole).summary
     assert detector.looks == 0
     for changes in ({"seed": 1}, {"model": {"adapter": "x"}}):
-        with pytest.raises(ValueError, match="report' holds a report of something else already"):
+        with pytest.raises(ValueError, match="report' already holds another report"):
             judged(whole, **changes)
 
 

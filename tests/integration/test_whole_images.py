@@ -35,7 +35,7 @@ from diffusers_fair.adapters.folder import read_adapter, write_adapter
 from diffusers_fair.adapters.format import INFO_FILE
 from diffusers_fair.attributes import Attribute
 from diffusers_fair.backends.registry import load_judges
-from diffusers_fair.baselines.uce import class_shares
+from diffusers_fair.baselines.uce import _class_shares
 from diffusers_fair.config.models import ModelsSection
 from diffusers_fair.config.schema import LossesSection, RunConfig
 from diffusers_fair.evaluation.evaluate import evaluate
@@ -281,7 +281,7 @@ def test_evaluation_sees_whole_images_with_and_without_a_face(tmp_path):
     assert faceless.summary.bias["all"] == report.summary.bias["all"]
     save_report(faceless, tmp_path / "whole")
     page = (tmp_path / "whole" / "report.html").read_text()
-    assert "show no face that was found" not in page
+    assert "no face was found; they do not count" not in page
     assert "only the largest counts" not in page
 
 
@@ -320,7 +320,7 @@ def test_a_rival_method_counts_whole_images():
     ]
     asked = rival_task(*wordings)
     pipe = pipeline()
-    shares = class_shares(pipe, RIVAL_PROMPTS, asked, rival_judges(find_none), 2)
+    shares = _class_shares(pipe, RIVAL_PROMPTS, asked, rival_judges(find_none), 2)
     assert np.isfinite(shares).all()
 
 

@@ -197,14 +197,14 @@ def test_no_prompts_in_common_is_no_column():
 
 COLD = Attribute("hue", ("red", "green"))
 BAD = {
-    "one report": ([entry("a")], "expected two reports or more to compare, got 1"),
+    "one report": ([entry("a")], "expected two or more reports to compare, got 1"),
     "the same label": (
         [entry("a"), entry("a")],
         "two reports have the label 'a': name them, as in LABEL=REPORT",
     ),
     "other prompts": (
         [entry("a"), entry("b", prompts=PROMPTS[::-1])],
-        r"'b' was measured on other prompts than 'a' \(3 and 3\): only reports on the same",
+        r"'b' was evaluated on other prompts than 'a' \(3 and 3\): only reports on the same",
     ),
     "other image counts": (
         [entry("a"), entry("b", images=5)],
@@ -268,7 +268,7 @@ def test_the_command_names_rows_and_groups(folders, monkeypatch):
 @pytest.mark.parametrize(
     ("words", "message"),
     [
-        (["base"], "expected two reports or more"),
+        (["base"], "expected two or more reports"),
         (["base", "nowhere"], "there is no report in 'nowhere'"),
         (["base", "base"], "two reports have the label 'base'"),
         (["base", "run=1", "--against", "x"], "there is no report with the label 'x'"),

@@ -76,14 +76,14 @@ def test_testbed_names_the_attributes_it_knows():
 
 
 def test_held_out_accuracy_of_the_evaluation_classifiers():
-    found = judges.figures("evaluation_classifiers")["accuracy"]["sharp"]
+    found = judges.metadata("evaluation_classifiers")["accuracy"]["sharp"]
     assert found["gender"] >= 0.97
     assert found["race"] >= 0.95
     assert found["age"] >= 0.94
 
 
 def test_confusion_counts_every_held_out_face():
-    tables = judges.figures("evaluation_classifiers")["confusion"]
+    tables = judges.metadata("evaluation_classifiers")["confusion"]
     for name, attribute in ATTRIBUTES.items():
         table = torch.tensor(tables[name])
         assert table.shape == (len(attribute.classes),) * 2
@@ -93,7 +93,7 @@ def test_confusion_counts_every_held_out_face():
 def test_classifiers_report_their_confusion():
     for evaluation, file in ((False, "classifiers"), (True, "evaluation_classifiers")):
         found = judges.classifier("race", evaluation=evaluation).confusion
-        assert [list(row) for row in found] == judges.figures(file)["confusion"]["race"]
+        assert [list(row) for row in found] == judges.metadata(file)["confusion"]["race"]
 
 
 def test_labels_that_make_one_class_share_their_counts():
@@ -109,7 +109,7 @@ def test_family_classifier():
     telling = ~(labels["plain_wall"] | labels["plain_clothes1"])
     right = [a == b for a, b, t in zip(guess, labels["family"], telling, strict=True) if t]
     assert sum(right) / len(right) >= 0.95
-    assert judges.figures("family_classifier")["accuracy"]["sharp"]["not plain"] >= 0.97
+    assert judges.metadata("family_classifier")["accuracy"]["sharp"]["not plain"] >= 0.97
 
 
 def test_judges_take_no_gradients_themselves():

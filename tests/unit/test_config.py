@@ -6,8 +6,9 @@ import yaml
 from pydantic import ValidationError
 
 from diffusers_fair import Attribute, RunConfig
+from diffusers_fair.config.keys import recipe_keys
 from diffusers_fair.config.recipe import recipes
-from diffusers_fair.config.schema import AttributeSection
+from diffusers_fair.config.schema import AttributeSection, OptimizerSection
 from diffusers_fair.training.run_folder import claim_run_folder
 
 TOY = """
@@ -54,6 +55,16 @@ def test_defaults_are_the_papers(toy):
     assert config.optimizer.lr == 5e-5
     assert config.optimizer.ema_decay == 0.996
     assert config.train.iterations == 10_000
+
+
+def test_every_key_is_listed_once_with_its_documentation():
+    keys = recipe_keys()
+    paths = [key.path for key in keys]
+    assert len(set(paths)) == len(paths)
+    assert all(key.documentation for key in keys)
+    assert set(RunConfig.model_fields) <= {path.partition(".")[0] for path in paths}
+    assert {f"optimizer.{name}" for name in OptimizerSection.model_fields} <= set(paths)
+    assert "evaluation.models.classifiers.NAME.phrases" in paths
 
 
 def test_every_default_is_written_out(toy):

@@ -8,7 +8,7 @@ from diffusers_fair.prompts import prompt_set
 from diffusers_fair.testbed import judges, world
 from diffusers_fair.testbed.models import VOCABULARY
 from diffusers_fair.testbed.tokenizer import tokenizer
-from diffusers_fair.testbed.vocabulary import pack, rows, unpack
+from diffusers_fair.testbed.vocabulary import pack, table_rows, unpack
 from diffusers_fair.vision.encoders import NetworkEncoder, Pixels
 from diffusers_fair.vision.faces import face_chips
 
@@ -90,5 +90,5 @@ def test_packed_words_come_back(tmp_path):
     assert torch.equal(table, again)
     assert torch.allclose(table[used], small, atol=1e-2)
     ids = torch.tensor([[7, 20], [3, 3]])
-    assert torch.allclose(table[ids], small[rows(used, ids)], atol=1e-2)
+    assert torch.allclose(table[ids], small[table_rows(used, ids)], atol=1e-2)
     assert table[0].abs().max() < 0.2
