@@ -18,7 +18,7 @@ from diffusers_fair.evaluation.evaluate import evaluate
 from diffusers_fair.evaluation.groups import with_groups
 from diffusers_fair.loading import load_fair_adapter, open_fair_adapter
 from diffusers_fair.prompts import prompt_set
-from diffusers_fair.prompts.groups import PromptGroup, evaluation_groups
+from diffusers_fair.prompts.groups import PER_ATTRIBUTE, PromptGroup, evaluation_groups
 from diffusers_fair.prompts.training_words import kept_sets, mark_unseen
 from diffusers_fair.prompts.wording import attribute_sections, recipe_wording
 from diffusers_fair.reports.folder import load_report, require_free
@@ -264,6 +264,7 @@ def control_groups(
     adapter: AdapterInfo | None = None,
     *,
     images_per_prompt: int = 4,
+    per_attribute: int = PER_ATTRIBUTE,
 ) -> tuple[PromptGroup, ...]:
     """Build the groups of control prompts, and mark the words that training has not seen.
 
@@ -276,6 +277,7 @@ def control_groups(
         defaults: defaults of the evaluation, which have the words that name the classes.
         adapter: the evaluated adapter.
         images_per_prompt: images per control prompt.
+        per_attribute: prompts that name a class, per attribute.
     """
     trained: list[dict[str, Any]] = []
     kept = defaults.kept
@@ -289,7 +291,11 @@ def control_groups(
         sections = trained if is_trained else [*trained, *defaults.attribute_sections]
         wordings.append(recipe_wording(attribute, sections))
     groups = evaluation_groups(
-        prompts, wordings, untouched=defaults.untouched, images_per_prompt=images_per_prompt
+        prompts,
+        wordings,
+        untouched=defaults.untouched,
+        images_per_prompt=images_per_prompt,
+        per_attribute=per_attribute,
     )
     return mark_unseen(groups, kept, balanced)
 

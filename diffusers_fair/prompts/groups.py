@@ -19,7 +19,7 @@ from diffusers_fair.prompts.lexicon import entry
 from diffusers_fair.prompts.wording import Wording, article, before_subject, subject
 
 NAMED, IMPLIED, UNTOUCHED = GROUPS = ("named", "implied", "untouched")
-_PER_ATTRIBUTE = 16  # named prompts per attribute in an evaluation, over all its classes
+PER_ATTRIBUTE = 16  # named prompts per attribute in an evaluation, over all its classes
 _NEGATIVES = ("blurry, low quality", "text, watermark", "deformed, extra fingers")
 
 
@@ -53,6 +53,7 @@ def evaluation_groups(
     untouched: str = UNTOUCHED,
     split: str = "test",
     images_per_prompt: int = 4,
+    per_attribute: int = PER_ATTRIBUTE,
 ) -> tuple[PromptGroup, ...]:
     """Make the prompt groups of an evaluation, with the words of training and of the lexicon.
 
@@ -62,12 +63,13 @@ def evaluation_groups(
         untouched: name of the prompt set that shows nobody.
         split: split of that set.
         images_per_prompt: images per prompt.
+        per_attribute: named prompts per attribute.
 
     Returns:
         The groups that have prompts.
     """
     pools = {
-        NAMED: named_prompts(prompts, trained, _PER_ATTRIBUTE, include_unseen=True),
+        NAMED: named_prompts(prompts, trained, per_attribute, include_unseen=True),
         IMPLIED: implied_prompts(trained, include_unseen=True),
         UNTOUCHED: untouched_prompts(untouched, split),
     }

@@ -34,7 +34,7 @@ from diffusers_fair.evaluation.evaluate import evaluate
 from diffusers_fair.evaluation.groups import with_groups
 from diffusers_fair.loading import load_fair_adapter
 from diffusers_fair.prompts import prompt_set
-from diffusers_fair.prompts.groups import PromptGroup
+from diffusers_fair.prompts.groups import PER_ATTRIBUTE, PromptGroup
 from diffusers_fair.publishing.card import write_card
 from diffusers_fair.reports.estimate import GAP
 from diffusers_fair.reports.folder import FILE, GROUPS_SHEET, PAIRS, load_report
@@ -44,6 +44,7 @@ from diffusers_fair.reports.summary import Summary
 from diffusers_fair.testbed import world
 
 OCCUPATIONS = "testbed-occupations"
+NAMED = 96  # prompts that name a class, per attribute: their share may fall by .03
 COLUMNS = ("gender", "race", "gender x race")
 PROBABILITIES = "target feedback (`steering`) from mean probabilities instead of counts"
 OTHER_CODE = {  # recipe -> how its adapter was trained differently, apart from recipe keys
@@ -129,7 +130,7 @@ def measured(experiment: Experiment, runs: Path) -> Path:
     images = experiment.images or config.evaluation.images_per_prompt
     adapter = trained(experiment.recipe, runs)
     reference = base(experiment.prompts, images, config, runs).select(attributes, images)
-    groups = controls(experiment.prompts, config)
+    groups = controls(experiment.prompts, config, NAMED)
     pipe = base_pipeline(config)
     judges = load_judges(config.evaluation.models, attributes, pipe.device)
     reference = with_groups(reference, pipe, groups, judges=judges, out=folder)
@@ -140,11 +141,14 @@ def measured(experiment: Experiment, runs: Path) -> Path:
     return folder
 
 
-def controls(prompts: str, config: RunConfig) -> tuple[PromptGroup, ...]:
+def controls(
+    prompts: str, config: RunConfig, per_attribute: int = PER_ATTRIBUTE
+) -> tuple[PromptGroup, ...]:
     """Build the control prompts for an adapter of that recipe."""
     defaults = EvaluationDefaults.of_config(testbed.NAME, config)
     attributes = [section.attribute() for section in config.attributes]
-    return control_groups(defaults.prompts(prompts, None), attributes, defaults)
+    texts = defaults.prompts(prompts, None)
+    return control_groups(texts, attributes, defaults, per_attribute=per_attribute)
 
 
 def base_pipeline(config: RunConfig) -> Any:

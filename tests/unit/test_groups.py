@@ -1,6 +1,7 @@
 """Prompts that an adapter has to leave alone: what they say, and what they ask for."""
 
 import re
+from collections import Counter
 
 import pytest
 
@@ -105,6 +106,18 @@ def test_the_groups_of_an_evaluation_are_those_that_have_prompts():
     ]
     found = evaluation_groups(NEUTRAL, [HUE], images_per_prompt=7)
     assert [(g.name, g.images_per_prompt) for g in found] == [("named", 7), ("untouched", 7)]
+
+
+def test_the_number_of_named_prompts_can_be_chosen():
+    neutral = [f"a photo of a {job}, a person" for job in ("chef", "nurse", "judge", "baker")]
+    few, many = (
+        evaluation_groups(neutral, [GENDER], per_attribute=count)[0].prompts for count in (4, 12)
+    )
+    assert (len(few), len(many)) == (4, 12)
+    assert Counter(name for prompt in many for name in prompt.expected_classes.values()) == {
+        "female": 6,
+        "male": 6,
+    }
 
 
 def test_groups_have_no_duplicate_prompts():
