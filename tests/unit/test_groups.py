@@ -109,7 +109,7 @@ def test_the_groups_of_an_evaluation_are_those_that_have_prompts():
 
 
 def test_the_number_of_named_prompts_can_be_chosen():
-    neutral = [f"a photo of a {job}, a person" for job in ("chef", "nurse", "judge", "baker")]
+    neutral = [f"a photo of a chef of kind {i}, a person" for i in range(12)]
     few, many = (
         evaluation_groups(neutral, [GENDER], per_attribute=count)[0].prompts for count in (4, 12)
     )
