@@ -1,4 +1,4 @@
-"""A run of before the trainer was taken apart: it is read, and goes on to the same adapter.
+"""Files of older versions still work: a run resumes, a report gives the same metrics.
 
 `old_run` was written by commit 90651496: three iterations, of which the last checkpoint is removed.
 """
@@ -13,8 +13,10 @@ import torch
 from diffusers_fair import FairnessFinetuner, RunConfig
 from diffusers_fair.adapters.folder import read_adapter
 from diffusers_fair.objective.objective import Objective
+from diffusers_fair.reports.folder import load_report
 
 OLD = Path(__file__).parent / "old_run"
+REPORTS = Path(__file__).parents[2] / "model_cards" / "comparison" / "reports"
 
 
 def events(folder: Path) -> list[dict]:
@@ -54,3 +56,12 @@ def test_the_recipe_of_an_old_run_is_the_same(tmp_path):
     assert config.attributes[0].target_feedback == 0.5
     (tmp_path / "again.yaml").write_text(config.to_yaml())
     assert (tmp_path / "again.yaml").read_text() == (OLD / "recipe.yaml").read_text()
+
+
+@pytest.mark.parametrize("goal", ["testbed-gender", "testbed-race", "testbed-gender-race"])
+def test_an_old_report_gives_the_same_metrics(goal):
+    folder = REPORTS / goal / "ours"
+    stored = json.loads((folder / "report.json").read_text("utf-8"))
+    report = load_report(folder)
+    assert report.summary.json() == stored["summary"]
+    assert [prompt.json() for prompt in report.prompts] == stored["prompts"]
