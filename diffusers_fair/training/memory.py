@@ -44,7 +44,7 @@ def choose_micro_batch(gradient: BatchGradient, batch: Batch, budget: float) -> 
                 raise
             enabled += f" train.{unused[0]}=true"
             gradient.save_memory(unused.pop(0))
-            _reset_peak(device)
+            reset_peak(device)
     if distributed.is_main():
         warnings.warn(
             f"{gradient.micro_batch} images at a time fit train.memory_budget, {budget:g} GB: the "
@@ -105,7 +105,7 @@ def peak(device: torch.device) -> int:
     return maximum if sys.platform == "darwin" else maximum * 1024
 
 
-def _reset_peak(device: torch.device) -> None:
+def reset_peak(device: torch.device) -> None:
     """Reset the peak memory; on the CPU this is only possible on Linux."""
     if device.type == "cuda":
         torch.cuda.reset_peak_memory_stats(device)

@@ -175,5 +175,5 @@ def test_the_peak_can_be_reset():
     cpu = torch.device("cpu")
     torch.ones(memory.peak(cpu) // 4 + 2**26).sum()
     before = memory.peak(cpu)
-    memory._reset_peak(cpu)
+    memory.reset_peak(cpu)
     assert memory.peak(cpu) <= before - 2**27
