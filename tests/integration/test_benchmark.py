@@ -131,6 +131,6 @@ def test_a_warm_bank_holds_the_originals_of_every_iteration(tmp_path, monkeypatc
     )
     benchmark.fill(finetuner)
     assert len([*(tmp_path / "run" / "originals").iterdir()]) == 3
-    monkeypatch.setattr(finetuner.adapter, "off", None)  # how an original would be drawn
+    monkeypatch.setattr(finetuner.adapter, "disabled", None)  # how an original would be drawn
     for number in range(4):
         assert finetuner.iteration(number).batch.face_rate > 0

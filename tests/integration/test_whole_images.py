@@ -267,7 +267,7 @@ def test_evaluation_sees_whole_images_with_and_without_a_face(tmp_path):
     assert again.settings == report.settings
     assert again.summary == report.summary
     assert (
-        "and do not count for attributes of faces"
+        "they do not count for attributes of faces"
         in (tmp_path / "mixed" / "report.html").read_text()
     )
     lines = again.records.lines(again.settings.attributes)
