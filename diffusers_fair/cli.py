@@ -519,7 +519,7 @@ def _show(grid: Any, out: Path, warning: str = "") -> None:
     """Print a report's table and a warning, from the main process."""
     from diffusers_fair import distributed
 
-    if distributed.rank() == 0:
+    if distributed.is_main():
         console.print(grid)
         if warning:
             _say(f"Warning: {warning}")

@@ -76,7 +76,7 @@ def judge_all(
 def save_once(report: Report, out: Path) -> None:
     """Save the report from the main process once every process has read the journals."""
     distributed.barrier()
-    if distributed.rank() == 0:
+    if distributed.is_main():
         save_report(report, out)
         shutil.rmtree(out / PARTIAL)
     distributed.barrier()
@@ -84,7 +84,7 @@ def save_once(report: Report, out: Path) -> None:
 
 def _journal(folder: Path, identity: Mapping[str, Any], provenance: Mapping[str, Any]) -> Journal:
     """Open the journal that all processes share; the main process creates it."""
-    if distributed.rank() == 0:
+    if distributed.is_main():
         Journal.begin(folder, identity, provenance)
     distributed.barrier()
     return Journal(folder)

@@ -29,19 +29,29 @@ def table(before: Report, after: Report | None = None) -> "Table":
     reports = [before] if after is None else [before, after]
     grid = Table(
         title=_title(reports[-1]),
-        caption="mean ± std over prompts [95 % bootstrap interval of the mean over prompts]\n"
-        "deviation: from a target that is not uniform\n"
-        "noise floor: expected value for a generator exactly on target, with as many images\n"
-        "errors corrected: bias corrected for the classifier's error rates; has a larger variance",
+        caption="\n".join(_notes(bias_columns(reports), reports)),
         title_justify="left",
         caption_justify="left",
     )
     grid.add_column("")
     for report in reports:
-        grid.add_column(report.label, min_width=31)  # width of "-0.123 ± 0.123 [-0.123, 0.123]"
+        grid.add_column(report.label)  # without a minimum: a narrow console wraps, and cuts nothing
     for row in [*_rows(reports), *_measure_rows(reports)]:
         grid.add_row(*row)
     return grid
+
+
+def _notes(columns: Sequence[BiasColumn], reports: Sequence[Report]) -> Iterator[str]:
+    """Explain the rows that the table has."""
+    yield "mean ± std over prompts [95 % bootstrap interval of the mean over prompts]"
+    if any(column.from_target for column in columns):
+        yield "deviation: from a target that is not uniform"
+    yield "noise floor: expected value for a generator exactly on target, with as many images"
+    if any(column.corrected(report) for column in columns for report in reports):
+        yield (
+            "errors corrected: bias corrected for the classifier's error rates; has a larger "
+            "variance"
+        )
 
 
 def _title(report: Report) -> str:

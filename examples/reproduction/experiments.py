@@ -103,9 +103,9 @@ def main(
     for experiment in EXPERIMENTS:
         if not only or experiment.name in only:
             report = measured(experiment, runs)
-            if distributed.rank() == 0:
+            if distributed.is_main():
                 keep(report, experiment, runs, out)
-    if distributed.rank() == 0:
+    if distributed.is_main():
         write(out)
 
 
@@ -170,7 +170,7 @@ def base(prompts: str, images: int, config: RunConfig, runs: Path) -> Report:
         if report.settings.images_per_prompt >= images:
             return report
         distributed.barrier()  # all processes have read it
-        if distributed.rank() == 0:
+        if distributed.is_main():
             shutil.rmtree(folder)
         distributed.barrier()
     pipe = base_pipeline(config)
