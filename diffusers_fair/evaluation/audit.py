@@ -56,11 +56,11 @@ def audit(
         counts,
         images.read,
         Execution(
+            label,
             judges,
             positive(batch_size, "batch_size"),
             None if out is None else Path(out),
             progress,
         ),
-        label=label,
         model={"images": str(folder), "files": images.digest(), **(model or {})},
     )

@@ -23,6 +23,8 @@ PARTIAL = ".partial"  # in the report's folder while the evaluation runs
 class Execution:
     """How the parts of an evaluation process their images."""
 
+    label: str
+    """Name of the evaluated model in tables and progress bars."""
     judges: Judges
     batch_size: int
     out: Path | None
@@ -34,6 +36,10 @@ class Execution:
         """Folder of the journals, from which the evaluation can be resumed."""
         return None if self.out is None else self.out / PARTIAL
 
+    def title(self, part: str) -> str | None:
+        """Return the title of the progress bar of a part; None to show none."""
+        return f"{self.label}, {part}" if self.progress else None
+
 
 def judge_all(
     folder: Path | None,
@@ -41,7 +47,7 @@ def judge_all(
     provenance: Mapping[str, Any],
     batches: Sequence[np.ndarray],
     judge: Callable[[np.ndarray], BatchRecords],
-    progress: bool,
+    title: str | None,
 ) -> tuple[Records, dict[int, np.ndarray], Mapping[str, Any]]:
     """Judge every batch that is not in the journal yet.
 
@@ -51,7 +57,7 @@ def judge_all(
         provenance: provenance of this run.
         batches: prompt and image index of each image in each batch, (n, 2).
         judge: generates or reads the images of a batch, and judges them.
-        progress: whether to show a progress bar.
+        title: title of the progress bar; None to show none.
 
     Returns:
         The records of all images, sample images by prompt, and the provenance of the first run.
@@ -63,7 +69,8 @@ def judge_all(
     is_shared = folder is not None  # without a journal, every process judges all batches
     first, step = (distributed.rank(), distributed.world_size()) if is_shared else (0, 1)
     shard = range(first, len(batches), step)
-    with progress_bar(sum(len(batches[i]) for i in shard), progress and first == 0) as advance:
+    total = sum(len(batches[i]) for i in shard)
+    with progress_bar(total, title if first == 0 else None) as advance:
         for i in shard:
             if i not in done:
                 done[i] = judge(batches[i])

@@ -107,12 +107,12 @@ def evaluate(
         [settings.images_per_prompt] * len(settings.prompts),
         lambda pairs: generate_batch(pipe, settings.prompts, pairs, **sampling),  # type: ignore[arg-type]
         Execution(
+            label or ("base" if reference is None else "adapter"),
             judges,
             positive(batch_size, "batch_size"),
             None if out is None else Path(out),
             progress,
         ),
-        label=label or ("base" if reference is None else "adapter"),
         model={
             "pipeline": type(pipe).__name__,
             "scheduler": type(pipe.scheduler).__name__,
@@ -131,7 +131,6 @@ def measure(
     read: Callable[[np.ndarray], ImageBatch],
     execution: Execution,
     *,
-    label: str,
     model: Mapping[str, Any],
     pipe: Any = None,
     groups: Sequence[PromptGroup] = (),
@@ -144,7 +143,6 @@ def measure(
         counts: number of images of each prompt.
         read: generates or reads a batch of images, given their prompt and image indices (n, 2).
         execution: how images are processed.
-        label: name of the model in tables.
         model: where the images come from, for the provenance.
         pipe: pipeline that generates the images of the groups.
         groups: the control prompts.
@@ -165,14 +163,16 @@ def measure(
     records, samples, facts = judge_all(
         execution.journal_folder,
         {
-            **{"settings": settings.json(), "batch_size": execution.batch_size, "label": label},
+            "settings": settings.json(),
+            "batch_size": execution.batch_size,
+            "label": execution.label,
             **model,
             "reference": origin,
         },
         facts,
         pairs_of(counts, execution.batch_size),
         lambda pairs: judge_batch(read(pairs), settings, judges, texts, before),
-        execution.progress,
+        execution.title("neutral prompts"),
     )
     measured = {}
     for group in groups:
@@ -181,7 +181,7 @@ def measure(
             pipe, group, settings, execution, base, execution.journal_folder, origin
         )
     report = Report(
-        label=label,
+        label=execution.label,
         settings=settings,
         records=records,
         samples=samples,

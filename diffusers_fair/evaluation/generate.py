@@ -144,7 +144,7 @@ def generate(
         progress: whether to show a progress bar on stderr.
     """
     batches = pairs_of([images_per_prompt] * len(prompts), batch_size)
-    with progress_bar(sum(map(len, batches)), progress) as advance:
+    with progress_bar(sum(map(len, batches)), "images" if progress else None) as advance:
         for pairs in batches:
             yield generate_batch(
                 pipe, prompts, pairs, steps=steps, guidance_scale=guidance_scale, seed=seed
@@ -164,9 +164,9 @@ def _silent(pipe):
 
 
 @contextmanager
-def progress_bar(total: int, shown: bool):
-    """Show a progress bar over images, and yield the function that advances it."""
-    if not shown:
+def progress_bar(total: int, title: str | None):
+    """Show a progress bar over images, unless it has no title; yield what advances it."""
+    if title is None:
         yield lambda images: None
         return
     try:
@@ -176,7 +176,7 @@ def progress_bar(total: int, shown: bool):
         raise ModuleNotFoundError(
             "the progress bar needs rich: pip install 'diffusers-fair[train]', or progress=False"
         ) from None
-    count = rich.TextColumn("images"), rich.BarColumn(), rich.MofNCompleteColumn()
+    count = rich.TextColumn(title), rich.BarColumn(), rich.MofNCompleteColumn()
     times = rich.TimeElapsedColumn(), rich.TextColumn("left"), rich.TimeRemainingColumn()
     with rich.Progress(*count, *times, console=Console(stderr=True)) as bar:
         task = bar.add_task("images", total=total)

@@ -73,7 +73,11 @@ def with_groups(
     groups = supported_groups(groups, pipe)
     check_groups(groups, settings.attributes)
     execution = Execution(
-        judges, positive(batch_size, "batch_size"), None if out is None else Path(out), progress
+        reference.label,
+        judges,
+        positive(batch_size, "batch_size"),
+        None if out is None else Path(out),
+        progress,
     )
     journals = execution.journal_folder
     folder = None if journals is None else journals / "reference"
@@ -127,13 +131,15 @@ def measure_group(
     records, samples, _ = judge_all(
         None if folder is None else folder / group.name,
         {
-            **{"group": asdict(group), "settings": group_settings.json()},
-            **{"batch_size": execution.batch_size, "reference": origin},
+            "group": asdict(group),
+            "settings": group_settings.json(),
+            "batch_size": execution.batch_size,
+            "reference": origin,
         },
         {},
         pairs_of([group.images_per_prompt] * len(group_settings.prompts), execution.batch_size),
         judge,
-        execution.progress,
+        execution.title(f"{group.name} prompts"),
     )
     return GroupReport(
         group=group, attributes=settings.attributes, records=records, samples=samples

@@ -72,9 +72,12 @@ def test_evaluate_writes_both_reports_and_prints_the_table(
     assert summaries["untouched"].dino is not None
     assert "clip_i" in after.summary.scores
     assert Image.open(out / "pairs.png").size[0] > 64
-    said = capsys.readouterr().out
-    assert "images with a face" in said
-    assert "implied words obeyed" in said
+    printed = capsys.readouterr()
+    assert "images with a face" in printed.out
+    assert "implied words obeyed" in printed.out
+    parts = ("neutral", "named", "implied", "untouched")
+    titles = [f"{label}, {part} prompts" for label in ("base", "adapter") for part in parts]
+    assert [printed.err.find(title) >= 0 for title in titles] == [True] * 8
 
 
 def groups_of(report):
