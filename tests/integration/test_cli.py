@@ -149,6 +149,7 @@ def with_recipe(adapter, folder, **prompts):
     return folder
 
 
+@pytest.mark.slow
 def test_words_of_training_are_those_that_the_adapter_kept(adapter, lines, tmp_path, monkeypatch):
     folder = with_recipe(adapter, tmp_path / "mine", keep={"sets": {"named": 1.0}})
     words = ["--adapter", folder, "--prompts", lines, "--images", 1, "--steps", 1]
@@ -210,6 +211,7 @@ def test_a_recipe_that_keeps_nothing(recipe):
     assert kept_sets(recipe) == set()
 
 
+@pytest.mark.slow
 def test_an_adapter_that_draws_what_it_likes_is_warned_of(
     adapter, lines, tmp_path, monkeypatch, capsys
 ):

@@ -73,6 +73,7 @@ def test_a_run_leaves_what_the_design_says(run):
     ]
 
 
+@pytest.mark.slow
 def test_every_iteration_is_recorded(run):
     folder, _ = run
     events = [json.loads(line) for line in (folder / "events.jsonl").read_text().splitlines()]
@@ -83,6 +84,7 @@ def test_every_iteration_is_recorded(run):
     assert 0 <= events[-1]["validation/gender"] <= 1
 
 
+@pytest.mark.slow
 def test_the_adapter_says_what_it_is(run):
     info, weights = read_adapter(run[0] / "adapter")
     assert info.base_model == testbed.NAME
@@ -240,6 +242,7 @@ def test_a_run_may_be_looked_into_before_it_is_trained(tmp_path):
     assert event["loss"] == figures["loss"]
 
 
+@pytest.mark.slow
 def test_an_adapter_is_trained_further(run, tmp_path):
     adapter = {"rank": 2, "init_from": str(run[0] / "adapter")}
     further = finetuner(tmp_path / "further", adapter=adapter)
@@ -251,6 +254,7 @@ def test_an_adapter_is_trained_further(run, tmp_path):
     assert all(torch.equal(saved[key], expected[key]) for key in expected)
 
 
+@pytest.mark.slow
 def test_an_adapter_of_other_components_or_another_base_is_refused(run, tmp_path, monkeypatch):
     adapter = {"rank": 3, "init_from": str(run[0] / "adapter")}
     with pytest.raises(
@@ -497,12 +501,14 @@ def test_replay_and_autograd_give_the_same_update(compared):
     assert (weights - others).norm() <= 1e-3 * weights.norm()
 
 
+@pytest.mark.slow
 def test_every_method_trains_on_the_same_images(compared):
     losses = [{k: v for k, v in found[0].items() if k != "gradient"} for found in compared.values()]
     assert losses == [losses[0]] * len(METHODS)
 
 
 @pytest.mark.parametrize("method", ["naive", "truncated"])
+@pytest.mark.slow
 def test_other_methods_give_another_gradient(compared, method):
     _, expected, _ = compared["replay"]
     assert (compared[method][1] - expected).norm() > 0.05 * expected.norm()
@@ -582,6 +588,7 @@ def test_test_prompts_are_never_trained_on(tmp_path):
     assert not unseen & {*trainer.prompts.prompts[0], *trainer.validation_prompts}
 
 
+@pytest.mark.slow
 def test_an_output_folder_with_another_run_is_refused(run):
     other = RunConfig.load(
         "testbed-gender", SMALL | {"output": str(run[0]), "optimizer": {"lr": 0.5}}

@@ -85,6 +85,7 @@ def guidance_ends(pipe, step, time, tensors):
     return {"prompt_embeds": tensors["prompt_embeds"][-len(tensors["latents"]) :]}
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(
     "more",
     [
@@ -104,6 +105,7 @@ def test_a_batch_of_both_kinds(folder, more):
     assert_mixed(*(draw(pipe, **more) for pipe in pipes), named)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
 def test_one_prompt_after_another(folder, dtype):
     pipe, base, adapted = (tiny.pipeline(dtype) for _ in range(3))
@@ -135,6 +137,7 @@ def test_off_unless_asked_for(folder):
     )
 
 
+@pytest.mark.slow
 def test_unloading_restores_bit_for_bit(folder):
     pipe = tiny.pipeline()
     before, base, hooks = snapshot(pipe), draw(pipe), hook_count(pipe)
@@ -184,6 +187,7 @@ def test_scale(folder):
     assert_mixed(draw(pipe), draw(base), draw(adapted))
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("style_first", [False, True])
 def test_beside_an_ordinary_lora(folder, style, style_first):
     """Only this adapter is switched off; what the host loaded stays."""
@@ -203,6 +207,7 @@ def test_beside_an_ordinary_lora(folder, style, style_first):
     assert torch.equal(draw(pipes[0]), expected)
 
 
+@pytest.mark.slow
 def test_two_adapters_each_with_words_of_its_own(folder, tmp_path):
     colours = Attribute("colour", ("red", "blue"))
     info = {"attributes": (colours,), "words": {"colour": {"red": ("red",)}}}
@@ -230,6 +235,7 @@ def test_a_second_adapter_that_does_not_look_at_words(whole, style):
     assert torch.equal(draw(pipe, "a round chef"), draw(other, "a round chef"))
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("kind", [StableDiffusionImg2ImgPipeline, StableDiffusionInpaintPipeline])
 def test_other_pipelines_of_the_family(folder, kind):
     pipes = [kind(**tiny.pipeline().components, requires_safety_checker=False) for _ in range(3)]
@@ -261,6 +267,7 @@ def test_the_u_net_can_be_copied(folder):
     assert torch.equal(draw(pipe, "a chef"), draw(loaded(folder), "a chef"))
 
 
+@pytest.mark.slow
 def test_models_that_are_offloaded_one_by_one(folder):
     pipe = loaded(folder, respect_words=True)
     pipe.enable_model_cpu_offload(device="cpu")

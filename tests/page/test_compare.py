@@ -82,6 +82,7 @@ def test_more_of_a_score_is_best_and_faces_are_never():
     assert not any(made.is_best(row, column(made, "images with a face")) for row in made.entries)
 
 
+@pytest.mark.slow
 def test_differences_are_wilcoxons_of_the_prompts():
     prompts = [f"prompt {i}" for i in range(12)]
     made = compare([entry(name, prompts=prompts, seed=i) for i, name in enumerate("ab")])

@@ -330,6 +330,7 @@ def test_folder_with_something_else_is_refused(toy, tmp_path):
 # ---- without the extra ---------------------------------------------------------------------------
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("name", ["yaml", "pydantic"])
 def test_missing_extra_names_the_install_command(name):
     code = f"""

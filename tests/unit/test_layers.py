@@ -206,6 +206,7 @@ def run(code: str) -> dict:
     return json.loads(done.stdout.splitlines()[-1])
 
 
+@pytest.mark.slow
 def test_import_is_light():
     result = run(
         "import json, sys, time, diffusers\n"
@@ -253,6 +254,7 @@ def test_import_is_light():
     assert result["seconds"] < 1  # measured: 0.01
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(
     "code",
     [

@@ -164,12 +164,14 @@ def test_a_budget_that_is_too_small_for_one_image_is_refused():
         memory._largest_fitting(lambda n: (2 + n) * GB, 8, 2)
 
 
+@pytest.mark.slow
 def test_the_peak_is_the_maximum_of_the_memory_taken():
     before = memory.peak(torch.device("cpu"))
     torch.ones(before // 4 + 2**26).sum()  # float32: more than there was in all
     assert memory.peak(torch.device("cpu")) >= before + 2**27
 
 
+@pytest.mark.slow
 @pytest.mark.skipif(sys.platform != "linux", reason="only Linux forgets")
 def test_the_peak_can_be_reset():
     cpu = torch.device("cpu")
