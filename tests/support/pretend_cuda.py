@@ -19,6 +19,7 @@ import ctypes
 import os
 import shutil
 import subprocess
+import sys
 from dataclasses import dataclass
 from functools import cache
 from pathlib import Path
@@ -59,7 +60,11 @@ def environment(folder: Path) -> dict[str, str]:
     library = folder / "libcuda.so.1"
     command = ["cc", "-shared", "-fPIC", f"-Wl,-soname,{library.name}", "-xc", "-", "-o", library]
     subprocess.run(command, input=DRIVER, text=True, check=True)
-    return os.environ | {"LD_PRELOAD": str(library), "CUDA_VISIBLE_DEVICES": ""}
+    paths = os.pathsep.join(path for path in sys.path if path)  # as pytest has set them
+    return os.environ | {
+        **{"LD_PRELOAD": str(library), "CUDA_VISIBLE_DEVICES": "", "PYTHONPATH": paths},
+        **{"OMP_NUM_THREADS": "1"},
+    }
 
 
 def install() -> None:
@@ -122,6 +127,15 @@ class CudaTensor(Tensor):
                 copy = torch.nn.Parameter(copy, self.requires_grad)
             memo[id(self)] = copy
         return memo[id(self)]
+
+    @property
+    def data(self) -> Tensor:
+        return Tensor.data.__get__(self)
+
+    @data.setter
+    def data(self, other: "CudaTensor") -> None:
+        Tensor.data.__set__(self, other)
+        self.values = other.values
 
     def numpy(self, *, force: bool = False) -> Any:
         if force:
@@ -278,7 +292,10 @@ def _is_cuda(device: Any) -> bool:
     return True
 
 
-_STATISTICS = "memory_allocated max_memory_allocated memory_reserved max_memory_reserved".split()
+_STATISTICS = (
+    *("memory_allocated", "max_memory_allocated"),
+    *("memory_reserved", "max_memory_reserved"),
+)
 _TORCH_CUDA: dict[str, Any] = {  # functions of torch.cuda that ask the driver
     "_lazy_init": lambda: None,
     "_exchange_device": lambda device: 0,

@@ -1,25 +1,38 @@
 """What users do on a GPU, on the CPU first and then on the GPU that is not there.
 
-A program, run in an environment of `pretend_cuda`: prints the figures of each scenario on both
-devices, or its error, and how each planted fault ends, as JSON.
+A program, run in an environment of `pretend_cuda`: prints, as JSON, the figures of each scenario on
+both devices, or its error, and how each planted fault and each rule ends.
 """
 
 import json
 import sys
 import traceback
 from collections.abc import Callable
-from contextlib import contextmanager, redirect_stdout
+from contextlib import contextmanager, redirect_stdout, suppress
 from dataclasses import asdict
-from itertools import islice
 from pathlib import Path
 from typing import Any
 
 import pretend_cuda
 import pytest
+import stand_ins
 import torch
+from diffusers.training_utils import EMAModel
+from PIL import Image
+from test_backends import LABELS, small, spots
+from test_cli import run as command
 
-HERE = Path(__file__).parent
-sys.path += [str(HERE.parent / "integration")]
+from diffusers_fair import FairnessFinetuner, evaluate, testbed
+from diffusers_fair.assess import EvaluationDefaults, baseline_task
+from diffusers_fair.baselines import BASELINES
+from diffusers_fair.config.schema import RunConfig
+from diffusers_fair.evaluation.audit import audit
+from diffusers_fair.evaluation.generate import generate
+from diffusers_fair.reports.folder import load_report
+from diffusers_fair.testbed.backend import load_evaluation_judges
+from diffusers_fair.testbed.world import AGE, GENDER
+from diffusers_fair.training import batch_gradient
+from diffusers_fair.vision.images import to_arrays
 
 Figures = dict[str, Any]
 SCENARIOS: dict[str, Callable[[str, Path], Figures]] = {}
@@ -50,8 +63,6 @@ def fault(function: Callable[[Path], Any]) -> Callable[[Path], Any]:
 
 def finetuner(device: str, folder: Path, *overrides: dict[str, Any], dtype: str = "float32") -> Any:
     """A small training of the testbed."""
-    from diffusers_fair import FairnessFinetuner
-
     values: dict[str, Any] = {"base": {"dtype": dtype}, "output": str(folder)}
     for changes in (SMALL, *overrides, {"train": {"device": device}}):
         for key, value in changes.items():
@@ -117,8 +128,6 @@ def save_and_resume(device, folder):
 
 @contextmanager
 def stopped_after_one_iteration():
-    from diffusers_fair import FairnessFinetuner
-
     whole = FairnessFinetuner.iteration
 
     def stop(self, step):
@@ -126,7 +135,7 @@ def stopped_after_one_iteration():
             raise KeyboardInterrupt
         return whole(self, step)
 
-    with pytest.MonkeyPatch.context() as patch, pytest.raises(KeyboardInterrupt):
+    with pytest.MonkeyPatch.context() as patch, suppress(KeyboardInterrupt):
         patch.setattr(FairnessFinetuner, "iteration", stop)
         yield
 
@@ -134,12 +143,6 @@ def stopped_after_one_iteration():
 @scenario
 def recipe_for_stable_diffusion(device, folder):
     """The models of a recipe for Stable Diffusion 1.5, each a small one of the same kind."""
-    import stand_ins
-    from test_backends import LABELS, small, spots
-
-    from diffusers_fair import FairnessFinetuner
-    from diffusers_fair.config.schema import RunConfig
-
     folder.mkdir(parents=True)
     with torch.random.fork_rng():
         torch.manual_seed(0)
@@ -183,8 +186,6 @@ def sample(pipe: Any) -> list[float]:
 
 
 def testbed_on(device: str) -> Any:
-    from diffusers_fair import testbed
-
     pipe = testbed.pipeline().to(device)
     pipe.set_progress_bar_config(disable=True)
     return pipe
@@ -200,7 +201,7 @@ def load_after_moving(device, folder):
         steps = {
             "base": lambda: None,
             "loaded": lambda: pipe.load_fair_adapter(str(adapter)),  # noqa: B023
-            "half": lambda: pipe.set_fair_adapter_scale(0.5),  # noqa: B023
+            "off": lambda: pipe.set_fair_adapter_scale(0),  # noqa: B023
             "unloaded": lambda: pipe.unload_fair_adapter(),  # noqa: B023
         }
         for name, step in steps.items():
@@ -226,14 +227,6 @@ def report_figures(report: Any) -> Figures:
 
 @scenario
 def evaluate_and_audit(device, folder):
-    from diffusers_fair import evaluate
-    from diffusers_fair.evaluation.audit import audit
-    from diffusers_fair.evaluation.generate import generate
-    from diffusers_fair.testbed.backend import load_evaluation_judges
-    from diffusers_fair.testbed.world import AGE, GENDER
-    from diffusers_fair.vision.images import to_arrays
-    from PIL import Image
-
     pipe, prompts = testbed_on(device), ["a photo of a chef", "a photo of a nurse"]
     judges = load_evaluation_judges(["gender", "age"], device)
     options = {"images_per_prompt": 3, "steps": 2, "guidance_scale": 3.0, "progress": False}
@@ -249,11 +242,6 @@ def evaluate_and_audit(device, folder):
 
 def use_baseline(name: str) -> Callable[[str, Path], Figures]:
     def use(device: str, folder: Path) -> Figures:
-        from diffusers_fair.assess import EvaluationDefaults, baseline_task
-        from diffusers_fair.baselines import BASELINES
-        from diffusers_fair.evaluation.generate import generate
-        from diffusers_fair.testbed.world import GENDER
-
         quick = {"concepts": 2, "images_per_prompt": 2, "iterations": 1} if name == "uce" else {}
         sampling = {"steps": 2, "guidance_scale": 3.0, "seed": 0}
         defaults = EvaluationDefaults.of("testbed", None)
@@ -267,19 +255,12 @@ def use_baseline(name: str) -> Callable[[str, Path], Figures]:
     return use
 
 
-for _name in ("attribute-words", "ethical-intervention", "debias-vl", "uce"):
-    SCENARIOS[f"baseline_{_name}"] = use_baseline(_name)
-for _name in ("concept-algebra", "fair-diffusion"):
-    SCENARIOS[f"baseline_{_name}"] = use_baseline(_name)
+SCENARIOS |= {f"baseline_{name}": use_baseline(name) for name in BASELINES}
 
 
 @scenario
 def command_line(device, folder):
     """`generate` and `evaluate` with `--device`, an adapter, control prompts and a baseline."""
-    from diffusers_fair import cli
-    from diffusers_fair.reports.folder import load_report
-    from PIL import Image
-
     folder.mkdir(parents=True)
     adapter = saved_adapter(folder, "text_encoder")
     prompts = folder / "prompts.txt"
@@ -288,15 +269,14 @@ def command_line(device, folder):
 
     def run(*words: Any) -> None:
         with pytest.MonkeyPatch.context() as patch:
-            patch.setattr("sys.argv", ["diffusers-fair", *map(str, words)])
-            cli.main()
+            assert command(patch, *words) == 0
 
     run("generate", "a chef", "--adapter", adapter, "--out", folder / "images", *sampling)
-    options = ["--prompts", prompts, *sampling]
-    change = ["--adapter", adapter, "--group-images", "1"]
-    run("evaluate", *options, *change, "--out", folder / "report")
-    change = ["--baseline", "ethical-intervention", "--no-groups"]
-    run("evaluate", *options, *change, "--out", folder / "baseline")
+    for name, change in {
+        "report": ["--adapter", adapter, "--group-images", "1"],
+        "baseline": ["--baseline", "ethical-intervention", "--no-groups"],
+    }.items():
+        run("evaluate", "--prompts", prompts, *sampling, *change, "--out", folder / name)
     files = sorted((folder / "images").rglob("*.png"))
     return {
         "images": [sum(Image.open(file).convert("L").tobytes()) for file in files],
@@ -318,8 +298,6 @@ def forward(folder):
 
 @fault
 def backward(folder):
-    from diffusers_fair.training import batch_gradient
-
     decode_backward = batch_gradient.decode_backward
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr(batch_gradient, "decode_backward", lambda *a: decode_backward(*a).cpu())
@@ -337,8 +315,6 @@ def optimizer(folder):
 
 @fault
 def resume(folder):
-    from diffusers.training_utils import EMAModel
-
     changes = {"train": SMALL["train"] | {"checkpoint_every": 1}}
     with stopped_after_one_iteration():
         finetuner("cuda", folder, changes).train(progress=False)
@@ -349,8 +325,6 @@ def resume(folder):
 
 @fault
 def reference_faces(folder):
-    from diffusers_fair.training import batch_gradient
-
     load = batch_gradient.load_reference_faces
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr(batch_gradient, "load_reference_faces", lambda *a: load(*a[:2], "cpu"))
@@ -407,7 +381,7 @@ def rule(expression: str) -> dict[str, Any]:
 def outcome(function: Callable[..., Any], *arguments: Any) -> Any:
     try:
         return function(*arguments)
-    except Exception as error:
+    except (Exception, SystemExit) as error:
         return {"error": f"{type(error).__name__}: {error}", "trace": traceback.format_exc()}
 
 
@@ -424,5 +398,5 @@ def main(folder: Path, *names: str) -> dict[str, Any]:
 
 if __name__ == "__main__":
     with redirect_stdout(sys.stderr):
-        results = main(Path(sys.argv[1]), *islice(sys.argv, 2, None))
-    print(json.dumps(results))  # noqa: T201
+        results = main(Path(sys.argv[1]), *sys.argv[2:])
+    sys.stdout.write(json.dumps(results))
