@@ -8,6 +8,7 @@ imported when it is used, so a recipe needs only the packages of the models that
 from collections.abc import Callable, Sequence
 from functools import cache
 from importlib import import_module
+from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 import torch
@@ -105,6 +106,19 @@ def load_base(
     """
     device = torch.device(device)
     return base(model).load(model, revision, choose_dtype(dtype, device)).to(device)
+
+
+def check_revision(model: str, revision: str | None) -> None:
+    """Refuse a revision of what has none: a shipped base, a folder or a file.
+
+    Raises:
+        ValueError: the model is no Hub id, but a revision is given.
+    """
+    if revision is not None and (model in SHIPPED_BASES or Path(model).exists()):
+        raise ValueError(
+            f"revision '{revision}' is for a repository on the Hub, but '{model}' is none: leave "
+            "the revision out, or name a Hub id"
+        )
 
 
 def choose_base_device(model: str, device: str = "auto") -> torch.device:
