@@ -4,8 +4,8 @@
 
 Takes less than 8 minutes, 16 GB of GPU memory and 3 GB of disk for a while. The base model has the
 configurations of Stable Diffusion 1.5 and random weights, so its images are noise; the judges are
-the testbed's, which are small. What is checked is that everything runs on the GPU, in how much time
-and memory:
+small: a MobileNet, and the testbed's encoders. What is checked is that everything runs on the GPU,
+and in how much time and memory:
 
     base            the model is made and written as a folder of diffusers
     train           one iteration for each component in bfloat16 and float16: seconds, and the memory
@@ -42,6 +42,7 @@ import torch
 import typer
 
 from diffusers_fair import FairnessFinetuner, evaluate, load_fair_adapter
+from diffusers_fair.backends import trained_classifier
 from diffusers_fair.backends.registry import load_base, load_judges
 from diffusers_fair.config.schema import RunConfig
 from diffusers_fair.devices import choose_device
@@ -61,6 +62,7 @@ STAGES = {  # methods of `BatchGradient` -> what they do
 SEED = 0
 STEPS, IMAGES = 4, 4
 PROMPTS = ["a photo of the face of a chef, a person", "a photo of the face of a nurse, a person"]
+CLASSES = ["female", "male"]
 GB = 1e9  # bytes
 STABLE_DIFFUSION_1: dict[str, dict[str, Any]] = {
     "unet": {"sample_size": 64, "cross_attention_dim": 768},
@@ -91,6 +93,10 @@ class Check:
     @property
     def base(self) -> Path:
         return self.folder / "base"
+
+    @property
+    def classifier(self) -> Path:
+        return self.folder / "classifier"
 
     @property
     def adapter(self) -> Path:
@@ -137,7 +143,7 @@ def result(part: Callable[[Check], dict[str, Any]], check: Check) -> dict[str, A
 
 
 def make_base(check: Check) -> dict[str, Any]:
-    """Write a pipeline with random weights in the layout of Stable Diffusion 1.5."""
+    """Write a pipeline in the layout of Stable Diffusion 1.5, and a classifier."""
     from diffusers import (
         AutoencoderKL,
         PNDMScheduler,
@@ -180,6 +186,8 @@ def make_base(check: Check) -> dict[str, Any]:
         feature_extractor=None,
         requires_safety_checker=False,
     ).save_pretrained(check.base)
+    classifier = trained_classifier.mobilenet(len(CLASSES))
+    trained_classifier.write(check.classifier, classifier, {"classes": CLASSES, "size": 224})
     return {f"millions of parameters, {name}": _millions(x) for name, x in models.items()}
 
 
@@ -192,16 +200,18 @@ def _millions(model: torch.nn.Module) -> float:
 
 def config(check: Check, folder: str, **overrides: Any) -> RunConfig:
     """Return a short training for whole images, as random ones have no faces."""
+    classifier = f"checkpoint:{check.classifier}"
+    judges = {"face_detector": "none", "classifiers": classifier}  # the encoders are the testbed's
     train = {
         **{"iterations": 2, "micro_batch": 2, "checkpoint_every": 1, "validate_every": None},
         **{"device": str(check.device), "seed": SEED},
     }
     values = {
         "base": {"model": str(check.base), "dtype": "bfloat16"},
-        "attributes": [{"name": "gender", "classes": ["female", "male"], "region": "image"}],
+        "attributes": [{"name": "gender", "classes": CLASSES, "region": "image"}],
         "prompts": {"sets": ["occupations"], "images_per_prompt": IMAGES},
-        "models": {"face_detector": "none"},  # the others are the testbed's by default
-        "evaluation": {"models": {"face_detector": "none"}},
+        "models": judges,
+        "evaluation": {"models": judges},
         "sampling": {"steps": STEPS},
         "output": str(check.folder / folder),
         **overrides,
