@@ -5,10 +5,12 @@ from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
+import torch
+
 from diffusers_fair.adapters.format import AdapterInfo
 from diffusers_fair.attributes import Attribute, People
 from diffusers_fair.backends import registry
-from diffusers_fair.backends.registry import load_base, load_judges
+from diffusers_fair.backends.registry import choose_base_device, load_base, load_judges
 from diffusers_fair.baselines import Baseline, Task
 from diffusers_fair.baselines import baseline as find_baseline
 from diffusers_fair.config.models import ModelsSection
@@ -63,6 +65,10 @@ class EvaluationDefaults:
     people: People = "largest"
     kept: frozenset[str] = frozenset()
     """Names of the prompt sets in the recipe's `prompts.keep`."""
+    dtype: str
+    """Data type of the base model."""
+    revision: str | None = None
+    """Revision of the base model on the Hub."""
 
     @classmethod
     def of(cls, base: str, recipe: str | None) -> "EvaluationDefaults":
@@ -93,6 +99,7 @@ class EvaluationDefaults:
                 for a in shipped.attributes.values()
             ],
             untouched=registry.untouched_set(base),
+            dtype=registry.base(base).usual_dtype,
         )
 
     @classmethod
@@ -111,6 +118,8 @@ class EvaluationDefaults:
             untouched=registry.untouched_set(base),
             people=config.people,
             kept=kept_sets(root),
+            dtype=config.base.dtype,
+            revision=config.base.revision if config.base.model == base else None,
         )
 
     def choose(self, names: Sequence[str] | None) -> list[Attribute]:
@@ -150,11 +159,16 @@ def assess(
     reference: str | Path | None = None,
     group_images: int | None = 4,
     respect_words: bool = False,
+    device: str = "auto",
+    dtype: str | None = None,
+    revision: str | None = None,
+    adapter_revision: str | None = None,
+    batch_size: int | None = None,
 ) -> Assessment:
     """Evaluate a base model, then an adapter or a baseline from the same noise; save the reports.
 
     Args:
-        base: `testbed`, a Hub id or a folder.
+        base: `testbed`, a Hub id, a folder or a single `.safetensors` file.
         out: folder of the report. With an adapter or a baseline, the base model's report is saved
             in its subfolder `base`.
         adapter: folder or Hub id of an adapter.
@@ -173,17 +187,28 @@ def assess(
             prompts are generated.
         group_images: images per control prompt; None skips the control prompts.
         respect_words: disable the adapter for prompts that name a class it balances.
+        device: device of all models, as in `choose_device`; `auto` is the CPU for the testbed.
+        dtype: data type of the base model, as in `choose_dtype`. Default: the recipe's or, without
+            one, float32 for the testbed and auto otherwise. The judges use float32.
+        revision: commit, tag or branch of the base model on the Hub. Default: the recipe's, if this
+            is the recipe's base model.
+        adapter_revision: commit, tag or branch of the adapter on the Hub.
+        batch_size: images generated and judged together. Default: as for `evaluate`.
 
     Raises:
-        ValueError: the folder already holds a report; the arguments contradict one another; the
-            adapter, the baseline, the recipe or an attribute is unknown; or as `evaluate`.
+        ValueError: the folder already holds a report; the device is not available; the arguments
+            contradict one another; the adapter, the baseline, the recipe or an attribute is
+            unknown; or as `evaluate`.
     """
     require_free(out)
-    _check(adapter, baseline, reference, respect_words)
+    _check(adapter, baseline, reference, respect_words, adapter_revision)
+    registry.check_revision(base, revision)
+    chosen = choose_base_device(base, device)
     method = None if baseline is None else find_baseline(baseline)
     defaults = EvaluationDefaults.of(base, recipe)
     section = defaults.section
-    opened = None if adapter is None else open_fair_adapter(adapter)
+    revision = defaults.revision if revision is None else revision
+    opened = None if adapter is None else open_fair_adapter(adapter, adapter_revision)
     info = None if opened is None else opened.info
     if info is not None and attributes is None:
         counted = list(info.attributes)
@@ -193,10 +218,12 @@ def assess(
     groups: tuple[PromptGroup, ...] = ()
     if group_images is not None:
         groups = control_groups(texts, counted, defaults, info, images_per_prompt=group_images)
-    pipe = load_base(base)
+    pipe = load_base(base, revision, defaults.dtype if dtype is None else dtype, chosen)
     model: dict[str, Any] = {"base": base, "recipe": recipe}
+    model |= {} if revision is None else {"revision": revision}
     options: dict[str, Any] = {
-        "judges": load_judges(section.models, counted, pipe.device, defaults.people),
+        "judges": load_judges(section.models, counted, chosen, defaults.people),
+        "batch_size": batch_size,
         "images_per_prompt": (
             section.images_per_prompt if images_per_prompt is None else images_per_prompt
         ),
@@ -210,7 +237,8 @@ def assess(
         before = evaluate(pipe, texts, counted, groups=groups, out=folder, model=model, **options)
     else:
         before = _reference(reference, texts, counted, options)
-        before = with_groups(before, pipe, groups, judges=options["judges"], out=out)
+        judging = {name: options[name] for name in ("judges", "batch_size")}
+        before = with_groups(before, pipe, groups, out=out, **judging)
     if is_base_alone:
         return Assessment(before, None)
     if opened is not None:
@@ -219,7 +247,7 @@ def assess(
         model |= {"adapter": adapter, "adapter weights": opened.digest, **respect}
     else:
         assert method is not None
-        pipe = _apply(method, pipe, counted, defaults, options)
+        pipe = _apply(method, pipe, counted, defaults, chosen, options)
         model |= {"baseline": baseline, "hyperparameters": dict(vars(method))}
     options |= {"reference": before, "label": baseline, "out": out}
     after = evaluate(pipe, texts, counted, groups=groups, model=model, **options)
@@ -232,6 +260,8 @@ def assess_images(
     out: str | Path,
     recipe: str | None,
     attributes: Sequence[str] | None = None,
+    device: str = "auto",
+    batch_size: int | None = None,
 ) -> Report:
     """Evaluate existing images from a folder, of whatever origin, and save the report.
 
@@ -240,10 +270,12 @@ def assess_images(
         out: folder of the report.
         recipe: its evaluation models judge the images.
         attributes: names of the attributes to measure. Default: the recipe's.
+        device: device of the judges, as for `assess`.
+        batch_size: images judged together. Default: as for `evaluate`.
 
     Raises:
         ValueError: the folder `out` already holds a report; there is no recipe; an attribute is
-            unknown; or as `audit`.
+            unknown; the device is not available; or as `audit`.
     """
     require_free(out)
     if recipe is None:
@@ -251,10 +283,13 @@ def assess_images(
             f"there are no models to judge the images in '{folder}': name a recipe that has them "
             "with --recipe (for images of the testbed, a testbed recipe)"
         )
-    defaults = EvaluationDefaults.of("", recipe)
+    config = RunConfig.load(recipe)
+    chosen = choose_base_device(config.base.model, device)
+    defaults = EvaluationDefaults.of_config("", config)
     counted = defaults.choose(attributes)
-    judges = load_judges(defaults.section.models, counted, people=defaults.people)
-    return audit(folder, counted, judges=judges, out=out, model={"recipe": recipe})
+    judges = load_judges(defaults.section.models, counted, chosen, defaults.people)
+    model = {"recipe": recipe}
+    return audit(folder, counted, judges=judges, batch_size=batch_size, out=out, model=model)
 
 
 def control_groups(
@@ -313,7 +348,11 @@ def baseline_task(
 
 
 def _check(
-    adapter: str | None, baseline: str | None, reference: str | Path | None, respect_words: bool
+    adapter: str | None,
+    baseline: str | None,
+    reference: str | Path | None,
+    respect_words: bool,
+    adapter_revision: str | None,
 ) -> None:
     if adapter is not None and baseline is not None:
         raise ValueError(
@@ -323,8 +362,25 @@ def _check(
         raise ValueError(
             "a reference needs an adapter or a baseline to compare: give --adapter or --baseline"
         )
-    if respect_words and adapter is None:
-        raise ValueError("--respect-words needs an adapter: name one with --adapter")
+    check_adapter_options(adapter, respect_words, adapter_revision)
+
+
+def check_adapter_options(
+    adapter: str | None, respect_words: bool, adapter_revision: str | None
+) -> None:
+    """Refuse options that need an adapter, or an adapter on the Hub.
+
+    Raises:
+        ValueError: there is none.
+    """
+    for option, is_given in {
+        "--respect-words": respect_words,
+        "--adapter-revision": adapter_revision is not None,
+    }.items():
+        if is_given and adapter is None:
+            raise ValueError(f"{option} needs an adapter: name one with --adapter")
+    if adapter is not None:
+        registry.check_revision(adapter, adapter_revision)
 
 
 def _reference(
@@ -335,7 +391,7 @@ def _reference(
 ) -> Report:
     """Load the base model's report, restricted to the attributes and the number of images."""
     report = load_report(folder).select(attributes, options["images_per_prompt"])
-    sampling = {key: value for key, value in options.items() if key != "judges"}
+    sampling = {k: v for k, v in options.items() if k not in ("judges", "batch_size")}
     report.settings.check_same_noise(replace(report.settings, prompts=tuple(prompts), **sampling))
     return report
 
@@ -345,7 +401,8 @@ def _apply(
     pipe: Any,
     attributes: Sequence[Attribute],
     defaults: EvaluationDefaults,
+    device: torch.device,
     options: Mapping[str, Any],
 ) -> Any:
     sampling = {name: options[name] for name in ("steps", "guidance_scale", "seed")}
-    return method.apply(pipe, baseline_task(attributes, defaults, pipe.device, **sampling))
+    return method.apply(pipe, baseline_task(attributes, defaults, device, **sampling))

@@ -25,7 +25,9 @@ console = Console()
 classifier = typer.Typer(no_args_is_help=True, help="Train a classifier of your own.")
 app.add_typer(classifier, name="classifier")
 
-Base = Annotated[str, typer.Option(help="`testbed`, a Hub id or a folder.")]
+Base = Annotated[
+    str, typer.Option(help="`testbed`, a Hub id, a folder or a single .safetensors file.")
+]
 Adapter = Annotated[str | None, typer.Option(help="Adapter folder or Hub id.")]
 DEMO_IMAGES = 2  # per control prompt
 RespectWords = Annotated[
@@ -36,12 +38,48 @@ RespectWords = Annotated[
     ),
 ]
 Out = Annotated[Path, typer.Option(help="Folder to write to.")]
+Device = Annotated[
+    str,
+    typer.Option(
+        metavar="auto|cuda|cuda:N|mps|cpu",
+        help="Device to compute on. auto: the GPU of the process, else MPS, else the CPU; for the "
+        "testbed the CPU.",
+    ),
+]
+Dtype = Annotated[
+    str | None,
+    typer.Option(
+        metavar="auto|float32|bfloat16|float16",
+        help="Data type of the base model. auto: bfloat16 if the device is fast in it, else "
+        "float32. Default: the recipe's; without a recipe float32 for the testbed, and auto "
+        "otherwise.",
+    ),
+]
+Revision = Annotated[
+    str | None,
+    typer.Option(
+        help="Commit, tag or branch of the base model on the Hub. Default: the recipe's, if it has "
+        "the same base model."
+    ),
+]
+AdapterRevision = Annotated[
+    str | None, typer.Option(help="Commit, tag or branch of the adapter on the Hub.")
+]
+BatchSize = Annotated[
+    int | None,
+    typer.Option(
+        min=1,
+        help="Images processed together. Default: 24 or, on a GPU, fewer if so many do not fit its "
+        "memory.",
+    ),
+]
 
 
 @app.command()
 def demo(
     out: Out = Path("runs/demo"),
     images: Annotated[int, typer.Option(help="Images per prompt.")] = 20,
+    device: Device = "auto",
 ) -> None:
     """Train on the testbed, evaluate before and after, and write a report: minutes on a laptop.
 
@@ -53,7 +91,7 @@ def demo(
     from diffusers_fair.reports.folder import require_free
 
     require_free(out / "report")
-    folder = _train("testbed-demo", [f"output={out}"])
+    folder = _train("testbed-demo", [f"output={out}", f"train.device={device}"])
     assessment = assess(
         "testbed",
         adapter=str(folder / "adapter"),
@@ -61,6 +99,7 @@ def demo(
         prompts=prompt_set("testbed-occupations").prompts("test")[::2],
         images_per_prompt=images,
         group_images=DEMO_IMAGES,
+        device=device,
     )
     _show_assessment(assessment, out / "report")
 
@@ -127,6 +166,21 @@ def classifier_train(
     ] = 0.1,
     seed: Annotated[int, typer.Option(help="Random seed.")] = 0,
     pretrained: Annotated[bool, typer.Option(help="Start from ImageNet weights.")] = True,
+    device: Annotated[
+        str,
+        typer.Option(
+            metavar="auto|cuda|cuda:N|mps|cpu",
+            help="Device to compute on. auto: the GPU of the process, else MPS, else the CPU.",
+        ),
+    ] = "auto",
+    dtype: Annotated[
+        str,
+        typer.Option(
+            metavar="auto|float32|bfloat16|float16",
+            help="Data type of the computation; the weights are float32. auto: bfloat16 if the "
+            "device is fast in it, else float32.",
+        ),
+    ] = "float32",
 ) -> None:
     """Train a classifier of one attribute on labelled images of faces, and print its accuracy."""
     from rich.table import Table
@@ -141,8 +195,9 @@ def classifier_train(
         held_out=held_out,
         seed=seed,
         pretrained=pretrained,
+        dtype=dtype,
     )
-    facts = train_classifier(read_images(source, label), out, settings)
+    facts = train_classifier(read_images(source, label), out, settings, device)
     grid = Table("true class, classified as", *facts["classes"])
     for name, row in zip(facts["classes"], facts["confusion"], strict=True):
         grid.add_row(name, *map(str, row))
@@ -154,7 +209,13 @@ def classifier_train(
 
 @app.command()
 def evaluate(
-    base: Base = "testbed",
+    base: Annotated[
+        str | None,
+        typer.Option(
+            help="`testbed`, a Hub id, a folder or a single .safetensors file. Default: the "
+            "recipe's, or the testbed."
+        ),
+    ] = None,
     adapter: Adapter = None,
     baseline: Annotated[
         str | None,
@@ -227,6 +288,11 @@ def evaluate(
     ] = True,
     group_images: Annotated[int, typer.Option(help="Images per control prompt.")] = 4,
     respect_words: RespectWords = False,
+    device: Device = "auto",
+    dtype: Dtype = None,
+    revision: Revision = None,
+    adapter_revision: AdapterRevision = None,
+    batch_size: BatchSize = None,
 ) -> None:
     """Evaluate a base model, and an adapter or a baseline against it, on unseen prompts.
 
@@ -242,15 +308,24 @@ def evaluate(
             "use --no-groups"
         )
     if images is not None and not images.lstrip("-").isdigit():
-        if respect_words or {adapter, baseline, reference, prompts} != {None}:
+        ignored = {adapter, baseline, reference, prompts, dtype, revision, adapter_revision}
+        if respect_words or ignored != {None}:
             raise ValueError(
                 f"--images '{images}' is a folder of existing images: leave out --adapter, "
-                "--baseline, --reference, --prompts and --respect-words, or give a number of "
-                "images"
+                "--baseline, --reference, --prompts, --dtype, --revision, --adapter-revision and "
+                "--respect-words, or give a number of images"
             )
-        report = assess_images(images, out=out, recipe=recipe, attributes=attribute)
+        report = assess_images(
+            images,
+            out=out,
+            recipe=recipe,
+            attributes=attribute,
+            device=device,
+            batch_size=batch_size,
+        )
         _show(table(report), out)
         return
+    base = _recipe_base(recipe) if base is None else base
     assessment = assess(
         base,
         out=out,
@@ -266,6 +341,11 @@ def evaluate(
         reference=reference,
         group_images=group_images if groups else None,
         respect_words=respect_words,
+        device=device,
+        dtype=dtype,
+        revision=revision,
+        adapter_revision=adapter_revision,
+        batch_size=batch_size,
     )
     _show_assessment(assessment, out)
 
@@ -310,6 +390,11 @@ def generate(
     ] = None,
     seed: Annotated[int, typer.Option(help="Random seed of the noise.")] = 0,
     respect_words: RespectWords = False,
+    device: Device = "auto",
+    dtype: Dtype = None,
+    revision: Revision = None,
+    adapter_revision: AdapterRevision = None,
+    batch_size: BatchSize = None,
 ) -> None:
     """Generate images with or without an adapter."""
     from PIL import Image
@@ -318,7 +403,15 @@ def generate(
     from diffusers_fair.evaluation.generate import generate as sample
     from diffusers_fair.vision.images import to_arrays
 
-    pipe = _pipeline(base, adapter, respect_words)
+    pipe = _pipeline(
+        base,
+        adapter,
+        respect_words,
+        device,
+        dtype,
+        revision=revision,
+        adapter_revision=adapter_revision,
+    )
     out.mkdir(parents=True, exist_ok=True)
     for batch in sample(
         pipe,
@@ -327,7 +420,7 @@ def generate(
         steps=steps,
         guidance_scale=guidance_scale or usual_guidance(base),
         seed=seed,
-        batch_size=min(24, images),
+        batch_size=batch_size,
         progress=True,
     ):
         for image, i, j in zip(to_arrays(batch.images), batch.prompt, batch.image, strict=True):
@@ -392,14 +485,19 @@ def inspect(
     adapter: Annotated[
         str, typer.Argument(metavar="DIR_OR_REPO", help="Adapter folder or Hub id.")
     ],
+    revision: Annotated[
+        str | None, typer.Option(help="Commit, tag or branch of the adapter on the Hub.")
+    ] = None,
 ) -> None:
     """Print an adapter's metadata and number of parameters, without loading a model."""
     from dataclasses import asdict
 
     from diffusers_fair.adapters.folder import read_adapter
+    from diffusers_fair.backends.registry import check_revision
     from diffusers_fair.loading import local_folder
 
-    info, weights = read_adapter(local_folder(adapter))
+    check_revision(adapter, revision)
+    info, weights = read_adapter(local_folder(adapter, revision))
     facts: dict[str, Any] = asdict(info)
     facts["parameters"] = sum(weight.numel() for weight in weights.values())
     console.print_json(json.dumps(facts))
@@ -493,20 +591,34 @@ def _train(recipe: str, overrides: list[str]) -> Path:
     return folder
 
 
-def _pipeline(base: str, adapter: str | None, respect_words: bool) -> Any:
-    from diffusers_fair.backends.registry import load_base
+def _recipe_base(recipe: str | None) -> str:
+    from diffusers_fair.config.schema import RunConfig
+
+    return "testbed" if recipe is None else RunConfig.load(recipe).base.model
+
+
+def _pipeline(
+    base: str,
+    adapter: str | None,
+    respect_words: bool,
+    device: str,
+    dtype: str | None,
+    *,
+    revision: str | None,
+    adapter_revision: str | None,
+) -> Any:
+    from diffusers_fair.assess import check_adapter_options
+    from diffusers_fair.backends import registry
     from diffusers_fair.loading import load_fair_adapter
 
-    _check_respect_words(respect_words, adapter)
-    pipe = load_base(base)
+    check_adapter_options(adapter, respect_words, adapter_revision)
+    registry.check_revision(base, revision)
+    chosen = registry.choose_base_device(base, device)
+    dtype = registry.base(base).usual_dtype if dtype is None else dtype
+    pipe = registry.load_base(base, revision, dtype, chosen)
     if adapter is not None:
-        load_fair_adapter(pipe, adapter, respect_words=respect_words)
+        load_fair_adapter(pipe, adapter, revision=adapter_revision, respect_words=respect_words)
     return pipe
-
-
-def _check_respect_words(respect_words: bool, adapter: str | None) -> None:
-    if respect_words and adapter is None:
-        raise ValueError("--respect-words needs an adapter: name one with --adapter")
 
 
 def _show_assessment(assessment: "Assessment", out: Path) -> None:

@@ -1,16 +1,19 @@
 """The processes that `accelerate launch` or `torchrun` starts, and the values they exchange.
 
-A single process exchanges nothing. Exchanged values are small: they travel through the CPU and are
-returned in rank order. Every process must make the same calls in the same order.
+A single process exchanges nothing. Exchanged values are small: they travel through the CPU, so that
+processes may compute on any devices, and are returned in rank order. Every process must make the
+same calls in the same order.
 """
 
 import os
 from datetime import timedelta
+from functools import cache
+from typing import Any
 
 import torch
 from torch import Tensor, distributed
 
-_TIMEOUT = timedelta(days=7)  # the processes of an evaluation may take very different times
+_TIMEOUT = timedelta(days=7)  # the others wait while one validates, or evaluates its last images
 
 
 def world_size() -> int:
@@ -32,10 +35,24 @@ def is_main() -> bool:
     return rank() == 0
 
 
-def _connect() -> None:
-    """Create a gloo process group if there are several processes and none exists."""
+def connect() -> None:
+    """Create a process group if there are several processes and none exists."""
     if world_size() > 1 and not distributed.is_initialized():
         distributed.init_process_group("gloo", timeout=_TIMEOUT)
+
+
+def _group() -> Any:
+    """Return the process group for values on the CPU."""
+    connect()
+    return _gloo(distributed.group.WORLD)
+
+
+@cache
+def _gloo(world: Any) -> Any:
+    """Return the group of all processes or, if it only works between GPUs, another one."""
+    if distributed.get_backend(world) == "gloo":
+        return world
+    return distributed.new_group(backend="gloo", timeout=_TIMEOUT)
 
 
 def shard(items: int) -> slice:
@@ -58,9 +75,8 @@ def gather(rows: Tensor) -> list[Tensor]:
     rows = rows.detach()
     if world_size() == 1:
         return [rows]
-    _connect()
     parts: list[Tensor] = [rows] * world_size()
-    distributed.all_gather_object(parts, rows.cpu())
+    distributed.all_gather_object(parts, rows.cpu(), group=_group())
     return [part.to(rows.device) for part in parts]
 
 
@@ -68,9 +84,8 @@ def all_reduce_sum(tensors: list[Tensor]) -> None:
     """Replace each tensor by its sum over the processes."""
     if world_size() == 1:
         return
-    _connect()
-    whole = torch.cat([tensor.flatten() for tensor in tensors])
-    distributed.all_reduce(whole)
+    whole = torch.cat([tensor.flatten() for tensor in tensors]).cpu()
+    distributed.all_reduce(whole, group=_group())
     for tensor, part in zip(tensors, whole.split([t.numel() for t in tensors]), strict=True):
         tensor.copy_(part.view_as(tensor))
 

@@ -16,14 +16,18 @@ ROOT = Path(__file__).parents[1]  # root of the git checkout, if the package run
 _PACKAGES = ("torch", "diffusers", "transformers", "peft", "numpy")
 
 
-def provenance() -> dict[str, Any]:
-    """Return the provenance of a result as JSON data."""
+def provenance(device: Any = "cpu") -> dict[str, Any]:
+    """Return the provenance of a result as JSON data.
+
+    Args:
+        device: device that made the result.
+    """
     return {
         "date": datetime.now(timezone.utc).isoformat(timespec="seconds"),
         "command": command(),
         "commit": commit(),
         "versions": versions(),
-        "machine": machine(),
+        "machine": machine(device),
     }
 
 
@@ -57,13 +61,16 @@ def versions() -> dict[str, str]:
     return base | {name: version(name) for name in _PACKAGES}
 
 
-def machine() -> dict[str, Any]:
-    """Describe the machine."""
+def machine(device: Any = "cpu") -> dict[str, Any]:
+    """Describe the machine and the device that made a result on it."""
     import torch
+
+    from diffusers_fair.devices import describe_device
 
     return {
         "platform": platform.platform(),
         "processor": platform.machine(),
         "cores": os.cpu_count(),
         "threads": torch.get_num_threads(),
+        **describe_device(torch.device(device)),
     }

@@ -2,16 +2,20 @@
 
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
+from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from diffusers_fair.attributes import Attribute
 from diffusers_fair.backends.errors import loading
-from diffusers_fair.backends.needs import Need, pretrained
+from diffusers_fair.backends.needs import Need, file, pretrained
 from diffusers_fair.config.backends import SHIPPED_BASES
 from diffusers_fair.families.stable_diffusion import STABLE_DIFFUSION
 
 if TYPE_CHECKING:
     import torch
+
+
+_SINGLE_FILE = ".safetensors"
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -32,22 +36,24 @@ class UsualEvaluation:
 class Base:
     """How to load and use a base model."""
 
-    load: Callable[[str, str | None, str], Any]
-    """Loads the pipeline; takes model, revision and dtype like `registry.load_base`."""
+    load: "Callable[[str, str | None, torch.dtype], Any]"
+    """Loads the pipeline on the CPU, given model, revision and data type."""
     needs: Callable[[str, str | None], list[Need]]
     """Lists the requirements of `load`, given model and revision."""
     usual_guidance: float
     """Usual guidance scale."""
     untouched_set: str
     """Prompt set of things and places without people that the model can generate."""
-    device: str | None = None
-    """The only device that the model runs on; None: any device."""
+    usual_device: str = "auto"
+    """Device that is used if none is named."""
+    usual_dtype: str = "auto"
+    """Data type that is used if none is named."""
     usual_evaluation: Callable[[], UsualEvaluation] | None = None
     """Default evaluation; None if the base model needs a recipe to be evaluated."""
 
 
-def _load(model: str, revision: str | None = None, dtype: str = "float32") -> Any:
-    """Load a pipeline from a folder or the Hub.
+def _load(model: str, revision: str | None, dtype: "torch.dtype") -> Any:
+    """Load a pipeline of any class from a folder, a single file or the Hub.
 
     Stable Diffusion 1 ships with PNDM, which is replaced by the paper's sampler, DPM-Solver++ 2M
     (section 5.1).
@@ -55,29 +61,42 @@ def _load(model: str, revision: str | None = None, dtype: str = "float32") -> An
     from diffusers import DiffusionPipeline, DPMSolverMultistepScheduler, PNDMScheduler
 
     shipped = ", ".join(map(repr, SHIPPED_BASES))
-    with loading(f"the base model '{model}'", f"{shipped}, a folder or a Hub id"):
-        pipe = DiffusionPipeline.from_pretrained(
-            model, revision=revision, torch_dtype=dtype_of(dtype), safety_checker=None
-        )
+    advice = f"{shipped}, a folder, a {_SINGLE_FILE} file or a Hub id"
+    with loading(f"the base model '{model}'", advice):
+        if _is_single_file(model):
+            pipe = _pipeline_class(Path(model)).from_single_file(model, torch_dtype=dtype)
+        else:
+            pipe = DiffusionPipeline.from_pretrained(
+                model, revision=revision, torch_dtype=dtype, safety_checker=None
+            )
     if isinstance(pipe.scheduler, PNDMScheduler):
         pipe.scheduler = DPMSolverMultistepScheduler.from_config(pipe.scheduler.config)
     return pipe
 
 
-def dtype_of(name: str, *, gpu: bool = True) -> "torch.dtype":
-    """Return the torch dtype; `auto` is bfloat16 if the GPU, or the CPU, is fast in it."""
-    import torch
+def _is_single_file(model: str) -> bool:
+    return model.endswith(_SINGLE_FILE)
 
-    if name != "auto":
-        return getattr(torch, name)
-    if gpu and torch.cuda.is_available():
-        is_fast = torch.cuda.is_bf16_supported(including_emulation=False)
-    else:
-        is_fast = torch.cpu.get_capabilities().get("amx_bf16", False)  # avx512_bf16 alone is slower
-    return torch.bfloat16 if is_fast else torch.float32
+
+def _pipeline_class(path: Path) -> Any:
+    """Find the class of the pipeline in a single file by the names and shapes of its weights."""
+    import diffusers
+    import torch
+    from diffusers.loaders.single_file_utils import fetch_diffusers_config
+    from safetensors import safe_open
+
+    with safe_open(path, "pt") as weights:
+        shapes = {
+            name: torch.empty(weights.get_slice(name).get_shape(), device="meta")
+            for name in weights.keys()  # noqa: SIM118 (not a mapping)
+        }
+    config = diffusers.DiffusionPipeline.load_config(**fetch_diffusers_config(shapes))
+    return getattr(diffusers, config["_class_name"])
 
 
 def _needs(model: str, revision: str | None = None) -> list[Need]:
+    if _is_single_file(model):
+        return [file(Path(model), "there is no such file: name another one, a folder or a Hub id")]
     return [pretrained(model, revision, STABLE_DIFFUSION.components)]
 
 

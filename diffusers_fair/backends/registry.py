@@ -8,7 +8,10 @@ imported when it is used, so a recipe needs only the packages of the models that
 from collections.abc import Callable, Sequence
 from functools import cache
 from importlib import import_module
+from pathlib import Path
 from typing import TYPE_CHECKING, Any
+
+import torch
 
 from diffusers_fair.attributes import Attribute, People
 from diffusers_fair.config.backends import (
@@ -23,6 +26,7 @@ from diffusers_fair.config.backends import (
     SHIPPED_BASES,
     Kinds,
 )
+from diffusers_fair.devices import choose_device, choose_dtype
 
 if TYPE_CHECKING:
     from diffusers_fair.backends.needs import Need
@@ -77,23 +81,53 @@ def base(model: str) -> "Base":
     """Look up how to load and use a base model.
 
     Args:
-        model: name of a shipped base, a folder or a Hub id.
+        model: name of a shipped base, a folder, a file or a Hub id.
     """
     return provider(SHIPPED_BASES.get(model, PRETRAINED_BASE))
 
 
-def load_base(model: str, revision: str | None = None, dtype: str = "float32") -> Any:
+def load_base(
+    model: str,
+    revision: str | None = None,
+    dtype: str = "float32",
+    device: torch.device | str = "cpu",
+) -> Any:
     """Load a text-to-image pipeline.
 
     Args:
-        model: name of a shipped base, a folder or a Hub id.
+        model: name of a shipped base, a folder, a single `.safetensors` file or a Hub id.
         revision: commit, tag or branch on the Hub.
-        dtype: float32, bfloat16, float16, or auto: bfloat16 where that is fast, else float32.
+        dtype: float32, bfloat16, float16, or auto: bfloat16 if the device is fast in it, else
+            float32.
+        device: device of the pipeline.
 
     Raises:
         ValueError: the model does not exist, or cannot be reached.
     """
-    return base(model).load(model, revision, dtype)
+    device = torch.device(device)
+    return base(model).load(model, revision, choose_dtype(dtype, device)).to(device)
+
+
+def check_revision(model: str, revision: str | None) -> None:
+    """Refuse a revision of what has none: a shipped base, a folder or a file.
+
+    Raises:
+        ValueError: the model is no Hub id, but a revision is given.
+    """
+    if revision is not None and (model in SHIPPED_BASES or Path(model).exists()):
+        raise ValueError(
+            f"revision '{revision}' is for a repository on the Hub, but '{model}' is none: leave "
+            "the revision out, or name a Hub id"
+        )
+
+
+def choose_base_device(model: str, device: str = "auto") -> torch.device:
+    """Choose the device of a base model: `auto` is its usual device, as `choose_device` finds it.
+
+    Raises:
+        ValueError: an unknown device, or one that is not available.
+    """
+    return choose_device(base(model).usual_device if device == "auto" else device)
 
 
 def usual_guidance(model: str) -> float:
@@ -126,7 +160,7 @@ def load_judges(
     Args:
         models: a recipe's `models` or `evaluation.models`.
         attributes: attributes to classify.
-        device: device that they compute on, in float32; that of the pipeline.
+        device: device that they compute on, in float32. Images are moved to it.
         people: which faces of an image count.
 
     Raises:
@@ -148,8 +182,9 @@ def load_judges(
         },
         clip=load_clip(models.clip),
         dino=_load_model(DINOS, models.dino, device),
-        extra=_extra_scores(models),
+        extra=_extra_scores(models, device),
         people=people,
+        device=torch.device(device),
     )
 
 
@@ -186,13 +221,13 @@ def _load_classifier(
     return classifier
 
 
-def _extra_scores(models: "JudgesSection") -> dict[str, Any]:
+def _extra_scores(models: "JudgesSection", device: Any) -> dict[str, Any]:
     """Collect the scores that come with the classifiers."""
     scores: dict[str, Any] = {}
     for section in models.classifiers.values():
         found = provider(CLASSIFIERS[section.kind].provider)
         if hasattr(found, "extra_scores"):
-            scores |= found.extra_scores(section.model)
+            scores |= found.extra_scores(section.model, device)
     return scores
 
 

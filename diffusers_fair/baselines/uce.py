@@ -20,8 +20,6 @@ from diffusers_fair.families.stable_diffusion import cross_attention, token_embe
 from diffusers_fair.prompts.wording import Term, Wording, subject_start, with_terms
 from diffusers_fair.vision.judges import Judges
 
-BATCH = 24  # images generated at once
-
 
 @dataclass(frozen=True)
 class UCE:
@@ -148,19 +146,19 @@ def _class_shares(
         steps=task.steps,
         guidance_scale=task.guidance_scale,
         seed=task.seed,
-        batch_size=BATCH,
         progress=False,
     ):
-        faces = judges.faces(batch.images)
+        shown = judges.on_device(batch.images)
+        faces = judges.faces(shown)
         images_with_face, found = faces.image_index[faces.is_face], faces[faces.is_face]
         for wording, count in zip(task.wordings, counts, strict=True):
             attribute = wording.attribute
             rows = images_with_face
             if not attribute.of_faces:
-                rows = torch.arange(len(batch.images)).to(images_with_face)
+                rows = torch.arange(len(shown)).to(images_with_face)
             if not len(rows):
                 continue
-            labels = judges.probabilities(attribute, batch.images[rows], found).argmax(1)
+            labels = judges.probabilities(attribute, shown[rows], found).argmax(1)
             prompt = batch.prompt[rows.cpu().numpy()]
             count += metrics.class_counts(labels.cpu().numpy(), prompt, *count.shape)
     with np.errstate(invalid="ignore"):

@@ -9,7 +9,14 @@ from pathlib import Path
 from typing import Annotated, Any, Literal
 
 import yaml
-from pydantic import AliasChoices, BeforeValidator, Field, ValidationError, model_validator
+from pydantic import (
+    AfterValidator,
+    AliasChoices,
+    BeforeValidator,
+    Field,
+    ValidationError,
+    model_validator,
+)
 
 from diffusers_fair.attributes import Attribute, People, Region
 from diffusers_fair.config.errors import sentences
@@ -26,6 +33,7 @@ from diffusers_fair.config.section import (
     WeightedSets,
     Words,
 )
+from diffusers_fair.devices import checked_device
 from diffusers_fair.prompts.tables import read_table, targets_by_prompt
 from diffusers_fair.prompts.wording import Wording
 
@@ -39,12 +47,12 @@ class BaseSection(Section):
     """The model to align."""
 
     model: str
-    """`testbed`, a Hub id or a folder."""
+    """`testbed`, a Hub id, a folder or a single `.safetensors` file."""
     revision: str | None = None
     """Commit, tag or branch on the Hub."""
     dtype: Literal["auto", "float32", "bfloat16", "float16"] = "float32"
-    """Data type of the frozen parts; the adapter's weights are float32. `auto`: bfloat16 if the GPU
-    or the processor is faster in it, else float32."""
+    """Data type of the frozen parts; the adapter's weights are float32. `auto`: bfloat16 if the
+    device of the training, a GPU or the processor, is faster in it, else float32."""
 
 
 class AttributeSection(Section):
@@ -304,9 +312,9 @@ class TrainSection(Section):
     compile: bool = False
     """Compile the denoiser with torch.compile. Pays off in long runs only: the first iterations
     take minutes."""
-    device: Literal["auto", "cpu"] = "auto"
-    """`auto`: the device that accelerate chooses, a GPU if there is one. The testbed always uses
-    the CPU."""
+    device: Annotated[str, AfterValidator(checked_device)] = "auto"
+    """`auto`: the GPU of the process, else MPS, else the CPU; for the testbed the CPU. `cuda`: the
+    GPU of the process. `cuda:N`: that GPU. `mps`. `cpu`. A run may be resumed on another device."""
     seed: NonNegativeInt = 0
     """Random seed of the prompts, the noise and the adapter's initial weights."""
     checkpoint_every: PositiveInt = 200
@@ -398,9 +406,12 @@ class RunConfig(Section):
         return yaml.safe_dump(data, sort_keys=False, default_flow_style=None, width=100)
 
     def differences(self, other: "RunConfig") -> dict[str, tuple[Any, Any]]:
-        """List the keys whose values differ, except the output: 'a.0.b' -> (ours, theirs)."""
+        """List the keys whose values differ: 'a.0.b' -> (ours, theirs).
+
+        Except those that say where a run is and where it computes: the output and the device.
+        """
         ours, theirs = _flatten(self.model_dump()), _flatten(other.model_dump())
-        keys = sorted({*ours, *theirs} - {"output"})
+        keys = sorted({*ours, *theirs} - {"output", "train.device"})
         pairs = {key: (ours.get(key), theirs.get(key)) for key in keys}
         return {key: pair for key, pair in pairs.items() if pair[0] != pair[1]}
 

@@ -4,6 +4,8 @@ from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
+import torch
+
 from diffusers_fair.attributes import Attribute
 from diffusers_fair.evaluation.batches import Execution
 from diffusers_fair.evaluation.checks import checked_attributes, positive
@@ -19,7 +21,7 @@ def audit(
     attributes: Sequence[Attribute],
     *,
     judges: Judges,
-    batch_size: int = 24,
+    batch_size: int | None = None,
     label: str = "images",
     out: str | Path | None = None,
     model: Mapping[str, Any] | None = None,
@@ -34,7 +36,7 @@ def audit(
         folder: folder in the layout that `image_folder` describes.
         attributes: attributes to measure, as for `evaluate`.
         judges: the models that judge the images.
-        batch_size: images judged together.
+        batch_size: images judged together. Default: as for `evaluate`.
         label: name of the images in tables.
         out: folder that the report is saved to.
         model: names of the judging models, for the provenance.
@@ -58,9 +60,10 @@ def audit(
         Execution(
             label,
             judges,
-            positive(batch_size, "batch_size"),
+            None if batch_size is None else positive(batch_size, "batch_size"),
             None if out is None else Path(out),
             progress,
+            torch.device(judges.device or "cpu"),
         ),
         model={"images": str(folder), "files": images.digest(), **(model or {})},
     )

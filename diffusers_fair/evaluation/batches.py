@@ -7,10 +7,12 @@ from pathlib import Path
 from typing import Any
 
 import numpy as np
+import torch
 
 from diffusers_fair import distributed
-from diffusers_fair.evaluation.generate import progress_bar
-from diffusers_fair.evaluation.journal import BatchRecords, Journal
+from diffusers_fair.evaluation.batch_size import default_batch_size
+from diffusers_fair.evaluation.generate import pairs_of, progress_bar
+from diffusers_fair.evaluation.journal import BatchRecords, Journal, stored_batch_size
 from diffusers_fair.reports.folder import save_report
 from diffusers_fair.reports.records import Records
 from diffusers_fair.reports.report import Report
@@ -26,10 +28,13 @@ class Execution:
     label: str
     """Name of the evaluated model in tables and progress bars."""
     judges: Judges
-    batch_size: int
+    batch_size: int | None
+    """Images that are processed together; None for `default_batch_size`."""
     out: Path | None
     """Folder of the report; None to keep everything in memory."""
     progress: bool
+    device: torch.device
+    """Device that generates the images, or judges those that are read."""
 
     @property
     def journal_folder(self) -> Path | None:
@@ -45,9 +50,10 @@ def judge_all(
     folder: Path | None,
     identity: Mapping[str, Any],
     provenance: Mapping[str, Any],
-    batches: Sequence[np.ndarray],
+    counts: Sequence[int],
     judge: Callable[[np.ndarray], BatchRecords],
-    title: str | None,
+    execution: Execution,
+    part: str,
 ) -> tuple[Records, dict[int, np.ndarray], Mapping[str, Any]]:
     """Judge every batch that is not in the journal yet.
 
@@ -55,22 +61,28 @@ def judge_all(
         folder: folder of the journal; None keeps the records in memory.
         identity: settings that must be the same for an evaluation to be resumed.
         provenance: provenance of this run.
-        batches: prompt and image index of each image in each batch, (n, 2).
-        judge: generates or reads the images of a batch, and judges them.
-        title: title of the progress bar; None to show none.
+        counts: number of images of each prompt.
+        judge: generates or reads the images of a batch, given their prompt and image indices
+            (n, 2), and judges them.
+        execution: how images are processed.
+        part: name of this part of the evaluation in the progress bar.
 
     Returns:
         The records of all images, sample images by prompt, and the provenance of the first run.
     """
+    size = execution.batch_size
+    if size is None:
+        size = _batch_size(folder, execution.device, lambda: judge(pairs_of(counts, 1)[0]))
+    batches = pairs_of(counts, size)
     done: MutableMapping[int, BatchRecords] | Journal = {}
     if folder is not None:
-        done = _journal(folder, identity, provenance)
+        done = _journal(folder, {**identity, "batch_size": size}, provenance)
         provenance = done.provenance
     is_shared = folder is not None  # without a journal, every process judges all batches
     first, step = (distributed.rank(), distributed.world_size()) if is_shared else (0, 1)
     shard = range(first, len(batches), step)
     total = sum(len(batches[i]) for i in shard)
-    with progress_bar(total, title if first == 0 else None) as advance:
+    with progress_bar(total, execution.title(part) if first == 0 else None) as advance:
         for i in shard:
             if i not in done:
                 done[i] = judge(batches[i])
@@ -87,6 +99,16 @@ def save_once(report: Report, out: Path) -> None:
         save_report(report, out)
         shutil.rmtree(out / PARTIAL)
     distributed.barrier()
+
+
+def _batch_size(
+    folder: Path | None, device: torch.device, judge_one: Callable[[], BatchRecords]
+) -> int:
+    """Choose a batch size that all processes with a journal share, and that resuming repeats."""
+    if folder is None:
+        return default_batch_size(device, judge_one)
+    size = stored_batch_size(folder) or default_batch_size(device, judge_one)
+    return -distributed.max_across(-size)
 
 
 def _journal(folder: Path, identity: Mapping[str, Any], provenance: Mapping[str, Any]) -> Journal:

@@ -6,8 +6,10 @@ from pathlib import Path
 from typing import Any
 
 import numpy as np
+import torch
 
 from diffusers_fair.attributes import Attribute
+from diffusers_fair.evaluation.batch_size import device_of
 from diffusers_fair.evaluation.batches import Execution, judge_all, save_once
 from diffusers_fair.evaluation.checks import (
     check_groups,
@@ -16,7 +18,7 @@ from diffusers_fair.evaluation.checks import (
     checked_prompts,
     positive,
 )
-from diffusers_fair.evaluation.generate import ImageBatch, generate_batch, pairs_of
+from diffusers_fair.evaluation.generate import ImageBatch, generate_batch
 from diffusers_fair.evaluation.groups import default_groups, measure_group, supported_groups
 from diffusers_fair.evaluation.judge import judge_batch
 from diffusers_fair.evaluation.quality import prompt_features
@@ -39,7 +41,7 @@ def evaluate(
     steps: int = 25,
     guidance_scale: float = 7.5,
     seed: int = 0,
-    batch_size: int = 24,
+    batch_size: int | None = None,
     groups: Sequence[PromptGroup] | None = None,
     reference: Report | None = None,
     label: str | None = None,
@@ -67,7 +69,8 @@ def evaluate(
         steps: scheduler steps.
         guidance_scale: scale of classifier-free guidance.
         seed: random seed of the noise. The images do not depend on the batch size.
-        batch_size: images generated and judged together.
+        batch_size: images generated and judged together. Default: 24 or, on a GPU, fewer if so many
+            do not fit its memory.
         groups: groups of control prompts, as `prompts.groups.evaluation_groups` builds them; () for
             none. Default: those of the reference or, without one, groups built from `prompts` and
             the names of the classes. Prompts with a negative prompt are skipped if the pipeline has
@@ -109,14 +112,15 @@ def evaluate(
         Execution(
             label or ("base" if reference is None else "adapter"),
             judges,
-            positive(batch_size, "batch_size"),
+            None if batch_size is None else positive(batch_size, "batch_size"),
             None if out is None else Path(out),
             progress,
+            device_of(pipe),
         ),
         model={
             "pipeline": type(pipe).__name__,
             "scheduler": type(pipe.scheduler).__name__,
-            "device": str(pipe.device),
+            **({} if pipe.dtype == torch.float32 else {"dtype": str(pipe.dtype)}),
             **(model or {}),
         },
         pipe=pipe,
@@ -154,7 +158,7 @@ def measure(
     judges, out = execution.judges, execution.out
     for name in judges.extra.keys() & {*SCORE_NAMES, "face_rate"}:
         raise ValueError(f"an extra score must not have the reserved name '{name}': rename it")
-    facts: Mapping[str, Any] = provenance() | {"model": dict(model)}
+    facts: Mapping[str, Any] = provenance(execution.device) | {"model": dict(model)}
     if out is not None and (out / FILE).exists():
         return _load_same(out, settings, groups, facts)
     origin = None if reference is None else reference.provenance
@@ -164,15 +168,15 @@ def measure(
         execution.journal_folder,
         {
             "settings": settings.json(),
-            "batch_size": execution.batch_size,
             "label": execution.label,
             **model,
             "reference": origin,
         },
         facts,
-        pairs_of(counts, execution.batch_size),
+        counts,
         lambda pairs: judge_batch(read(pairs), settings, judges, texts, before),
-        execution.title("neutral prompts"),
+        execution,
+        "neutral prompts",
     )
     measured = {}
     for group in groups:
@@ -201,7 +205,9 @@ def _load_same(
     """Load the report in the folder if it is that of the same evaluation."""
     report = load_report(out)
     model = json.loads(json.dumps(facts["model"]))
-    if report.settings != settings or report.provenance.get("model") != model:
+    stored = dict(report.provenance.get("model", {}))
+    stored.pop("device", None)  # earlier versions stored it here
+    if report.settings != settings or stored != model:
         raise ValueError(f"'{out}' already holds another report: choose another folder")
     if [group.group for group in report.groups.values()] != list(groups):
         raise ValueError(

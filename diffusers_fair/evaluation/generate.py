@@ -14,6 +14,8 @@ import numpy as np
 import torch
 from torch import Tensor
 
+from diffusers_fair.evaluation.batch_size import default_batch_size, device_of
+
 
 @dataclass(frozen=True)
 class ImageBatch:
@@ -128,7 +130,7 @@ def generate(
     steps: int,
     guidance_scale: float,
     seed: int,
-    batch_size: int,
+    batch_size: int | None = None,
     progress: bool = True,
 ) -> Iterator[ImageBatch]:
     """Generate images of all prompts, prompt by prompt, and yield one batch at a time.
@@ -140,15 +142,24 @@ def generate(
         steps: number of scheduler steps.
         guidance_scale: scale of classifier-free guidance.
         seed: random seed, >= 0.
-        batch_size: images generated at once, of one prompt or several.
+        batch_size: images generated at once, of one prompt or several. Default: as
+            `default_batch_size`.
         progress: whether to show a progress bar on stderr.
     """
-    batches = pairs_of([images_per_prompt] * len(prompts), batch_size)
+
+    def generate_pairs(pairs: np.ndarray, steps: int) -> ImageBatch:
+        return generate_batch(
+            pipe, prompts, pairs, steps=steps, guidance_scale=guidance_scale, seed=seed
+        )
+
+    counts = [images_per_prompt] * len(prompts)
+    if batch_size is None:
+        first = pairs_of(counts, 1)[0]
+        batch_size = default_batch_size(device_of(pipe), lambda: generate_pairs(first, 1))
+    batches = pairs_of(counts, batch_size)
     with progress_bar(sum(map(len, batches)), "images" if progress else None) as advance:
         for pairs in batches:
-            yield generate_batch(
-                pipe, prompts, pairs, steps=steps, guidance_scale=guidance_scale, seed=seed
-            )
+            yield generate_pairs(pairs, steps)
             advance(len(pairs))
 
 

@@ -7,6 +7,7 @@ from typing import Any
 
 import numpy as np
 
+from diffusers_fair.evaluation.batch_size import device_of
 from diffusers_fair.evaluation.batches import Execution, judge_all
 from diffusers_fair.evaluation.checks import (
     check_groups,
@@ -17,7 +18,6 @@ from diffusers_fair.evaluation.checks import (
 )
 from diffusers_fair.evaluation.generate import (
     generate_batch,
-    pairs_of,
     prompt_key,
     takes_negative_prompts,
 )
@@ -38,7 +38,7 @@ def with_groups(
     groups: Sequence[PromptGroup],
     *,
     judges: Judges,
-    batch_size: int = 24,
+    batch_size: int | None = None,
     out: str | Path | None = None,
     progress: bool = True,
 ) -> Report:
@@ -50,7 +50,7 @@ def with_groups(
         groups: the groups that the report must have for a later evaluation. Prompts with a negative
             prompt are skipped if the pipeline has no parameter `negative_prompt`.
         judges: the models that judge the images.
-        batch_size: images generated and judged together.
+        batch_size: images generated and judged together. Default: as for `evaluate`.
         out: folder of the later evaluation. It holds the journal, from which this function resumes,
             until that evaluation has ended.
         progress: whether to show a progress bar.
@@ -75,9 +75,10 @@ def with_groups(
     execution = Execution(
         reference.label,
         judges,
-        positive(batch_size, "batch_size"),
+        None if batch_size is None else positive(batch_size, "batch_size"),
         None if out is None else Path(out),
         progress,
+        device_of(pipe),
     )
     journals = execution.journal_folder
     folder = None if journals is None else journals / "reference"
@@ -133,13 +134,13 @@ def measure_group(
         {
             "group": asdict(group),
             "settings": group_settings.json(),
-            "batch_size": execution.batch_size,
             "reference": origin,
         },
         {},
-        pairs_of([group.images_per_prompt] * len(group_settings.prompts), execution.batch_size),
+        [group.images_per_prompt] * len(group_settings.prompts),
         judge,
-        execution.title(f"{group.name} prompts"),
+        execution,
+        f"{group.name} prompts",
     )
     return GroupReport(
         group=group, attributes=settings.attributes, records=records, samples=samples

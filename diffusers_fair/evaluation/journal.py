@@ -56,6 +56,7 @@ class Journal:
             text = json.dumps({"asked": identity, "provenance": provenance}, indent=1)
             atomic.write(folder / _STATE, text.encode())
         stored = _state(folder)["asked"]
+        stored.pop("device", None)  # earlier versions refused another device
         different = [k for k in {**stored, **identity} if stored.get(k) != identity.get(k)]
         if different:
             raise ValueError(
@@ -89,6 +90,11 @@ class Journal:
 
     def _file(self, batch: int) -> Path:
         return self.folder / f"batch-{batch:06d}.npz"
+
+
+def stored_batch_size(folder: Path) -> int | None:
+    """Return the batch size of the journal in the folder; None if there is no journal."""
+    return _state(folder)["asked"]["batch_size"] if (folder / _STATE).exists() else None
 
 
 def _state(folder: Path) -> dict[str, Any]:

@@ -51,6 +51,7 @@ def judge_batch(
     Raises:
         ValueError: a judge returns non-finite values, or not one score per image.
     """
+    batch = replace(batch, images=judges.on_device(batch.images))
     faces = judges.faces(batch.images)
     features = image_features(batch.images, judges.clip, judges.dino)
     base = None

@@ -1,4 +1,4 @@
-"""Providers of the testbed's base model and judges, which run on the CPU."""
+"""Providers of the testbed's base model and judges."""
 
 from collections.abc import Sequence
 from dataclasses import dataclass
@@ -6,19 +6,21 @@ from typing import TYPE_CHECKING, Any
 
 from diffusers_fair import testbed
 from diffusers_fair.backends.needs import Need
-from diffusers_fair.backends.pipelines import Base, UsualEvaluation, dtype_of
+from diffusers_fair.backends.pipelines import Base, UsualEvaluation
 from diffusers_fair.families.stable_diffusion import STABLE_DIFFUSION
 
 if TYPE_CHECKING:
+    import torch
+
     from diffusers_fair.vision.judges import Judges
 
 
-def _load_base(model: str, revision: str | None, dtype: str) -> Any:
-    import torch
+def _load_base(model: str, revision: str | None, dtype: "torch.dtype") -> Any:
+    from torch import nn
 
     pipe = testbed.pipeline()
     for part in STABLE_DIFFUSION.components:  # `pipe.to` warns of layers to keep in float32
-        torch.nn.Module.to(getattr(pipe, part), dtype_of(dtype, gpu=False))
+        nn.Module.to(getattr(pipe, part), dtype)
     return pipe
 
 
@@ -35,7 +37,8 @@ base = Base(
     needs=lambda model, revision: [],
     usual_guidance=testbed.GUIDANCE,
     untouched_set="testbed-untouched",
-    device="cpu",
+    usual_device="cpu",  # fast enough, and the same figures everywhere
+    usual_dtype="float32",
     usual_evaluation=_usual_evaluation,
 )
 
@@ -47,12 +50,10 @@ class _Judge:
     name: str
 
     def load(self, device: Any = "cpu") -> Any:
-        """Load the judge.
+        """Load the judge."""
+        from diffusers_fair.testbed import judges
 
-        Raises:
-            ValueError: the device is not the CPU.
-        """
-        return getattr(_judges(device), self.name)()
+        return getattr(judges, self.name)(device=device)
 
     def needs(self) -> list[Need]:
         """List the requirements of `load`: none."""
@@ -73,32 +74,35 @@ class _Classifier:
         """Load the classifier of an attribute.
 
         Raises:
-            ValueError: there is no such attribute, or the device is not the CPU.
+            ValueError: there is no such attribute.
         """
-        return _judges(device).classifier(attribute, evaluation=model == "evaluation")
+        from diffusers_fair.testbed import judges
+
+        return judges.classifier(attribute, evaluation=model == "evaluation", device=device)
 
     def needs(self, model: str) -> list[Need]:
         """List the requirements of `load`: none."""
         return []
 
-    def extra_scores(self, model: str) -> dict[str, Any]:
+    def extra_scores(self, model: str, device: Any) -> dict[str, Any]:
         """Score images by whether the context is that of the prompt, in evaluation only."""
         if model != "evaluation":
             return {}
         from diffusers_fair.testbed import judges, world
         from diffusers_fair.vision.judges import recognition
 
-        return {"context": recognition(judges.family_classifier(), world.family_in)}
+        return {"context": recognition(judges.family_classifier(device=device), world.family_in)}
 
 
 classifier = _Classifier()
 
 
-def load_evaluation_judges(attributes: Sequence[str]) -> "Judges":
+def load_evaluation_judges(attributes: Sequence[str], device: Any = "cpu") -> "Judges":
     """Load the testbed's evaluation judges, which training never uses.
 
     Args:
         attributes: names of the testbed's attributes to classify.
+        device: device that they compute on. Images are moved to it.
 
     Raises:
         ValueError: the testbed has no attribute of that name.
@@ -112,18 +116,5 @@ def load_evaluation_judges(attributes: Sequence[str]) -> "Judges":
             raise ValueError(
                 f"the testbed has no attribute '{name}': expected {', '.join(world.ATTRIBUTES)}"
             )
-    return load_judges(EvaluationModelsSection(), [world.ATTRIBUTES[name] for name in attributes])
-
-
-def _judges(device: Any) -> Any:
-    """Import the judges if the device is the CPU."""
-    import torch
-
-    if torch.device(device).type != "cpu":
-        raise ValueError(
-            f"the judges of the {testbed.NAME} run on the CPU only, but the pipeline is on "
-            f"'{device}': move it to the CPU, or name other models in the recipe"
-        )
-    from diffusers_fair.testbed import judges
-
-    return judges
+    measured = [world.ATTRIBUTES[name] for name in attributes]
+    return load_judges(EvaluationModelsSection(), measured, device)

@@ -5,9 +5,10 @@ The metadata of each judge's file holds its metrics on held-out images (`metadat
 """
 
 import json
-from functools import cache
+from collections.abc import Callable
+from functools import cache, wraps
 from pathlib import Path
-from typing import TypeVar
+from typing import Any, TypeVar
 
 import torch
 from safetensors import safe_open
@@ -51,7 +52,7 @@ class FaceGrid(nn.Module):
     def forward(self, images: Tensor) -> tuple[Tensor, Tensor]:
         """Return logits (n, cells) and boxes (n, cells, 4) in pixels for images (n, 3, h, w)."""
         raw = self.head(self.trunk(images).last_hidden_state)  # (n, 5, h / 8, w / 8)
-        x, y = cell_centres(*raw.shape[-2:])
+        x, y = (centres.to(raw.device) for centres in cell_centres(*raw.shape[-2:]))
         left, up, right, down = (2 * _STRIDE * raw[:, 1:].flatten(2).exp()).unbind(1)
         return raw[:, 0].flatten(1), torch.stack([x - left, y - up, x + right, y + down], -1)
 
@@ -83,7 +84,8 @@ class GridDetector:
     def all_faces(self, images: Tensor) -> Faces:
         """Find every face: repeatedly the largest, then ignore the cells that overlap it."""
         logits, boxes = self.network(images)
-        scores, image, faces = logits.sigmoid(), torch.zeros(0).long(), boxes.new_zeros(0, 4)
+        scores, faces = logits.sigmoid(), boxes.new_zeros(0, 4)
+        image = faces.new_zeros(0, dtype=torch.long)
         left = scores >= self.threshold  # (n, cells)
         while left.any():
             rows = left.any(1).nonzero().squeeze(1)
@@ -96,7 +98,7 @@ class GridDetector:
 def _largest(scores: Tensor, boxes: Tensor, counts: Tensor) -> tuple[Tensor, Tensor]:
     """Return the largest counted box (n, 4), and the mean box of the cells that overlap it."""
     first = torch.where(counts, area(boxes), scores - 1).argmax(1)  # the best cell if none counts
-    largest = boxes[torch.arange(len(boxes)), first]
+    largest = boxes[torch.arange(len(boxes), device=boxes.device), first]
     agree = (overlap(boxes, largest[:, None]) > 0.5) * scores  # (n, cells)
     return largest, (agree[..., None] * boxes).sum(1) / agree.sum(1)[:, None].clamp(min=1e-6)
 
@@ -169,25 +171,40 @@ def freeze(network: Network, state: dict[str, Tensor]) -> Network:
     return network.eval().requires_grad_(False)
 
 
+def cached_by_device(load: Callable[..., Any]) -> Callable[..., Any]:
+    """Call a function only once for each device and its other arguments."""
+
+    @cache
+    def load_once(*args: Any, device: torch.device, **options: Any) -> Any:
+        return load(*args, device=device, **options)
+
+    @wraps(load)
+    def cached(*args: Any, device: torch.device | str = "cpu", **options: Any) -> Any:
+        return load_once(*args, device=torch.device(device), **options)
+
+    return cached
+
+
 def metadata(name: str) -> dict:
     """Read the classes and held-out metrics that are stored with the weights of a judge."""
     with safe_open(WEIGHTS / f"{name}.safetensors", "pt") as file:
         return {key: json.loads(text) for key, text in (file.metadata() or {}).items()}
 
 
-@cache
-def face_detector() -> GridDetector:
+@cached_by_device
+def face_detector(*, device: torch.device) -> GridDetector:
     """Load the face detector."""
-    return GridDetector(freeze(FaceGrid(), load_file(WEIGHTS / "detector.safetensors")))
+    return GridDetector(_load(FaceGrid(), "detector", device))
 
 
-@cache
-def classifier(name: str, *, evaluation: bool = False) -> NetworkClassifier:
+@cached_by_device
+def classifier(name: str, *, evaluation: bool = False, device: torch.device) -> NetworkClassifier:
     """Load the classifier of an attribute.
 
     Args:
         name: name of the attribute.
         evaluation: whether to load the classifier that training never uses.
+        device: device that it computes on.
 
     Raises:
         ValueError: there is no classifier for an attribute of that name.
@@ -196,7 +213,7 @@ def classifier(name: str, *, evaluation: bool = False) -> NetworkClassifier:
     classes: dict[str, list[str]] = metadata(file)["classes"]
     if name not in classes:
         raise ValueError(f"the testbed has classifiers for {', '.join(classes)}, none for '{name}'")
-    network = _attribute_trunk(evaluation)
+    network = _attribute_trunk(evaluation, device=device)
     names = list(classes)
     start = sum(len(classes[other]) for other in names[: names.index(name)])
     columns = slice(start, start + len(classes[name]))
@@ -208,53 +225,56 @@ def classifier(name: str, *, evaluation: bool = False) -> NetworkClassifier:
     )
 
 
-@cache
-def family_classifier() -> NetworkClassifier:
+@cached_by_device
+def family_classifier(*, device: torch.device) -> NetworkClassifier:
     """Load the classifier of the context family (clothes and background) of whole images."""
     classes = tuple(metadata("family_classifier")["classes"])
-    state = load_file(WEIGHTS / "family_classifier.safetensors")
-    return NetworkClassifier(freeze(evaluation_network(len(classes)), state), classes, SIZE)
+    network = _load(evaluation_network(len(classes)), "family_classifier", device)
+    return NetworkClassifier(network, classes, SIZE)
 
 
-@cache
-def clip() -> ClipEncoder:
+@cached_by_device
+def clip(*, device: torch.device) -> ClipEncoder:
     """Load the CLIP-like encoder of testbed images and captions."""
     state = unpack(WEIGHTS / "clip.safetensors", VOCABULARY)
-    return ClipEncoder(freeze(clip_network(), state), tokenizer(), Pixels(SIZE))
+    network = freeze(clip_network(), state)
+    return ClipEncoder(nn.Module.to(network, device), tokenizer(), Pixels(SIZE))
 
 
-@cache
-def dino() -> DinoEncoder:
+@cached_by_device
+def dino(*, device: torch.device) -> DinoEncoder:
     """Load the DINO-like encoder, which was trained on testbed images without labels."""
-    return DinoEncoder(
-        freeze(dino_network(), load_file(WEIGHTS / "dino.safetensors")), Pixels(SIZE)
-    )
+    return DinoEncoder(_load(dino_network(), "dino", device), Pixels(SIZE))
 
 
-@cache
-def face_embedder() -> NetworkEncoder:
+@cached_by_device
+def face_embedder(*, device: torch.device) -> NetworkEncoder:
     """Load the face embedder."""
-    network = freeze(embedding_network(), load_file(WEIGHTS / "face_embedder.safetensors"))
+    network = _load(embedding_network(), "face_embedder", device)
     return NetworkEncoder(lambda chips: network(chips).logits, Pixels(CHIP))
 
 
-@cache
-def reference_faces() -> Tensor:
+@cached_by_device
+def reference_faces(*, device: torch.device) -> Tensor:
     """Load unit-length embeddings (1024, 64), by `face_embedder`, of faces in portraits."""
     stored = load_file(WEIGHTS / "face_bank.safetensors")["embeddings"]  # as float16
-    return nn.functional.normalize(stored.float(), dim=1)
+    return nn.functional.normalize(stored.float(), dim=1).to(device)
 
 
-@cache
-def _attribute_trunk(evaluation: bool):
+@cached_by_device
+def _attribute_trunk(evaluation: bool, *, device: torch.device):
     """Load the network that the classifiers of all attributes share."""
     file = "evaluation_classifiers" if evaluation else "classifiers"
     count = sum(map(len, metadata(file)["classes"].values()))
-    state = load_file(WEIGHTS / f"{file}.safetensors")
     if evaluation:
-        return freeze(evaluation_network(count), state)
-    network = freeze(attribute_network(count), state)
+        return _load(evaluation_network(count), file, device)
+    network = _load(attribute_network(count), file, device)
     return lambda chips: network(chips).logits
+
+
+def _load(network: Network, name: str, device: torch.device) -> Network:
+    """Load the weights of a judge into its network, and move it to the device."""
+    return freeze(network, load_file(WEIGHTS / f"{name}.safetensors")).to(device)
 
 
 def _resnet(widths: list[int], depths: list[int], outputs: int = 0) -> ResNetConfig:

@@ -17,6 +17,7 @@ from torch import Tensor, nn
 
 from diffusers_fair.backends import trained_classifier
 from diffusers_fair.backends.errors import loading
+from diffusers_fair.devices import choose_device, choose_dtype
 from diffusers_fair.vision.encoders import Pixels
 from diffusers_fair.vision.images import from_bytes
 
@@ -56,6 +57,8 @@ class Settings:
     """Random seed."""
     pretrained: bool = True
     """Whether to start from ImageNet weights, which are downloaded once."""
+    dtype: str = "float32"
+    """Data type of the computation, as in `choose_dtype`; the weights are float32."""
 
     def __post_init__(self) -> None:
         """Check the ranges."""
@@ -145,7 +148,7 @@ def _hold_out(labels: Tensor, share: float, g: torch.Generator) -> tuple[Tensor,
 
 
 def train_classifier(
-    images: LabelledImages, folder: str | Path, settings: Settings
+    images: LabelledImages, folder: str | Path, settings: Settings, device: str = "auto"
 ) -> dict[str, Any]:
     """Train a MobileNetV3-Large, measure it on held-out images, and write its folder.
 
@@ -153,23 +156,26 @@ def train_classifier(
         images: labelled images.
         folder: output folder; recipes refer to the classifier as `checkpoint:FOLDER`.
         settings: options.
+        device: as in `choose_device`.
 
     Returns:
         The contents of `classifier.json`, with `accuracy` on the held-out images and `confusion`
         (rows are true classes, columns predicted classes).
 
     Raises:
-        ValueError: the folder is not empty, or ImageNet weights cannot be downloaded.
+        ValueError: the folder is not empty, the device is not available, or ImageNet weights cannot
+            be downloaded.
     """
     folder = Path(folder)
     if folder.exists() and (not folder.is_dir() or any(folder.iterdir())):
         raise ValueError(f"'{folder}' is not an empty folder: choose another folder")
+    chosen = choose_device(device)
     g = torch.Generator().manual_seed(settings.seed)
     train, held = _hold_out(images.labels, settings.held_out, g)
     with torch.random.fork_rng():  # initial weights, dropout and augmentation
         torch.manual_seed(settings.seed)
         network = _network(len(images.classes), settings.pretrained)
-        network.to("cuda" if torch.cuda.is_available() else "cpu")
+        network.to(chosen)
         _fit(network, images, train, settings, g)
     predictions = _predict(network, images, held, settings)
     confusion = _confusion(images.labels[held], predictions, len(images.classes))
@@ -216,6 +222,8 @@ def _fit(
     device = next(network.parameters()).device
     pixels = Pixels(size, trained_classifier.MEAN, trained_classifier.STD)
     optimizer = torch.optim.AdamW(network.parameters(), settings.lr)
+    dtype = choose_dtype(settings.dtype, device)
+    scaler = torch.amp.GradScaler(device.type, enabled=dtype == torch.float16)
     schedule = torch.optim.lr_scheduler.CosineAnnealingLR(optimizer, epochs)
     network.train()
     for epoch in range(epochs):
@@ -224,10 +232,13 @@ def _fit(
         for batch in track(batches, f"epoch {epoch + 1} of {epochs}", transient=True):
             colours = (_load(images, batch, size) + 1) / 2  # (n, 3, size, size) in [0, 1]
             x = torch.stack([augment(image) for image in colours]).to(device) * 2 - 1
-            loss = F.cross_entropy(network(pixels(x)), images.labels[batch].to(device))
+            with torch.autocast(device.type, dtype, enabled=dtype != torch.float32):
+                logits = network(pixels(x))
+            loss = F.cross_entropy(logits.float(), images.labels[batch].to(device))
             optimizer.zero_grad()
-            loss.backward()
-            optimizer.step()
+            scaler.scale(loss).backward()
+            scaler.step(optimizer)
+            scaler.update()
         schedule.step()
     # recompute the statistics of the batch norms, whose momentum is too small for few images
     plain = (pixels(_load(images, batch, size)) for batch in batches)

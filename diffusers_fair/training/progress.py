@@ -30,9 +30,12 @@ def tracker(accelerator: Any, step: int) -> Iterator[Callable[[dict[str, float],
     """Yield a function (metrics, step) that logs metrics to the recipe's tracker, if any.
 
     Args:
-        accelerator: accelerator with that tracker.
+        accelerator: accelerator with that tracker; None without a tracker.
         step: number of updates made; curves of an earlier run are cut off after it.
     """
+    if accelerator is None:
+        yield lambda metrics, step: None
+        return
     accelerator.init_trackers("run", init_kwargs={"tensorboard": {"purge_step": step + 1}})
     try:
         yield lambda metrics, step: accelerator.log(metrics, step=step)

@@ -1,4 +1,4 @@
-"""The training loop of fairness fine-tuning. The only module that uses accelerate.
+"""The training loop of fairness fine-tuning. The only module that uses accelerate, for trackers.
 
     batch -> gradient (batch_gradient) -> AdamW -> moving average of the weights
           -> at intervals: validation, best adapter, checkpoint
@@ -11,7 +11,6 @@ import math
 import time
 from collections.abc import Iterator
 from contextlib import contextmanager
-from datetime import timedelta
 from pathlib import Path
 from tempfile import TemporaryDirectory
 from typing import Any
@@ -21,7 +20,7 @@ import torch
 from diffusers_fair import distributed
 from diffusers_fair.adapters.folder import write_adapter
 from diffusers_fair.adapters.trainable import TrainableAdapter
-from diffusers_fair.backends.registry import base, load_base, load_judges
+from diffusers_fair.backends.registry import choose_base_device, load_base, load_judges
 from diffusers_fair.config.schema import RunConfig
 from diffusers_fair.families import denoiser_of
 from diffusers_fair.families.fingerprint import base_fingerprint
@@ -50,8 +49,6 @@ from diffusers_fair.training.stopping import (
 )
 from diffusers_fair.training.validation import Validation, save_samples
 
-_TIMEOUT = timedelta(days=1)  # the other processes wait while the main one validates
-
 
 class FairnessFinetuner:
     """Trains an adapter as a recipe describes.
@@ -73,7 +70,9 @@ class FairnessFinetuner:
         from diffusers.training_utils import EMAModel
 
         self.config = config
-        self.accelerator = _accelerator(config)  # connects the processes, if there are several
+        distributed.connect()  # before accelerate, which would connect the GPUs only
+        self.accelerator = _accelerator(config)
+        self.device = choose_base_device(config.base.model, config.train.device)
         self.attributes = config.balanced()
         sets, seed = config.prompts.sets, config.train.seed
         self.prompts = prompt_mixture(sets, split=config.prompts.train, seed=seed)
@@ -82,10 +81,10 @@ class FairnessFinetuner:
             for name in sets
             for prompt in prompt_set(name).prompts(config.prompts.validation)
         ]
-        self.pipe = load_base(config.base.model, config.base.revision, config.base.dtype)
-        self.pipe.to(self.accelerator.device)
+        base = config.base
+        self.pipe = load_base(base.model, base.revision, base.dtype, self.device)
         self.fingerprint = base_fingerprint(self.pipe)
-        self.judges = load_judges(config.models, self.attributes, self.pipe.device, config.people)
+        self.judges = load_judges(config.models, self.attributes, self.device, config.people)
         self.adapter = TrainableAdapter(self.pipe, adapter_components(config), seed)
         _tune(self.pipe, config)
         self.gradient = BatchGradient(config, self.pipe, self.adapter, self.judges)
@@ -280,7 +279,7 @@ class FairnessFinetuner:
             "seconds": round(self.seconds, 1),
             "processes": distributed.world_size(),
             "dtype": str(denoiser_of(self.pipe).dtype).removeprefix("torch."),
-            "machine": machine(),
+            "machine": machine(self.device),
         }
         info = adapter_info(self.config, self.adapter, self.attributes, self.fingerprint, training)
         write_adapter(folder, weights, info)
@@ -323,7 +322,7 @@ class FairnessFinetuner:
             for parameter, saved in zip(self.parameters, state["parameters"], strict=True):
                 parameter.copy_(saved)
         self.ema.load_state_dict(state["ema"])
-        self.ema.to(self.pipe.device)
+        self.ema.to(self.device)
         self.optimizer.load_state_dict(state["optimizer"])
         self.schedule.load_state_dict(state["schedule"])
         self.step = state["iteration"]
@@ -339,15 +338,15 @@ class FairnessFinetuner:
 
 
 def _accelerator(config: RunConfig) -> Any:
-    """Make the accelerator, which chooses the device, connects the processes and logs."""
-    from accelerate import Accelerator, InitProcessGroupKwargs
+    """Make the accelerator, which logs to the recipe's tracker; None without a tracker.
 
-    return Accelerator(
-        cpu="cpu" in (config.train.device, base(config.base.model).device),
-        log_with=None if config.tracker == "none" else config.tracker,
-        project_dir=Path(config.output) / "logs",
-        kwargs_handlers=[InitProcessGroupKwargs(timeout=_TIMEOUT)],
-    )
+    Its device is not used: accelerate has one for the whole process, whatever trains in it.
+    """
+    if config.tracker == "none":
+        return None
+    from accelerate import Accelerator
+
+    return Accelerator(log_with=config.tracker, project_dir=Path(config.output) / "logs")
 
 
 def _tune(pipe: Any, config: RunConfig) -> None:

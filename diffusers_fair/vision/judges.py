@@ -30,6 +30,8 @@ class Judges:
 
     people: People = "largest"
     """Faces of an image that count: only the largest, or all."""
+    device: Any = None
+    """Device of the models, which images are moved to; None: images stay where they are."""
 
     def __post_init__(self) -> None:
         """Check that the detector can detect all faces, if all count.
@@ -43,6 +45,10 @@ class Judges:
                 f"the testbed's, but {self.face_detector!r} only finds the largest face: choose "
                 "another detector, or people 'largest'"
             )
+
+    def on_device(self, images: Tensor) -> Tensor:
+        """Move images to the device of the models, differentiably."""
+        return images if self.device is None else images.to(self.device)
 
     def faces(self, images: Tensor) -> Faces:
         """Detect the faces that count in images (n, 3, h, w) in [-1, 1]."""

@@ -193,8 +193,8 @@ class Spots(torch.nn.Module):
         x, y = (BOXES[:, 0] * w).long(), (BOXES[:, 1] * h).long()
         red = images[:, 0, y, x]  # (n, anchors)
         logits = torch.stack([torch.zeros_like(red), 4 * red], -1) + self.shift
-        points = torch.arange(10.0).expand(n, len(BOXES), 10)
-        return torch.zeros(n, len(BOXES), 4), logits, points
+        points = torch.arange(10.0, device=images.device).expand(n, len(BOXES), 10)
+        return images.new_zeros(n, len(BOXES), 4), logits, points
 
 
 def _decode(offsets, anchors, variance):
