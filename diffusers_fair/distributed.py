@@ -5,6 +5,8 @@ returned in rank order. Every process must make the same calls in the same order
 """
 
 import os
+from collections.abc import Iterator
+from contextlib import contextmanager
 from datetime import timedelta
 
 import torch
@@ -13,8 +15,24 @@ from torch import Tensor, distributed
 _TIMEOUT = timedelta(days=7)  # the processes of an evaluation may take very different times
 
 
+_is_alone = False
+
+
+@contextmanager
+def alone() -> Iterator[None]:
+    """Take this process for the only one within a `with` block, so that it exchanges nothing."""
+    global _is_alone
+    before, _is_alone = _is_alone, True
+    try:
+        yield
+    finally:
+        _is_alone = before
+
+
 def world_size() -> int:
     """Number of processes."""
+    if _is_alone:
+        return 1
     if distributed.is_initialized():
         return distributed.get_world_size()
     return int(os.environ.get("WORLD_SIZE", 1))
@@ -22,6 +40,8 @@ def world_size() -> int:
 
 def rank() -> int:
     """Rank of this process, from 0."""
+    if _is_alone:
+        return 0
     if distributed.is_initialized():
         return distributed.get_rank()
     return int(os.environ.get("RANK", 0))

@@ -43,7 +43,11 @@ from diffusers_fair.vision.judges import Judges
 Statistics = TypeVar("Statistics")
 Loss: TypeAlias = Callable[[Tensor, Originals], tuple[Tensor, Statistics]]
 """Images (n, 3, H, W) and judgements of the original images -> loss and statistics."""
-MEMORY_OPTIONS = ("split_guidance", "gradient_checkpointing")  # the cheaper one first
+MEMORY_OPTIONS = (  # the cheapest first
+    "decoder_checkpointing",
+    "split_guidance",
+    "gradient_checkpointing",
+)
 
 
 class NonFiniteImagesError(ArithmeticError):
@@ -79,6 +83,8 @@ class BatchGradient:
 
     def save_memory(self, option: str) -> None:
         """Enable one of `MEMORY_OPTIONS`, which takes less memory and more time."""
+        if option == "decoder_checkpointing":
+            self.pipe.vae.enable_gradient_checkpointing()
         if option == "gradient_checkpointing":
             denoiser = denoiser_of(self.pipe)
             denoiser.enable_gradient_checkpointing()
