@@ -97,7 +97,7 @@ def test_memory_of_mps_is_what_its_driver_has_allocated(monkeypatch):
         (8, 2, 0),
         (4.9, 1, 1),  # two GB of models, half of the context, half of the margin
         (4.4, 1, 2),
-        (4.1, 2, 3),
+        (3.8, 1, 3),
     ],
 )
 def test_what_fits_a_gpu_is_chosen(monkeypatch, total, micro_batch, options):
