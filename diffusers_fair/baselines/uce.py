@@ -65,7 +65,7 @@ class UCE:
                     break
                 moves += self.step * gaps
                 edit = self._edit(concepts, moves, kept)
-                _set(layers, [(weight.double() @ edit).to(weight) for weight in old])
+                _set(layers, [(weight.cpu().double() @ edit).to(weight) for weight in old])
         except BaseException:
             changed.restore()
             raise
@@ -184,8 +184,8 @@ def _kept(pipe: Any, phrase: str, wordings: Sequence[Wording]) -> Tensor:
 
 
 def _embed(pipe: Any, texts: list[str]) -> Tensor:
-    """Return embeddings (n, L, d) in float64."""
-    return token_embeddings(pipe, texts).double()
+    """Return embeddings (n, L, d) in float64 on the CPU; not every other device has float64."""
+    return token_embeddings(pipe, texts).cpu().double()
 
 
 def _ids(pipe: Any, text: str) -> list[int]:

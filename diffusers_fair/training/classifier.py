@@ -166,10 +166,12 @@ def train_classifier(
         raise ValueError(f"'{folder}' is not an empty folder: choose another folder")
     g = torch.Generator().manual_seed(settings.seed)
     train, held = _hold_out(images.labels, settings.held_out, g)
-    with torch.random.fork_rng():  # initial weights, dropout and augmentation
+    device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
+    gpus = [device] if device.type == "cuda" else []
+    with torch.random.fork_rng(gpus):  # initial weights, dropout and augmentation
         torch.manual_seed(settings.seed)
         network = _network(len(images.classes), settings.pretrained)
-        network.to("cuda" if torch.cuda.is_available() else "cpu")
+        network.to(device)
         _fit(network, images, train, settings, g)
     predictions = _predict(network, images, held, settings)
     confusion = _confusion(images.labels[held], predictions, len(images.classes))
