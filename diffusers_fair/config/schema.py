@@ -309,9 +309,9 @@ class TrainSection(Section):
     half precision."""
     deterministic: bool = False
     """On a GPU, use the deterministic algorithms of PyTorch, cuDNN and cuBLAS, which are slower.
-    Operations that have none, such as the gradient of resizing images, stay as they are and warn:
-    the same run again differs less, but not always in nothing. On the CPU, runs are the same bit
-    for bit without it."""
+    Operations that have none, such as the gradient of resizing images, stay as they are and warn,
+    so two runs may still differ by rounding. On the CPU, runs with the same number of threads are
+    equal bit for bit without it."""
     compile: bool = False
     """Compile the denoiser with torch.compile. Pays off in long runs only: the first iterations
     take minutes."""

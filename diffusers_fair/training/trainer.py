@@ -37,6 +37,7 @@ from diffusers_fair.training.adapter_folder import (
 from diffusers_fair.training.batch_gradient import BatchGradient, NonFiniteImagesError
 from diffusers_fair.training.batches import sample_batch
 from diffusers_fair.training.checkpoints import load_checkpoint, save_checkpoint
+from diffusers_fair.training.determinism import deterministic_algorithms
 from diffusers_fair.training.memory import (
     MODELS_DO_NOT_FIT,
     choose_micro_batch,
@@ -141,7 +142,11 @@ class FairnessFinetuner:
                 more processes than images.
         """
         folder = claim_run_folder(self.config)
-        with SigtermHandler() as sigterm, explain_full_disk(folder.path):
+        with (
+            SigtermHandler() as sigterm,
+            explain_full_disk(folder.path),
+            deterministic_algorithms(self.config.train.deterministic),
+        ):
             self._resume(folder)
             budget = self.config.train.memory_budget
             if budget is not None and self.gradient.micro_batch is None:

@@ -318,6 +318,21 @@ def test_a_budget_without_room_for_one_image_turns_memory_options_on(tmp_path, m
 
 
 @pytest.mark.slow
+def test_the_scale_of_the_loss_changes_no_gradient(tmp_path):
+    """Powers of two are exact in float32; in float16, small gradients would be 0 without it."""
+    trainer, gradients = finetuner(tmp_path / "run"), []
+    assert trainer.gradient.loss_scale == 1
+    for scale in (1.0, 1024.0):
+        trainer.gradient.loss_scale = scale
+        trainer.optimizer.zero_grad()
+        trainer.gradient.backward(sample_batch(trainer.config, trainer.prompts, 0), 0)
+        gradients.append([p.grad for p in trainer.parameters])
+    for plain, scaled in zip(*gradients, strict=True):
+        torch.testing.assert_close(scaled, plain, rtol=1e-6, atol=0)
+    assert finetuner(tmp_path / "half", base={"dtype": "float16"}).gradient.loss_scale == 1024
+
+
+@pytest.mark.slow
 def test_a_run_out_of_memory_says_what_to_set_and_goes_on_with_it(tmp_path, monkeypatch):
     replayed, sizes = gradient_module.replay, []
 
