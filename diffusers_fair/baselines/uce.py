@@ -48,8 +48,17 @@ class UCE:
     """Neutral prompt that is preserved with each of the words."""
 
     def apply(self, pipe: Any, task: Task) -> ChangedPipeline:
-        """Edit the weights; `restore` restores the original weights bit for bit."""
+        """Edit the weights; `restore` restores the original weights bit for bit.
+
+        Raises:
+            ValueError: the weights are offloaded layer by layer.
+        """
         layers = cross_attention(pipe)
+        if any(layer.weight.is_meta for layer in layers):
+            raise ValueError(
+                "uce edits the U-Net's weights, but they are offloaded layer by layer: call "
+                "pipe.remove_all_hooks() first"
+            )
         old = [layer.weight.detach().clone() for layer in layers]
         prompts = _spaced(task.prompts, self.concepts)
         judges = task.judges()
