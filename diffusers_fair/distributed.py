@@ -6,6 +6,8 @@ same calls in the same order.
 """
 
 import os
+from collections.abc import Iterator
+from contextlib import contextmanager
 from datetime import timedelta
 from functools import cache
 from typing import Any
@@ -16,8 +18,24 @@ from torch import Tensor, distributed
 _TIMEOUT = timedelta(days=7)  # the others wait while one validates, or evaluates its last images
 
 
+_is_alone = False
+
+
+@contextmanager
+def alone() -> Iterator[None]:
+    """Take this process for the only one within a `with` block, so that it exchanges nothing."""
+    global _is_alone
+    before, _is_alone = _is_alone, True
+    try:
+        yield
+    finally:
+        _is_alone = before
+
+
 def world_size() -> int:
     """Number of processes."""
+    if _is_alone:
+        return 1
     if distributed.is_initialized():
         return distributed.get_world_size()
     return int(os.environ.get("WORLD_SIZE", 1))
@@ -25,6 +43,8 @@ def world_size() -> int:
 
 def rank() -> int:
     """Rank of this process, from 0."""
+    if _is_alone:
+        return 0
     if distributed.is_initialized():
         return distributed.get_rank()
     return int(os.environ.get("RANK", 0))

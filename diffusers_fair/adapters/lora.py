@@ -47,8 +47,8 @@ def add_lora(
             "unload it first, or choose another adapter_name"
         )
     module.requires_grad_(False)
-    with torch.random.fork_rng():
-        torch.manual_seed(seed)
+    with torch.random.fork_rng(devices=[]):
+        torch.default_generator.manual_seed(seed)  # peft initializes on the CPU
         config = LoraConfig(
             r=rank,
             lora_alpha=alpha or rank,  # type: ignore[arg-type]  # peft accepts floats

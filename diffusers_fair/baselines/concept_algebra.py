@@ -28,7 +28,7 @@ class ConceptAlgebra:
         terms, shares = zip(*combinations(task.wordings), strict=True)
         phrases = [with_terms(self.phrase, words) for words in terms]
         conditioning = family_of(pipe).encode(pipe, phrases)  # k rows
-        weights = torch.tensor(shares, dtype=torch.float64, device=pipe.device)  # (k,)
+        weights = torch.tensor(shares, dtype=torch.float64)  # (k,)
 
         def generate(prompts, generators, **options):
             def edit(uncond, text, predict):
@@ -50,7 +50,8 @@ def _transferred(score: Tensor, concept: Tensor, shares: Tensor) -> Tensor:
     Args:
         score: s, score of the prompt, (n, c, h, w).
         concept: scores of k phrases, (k, n, c, h, w).
-        shares: target shares (k,), which sum to 1; float64, the dtype of the computation.
+        shares: target shares (k,), which sum to 1; the computation has their dtype, float64, and
+            their device, the CPU, as not every other device has float64.
     """
     phrases = concept.to(shares).flatten(2)  # (k, n, D)
     mean = torch.einsum("k,knd->nd", shares, phrases)

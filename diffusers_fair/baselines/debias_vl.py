@@ -28,7 +28,7 @@ class DebiasVL:
     def apply(self, pipe: Any, task: Task) -> ChangedPipeline:
         """Project the embeddings of all prompts except negative prompts."""
         first, second = (
-            F.normalize(_last_tokens(pipe, texts).double(), dim=-1)
+            F.normalize(_last_tokens(pipe, texts).cpu().double(), dim=-1)
             for texts in pairs(task.prompts, task.wordings)
         )  # (m, d) each
         projection = calibration(first - second, self.strength)  # (d, d)

@@ -43,7 +43,7 @@ class FairDiffusion:
         def generate(prompts, generators, **options):
             chosen = [sample_terms(task.wordings, generator) for generator in generators]
             signs = torch.stack([directions(task.wordings, terms) for terms in chosen], 1)  # (k, n)
-            guide = _Guide(self, signs.to(pipe.device))
+            guide = _Guide(self, signs)
 
             def edit(uncond, text, predict):
                 _check_guided(uncond)

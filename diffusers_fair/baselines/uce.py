@@ -46,8 +46,17 @@ class UCE:
     """Neutral prompt that is preserved with each of the words."""
 
     def apply(self, pipe: Any, task: Task) -> ChangedPipeline:
-        """Edit the weights; `restore` restores the original weights bit for bit."""
+        """Edit the weights; `restore` restores the original weights bit for bit.
+
+        Raises:
+            ValueError: the weights are offloaded layer by layer.
+        """
         layers = cross_attention(pipe)
+        if any(layer.weight.is_meta for layer in layers):
+            raise ValueError(
+                "uce edits the U-Net's weights, but they are offloaded layer by layer: call "
+                "pipe.remove_all_hooks() first"
+            )
         old = [layer.weight.detach().clone() for layer in layers]
         prompts = _spaced(task.prompts, self.concepts)
         judges = task.judges()
@@ -63,7 +72,7 @@ class UCE:
                     break
                 moves += self.step * gaps
                 edit = self._edit(concepts, moves, kept)
-                _set(layers, [(weight.double() @ edit).to(weight) for weight in old])
+                _set(layers, [(weight.cpu().double() @ edit).to(weight) for weight in old])
         except BaseException:
             changed.restore()
             raise
@@ -182,8 +191,8 @@ def _kept(pipe: Any, phrase: str, wordings: Sequence[Wording]) -> Tensor:
 
 
 def _embed(pipe: Any, texts: list[str]) -> Tensor:
-    """Return embeddings (n, L, d) in float64."""
-    return token_embeddings(pipe, texts).double()
+    """Return embeddings (n, L, d) in float64 on the CPU; not every other device has float64."""
+    return token_embeddings(pipe, texts).cpu().double()
 
 
 def _ids(pipe: Any, text: str) -> list[int]:

@@ -1,6 +1,7 @@
 """Base class of the recipe sections, and value types that several sections use."""
 
-from typing import Annotated, Any
+import math
+from typing import Annotated, Any, Literal
 
 from pydantic import AfterValidator, BaseModel, BeforeValidator, ConfigDict, Field
 
@@ -10,6 +11,16 @@ Fraction = Annotated[float, Field(ge=0, le=1)]
 NonNegativeInt = Annotated[int, Field(ge=0, strict=True)]
 PositiveInt = Annotated[int, Field(ge=1, strict=True)]
 TwoOrMore = Annotated[int, Field(ge=2, strict=True)]
+
+
+def _number_or_auto(value: Any) -> Any:
+    is_number = isinstance(value, int | float) and not isinstance(value, bool)
+    if value != "auto" and not (is_number and 0 < value < math.inf):
+        raise ValueError(f"expected a number of GB above 0, auto or null, got {value!r}")
+    return value
+
+
+Gigabytes = Annotated[float | Literal["auto"], BeforeValidator(_number_or_auto)]
 
 
 def _equal_weights(sets: Any) -> Any:

@@ -114,7 +114,7 @@ def _faces(
     faces: Faces, probabilities: Mapping[str, np.ndarray], settings: Settings
 ) -> dict[str, Any]:
     """Build the fields of `Records` on faces: the largest and, if all count, the others."""
-    has_face, boxes = faces.is_face.cpu().numpy(), np.round(faces.boxes.double().cpu().numpy(), 2)
+    has_face, boxes = faces.is_face.cpu().numpy(), np.round(faces.boxes.cpu().double().numpy(), 2)
     if faces.image is None:
         return {"found": has_face, "boxes": boxes, "probabilities": probabilities}
     image = faces.image.cpu().numpy()
@@ -159,7 +159,7 @@ def _probabilities(
             views[key] = classifier_input(
                 a, with_face if a.of_faces else images, found, classifier.size
             )
-        p = classifier(views[key]).double().cpu().numpy()  # (faces or n, classes)
+        p = classifier(views[key]).cpu().double().numpy()  # (faces or n, classes)
         if not np.isfinite(p).all():
             raise ValueError(
                 f"the classifier of '{a.name}' returned non-finite probabilities: "

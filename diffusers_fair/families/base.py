@@ -7,12 +7,21 @@ state: its methods take the pipeline as an argument.
 from collections.abc import Callable, Mapping, Sequence
 from typing import Any, Protocol
 
+import torch
 from torch import Tensor
 
 from diffusers_fair.families.conditioning import Conditioning
 
 Denoise = Callable[..., Any]
 """A denoiser, or its `forward` to bypass hooks."""
+
+
+def execution_device(pipe: Any) -> torch.device:
+    """Return the device on which a pipeline computes.
+
+    With `enable_model_cpu_offload`, this is the GPU, while `pipe.device` is the CPU.
+    """
+    return pipe._execution_device
 
 
 class Family(Protocol):

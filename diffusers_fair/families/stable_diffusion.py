@@ -6,7 +6,7 @@ from typing import Any
 
 from torch import Tensor, nn
 
-from diffusers_fair.families.base import Denoise
+from diffusers_fair.families.base import Denoise, execution_device
 from diffusers_fair.families.conditioning import Conditioning
 
 EMBEDDINGS = "encoder_hidden_states"
@@ -41,7 +41,7 @@ class StableDiffusion:
         """Encode prompts by the pipeline's own method: (n, L, d)."""
         # an adapter's prefix wraps the method on the instance; the class has the plain one
         encode = pipe.encode_prompt if prefix else MethodType(type(pipe).encode_prompt, pipe)
-        return {EMBEDDINGS: encode(list(prompts), pipe.text_encoder.device, 1, False)[0]}
+        return {EMBEDDINGS: encode(list(prompts), execution_device(pipe), 1, False)[0]}
 
     def unconditional(self, pipe: Any) -> Conditioning:
         """Encode the empty prompt: (1, L, d)."""
@@ -107,7 +107,7 @@ def guided_embeddings(
     Returns:
         (n, L, d) each.
     """
-    return pipe.encode_prompt(prompts, pipe.device, 1, True, negative_prompts)
+    return pipe.encode_prompt(prompts, execution_device(pipe), 1, True, negative_prompts)
 
 
 def cross_attention(pipe: Any) -> list[nn.Linear]:

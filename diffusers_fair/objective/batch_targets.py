@@ -85,7 +85,7 @@ class TargetAssignment:
         targets = []
         for target, p in zip(self.assign(everywhere, face_counts, prompts), gathered, strict=True):
             start = sum(len(rows) for rows in p[: distributed.rank()])
-            rows = torch.arange(len(p[distributed.rank()]), device=images.device) + start
+            rows = torch.arange(len(p[distributed.rank()])) + start
             targets.append(target[rows])
         of_faces = [attribute.of_faces for attribute in self.attributes]
         statistics = self._statistics(everywhere, face_counts, prompts)

@@ -33,8 +33,9 @@ def alignment_loss(probabilities: Tensor, targets: Targets, threshold: float) ->
         )
     smallest = torch.finfo(probabilities.dtype).tiny  # a probability of 0 gets no gradient, not NaN
     log_p = probabilities.clamp_min(smallest).log()
-    cross_entropy = functional.nll_loss(log_p, targets.labels, reduction="none")
-    return torch.where(targets.confidence >= threshold, cross_entropy, 0)
+    cross_entropy = functional.nll_loss(log_p, targets.labels.to(log_p.device), reduction="none")
+    is_certain = (targets.confidence >= threshold).to(log_p.device)
+    return torch.where(is_certain, cross_entropy, 0)
 
 
 def semantics_loss(features: Tensor, original: Tensor) -> Tensor:

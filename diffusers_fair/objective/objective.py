@@ -172,14 +172,15 @@ class Objective:
         for i, attribute in enumerate(self.attributes):
             target, classes = targets[i], originals.classes[attribute.name]
             loss = alignment_loss(perceived[i], target, self.sections[i].threshold)
+            labels = target.labels.to(classes.device)
             if attribute.of_faces:
-                is_same = (target.labels == classes[matches]) & is_matched
+                is_same = (labels == classes[matches]) & is_matched
                 losses.append(faces.mean_per_image(loss))
                 any_changes = faces.mean_per_image((~is_same).float()) > 0
                 changes.append(any_changes | (faces.counts == 0))
             else:
                 losses.append(loss)
-                changes.append(target.labels != classes[first_row])
+                changes.append(labels != classes[first_row])
         return torch.stack(losses).sum(0), torch.stack(changes, 1)
 
     def _realism(

@@ -27,7 +27,10 @@ _SAMPLES = 4096  # count vectors to sample if there are more
 
 @dataclass(frozen=True)
 class Targets:
-    """Target classes of n images that make the batch follow the target distribution."""
+    """Target classes of n images that make the batch follow the target distribution.
+
+    They are computed in float64, which not every device has, so they stay on the CPU.
+    """
 
     labels: Tensor
     """(n,), y_i, long."""
@@ -40,7 +43,8 @@ class Targets:
     the multinomial left out. Sampled: the largest standard error of an entry."""
 
     def __getitem__(self, rows: Tensor) -> "Targets":
-        """Select rows."""
+        """Select rows by their indices."""
+        rows = rows.to(self.labels.device)
         return Targets(self.labels[rows], self.confidence[rows], self.plan[rows], self.error)
 
 
@@ -112,8 +116,7 @@ def _joint_targets(
     cost = _cost(probabilities, weights)  # (n, classes of all)
     plan, error = _expected_plan(cost, share.flatten(), mass, samples, generator)
     joint = plan.view(len(plan), *sizes)
-    device = probabilities[0].device
-    return [_targets(_marginal(joint, a).to(device), error) for a in range(len(sizes))]
+    return [_targets(_marginal(joint, a), error) for a in range(len(sizes))]
 
 
 def region_targets(
@@ -146,8 +149,9 @@ def region_targets(
         ValueError: as in `expected_targets`.
     """
     weights = [1.0] * len(whole) if cost_weights is None else cost_weights
-    faces = torch.zeros_like(faces) if all(whole) else faces
-    owner = torch.arange(len(faces), device=faces.device).repeat_interleave(faces)  # of each face
+    probabilities = [p.detach().cpu() for p in probabilities]
+    faces = torch.zeros(len(faces), dtype=torch.long) if all(whole) else faces.cpu()
+    owner = torch.arange(len(faces)).repeat_interleave(faces)  # image of each face
     alone, kept = faces == 0, [a for a, w in enumerate(whole) if w]
     shown = [p[owner] if w else p for p, w in zip(probabilities, whole, strict=True)]
     results = _some_targets(shown, target, weights)
@@ -172,7 +176,7 @@ def _some_targets(
     """Call `_joint_targets`, or return empty targets if there is no image."""
     if probabilities and len(probabilities[0]):
         return _joint_targets(probabilities, target, cost_weights=weights)
-    return [_targets(p.detach().double(), 0.0) for p in probabilities]
+    return [_targets(p.double(), 0.0) for p in probabilities]
 
 
 def joined(parts: Sequence[Targets]) -> Targets:
@@ -199,7 +203,7 @@ def _marginal(joint: Tensor, attribute: int) -> Tensor:
 def _joint_share(target: Sequence[Sequence[float] | Tensor] | Tensor, sizes: list[int]) -> Tensor:
     """Return the joint target distribution, (classes, classes, ...) float64."""
     if isinstance(target, Tensor):
-        share = target.double().cpu()
+        share = target.cpu().double()
     else:
         share = torch.ones((), dtype=torch.float64)
         for part in target:
@@ -231,7 +235,7 @@ def _cost(probabilities: Sequence[Tensor], weights: Sequence[float]) -> Tensor:
     """Return |p_i - u_k| for every image and combination of classes. (n, classes of all)."""
     squared = torch.zeros(len(probabilities[0]), 1, dtype=torch.float64)
     for p, weight in zip(probabilities, weights, strict=True):
-        p = p.detach().double().cpu()
+        p = p.detach().cpu().double()
         one_hot = torch.eye(p.shape[1], dtype=torch.float64)
         distance = (p[:, None] - one_hot).square().sum(2)  # (n, classes)
         squared = (squared[:, :, None] + weight * distance[:, None]).flatten(1)

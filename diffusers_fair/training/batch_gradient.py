@@ -7,7 +7,8 @@
 Algorithm 1 and sections 4.1 to 4.3 of the paper.
 """
 
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
 from dataclasses import replace
 from functools import cached_property
 from typing import Any, TypeAlias, TypeVar
@@ -43,7 +44,12 @@ from diffusers_fair.vision.judges import Judges
 Statistics = TypeVar("Statistics")
 Loss: TypeAlias = Callable[[Tensor, Originals], tuple[Tensor, Statistics]]
 """Images (n, 3, H, W) and judgements of the original images -> loss and statistics."""
-MEMORY_OPTIONS = ("split_guidance", "gradient_checkpointing")  # the cheaper one first
+_LOSS_SCALE = 1024.0  # for float16, whose smallest number is 6e-8; powers of two change no digit
+MEMORY_OPTIONS = (  # the cheapest first
+    "decoder_checkpointing",
+    "split_guidance",
+    "gradient_checkpointing",
+)
 
 
 class NonFiniteImagesError(ArithmeticError):
@@ -68,6 +74,7 @@ class BatchGradient:
             pipe.scheduler, standardize=config.gradient.standardize
         )
         self.objective = _objective(config, judges, pipe.device)
+        self.loss_scale = _LOSS_SCALE if denoiser_of(pipe).dtype == torch.float16 else 1.0
         self.kept: KeptPrompts | None = None
         if config.prompts.keep is not None:
             self.kept = KeptPrompts(config, pipe, adapter, self.scheduler)
@@ -79,6 +86,8 @@ class BatchGradient:
 
     def save_memory(self, option: str) -> None:
         """Enable one of `MEMORY_OPTIONS`, which takes less memory and more time."""
+        if option == "decoder_checkpointing":
+            self.pipe.vae.enable_gradient_checkpointing()
         if option == "gradient_checkpointing":
             denoiser = denoiser_of(self.pipe)
             denoiser.enable_gradient_checkpointing()
@@ -104,11 +113,28 @@ class BatchGradient:
             return self.objective(images, originals, batch.prompts, self.micro_batch)
 
         repeats = self.config.train.distinct_iterations is not None
-        statistics = self._images_backward(batch, step, loss, use_cache=use_cache and repeats)
-        if self.kept is None:
-            return statistics
-        size = len(batch.noise) // distributed.world_size()
-        return replace(statistics, kept=self._kept_backward(self.kept, step, size, use_cache))
+        with self._unscaled():
+            statistics = self._images_backward(batch, step, loss, use_cache=use_cache and repeats)
+            if self.kept is None:
+                return statistics
+            size = len(batch.noise) // distributed.world_size()
+            return replace(statistics, kept=self._kept_backward(self.kept, step, size, use_cache))
+
+    @contextmanager
+    def _unscaled(self) -> Iterator[None]:
+        """Divide by the loss scale, in float32, what the parameters get in a `with` block."""
+        if self.loss_scale == 1:
+            yield
+            return
+        hooks = [
+            parameter.register_hook(lambda gradient: gradient / self.loss_scale)
+            for parameter in self.adapter.parameters
+        ]
+        try:
+            yield
+        finally:
+            for hook in hooks:
+                hook.remove()
 
     def _kept_backward(
         self, kept: KeptPrompts, step: int, size: int, use_cache: bool
@@ -127,11 +153,15 @@ class BatchGradient:
 
             statistics = self._images_backward(batch, step, loss, use_cache=use_cache)
         if kept.holds_embeddings:
-            statistics = replace(statistics, embedding=kept.embedding_backward(step))
+            embedding = kept.embedding_backward(step, loss_scale=self.loss_scale)
+            statistics = replace(statistics, embedding=embedding)
         if kept.options.prediction:
             split = "split_guidance" in self.memory_options
             prediction = kept.prediction_backward(
-                step, self.micro_batch or size, split_guidance=split
+                step,
+                self.micro_batch or size,
+                split_guidance=split,
+                loss_scale=self.loss_scale,
             )
             statistics = replace(statistics, prediction=prediction)
         return statistics
@@ -197,13 +227,14 @@ class BatchGradient:
     def _loss(
         self, z: Tensor, originals: Originals, loss: Loss[Statistics]
     ) -> tuple[Tensor, Statistics]:
-        """Gradient v of the loss with respect to the final latents (n, c, h, w), and statistics."""
+        """Gradient v of the scaled loss on the final latents (n, c, h, w), and statistics."""
         with torch.no_grad():
             images = decode(self.pipe, z, self.micro_batch).float()
         if distributed.any_across(not images.isfinite().all()):
             raise NonFiniteImagesError
         total, statistics = loss(images.requires_grad_(), originals)
         (gradient,) = torch.autograd.grad(total, images)  # (n, 3, H, W)
+        gradient = gradient * self.loss_scale
         return decode_backward(self.pipe, z, gradient, self.micro_batch), statistics
 
     def _replay(

@@ -172,7 +172,8 @@ def train_classifier(
     chosen = choose_device(device)
     g = torch.Generator().manual_seed(settings.seed)
     train, held = _hold_out(images.labels, settings.held_out, g)
-    with torch.random.fork_rng():  # initial weights, dropout and augmentation
+    gpus = [chosen] if chosen.type == "cuda" else []
+    with torch.random.fork_rng(gpus):  # initial weights, dropout and augmentation
         torch.manual_seed(settings.seed)
         network = _network(len(images.classes), settings.pretrained)
         network.to(chosen)

@@ -136,8 +136,13 @@ class KeptPrompts:
         batch = Batch(tuple(prompt.text for prompt in chosen), tuple(map(Noise, seeds)), steps)
         return batch, [prompt.expected_classes for prompt in chosen]
 
-    def embedding_backward(self, step: int) -> float:
-        """Add this process's part of the gradient of L_embedding; return all of L_embedding."""
+    def embedding_backward(self, step: int, *, loss_scale: float = 1.0) -> float:
+        """Add this process's part of the gradient of L_embedding; return all of L_embedding.
+
+        Args:
+            step: index of the iteration, which determines the prompts.
+            loss_scale: factor of the gradient.
+        """
         count = self.options.texts
         chosen = [self.prompts.prompt(step * count + i) for i in range(count)]
         texts = [kept.text for kept in chosen[distributed.shard(count)]]
@@ -147,11 +152,16 @@ class KeptPrompts:
         change = _relative_change(before, self._encode_both(texts, negatives))  # (m,)
         local, common = change.split([len(texts), len(negatives)])
         loss = (local.sum() + common.sum() / distributed.world_size()) / (count + len(negatives))
-        (self.options.embedding * loss).backward()
+        (loss_scale * self.options.embedding * loss).backward()
         return torch.cat(distributed.gather(loss[None])).sum().item()
 
     def prediction_backward(
-        self, step: int, micro_batch: int, *, split_guidance: bool = False
+        self,
+        step: int,
+        micro_batch: int,
+        *,
+        split_guidance: bool = False,
+        loss_scale: float = 1.0,
     ) -> float:
         """Add this process's part of the gradient of L_keep; return all of L_keep.
 
@@ -159,6 +169,7 @@ class KeptPrompts:
             step: index of the iteration, which determines prompts, noise and sampling steps.
             micro_batch: pairs per evaluation of the denoiser.
             split_guidance: whether to evaluate the guidance branches one after the other.
+            loss_scale: factor of the gradient.
         """
         pairs = self._pairs(step)
         local_pairs = pairs[distributed.shard(len(pairs))]
@@ -168,13 +179,13 @@ class KeptPrompts:
         for rows in torch.arange(len(local_pairs)).split(micro_batch):
             part = [local_pairs[i] for i in rows.tolist()]
             branches = {branch: select(leaf, rows) for branch, leaf in collected.items()}
-            total += self._pairs_backward(part, branches, len(pairs), split_guidance)
+            total += self._pairs_backward(part, branches, len(pairs), split_guidance, loss_scale)
         for branch, conditioning in encoded.items():
             backward(conditioning, gradients(collected[branch]))  # once through the text encoder
         return torch.cat(distributed.gather(total)).sum().item()
 
     def _pairs_backward(
-        self, pairs: list[_KeptStep], branches: Branches, count: int, split: bool
+        self, pairs: list[_KeptStep], branches: Branches, count: int, split: bool, loss_scale: float
     ) -> float:
         """Back-propagate the part of L_keep of some of `count` pairs, and return this part."""
         device, scale = self.pipe.device, self.config.sampling.guidance_scale
@@ -182,7 +193,8 @@ class KeptPrompts:
         timesteps = torch.stack([pair.timestep for pair in pairs]).to(device)  # (m,)
         original = torch.stack([pair.output for pair in pairs]).to(device)
         residual = (self._predict(inputs, timesteps, branches) - original).float()
-        gradient = residual * (2 * self.options.prediction / (count * original[0].numel()))
+        weight = loss_scale * 2 * self.options.prediction / (count * original[0].numel())
+        gradient = residual * weight
         for group in trainable_branches(self.pipe, branches, scale, split=split):
             backward_step(self.pipe, inputs, timesteps, group, gradient)
         return residual.square().mean((1, 2, 3)).sum().item() / count

@@ -10,6 +10,13 @@ from diffusers_fair.config.schema import RunConfig
 from diffusers_fair.training.checkpoints import discard_checkpoints_after
 
 _RECIPE = "recipe.yaml"
+_SAME_RESULT = {  # keys that may change when a run is resumed
+    "train.micro_batch",
+    "train.memory_budget",
+    "train.decoder_checkpointing",
+    "train.split_guidance",
+    "train.gradient_checkpointing",
+}
 
 
 class RunFolder:
@@ -44,6 +51,8 @@ class RunFolder:
 def claim_run_folder(config: RunConfig) -> RunFolder:
     """Create the run folder with the recipe in it, or check that it belongs to the same recipe.
 
+    Memory options may differ, so that a run that is out of memory can be resumed.
+
     Raises:
         ValueError: the folder holds another run, or something else.
     """
@@ -54,8 +63,9 @@ def claim_run_folder(config: RunConfig) -> RunFolder:
         folder.mkdir(parents=True, exist_ok=True)
         atomic.write(recipe, config.to_yaml().encode())
     different = config.differences(RunConfig.load(recipe))
-    if different:
-        key, (mine, theirs) = next(iter(different.items()))
+    if keys := [key for key in different if key not in _SAME_RESULT]:
+        key = keys[0]
+        mine, theirs = different[key]
         raise ValueError(
             f"output '{folder}' holds another run ({key} is {theirs} there and {mine} here): "
             "choose another folder, or use the same recipe to resume that run"

@@ -36,7 +36,13 @@ from diffusers_fair.training.adapter_folder import (
 from diffusers_fair.training.batch_gradient import BatchGradient, NonFiniteImagesError
 from diffusers_fair.training.batches import sample_batch
 from diffusers_fair.training.checkpoints import load_checkpoint, save_checkpoint
-from diffusers_fair.training.memory import choose_micro_batch
+from diffusers_fair.training.determinism import deterministic_algorithms
+from diffusers_fair.training.memory import (
+    MODELS_DO_NOT_FIT,
+    choose_micro_batch,
+    explain_out_of_memory,
+    how_to_save_memory,
+)
 from diffusers_fair.training.monitor import TrainingMonitor
 from diffusers_fair.training.optimizer import NonFiniteGuard, clip_gradient, make_optimizer
 from diffusers_fair.training.progress import IterationStatistics, progress_bar, tracker
@@ -62,9 +68,11 @@ class FairnessFinetuner:
 
     Raises:
         ModuleNotFoundError: a package that the recipe needs is not installed.
+        TrainingStoppedError: the models do not fit in the GPU's memory.
         ValueError: the base model, prompts, judges or initial adapter cannot be loaded.
     """
 
+    @explain_out_of_memory(lambda: MODELS_DO_NOT_FIT)
     def __init__(self, config: RunConfig):
         from diffusers.optimization import get_scheduler
         from diffusers.training_utils import EMAModel
@@ -100,9 +108,7 @@ class FairnessFinetuner:
         self.ema = EMAModel(self.parameters, decay=config.optimizer.ema_decay)
         self.guard = NonFiniteGuard(config.train.max_skipped)
         self.monitor = TrainingMonitor()
-        self.validation = Validation(
-            config, self.pipe, self.adapter, self.judges, self.validation_prompts
-        )
+        self.validation = Validation(self.gradient, self.validation_prompts)
         self.step = 0  # number of updates made
         self.seconds = 0.0  # duration of these updates
 
@@ -129,20 +135,25 @@ class FairnessFinetuner:
             The run folder, with `adapter/` and `adapter-best/` in it.
 
         Raises:
-            TrainingStoppedError: stopped by a SIGTERM, a full disk or too many non-finite updates;
-                the message says how to resume.
+            TrainingStoppedError: stopped by a SIGTERM, a full disk, a GPU without memory or too
+                many non-finite updates; the message says how to resume.
             ValueError: the run folder holds another run; the memory budget is too small; there are
                 more processes than images.
         """
         folder = claim_run_folder(self.config)
-        with SigtermHandler() as sigterm, explain_full_disk(folder.path):
+        with (
+            SigtermHandler() as sigterm,
+            explain_full_disk(folder.path),
+            deterministic_algorithms(self.config.train.deterministic),
+        ):
             self._resume(folder)
             budget = self.config.train.memory_budget
             if budget is not None and self.gradient.micro_batch is None:
                 choose_micro_batch(
                     self.gradient, sample_batch(self.config, self.prompts, 0), budget
                 )
-            self._loop(folder, progress and distributed.is_main(), sigterm)
+            with explain_out_of_memory(lambda: how_to_save_memory(self.gradient)):
+                self._loop(folder, progress and distributed.is_main(), sigterm)
             self.save_adapter(folder.adapter)
         return folder.path
 
@@ -330,7 +341,8 @@ class FairnessFinetuner:
         self.validation.base_clip_t = state["base_clip_t"]
         if "caution" in state:  # missing in checkpoints of the first version
             self.guard.load_state_dict(state["caution"])
-            self.seconds, self.gradient.micro_batch = state["seconds"], state["micro_batch"]
+            self.seconds = state["seconds"]
+            self.gradient.micro_batch = self.config.train.micro_batch or state["micro_batch"]
         self.gradient.objective.load_state_dict(state.get("steering", {}))
         for option in state.get("memory_options", ()):
             if option not in self.gradient.memory_options:

@@ -2,13 +2,10 @@
 
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
 
-from diffusers_fair.adapters.trainable import TrainableAdapter
-from diffusers_fair.config.schema import RunConfig
 from diffusers_fair.evaluation.evaluate import evaluate
 from diffusers_fair.reports.report import Report
-from diffusers_fair.vision.judges import Judges
+from diffusers_fair.training.batch_gradient import BatchGradient
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -34,37 +31,27 @@ class Validation:
     """Validates the adapter with training's judges.
 
     Args:
-        config: the recipe.
-        pipe: the base model with the adapter.
-        adapter: the adapter in training.
-        judges: judges of training.
+        gradient: what training uses: recipe, pipeline, adapter, judges and micro-batch.
         prompts: validation prompts.
     """
 
-    def __init__(
-        self,
-        config: RunConfig,
-        pipe: Any,
-        adapter: TrainableAdapter,
-        judges: Judges,
-        prompts: list[str],
-    ):
-        self.config = config
-        self.pipe = pipe
-        self.adapter = adapter
-        self.judges = judges
+    def __init__(self, gradient: BatchGradient, prompts: list[str]):
+        self.gradient = gradient
+        self.config = gradient.config
         self.prompts = prompts
-        self.attributes = config.balanced()
+        self.attributes = self.config.balanced()
         self.best_bias: float | None = None
         self.base_clip_t: float | None = None  # of the original model; measured when needed
 
     def measure(self) -> Report:
-        """Evaluate the pipeline as it is now."""
+        """Evaluate the pipeline as it is now, in training's micro-batches."""
+        size = self.gradient.micro_batch
         return evaluate(
-            self.pipe,
+            self.gradient.pipe,
             self.prompts,
             self.attributes,
-            judges=self.judges,
+            judges=self.gradient.objective.judges,
+            **({} if size is None else {"batch_size": size}),
             images_per_prompt=self.config.train.validation_images,
             steps=self.config.sampling.steps[1],
             guidance_scale=self.config.sampling.guidance_scale,
@@ -86,7 +73,7 @@ class Validation:
 
     def _minimum_clip_t(self) -> float:
         if self.base_clip_t is None:
-            with self.adapter.disabled():
+            with self.gradient.adapter.disabled():
                 self.base_clip_t = _clip_t(self.measure())
         return self.base_clip_t - self.config.train.clip_t_drop
 

@@ -53,7 +53,8 @@ class Faces:
         """(images,) number of faces in each image."""
         if self.image is None:
             return self.is_face.long()
-        return torch.bincount(self.image, weights=self.is_face.double()).long()
+        images = int(self.image[-1]) + 1 if len(self.image) else 0
+        return self.image.new_zeros(images).index_add(0, self.image, self.is_face.long())
 
     def mean_per_image(self, values: Tensor) -> Tensor:
         """Average values (m,) of all faces over the faces of each image (n,); 0 without a face."""

@@ -5,6 +5,7 @@ import inspect
 import numpy as np
 import pytest
 import torch
+from accelerate import cpu_offload
 from diffusers import SemanticStableDiffusionPipeline
 from tiny import pipeline
 
@@ -443,3 +444,11 @@ def test_uce_restores_the_weights_upon_an_error(pipe):
     with pytest.raises(RuntimeError, match="out of memory"):
         UCE(concepts=1, images_per_prompt=1).apply(pipe, task(TONE, detector=fails_later))
     assert all(map(torch.equal, old, (layer.weight for layer in cross_attention(pipe))))
+
+
+def test_uce_refuses_weights_that_are_offloaded_layer_by_layer():
+    """What `enable_sequential_cpu_offload` does, which itself asks for a GPU."""
+    offloaded = pipeline()
+    cpu_offload(offloaded.unet, execution_device=torch.device("cpu"))
+    with pytest.raises(ValueError, match=r"offloaded layer by layer: call pipe\.remove_all_hooks"):
+        UCE().apply(offloaded, task(TONE))

@@ -13,6 +13,7 @@ import torch
 
 import diffusers_fair.training.batch_gradient as gradient_module
 import diffusers_fair.training.trainer as trainer_module
+import diffusers_fair.training.validation as validation_module
 from diffusers_fair import FairnessFinetuner, atomic, testbed
 from diffusers_fair.adapters.folder import read_adapter
 from diffusers_fair.config.recipe import recipes
@@ -21,6 +22,7 @@ from diffusers_fair.diffusion.sampling import decode
 from diffusers_fair.objective.objective import Objective
 from diffusers_fair.objective.statistics import BatchStatistics
 from diffusers_fair.training import memory
+from diffusers_fair.training.batch_gradient import MEMORY_OPTIONS
 from diffusers_fair.training.batches import Shard, sample_batch
 from diffusers_fair.training.run_folder import RunFolder, claim_run_folder
 from diffusers_fair.training.stopping import TrainingStoppedError
@@ -296,27 +298,81 @@ def test_the_micro_batch_is_chosen_from_a_memory_budget_and_kept(tmp_path, monke
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize("needed", [1, 2])
-def test_a_budget_without_room_for_one_image_turns_memory_options_on(tmp_path, monkeypatch, needed):
+def test_a_budget_without_room_for_one_image_turns_memory_options_on(tmp_path, monkeypatch):
     train = SMALL["train"] | {"iterations": 1, "validate_every": None, "memory_budget": 2.5}
     trainer = finetuner(tmp_path / "run", train=train)
     options = trainer.gradient.memory_options
-    peak = lambda device: 10**9 * (2 if len(options) >= needed else 3)  # noqa: E731
+    peak = lambda device: 10**9 * (2 if len(options) == 3 else 3)  # noqa: E731
     monkeypatch.setattr(memory, "peak", peak)
-    told = ["train.split_guidance=true", "train.gradient_checkpointing=true"][:needed]
+    told = [f"train.{option}=true" for option in MEMORY_OPTIONS]
     with pytest.warns(UserWarning, match=f"micro_batch=4 {' '.join(told)}$"):
         trainer.train(progress=False)
     again = finetuner(tmp_path / "run", train=train)
     again.train(progress=False)  # measures nothing
     for one in (trainer, again):
-        assert one.gradient.memory_options == ["split_guidance", "gradient_checkpointing"][:needed]
-        assert one.pipe.unet.is_gradient_checkpointing == (needed == 2)
-        assert one.pipe.unet.training == (needed == 2)
+        assert one.gradient.memory_options == list(MEMORY_OPTIONS)
+        assert one.pipe.unet.is_gradient_checkpointing
+        assert one.pipe.unet.training
+        assert one.pipe.vae.decoder.gradient_checkpointing
     monkeypatch.setattr(memory, "peak", lambda device: 3 * 10**9)
     with pytest.raises(
         ValueError, match=r"memory_budget is 2\.5 GB, but one image at a time takes"
     ):
         finetuner(tmp_path / "other", train=train).train(progress=False)
+
+
+@pytest.mark.slow
+def test_the_scale_of_the_loss_changes_no_gradient(tmp_path):
+    """Powers of two are exact in float32; in float16, small gradients would be 0 without it."""
+    trainer, gradients = finetuner(tmp_path / "run"), []
+    assert trainer.gradient.loss_scale == 1
+    for scale in (1.0, 1024.0):
+        trainer.gradient.loss_scale = scale
+        trainer.optimizer.zero_grad()
+        trainer.gradient.backward(sample_batch(trainer.config, trainer.prompts, 0), 0)
+        gradients.append([p.grad for p in trainer.parameters])
+    for plain, scaled in zip(*gradients, strict=True):
+        torch.testing.assert_close(scaled, plain, rtol=1e-6, atol=0)
+    assert finetuner(tmp_path / "half", base={"dtype": "float16"}).gradient.loss_scale == 1024
+
+
+@pytest.mark.slow
+def test_a_run_out_of_memory_says_what_to_set_and_goes_on_with_it(tmp_path, monkeypatch):
+    replayed, sizes = gradient_module.replay, []
+
+    def replay(*args, micro_batch, **options):
+        if micro_batch != 2:
+            raise torch.OutOfMemoryError("CUDA out of memory. Tried to allocate 2.00 GiB.")
+        return replayed(*args, micro_batch=micro_batch, **options)
+
+    def evaluated(*args, batch_size, **options):
+        sizes.append(batch_size)
+        raise torch.OutOfMemoryError("CUDA out of memory. Tried to allocate 2.00 GiB.")
+
+    monkeypatch.setattr(gradient_module, "replay", replay)
+    monkeypatch.setattr(validation_module, "evaluate", evaluated)
+    train = SMALL["train"] | {"iterations": 2, "checkpoint_every": 1, "validate_every": 2}
+    message = r"^out of memory with train\.micro_batch null: set train\.micro_batch=2, .* to resume"
+    with pytest.raises(TrainingStoppedError, match=message):
+        finetuner(tmp_path / "run", train=train).train(progress=False)
+    train |= {"micro_batch": 2, "decoder_checkpointing": True}
+    message = r"^out of memory with train\.micro_batch 2: set train\.micro_batch=1, .* to resume"
+    with pytest.raises(TrainingStoppedError, match=message):  # in the validation
+        finetuner(tmp_path / "run", train=train).train(progress=False)
+    assert sizes == [2]
+    resumed = finetuner(tmp_path / "run", train=train | {"micro_batch": 1})
+    resumed._resume(RunFolder(tmp_path / "run"))
+    assert (resumed.step, resumed.gradient.micro_batch) == (1, 1)  # not the checkpoint's
+
+
+def test_models_that_do_not_fit_are_said_to(tmp_path, monkeypatch):
+    def load_judges(*args):
+        raise torch.OutOfMemoryError("CUDA out of memory. Tried to allocate 2.00 GiB.")
+
+    monkeypatch.setattr(trainer_module, "load_judges", load_judges)
+    message = r"the models do not fit in the GPU's memory: set base\.dtype=bfloat16"
+    with pytest.raises(TrainingStoppedError, match=message):
+        finetuner(tmp_path / "run")
 
 
 @pytest.mark.slow

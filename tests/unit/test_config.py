@@ -37,6 +37,25 @@ def test_shipped_recipes_load_and_come_back(name, tmp_path):
     assert RunConfig.load(tmp_path / "copy.yaml") == config
 
 
+@pytest.mark.parametrize("name", recipes())
+def test_recipes_for_real_models_choose_their_micro_batch(name):
+    train = RunConfig.load(name).train
+    assert train.memory_budget == (None if name.startswith("testbed") else "auto")
+    assert train.micro_batch is None
+
+
+@pytest.mark.parametrize("value", [0, -1, "8 GB", True, float("inf")])
+def test_a_memory_budget_is_a_number_or_auto(toy, value):
+    message = r"train\.memory_budget: expected a number of GB above 0, auto or null, got"
+    with pytest.raises(ValueError, match=message):
+        RunConfig.load(toy, {"train": {"memory_budget": value}})
+    for budget in (8, 0.5, None, "auto"):
+        data = {"train": {"memory_budget": budget}}
+        assert RunConfig.load(toy, data).train.memory_budget == budget
+    both = RunConfig.load(toy, {"train": {"memory_budget": "auto", "micro_batch": 2}}).train
+    assert both.micro_batch == 2
+
+
 def test_testbed_recipe_is_shipped():
     assert "testbed-gender" in recipes()
     assert RunConfig.load("testbed-gender").base.model == "testbed"

@@ -4,11 +4,13 @@ from types import SimpleNamespace
 
 import pytest
 import torch
+from accelerate import cpu_offload_with_hook
 from diffusers import StableDiffusionImg2ImgPipeline
 from tiny import LATENT, pipeline
 
 from diffusers_fair.baselines import ChangedPipeline
 from diffusers_fair.families import _FAMILIES, LORA_PREFIXES, conditioning, denoiser_of, family_of
+from diffusers_fair.families.base import execution_device
 from diffusers_fair.families.stable_diffusion import STABLE_DIFFUSION
 
 NAME = "encoder_hidden_states"
@@ -24,6 +26,16 @@ def test_the_family_of_a_pipeline(pipe):
     for each in (pipe, other, ChangedPipeline(pipe)):
         assert family_of(each) is STABLE_DIFFUSION
         assert denoiser_of(each) is pipe.unet
+
+
+def test_an_offloaded_pipeline_computes_elsewhere_than_it_is():
+    """What `enable_model_cpu_offload` does on a GPU, for which meta stands here."""
+    each = pipeline()
+    assert execution_device(each) == execution_device(ChangedPipeline(each)) == each.device
+    for part in (each.text_encoder, each.unet, each.vae):
+        cpu_offload_with_hook(part, torch.device("meta"))
+    assert each.device == torch.device("cpu")
+    assert execution_device(each) == torch.device("meta")
 
 
 @pytest.mark.parametrize("parts", [(), ("unet", "text_encoder", "vae", "tokenizer")])

@@ -283,3 +283,22 @@ def test_public_names(name):
 def test_unknown_name():
     with pytest.raises(AttributeError, match="has no attribute 'load_unfair_adapter'"):
         _ = diffusers_fair.load_unfair_adapter
+
+
+# ---- devices -------------------------------------------------------------------------------------
+
+
+def test_float64_stays_on_the_cpu():
+    """MPS has no float64: what may be on a device is moved to the CPU first."""
+    only_on_the_cpu = {"diffusion.scheduler", "objective.targets", "objective.target_feedback"}
+    for name, path in MODULES.items():
+        source = path.read_text()
+        moved = re.sub(r"\.cpu\(\)\.double\(\)", "", source)
+        assert ".double()" not in moved or name in only_on_the_cpu, name
+        assert not re.search(r"float64,[^\n]*device=|device=[^\n]*float64", source), name
+
+
+def test_random_state_is_saved_on_named_devices():
+    """By default, torch starts every GPU of the machine to save its state."""
+    for name, path in MODULES.items():
+        assert "fork_rng()" not in path.read_text(), name

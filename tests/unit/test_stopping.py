@@ -3,15 +3,12 @@
 import errno
 import os
 import signal
-import sys
 import threading
 import warnings
 
 import pytest
-import torch
 
 from diffusers_fair.objective.statistics import BatchStatistics, ClassStatistics
-from diffusers_fair.training import memory
 from diffusers_fair.training.monitor import _PATIENCE, TrainingMonitor
 from diffusers_fair.training.optimizer import NonFiniteGuard
 from diffusers_fair.training.stopping import (
@@ -20,8 +17,6 @@ from diffusers_fair.training.stopping import (
     TrainingStoppedError,
     explain_full_disk,
 )
-
-GB = 10**9
 
 
 def test_each_skipped_update_halves_the_rate_and_good_ones_bring_it_back():
@@ -134,48 +129,3 @@ def test_a_full_disk_is_reported_clearly(tmp_path, number):
 def test_other_errors_of_files_pass(tmp_path):
     with pytest.raises(PermissionError), explain_full_disk(tmp_path):
         raise PermissionError(errno.EACCES, "no")
-
-
-# ---- memory --------------------------------------------------------------------------------------
-
-
-@pytest.mark.parametrize(
-    ("budget", "most", "fits", "tried"),
-    [
-        (100, 24, 24, [1, 2, 4, 8, 16, 24]),
-        (100, 1, 1, [1]),
-        (9.5, 24, 4, [1, 2, 4]),  # 8 would need 10, and is not tried
-        (6, 24, 4, [1, 2, 4]),
-        (3, 24, 1, [1, 2]),
-    ],
-)
-def test_the_largest_fitting_micro_batch_is_found_by_doubling(budget, most, fits, tried):
-    """Two GB, and one for each image."""
-    sizes = []
-    measure = lambda n: sizes.append(n) or (2 + n) * GB  # noqa: E731
-    assert memory._largest_fitting(measure, most, budget) == fits
-    assert sizes == tried
-
-
-def test_a_budget_that_is_too_small_for_one_image_is_refused():
-    with pytest.raises(
-        ValueError, match=r"memory_budget is 2 GB, but one image at a time takes 3\.00: raise it"
-    ):
-        memory._largest_fitting(lambda n: (2 + n) * GB, 8, 2)
-
-
-@pytest.mark.slow
-def test_the_peak_is_the_maximum_of_the_memory_taken():
-    before = memory.peak(torch.device("cpu"))
-    torch.ones(before // 4 + 2**26).sum()  # float32: more than there was in all
-    assert memory.peak(torch.device("cpu")) >= before + 2**27
-
-
-@pytest.mark.slow
-@pytest.mark.skipif(sys.platform != "linux", reason="only Linux forgets")
-def test_the_peak_can_be_reset():
-    cpu = torch.device("cpu")
-    torch.ones(memory.peak(cpu) // 4 + 2**26).sum()
-    before = memory.peak(cpu)
-    memory.reset_peak(cpu)
-    assert memory.peak(cpu) <= before - 2**27
