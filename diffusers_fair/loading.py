@@ -6,9 +6,10 @@ adapters. Soft tokens are loaded by diffusers as textual inversions. `PromptEnco
 before every prompt, and finds the words that switch an adapter off.
 """
 
+import errno
 import math
 import re
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from contextlib import contextmanager, suppress
 from json import JSONDecodeError
 from pathlib import Path
@@ -44,8 +45,10 @@ from diffusers_fair.families.fingerprint import base_fingerprint
 
 if TYPE_CHECKING:
     from diffusers import DiffusionPipeline
+    from huggingface_hub import DryRunFileInfo
 
 REPOSITORY = re.compile(r"[A-Za-z0-9][\w.-]*/[A-Za-z0-9][\w.-]*")  # a repository id on the Hub
+READ_ONLY = (errno.EROFS, errno.EACCES, errno.EPERM)  # errors of a cache that cannot be written
 MIRRORS = {  # Hub id -> current id of the same model
     "runwayml/stable-diffusion-v1-5": "stable-diffusion-v1-5/stable-diffusion-v1-5",
     "sd-legacy/stable-diffusion-v1-5": "stable-diffusion-v1-5/stable-diffusion-v1-5",
@@ -228,6 +231,11 @@ def local_folder(
     except errors.LocalEntryNotFoundError:
         reason = "it is not in the local cache, and the Hub cannot be reached"
     except (OSError, errors.HTTPError, JSONDecodeError) as error:
+        if isinstance(error, OSError) and error.errno in READ_ONLY:
+            raise ValueError(
+                f"the adapter '{repository}' on the Hub is not in the local cache, which cannot be "
+                "written: make the cache writable, or pass a revision that is in it"
+            ) from error
         reason = f"the Hub answered with an error, or broke off ({type(error).__name__})"
     raise ValueError(f"there is no adapter folder at '{repository}', and {reason}")
 
@@ -238,10 +246,41 @@ def _download(repository: str, revision: str | None, token: str | bool | None) -
 
     options: dict[str, Any] = {"revision": revision, "token": token}
     options["allow_patterns"] = list(MAX_BYTES)
+    files: Sequence[DryRunFileInfo] = ()
     with suppress(errors.DryRunError):  # offline: snapshot_download below uses the cache or raises
-        for file in snapshot_download(repository, dry_run=True, **options):
-            check_size(f"{repository}/{file.filename}", file.filename, file.file_size)
-    return Path(snapshot_download(repository, **options))
+        files = snapshot_download(repository, dry_run=True, **options)
+    for file in files:
+        check_size(f"{repository}/{file.filename}", file.filename, file.file_size)
+    try:
+        return Path(snapshot_download(repository, **options))
+    except OSError as error:
+        folder = None
+        if error.errno in READ_ONLY:
+            folder = _earlier_snapshot(repository, files, token)
+        if folder is None:
+            raise
+        return folder
+
+
+def _earlier_snapshot(
+    repository: str, files: "Sequence[DryRunFileInfo]", token: str | bool | None
+) -> Path | None:
+    """Find the files of a commit in the cache, in the folder of a commit before it.
+
+    A read-only cache has no folder for a new commit, which may have changed the card alone. The
+    cache consists of links to files that are named by their hashes.
+    """
+    from huggingface_hub import HfApi, RepoFile
+
+    if not files:
+        return None
+    tree = HfApi(token=token).list_repo_tree(repository, revision=files[0].commit_hash)
+    hashes = {x.path: {x.blob_id, x.lfs and x.lfs.sha256} for x in tree if isinstance(x, RepoFile)}
+    for folder in Path(files[0].local_path).parent.parent.glob("*"):
+        paths = {file.filename: folder / file.filename for file in files}
+        if all(x.is_file() and x.resolve().name in hashes[name] for name, x in paths.items()):
+            return folder
+    return None
 
 
 # ---- checks --------------------------------------------------------------------------------------

@@ -8,6 +8,7 @@ from diffusers_fair.attributes import Attribute
 from diffusers_fair.backends.errors import loading
 from diffusers_fair.backends.needs import Need, pretrained
 from diffusers_fair.config.backends import SHIPPED_BASES
+from diffusers_fair.families import check_components
 from diffusers_fair.families.stable_diffusion import STABLE_DIFFUSION
 
 if TYPE_CHECKING:
@@ -59,6 +60,7 @@ def _load(model: str, revision: str | None = None, dtype: str = "float32") -> An
         pipe = DiffusionPipeline.from_pretrained(
             model, revision=revision, torch_dtype=dtype_of(dtype), safety_checker=None
         )
+    check_components(pipe)
     if isinstance(pipe.scheduler, PNDMScheduler):
         pipe.scheduler = DPMSolverMultistepScheduler.from_config(pipe.scheduler.config)
     return pipe

@@ -73,7 +73,7 @@ def push_adapter(
         message: commit message.
         token: Hub token, neither printed nor stored. Default: `HF_TOKEN`, or the token of
             `hf auth login`.
-        dry_run: check the folder and list what would be pushed, without any request.
+        dry_run: check the folder and list what would be pushed, without any request or file.
 
     Raises:
         ValueError: the folder is not an adapter, there is no token, the repository holds something
@@ -91,7 +91,8 @@ def push_adapter(
     if dry_run:
         return Push(repo_id=repo_id, files=sizes)
     if README_FILE not in files:
-        files = dict(sorted({**files, README_FILE: write_card(adapter)}.items()))
+        write_card(adapter)
+        files = _folder_files(folder)
     info = adapter.info
     message = message or f"Adapter of {', '.join(info.components)} for {info.base_model}"
     attempt = _Attempt(_api(token), repo_id, revision or _MAIN, files)
