@@ -103,15 +103,15 @@ def load_fair_adapter(
         raise ValueError(
             f"adapter_name must be letters, digits, '_' and '-' only, got '{adapter_name}'"
         )
-    if adapter_name in _adapter_names(pipe):
-        raise ValueError(
-            f"the pipeline already has an adapter '{adapter_name}': unload it first or pass "
-            "another adapter_name"
-        )
     if is_fused_into(pipe, adapter_name):
         raise ValueError(
             f"an adapter '{adapter_name}' is fused into the pipeline's weights: pass another "
             "adapter_name"
+        )
+    if adapter_name in _adapter_names(pipe):
+        raise ValueError(
+            f"the pipeline already has an adapter '{adapter_name}': unload it first or pass "
+            "another adapter_name"
         )
     _check_scale(scale)
     _check_not_fused(pipe)

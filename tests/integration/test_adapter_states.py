@@ -74,7 +74,7 @@ def test_an_adapter_that_is_fused_for_good_keeps_its_prefix(folders, full):
     for function in (unload_fair_adapter, lambda pipe: set_fair_adapter_scale(pipe, 0)):
         refuses("fused into .* were removed: load the base model again", function, pipe)
     refuses(
-        "'fair' is fused .*: pass another adapter_name", load_fair_adapter, pipe, folders / "soft"
+        "adapter 'fair' is fused .*: pass another adapter_name", load_fair_adapter, pipe, folders / "soft"
     )
 
 
