@@ -64,7 +64,8 @@ def check_projections(pipe: Any) -> None:
         ValueError: `pipe.fuse_qkv_projections()` was called.
     """
     modules = (module for model in lora_models(pipe).values() for module in model.modules())
-    if any(getattr(module, "fused_projections", False) for module in modules):
+    processors = (type(getattr(module, "processor", None)).__name__ for module in modules)
+    if any(name.startswith("Fused") for name in processors):  # the modules stay when unfused
         raise ValueError(
             "the pipeline's attention projections are fused, so that LoRA layers have no effect: "
             "call pipe.unfuse_qkv_projections() first"

@@ -7,7 +7,7 @@ import pytest
 import tiny
 import torch
 from diffusers import StableDiffusionPipeline
-from test_loading import SIZES, assert_same, images, refused, save, save_trained, snapshot
+from test_loading import SIZES, images, refused, save, save_trained, snapshot
 
 from diffusers_fair import load_fair_adapter, set_fair_adapter_scale, unload_fair_adapter
 from diffusers_fair.adapters.format import SoftTokens
@@ -74,7 +74,10 @@ def test_an_adapter_that_is_fused_for_good_keeps_its_prefix(folders, full):
     for function in (unload_fair_adapter, lambda pipe: set_fair_adapter_scale(pipe, 0)):
         refuses("fused into .* were removed: load the base model again", function, pipe)
     refuses(
-        "adapter 'fair' is fused .*: pass another adapter_name", load_fair_adapter, pipe, folders / "soft"
+        "adapter 'fair' is fused .*: pass another adapter_name",
+        load_fair_adapter,
+        pipe,
+        folders / "soft",
     )
 
 
@@ -292,13 +295,11 @@ def test_words_are_refused_in_compiled_models(folders, compile_model):
 
 def test_fused_projections(folders, base, full):
     pipe = tiny.pipeline()
-    before = snapshot(pipe)
     pipe.fuse_qkv_projections(vae=False)
     message = r"projections are fused, .*: call pipe\.unfuse_qkv_projections\(\) first"
     for options in ({}, {"other_base": True}):
         refuses(message, load_fair_adapter, pipe, folders / "whole", **options)
     pipe.unfuse_qkv_projections(vae=False)
-    assert_same(pipe, before)
     load_fair_adapter(pipe, folders / "whole")
     pipe.fuse_qkv_projections(vae=False)
     refuses(message, images, pipe)
