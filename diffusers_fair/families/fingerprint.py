@@ -13,7 +13,8 @@ def base_fingerprint(pipe: Any) -> str:
     """Hash the parameter shapes of the components that can have an adapter.
 
     It does not depend on LoRA layers, soft tokens, textual inversions or fused projections in the
-    pipeline, on the dtype, or on how a library version names the parameters. Models of one architecture share it.
+    pipeline, on the dtype, or on how a library version names the parameters. Models of one
+    architecture share it.
 
     Raises:
         ValueError: a pipeline of no known family.

@@ -9,7 +9,13 @@ import torch
 from diffusers import StableDiffusionPipeline
 from test_loading import SIZES, images, refused, save, save_trained, snapshot
 
-from diffusers_fair import load_fair_adapter, set_fair_adapter_scale, unload_fair_adapter
+from diffusers_fair import (
+    Attribute,
+    evaluate,
+    load_fair_adapter,
+    set_fair_adapter_scale,
+    unload_fair_adapter,
+)
 from diffusers_fair.adapters.format import SoftTokens
 
 SOFT = {"soft_tokens": SoftTokens(count=2)}
@@ -327,3 +333,9 @@ def test_a_pipeline_without_a_component(folders, names):
 def test_an_adapter_that_does_not_need_the_missing_component(tmp_path):
     save_trained(tmp_path / "unet", {"unet": SIZES["unet"]})
     load_fair_adapter(without("text_encoder", "tokenizer"), tmp_path / "unet", other_base=True)
+
+
+def test_evaluating_a_pipeline_without_components():
+    pipe = without("text_encoder", "unet")
+    message = "StableDiffusionPipeline has no text_encoder and no unet: load the base model with"
+    refuses(message, evaluate, pipe, ["a chef"], [Attribute("shape", ("a", "b"))], judges=None)
