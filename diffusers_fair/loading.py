@@ -6,9 +6,10 @@ adapters. Soft tokens are loaded by diffusers as textual inversions. `PromptEnco
 before every prompt, and finds the words that switch an adapter off.
 """
 
+import errno
 import math
 import re
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from contextlib import contextmanager, suppress
 from json import JSONDecodeError
 from pathlib import Path
@@ -18,7 +19,14 @@ from torch import Tensor, nn
 
 from diffusers_fair.adapters.folder import Adapter, check_size, open_adapter
 from diffusers_fair.adapters.format import MAX_BYTES, AdapterInfo, Lora
-from diffusers_fair.adapters.prefix import PromptPrefix
+from diffusers_fair.adapters.layers import (
+    adapter_layers,
+    check_projections,
+    is_fused_into,
+    lora_layers,
+    lora_models,
+)
+from diffusers_fair.adapters.prefix import LoadedPrefix
 from diffusers_fair.adapters.prompt_encoder import (
     ensure_prompt_encoder,
     prompt_encoder,
@@ -31,15 +39,16 @@ from diffusers_fair.adapters.soft_tokens import (
     unload_soft_tokens,
 )
 from diffusers_fair.adapters.tensors import Weights
-from diffusers_fair.adapters.word_switch import WordSwitch, adapter_words
+from diffusers_fair.adapters.word_switch import WordSwitch, adapter_words, check_not_compiled
 from diffusers_fair.families import LORA_PREFIXES, family_of
 from diffusers_fair.families.fingerprint import base_fingerprint
 
 if TYPE_CHECKING:
     from diffusers import DiffusionPipeline
-    from peft.tuners.lora import LoraLayer
+    from huggingface_hub import DryRunFileInfo
 
 REPOSITORY = re.compile(r"[A-Za-z0-9][\w.-]*/[A-Za-z0-9][\w.-]*")  # a repository id on the Hub
+READ_ONLY = (errno.EROFS, errno.EACCES, errno.EPERM)  # errors of a cache that cannot be written
 MIRRORS = {  # Hub id -> current id of the same model
     "runwayml/stable-diffusion-v1-5": "stable-diffusion-v1-5/stable-diffusion-v1-5",
     "sd-legacy/stable-diffusion-v1-5": "stable-diffusion-v1-5/stable-diffusion-v1-5",
@@ -94,6 +103,11 @@ def load_fair_adapter(
         raise ValueError(
             f"adapter_name must be letters, digits, '_' and '-' only, got '{adapter_name}'"
         )
+    if is_fused_into(pipe, adapter_name):
+        raise ValueError(
+            f"an adapter '{adapter_name}' is fused into the pipeline's weights: pass another "
+            "adapter_name"
+        )
     if adapter_name in _adapter_names(pipe):
         raise ValueError(
             f"the pipeline already has an adapter '{adapter_name}': unload it first or pass "
@@ -101,10 +115,12 @@ def load_fair_adapter(
         )
     _check_scale(scale)
     _check_not_fused(pipe)
+    _check_takes_effect(pipe)
     _check_in_memory(pipe)
     adapter = open_fair_adapter(id_or_dir, revision, token)
     info, weights = adapter.info, adapter.weights
     _check_prefix_scale(scale, info.soft_tokens is not None)
+    _check_parts(pipe, info, needs_base=not other_base)
     if not other_base:
         _check_base(pipe, info)
     _check_fit(pipe, info, weights)
@@ -113,11 +129,13 @@ def load_fair_adapter(
     try:
         if info.soft_tokens:
             embeds = weights[info.soft_tokens.token]
-            load_soft_tokens(pipe, info.soft_tokens, embeds, adapter_name)
+            load_soft_tokens(pipe, info.soft_tokens, embeds, adapter_name, info.lora)
         for part, lora in info.lora.items():
-            _insert(getattr(pipe, part), lora, _state(weights, part), adapter_name)
+            _insert(lora_models(pipe)[part], lora, _state(weights, part), adapter_name)
         if respect_words:
-            _add_switch(pipe, WordSwitch(adapter_name, adapter_words(info), family_of(pipe)))
+            switch = WordSwitch(adapter_name, adapter_words(info), family_of(pipe))
+            ensure_prompt_encoder(pipe).switches[adapter_name] = switch
+            switch.attach(pipe)
         set_fair_adapter_scale(pipe, scale, adapter_name=adapter_name)
     except BaseException:
         _remove(pipe, adapter_name)
@@ -132,7 +150,7 @@ def unload_fair_adapter(pipe: "DiffusionPipeline", *, adapter_name: str = "fair"
             the weights are offloaded layer by layer.
     """
     _check_loaded(pipe, adapter_name)
-    _check_not_fused(pipe)
+    _check_not_fused(pipe, adapter_name)
     _check_in_memory(pipe)
     _remove(pipe, adapter_name)
 
@@ -142,19 +160,29 @@ def set_fair_adapter_scale(
 ) -> None:
     """Set an adapter's strength: 0 is the base model, 1 the adapter as trained.
 
+    A scale other than 0 also activates an adapter that diffusers has deactivated, as `set_adapters`
+    or loading another LoRA does; other adapters stay as they are.
+
     Raises:
-        ValueError: the pipeline has no such adapter, or the scale is not finite, or it is neither 0
-            nor 1 for an adapter with soft tokens.
+        ValueError: the pipeline has no such adapter, or a part of it was removed; the scale is not
+            finite, or it is neither 0 nor 1 for an adapter with soft tokens; adapters are fused
+            into the weights; or LoRA layers are disabled.
     """
     _check_scale(scale)
     _check_loaded(pipe, adapter_name)
     prefix = _prefix(pipe, adapter_name)
     _check_prefix_scale(scale, prefix is not None)
-    for layer in _loaded_layers(pipe, adapter_name):
-        layer.set_scale(adapter_name, scale)
-    for switch in (prefix, _switch(pipe, adapter_name)):
-        if switch is not None:
-            switch.is_on = bool(scale)
+    _check_not_fused(pipe, adapter_name)
+    _check_complete(pipe, adapter_name)
+    if scale:
+        _check_takes_effect(pipe)
+    for part, layers in adapter_layers(pipe, adapter_name).items():
+        for layer in layers:
+            layer.set_scale(adapter_name, scale)
+        if scale:
+            _activate(lora_models(pipe)[part], adapter_name)
+    if prefix is not None:
+        prefix.is_enabled = bool(scale)
 
 
 # ---- finding the folder --------------------------------------------------------------------------
@@ -203,6 +231,11 @@ def local_folder(
     except errors.LocalEntryNotFoundError:
         reason = "it is not in the local cache, and the Hub cannot be reached"
     except (OSError, errors.HTTPError, JSONDecodeError) as error:
+        if isinstance(error, OSError) and error.errno in READ_ONLY:
+            raise ValueError(
+                f"the adapter '{repository}' on the Hub is not in the local cache, which cannot be "
+                "written: make the cache writable, or pass a revision that is in it"
+            ) from error
         reason = f"the Hub answered with an error, or broke off ({type(error).__name__})"
     raise ValueError(f"there is no adapter folder at '{repository}', and {reason}")
 
@@ -213,10 +246,41 @@ def _download(repository: str, revision: str | None, token: str | bool | None) -
 
     options: dict[str, Any] = {"revision": revision, "token": token}
     options["allow_patterns"] = list(MAX_BYTES)
+    files: Sequence[DryRunFileInfo] = ()
     with suppress(errors.DryRunError):  # offline: snapshot_download below uses the cache or raises
-        for file in snapshot_download(repository, dry_run=True, **options):
-            check_size(f"{repository}/{file.filename}", file.filename, file.file_size)
-    return Path(snapshot_download(repository, **options))
+        files = snapshot_download(repository, dry_run=True, **options)
+    for file in files:
+        check_size(f"{repository}/{file.filename}", file.filename, file.file_size)
+    try:
+        return Path(snapshot_download(repository, **options))
+    except OSError as error:
+        folder = None
+        if error.errno in READ_ONLY:
+            folder = _earlier_snapshot(repository, files, token)
+        if folder is None:
+            raise
+        return folder
+
+
+def _earlier_snapshot(
+    repository: str, files: "Sequence[DryRunFileInfo]", token: str | bool | None
+) -> Path | None:
+    """Find the files of a commit in the cache, in the folder of a commit before it.
+
+    A read-only cache has no folder for a new commit, which may have changed the card alone. The
+    cache consists of links to files that are named by their hashes.
+    """
+    from huggingface_hub import HfApi, RepoFile
+
+    if not files:
+        return None
+    tree = HfApi(token=token).list_repo_tree(repository, revision=files[0].commit_hash)
+    hashes = {x.path: {x.blob_id, x.lfs and x.lfs.sha256} for x in tree if isinstance(x, RepoFile)}
+    for folder in Path(files[0].local_path).parent.parent.glob("*"):
+        paths = {file.filename: folder / file.filename for file in files}
+        if all(x.is_file() and x.resolve().name in hashes[name] for name, x in paths.items()):
+            return folder
+    return None
 
 
 # ---- checks --------------------------------------------------------------------------------------
@@ -243,20 +307,59 @@ def _check_loaded(pipe: "DiffusionPipeline", adapter_name: str) -> None:
         )
 
 
-def _check_not_fused(pipe: "DiffusionPipeline") -> None:
+def _check_not_fused(pipe: "DiffusionPipeline", adapter_name: str | None = None) -> None:
     """Refuse fused adapters: peft would unfuse them, which rounds the base model's weights."""
-    if any(layer.merged for model in _parts(pipe).values() for layer in _layers(model).values()):
+    models = lora_models(pipe).values()
+    if any(layer.merged for model in models for layer in lora_layers(model).values()):
         raise ValueError(
             "adapters are fused into the pipeline's weights: call pipe.unfuse_lora() first"
         )
+    if adapter_name is not None and is_fused_into(pipe, adapter_name):
+        raise ValueError(
+            f"the adapter '{adapter_name}' is fused into the pipeline's weights, and its layers, "
+            "by which it could be unfused, were removed: load the base model again"
+        )
+
+
+def _check_complete(pipe: "DiffusionPipeline", adapter_name: str) -> None:
+    """Refuse an adapter of which diffusers' own methods have removed a part."""
+    prefix = _prefix(pipe, adapter_name)
+    if prefix is not None:
+        prefix.check_complete()
+    elif not adapter_layers(pipe, adapter_name):  # only its word switch is left
+        raise ValueError(
+            f"the layers of the adapter '{adapter_name}' were removed from the pipeline: call "
+            "unload_fair_adapter, and load the adapter again"
+        )
+
+
+def _check_takes_effect(pipe: "DiffusionPipeline") -> None:
+    """Refuse a pipeline whose LoRA layers have no effect, whatever their scale."""
+    models = lora_models(pipe).values()
+    if any(layer.disable_adapters for model in models for layer in lora_layers(model).values()):
+        raise ValueError("the pipeline's LoRA layers are disabled: call pipe.enable_lora() first")
+    check_projections(pipe)
 
 
 def _check_in_memory(pipe: "DiffusionPipeline") -> None:
     """Refuse offloaded weights: added LoRA layers would be offloaded as well, and lost."""
-    if any(weight.is_meta for model in _parts(pipe).values() for weight in model.parameters()):
+    if any(weight.is_meta for model in lora_models(pipe).values() for weight in model.parameters()):
         raise ValueError(
             "the pipeline's weights are offloaded layer by layer: call pipe.remove_all_hooks() "
             "first, and pipe.enable_sequential_cpu_offload() again afterwards"
+        )
+
+
+def _check_parts(pipe: "DiffusionPipeline", info: AdapterInfo, needs_base: bool) -> None:
+    """Check that the pipeline has the components that the adapter or its fingerprint needs."""
+    family = family_of(pipe)
+    targets = {*family.targets} if needs_base else {*info.lora}
+    if needs_base or info.soft_tokens:
+        targets |= {*family.inversions} | {*family.inversions.values()}
+    if missing := sorted(name for name in targets if getattr(pipe, name, None) is None):
+        raise ValueError(
+            f"this {type(pipe).__name__} has no {' and no '.join(missing)}, which the adapter "
+            "needs: load the base model with all its components"
         )
 
 
@@ -276,12 +379,13 @@ def _check_base(pipe: "DiffusionPipeline", info: AdapterInfo) -> None:
 
 
 def _check_words(pipe: "DiffusionPipeline") -> None:
-    """Check that the pipeline has the method that encodes prompts."""
+    """Check that the pipeline has the method that encodes prompts, and is not compiled."""
     method = family_of(pipe).encode_method
     if not hasattr(type(pipe), method):
         raise ValueError(
             f"respect_words needs a pipeline with {method}, which {type(pipe).__name__} lacks"
         )
+    check_not_compiled(pipe)
 
 
 def _check_fit(pipe: "DiffusionPipeline", info: AdapterInfo, weights: Weights) -> None:
@@ -295,7 +399,7 @@ def _check_fit(pipe: "DiffusionPipeline", info: AdapterInfo, weights: Weights) -
                 f"encoder have {width}"
             )
     for part in info.lora:
-        modules = dict(_parts(pipe)[part].named_modules()) if part in _parts(pipe) else {}
+        modules = dict(lora_models(pipe)[part].named_modules())
         for key, tensor in _state(weights, part).items():
             name, _, half = key.removesuffix(".weight").rpartition(".lora_")
             layer = modules.get(name)
@@ -319,51 +423,26 @@ def _in_float32(state: dict[str, Tensor]) -> dict[str, Tensor]:
 # ---- adding and removing layers ------------------------------------------------------------------
 
 
-def _parts(pipe: "DiffusionPipeline") -> dict[str, Any]:
-    """Component name -> model, for the components that can have LoRA layers."""
-    parts = {part: getattr(pipe, part, None) for part in family_of(pipe).targets}
-    return {part: model for part, model in parts.items() if model is not None}
-
-
 def _adapter_names(pipe: "DiffusionPipeline") -> set[str]:
     """Names of all adapters in the pipeline, including those that diffusers loaded."""
-    names = {name for model in _parts(pipe).values() for name in getattr(model, "peft_config", {})}
+    names = {
+        name for model in lora_models(pipe).values() for name in getattr(model, "peft_config", {})
+    }
     encoder = prompt_encoder(pipe)
     return names if encoder is None else names | encoder.adapter_names
 
 
-def _prefix(pipe: "DiffusionPipeline", adapter_name: str) -> PromptPrefix | None:
+def _prefix(pipe: "DiffusionPipeline", adapter_name: str) -> LoadedPrefix | None:
     """The prefix before the prompts, if it belongs to this adapter."""
     prefix = prompt_prefix(pipe)
-    return prefix if prefix is not None and prefix.adapter_name == adapter_name else None
-
-
-def _switch(pipe: "DiffusionPipeline", adapter_name: str) -> WordSwitch | None:
-    """The switch that turns this adapter off for words, if it respects them."""
-    encoder = prompt_encoder(pipe)
-    return None if encoder is None else encoder.switches.get(adapter_name)
-
-
-def _layers(model: nn.Module) -> "dict[str, LoraLayer]":
-    """Module name -> LoRA layer of any adapter."""
-    from peft.tuners.lora import LoraLayer
-
-    return {name: layer for name, layer in model.named_modules() if isinstance(layer, LoraLayer)}
-
-
-def _loaded_layers(pipe: "DiffusionPipeline", adapter_name: str) -> "list[LoraLayer]":
-    """The layers that hold weights of this adapter."""
-    return [
-        layer
-        for model in _parts(pipe).values()
-        for layer in _layers(model).values()
-        if adapter_name in layer.scaling
-    ]
+    if isinstance(prefix, LoadedPrefix) and prefix.adapter_name == adapter_name:
+        return prefix
+    return None
 
 
 def _active_adapters(model: nn.Module) -> list[str]:
     """Names of the adapters that take part in the forward pass."""
-    return next((list(layer.active_adapters) for layer in _layers(model).values()), [])
+    return next((list(layer.active_adapters) for layer in lora_layers(model).values()), [])
 
 
 @contextmanager
@@ -375,6 +454,16 @@ def _preserve_requires_grad(model: nn.Module) -> Iterator[None]:
     finally:
         for parameter, flag in kept:
             parameter.requires_grad_(flag)
+
+
+def _activate(model: nn.Module, adapter_name: str) -> None:
+    """Make an adapter take part in the forward pass, beside those that do."""
+    from peft.functional import set_adapter
+
+    active = _active_adapters(model)
+    if adapter_name not in active:
+        with _preserve_requires_grad(model):
+            set_adapter(model, [*active, adapter_name], inference_mode=True)
 
 
 def _insert(model: Any, lora: Lora, state: dict[str, Tensor], adapter_name: str) -> None:
@@ -399,15 +488,6 @@ def _insert(model: Any, lora: Lora, state: dict[str, Tensor], adapter_name: str)
     model._hf_peft_config_loaded = True  # the models' own adapter methods check it
 
 
-def _add_switch(pipe: "DiffusionPipeline", switch: WordSwitch) -> None:
-    """Connect a switch to the prompts and to the adapter's layers."""
-    ensure_prompt_encoder(pipe).switches[switch.adapter_name] = switch
-    for part, model in _parts(pipe).items():
-        layers = [x for x in _layers(model).values() if switch.adapter_name in x.scaling]
-        if layers:
-            switch.attach(part, model, layers)
-
-
 def _remove(pipe: "DiffusionPipeline", adapter_name: str) -> None:
     """Remove an adapter, even if it is only partly loaded."""
     from peft.functional import set_adapter
@@ -418,11 +498,11 @@ def _remove(pipe: "DiffusionPipeline", adapter_name: str) -> None:
     if prefix is not None:
         unload_soft_tokens(pipe, prefix.tokens)
 
-    for model in _parts(pipe).values():
+    for model in lora_models(pipe).values():
         active = [name for name in _active_adapters(model) if name != adapter_name]
         with _preserve_requires_grad(model):
             set_adapter(model, active, inference_mode=True)
-            for name, layer in _layers(model).items():
+            for name, layer in lora_layers(model).items():
                 layer.delete_adapter(adapter_name)
                 if not layer.scaling:  # no other adapter uses it
                     model.set_submodule(name, layer.get_base_layer())

@@ -2,10 +2,12 @@
 
 import re
 import warnings
+from collections.abc import Collection
 from typing import Any
 
 from diffusers_fair.adapters.format import SoftTokens
-from diffusers_fair.families import family_of
+from diffusers_fair.adapters.layers import check_projections, is_fused_into, strengths
+from diffusers_fair.families import component, family_of
 
 
 class PromptPrefix:
@@ -23,7 +25,11 @@ class PromptPrefix:
         self.pipe = pipe
         self.tokens = tokens
         self.adapter_name = adapter_name
-        self.is_on = True
+        self.is_enabled = True
+
+    def is_on(self) -> bool:
+        """Whether prompts get the prefix."""
+        return self.is_enabled
 
     def before(self, prompt: str) -> str:
         """Return the prompt with the placeholder before it, unless it contains the placeholder."""
@@ -46,3 +52,85 @@ class PromptPrefix:
                 f"reads, and its end is cut off: '{prompt.strip()}'",
                 stacklevel=6,
             )
+
+
+class LoadedPrefix(PromptPrefix):
+    """The prefix of a loaded adapter, which follows what diffusers' own methods do to the adapter.
+
+    If the adapter has LoRA layers, the prefix is on when they are on. Without its soft tokens, as
+    after `unload_textual_inversion`, an adapter without layers is off.
+
+    Args:
+        pipe: a pipeline that has loaded the soft tokens as a textual inversion.
+        tokens: number and placeholder of the soft tokens.
+        adapter_name: adapter that they belong to.
+        components: components of the pipeline in which the adapter has LoRA layers, too.
+    """
+
+    def __init__(
+        self, pipe: Any, tokens: SoftTokens, adapter_name: str, components: Collection[str]
+    ):
+        super().__init__(pipe, tokens, adapter_name)
+        self.components = tuple(components)
+
+    def is_on(self) -> bool:
+        """Whether prompts get the prefix.
+
+        Raises:
+            ValueError: only a part of the adapter is on or left, its layers are scaled, or the text
+                encoder and the tokenizer do not belong together.
+        """
+        if not self.components:
+            return self.is_enabled and self._has_tokens()
+        factors = {1.0} if self.is_fused_for_good() else set().union(*self._strengths().values())
+        if not any(factors):  # removed, disabled or scaled to 0
+            return False
+        self.check_complete()
+        check_projections(self.pipe)
+        if factors != {1.0}:
+            raise ValueError(
+                f"the soft tokens of the adapter '{self.adapter_name}' need all its LoRA layers at "
+                f"strength 1, or none, but they have the strengths {sorted(factors)}: call "
+                "set_fair_adapter_scale with 1 or 0"
+            )
+        return True
+
+    def check_complete(self) -> None:
+        """Refuse an adapter of which a part has been removed from the pipeline.
+
+        Raises:
+            ValueError: layers or soft tokens are missing, or the text encoder and the tokenizer do
+                not belong together.
+        """
+        lost = [name for name in self.components if name not in self._strengths()]
+        lost = [] if self.is_fused_for_good() else [f"layers of the {name}" for name in lost]
+        if not self._has_tokens():
+            lost.append("soft tokens")
+        if lost:
+            raise ValueError(
+                f"the {' and '.join(lost)} of the adapter '{self.adapter_name}' were removed from "
+                "the pipeline: call unload_fair_adapter, and load the adapter again"
+            )
+
+    def is_fused_for_good(self) -> bool:
+        """Whether the layers were removed after they had been fused into the weights."""
+        has_layers = bool(self._strengths())
+        return (
+            bool(self.components) and not has_layers and is_fused_into(self.pipe, self.adapter_name)
+        )
+
+    def _strengths(self) -> dict[str, set[float]]:
+        return strengths(self.pipe, self.adapter_name)
+
+    def _has_tokens(self) -> bool:
+        """Whether the tokenizer knows the soft tokens."""
+        ((encoder, tokenizer),) = family_of(self.pipe).inversions.items()
+        known = getattr(self.pipe, tokenizer)
+        rows = component(self.pipe, encoder).get_input_embeddings().num_embeddings
+        if rows != len(known):
+            raise ValueError(
+                f"the {encoder} has {rows} embeddings for the {len(known)} tokens of the "
+                f"{tokenizer}, as one of them was replaced after the adapter "
+                f"'{self.adapter_name}' was loaded: call unload_fair_adapter, and load it again"
+            )
+        return set(self.tokens.names) <= known.get_added_vocab().keys()

@@ -5,6 +5,7 @@ from collections.abc import Iterator
 from contextlib import ExitStack, contextmanager
 from typing import Any
 
+from diffusers_fair.adapters.layers import is_fused_into, strengths
 from diffusers_fair.adapters.prefix import PromptPrefix
 from diffusers_fair.adapters.word_switch import WordSwitch
 from diffusers_fair.families import family_of
@@ -30,8 +31,9 @@ class PromptEncoder:
         """Encode prompts as the pipeline's class does, from the same arguments.
 
         Raises:
-            ValueError: embeddings are given instead of a prompt, or an adapter that has to be
-                switched off for a prompt is fused into the weights.
+            ValueError: embeddings are given instead of a prompt, an adapter that has to be switched
+                off for a prompt is fused into the weights or compiled, or only a part of an adapter
+                with soft tokens is on.
         """
         encode = getattr(type(self.pipe), _method(self.pipe))
         call = inspect.signature(encode).bind(self.pipe, *args, **kwargs)
@@ -41,7 +43,7 @@ class PromptEncoder:
         prompt = call.arguments["prompt"]
         is_list = isinstance(prompt, list)
         prompts = prompt if is_list else [prompt]
-        named = {name: switch.named(prompts) for name, switch in self.switches.items()}
+        named = {name: self._named(name, prompts) for name in self.switches}
         prompts = self._with_prefix(prompts, named)
         call.arguments["prompt"] = prompts if is_list else prompts[0]
         with ExitStack() as stack:
@@ -64,11 +66,25 @@ class PromptEncoder:
         if switch := self.switches.pop(adapter_name, None):
             switch.detach()
         if self.prefix is None and not self.switches:
-            delattr(self.pipe, _method(self.pipe))
+            vars(self.pipe).pop(_method(self.pipe), None)  # a shallow copy may have removed it
+
+    def _is_on(self, adapter_name: str) -> bool:
+        prefix = self.prefix
+        has_prefix = prefix is not None and prefix.adapter_name == adapter_name and prefix.is_on()
+        is_fused = is_fused_into(self.pipe, adapter_name)
+        return has_prefix or is_fused or any(map(any, strengths(self.pipe, adapter_name).values()))
+
+    def _named(self, adapter_name: str, prompts: list[str]) -> list[bool]:
+        """Return for each prompt whether the adapter has to be switched off for it."""
+        if not self._is_on(adapter_name):
+            return [False] * len(prompts)
+        switch = self.switches[adapter_name]
+        switch.attach(self.pipe)
+        return switch.named(self.pipe, prompts)
 
     def _with_prefix(self, prompts: list[str], named: dict[str, list[bool]]) -> list[str]:
         prefix = self.prefix
-        if prefix is None or not prefix.is_on:
+        if prefix is None or not prefix.is_on():
             return prompts
         off = named.get(prefix.adapter_name, [False] * len(prompts))
         return [
@@ -78,12 +94,12 @@ class PromptEncoder:
 
     def _check_needs_no_text(self) -> None:
         """Refuse embeddings if an adapter has to read or to change the prompt."""
-        if self.prefix is not None and self.prefix.is_on:
+        if self.prefix is not None and self.prefix.is_on():
             raise ValueError(
                 f"the soft tokens of the adapter '{self.prefix.adapter_name}' cannot be put before "
                 "prompt_embeds: pass the prompt as text, or set the adapter's scale to 0"
             )
-        if on := [name for name, switch in self.switches.items() if switch.is_on]:
+        if on := [name for name in self.switches if self._is_on(name)]:
             raise ValueError(
                 f"the adapter '{on[0]}' respects words, which prompt_embeds do not contain: "
                 "pass the prompt as text, set the adapter's scale to 0, or load it without "
@@ -119,11 +135,11 @@ def without_prefix(pipe: Any) -> Iterator[None]:
     if prefix is None:
         yield
         return
-    before, prefix.is_on = prefix.is_on, False
+    before, prefix.is_enabled = prefix.is_enabled, False
     try:
         yield
     finally:
-        prefix.is_on = before
+        prefix.is_enabled = before
 
 
 def _method(pipe: Any) -> str:

@@ -1,6 +1,6 @@
 """Soft tokens: trainable input embeddings that precede the prompt, after the start token."""
 
-from collections.abc import Iterator
+from collections.abc import Collection, Iterator
 from contextlib import contextmanager
 from typing import Any
 
@@ -9,9 +9,9 @@ from torch import Tensor, nn
 from torch.nn import functional
 
 from diffusers_fair.adapters.format import SoftTokens
-from diffusers_fair.adapters.prefix import PromptPrefix
+from diffusers_fair.adapters.prefix import LoadedPrefix, PromptPrefix
 from diffusers_fair.adapters.prompt_encoder import ensure_prompt_encoder, prompt_prefix
-from diffusers_fair.families import family_of
+from diffusers_fair.families import component, family_of
 
 # ---- in training ---------------------------------------------------------------------------------
 
@@ -139,7 +139,7 @@ def embedding_width(pipe: Any) -> int:
 def _encoder(pipe: Any) -> Any:
     """The text encoder that can have soft tokens."""
     (name,) = family_of(pipe).inversions
-    return getattr(pipe, name)
+    return component(pipe, name)
 
 
 def _tokenizer(pipe: Any) -> Any:
@@ -151,7 +151,13 @@ def _tokenizer(pipe: Any) -> Any:
 # ---- trained soft tokens -------------------------------------------------------------------------
 
 
-def load_soft_tokens(pipe: Any, tokens: SoftTokens, weight: Tensor, adapter_name: str) -> None:
+def load_soft_tokens(
+    pipe: Any,
+    tokens: SoftTokens,
+    weight: Tensor,
+    adapter_name: str,
+    components: Collection[str] = (),
+) -> None:
     """Load trained soft tokens into a pipeline as a textual inversion, and prefix every prompt.
 
     After an error, the pipeline is unchanged.
@@ -161,6 +167,7 @@ def load_soft_tokens(pipe: Any, tokens: SoftTokens, weight: Tensor, adapter_name
         tokens: number and placeholder of the soft tokens.
         weight: embeddings, (m, d).
         adapter_name: adapter that they belong to.
+        components: components of the pipeline in which the adapter has LoRA layers, too.
     """
     rows = (
         _encoder(pipe).get_input_embeddings().weight.data
@@ -168,7 +175,8 @@ def load_soft_tokens(pipe: Any, tokens: SoftTokens, weight: Tensor, adapter_name
     try:
         with _preserve_random_state(pipe):
             pipe.load_textual_inversion({tokens.token: weight})
-        ensure_prompt_encoder(pipe).prefix = PromptPrefix(pipe, tokens, adapter_name)
+        prefix = LoadedPrefix(pipe, tokens, adapter_name, components)
+        ensure_prompt_encoder(pipe).prefix = prefix
     except BaseException:
         unload_soft_tokens(pipe, tokens)
         _set_rows(pipe, rows)
@@ -182,9 +190,11 @@ def unload_soft_tokens(pipe: Any, tokens: SoftTokens) -> None:
     encoder, tokenizer = _encoder(pipe), _tokenizer(pipe)
     vocabulary = tokenizer.get_vocab()
     names = [name for name in tokens.names if name in vocabulary]
-    if not names:
-        return
     embedding = encoder.get_input_embeddings()
+    if not names:  # the user has unloaded them, or replaced the tokenizer
+        if embedding.num_embeddings > len(tokenizer):
+            _set_rows(pipe, embedding.weight.data[: len(tokenizer)].clone())
+        return
     with _preserve_random_state(pipe):
         pipe.unload_textual_inversion(names)
     rows = encoder.get_input_embeddings().weight.data

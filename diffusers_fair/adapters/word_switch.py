@@ -7,18 +7,16 @@ affect other adapters or other rows.
 
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 import torch
 from torch import Tensor, nn
 
 from diffusers_fair.adapters.format import AdapterInfo
+from diffusers_fair.adapters.layers import adapter_layers, is_compiled, is_fused_into, lora_models
 from diffusers_fair.families.base import Family
 from diffusers_fair.prompts.groups import classes_named, vocabulary
 from diffusers_fair.prompts.wording import attribute_sections, recipe_wording
-
-if TYPE_CHECKING:
-    from peft.tuners.lora import LoraLayer
 
 _Vocabulary = dict[str, dict[str, tuple[str, ...]]]
 """Attribute -> class -> words that name it."""
@@ -86,42 +84,55 @@ class WordSwitch:
         self.adapter_name = adapter_name
         self.words = words
         self.family = family
-        self.is_on = True
         self.encoder_mask, self.denoiser_mask = _RowMask(), _DenoiserRowMask(family)
-        self._layers: list[LoraLayer] = []
+        self._layers: list[Any] = []  # those with hooks
         self._handles: list[Any] = []
 
-    def attach(self, component: str, model: nn.Module, layers: "Sequence[LoraLayer]") -> None:
-        """Add hooks to the adapter's layers in one component of the pipeline."""
-        mask: _RowMask = self.encoder_mask
-        if component == self.family.denoiser:
-            mask = self.denoiser_mask
-            hook = model.register_forward_pre_hook(self.denoiser_mask.find_rows, with_kwargs=True)
+    def attach(self, pipe: Any) -> None:
+        """Add hooks to the adapter's layers; again if the pipeline has got other ones."""
+        by_component = adapter_layers(pipe, self.adapter_name)
+        layers = [layer for found in by_component.values() for layer in found]
+        if layers == self._layers:
+            return
+        self.detach()
+        self._layers = layers
+        if self.family.denoiser in by_component:
+            denoiser = lora_models(pipe)[self.family.denoiser]
+            hook = denoiser.register_forward_pre_hook(
+                self.denoiser_mask.find_rows, with_kwargs=True
+            )
             self._handles.append(hook)
-        for layer in layers:
-            last = layer.lora_B[self.adapter_name]
-            self._handles.append(last.register_forward_hook(mask.zero_output))
-        self._layers += layers
+        for name, found in by_component.items():
+            mask = self.denoiser_mask if name == self.family.denoiser else self.encoder_mask
+            for layer in found:
+                last = layer.lora_B[self.adapter_name]
+                self._handles.append(last.register_forward_hook(mask.zero_output))
 
     def detach(self) -> None:
         """Remove the hooks."""
         for handle in self._handles:
             handle.remove()
+        self._handles.clear()
+        self._layers = []
 
-    def named(self, prompts: Sequence[str]) -> list[bool]:
+    def named(self, pipe: Any, prompts: Sequence[str]) -> list[bool]:
         """Return for each prompt whether it names a class, which disables the adapter.
 
         Raises:
-            ValueError: a prompt names a class, and the adapter is fused into the weights.
+            ValueError: a prompt names a class, and the adapter is fused into the weights or
+                compiled.
         """
-        named = [self.is_on and bool(classes_named(prompt, self.words)) for prompt in prompts]
-        fused = any(self.adapter_name in layer.merged_adapters for layer in self._layers)
-        if fused and any(named):
+        named = [bool(classes_named(prompt, self.words)) for prompt in prompts]
+        if not any(named):
+            return named
+        if is_fused_into(pipe, self.adapter_name):
             raise ValueError(
                 f"the adapter '{self.adapter_name}' respects words, but it is fused into the "
                 "pipeline's weights and cannot be switched off for one prompt: call "
                 "pipe.unfuse_lora() first"
             )
+        if self._layers:
+            check_not_compiled(pipe)
         return named
 
     @contextmanager
@@ -141,6 +152,19 @@ class WordSwitch:
         images_per_prompt = len(embeds) // len(named)
         rows = torch.tensor(named).repeat_interleave(images_per_prompt)
         self.denoiser_mask.set_prompts(rows if any(named) else None, embeds)
+
+
+def check_not_compiled(pipe: Any) -> None:
+    """Refuse compiled models: `torch.compile` shares code between models with and without hooks.
+
+    Raises:
+        ValueError: a model that can have LoRA layers is compiled.
+    """
+    if is_compiled(pipe):
+        raise ValueError(
+            "respect_words has no effect on LoRA layers in a compiled model: load the adapter "
+            "without respect_words, or do not compile the pipeline"
+        )
 
 
 def adapter_words(info: AdapterInfo) -> _Vocabulary:

@@ -9,6 +9,7 @@ from diffusers_fair.attributes import Attribute
 from diffusers_fair.backends.errors import loading
 from diffusers_fair.backends.needs import Need, file, pretrained
 from diffusers_fair.config.backends import SHIPPED_BASES
+from diffusers_fair.families import check_components
 from diffusers_fair.families.stable_diffusion import STABLE_DIFFUSION
 
 if TYPE_CHECKING:
@@ -69,6 +70,7 @@ def _load(model: str, revision: str | None, dtype: "torch.dtype") -> Any:
             pipe = DiffusionPipeline.from_pretrained(
                 model, revision=revision, torch_dtype=dtype, safety_checker=None
             )
+    check_components(pipe)
     if isinstance(pipe.scheduler, PNDMScheduler):
         pipe.scheduler = DPMSolverMultistepScheduler.from_config(pipe.scheduler.config)
     return pipe

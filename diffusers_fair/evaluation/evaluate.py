@@ -22,6 +22,7 @@ from diffusers_fair.evaluation.generate import ImageBatch, generate_batch
 from diffusers_fair.evaluation.groups import default_groups, measure_group, supported_groups
 from diffusers_fair.evaluation.judge import judge_batch
 from diffusers_fair.evaluation.quality import prompt_features
+from diffusers_fair.families import check_components
 from diffusers_fair.prompts.groups import PromptGroup
 from diffusers_fair.provenance import provenance
 from diffusers_fair.reports.folder import FILE, load_report
@@ -85,10 +86,12 @@ def evaluate(
         progress: whether to show a progress bar.
 
     Raises:
-        ValueError: there are no prompts, attributes or images; a classifier is missing or has other
-            classes than its attribute; a group of prompts cannot be measured; the reference has
-            other noise, counts other faces or lacks a group; the folder holds another report.
+        ValueError: the pipeline lacks a component; there are no prompts, attributes or images; a
+            classifier is missing or has other classes than its attribute; a group of prompts cannot
+            be measured; the reference has other noise, counts other faces or lacks a group; the
+            folder holds another report.
     """
+    check_components(pipe)
     settings = Settings(
         prompts=checked_prompts(prompts),
         attributes=checked_attributes(attributes, judges),

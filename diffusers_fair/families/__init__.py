@@ -28,6 +28,27 @@ def family_of(pipe: Any) -> Family:
     )
 
 
+def component(pipe: Any, name: str) -> Any:
+    """Return a component of a pipeline without the wrapper that `torch.compile` puts around it."""
+    model = getattr(pipe, name, None)
+    return getattr(model, "_orig_mod", model)
+
+
+def check_components(pipe: Any) -> None:
+    """Refuse a pipeline that was made without a model, as with `text_encoder=None`.
+
+    Raises:
+        ValueError: a component that is not optional is missing.
+    """
+    optional = pipe._optional_components
+    missing = [name for name, x in pipe.components.items() if x is None and name not in optional]
+    if missing:
+        raise ValueError(
+            f"this {type(pipe).__name__} has no {' and no '.join(missing)}: load the base model "
+            "with all its components"
+        )
+
+
 def denoiser_of(pipe: Any) -> Any:
     """Return the model of a pipeline that is evaluated at every step.
 

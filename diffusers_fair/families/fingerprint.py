@@ -6,12 +6,15 @@ from typing import Any
 
 from diffusers_fair.families import family_of
 
+_ADDED = (".lora_", ".to_qkv.", ".to_kv.")  # diffusers keeps fused projections after unfusing
+
 
 def base_fingerprint(pipe: Any) -> str:
     """Hash the parameter shapes of the components that can have an adapter.
 
-    It does not depend on LoRA layers, soft tokens or textual inversions in the pipeline, on the
-    dtype, or on how a library version names the parameters. Models of one architecture share it.
+    It does not depend on LoRA layers, soft tokens, textual inversions or fused projections in the
+    pipeline, on the dtype, or on how a library version names the parameters. Models of one
+    architecture share it.
 
     Raises:
         ValueError: a pipeline of no known family.
@@ -34,5 +37,6 @@ def _base_shapes(pipe: Any, component: str, tokenizer: str | None) -> Iterator[t
         embeddings = list(model.get_input_embeddings().parameters())
         yield getattr(pipe, tokenizer).vocab_size, embeddings[0].shape[1]
     for name, parameter in model.named_parameters():
-        if ".lora_" not in name and not any(parameter is other for other in embeddings):
+        is_added = any(part in name for part in _ADDED)
+        if not is_added and not any(parameter is other for other in embeddings):
             yield tuple(parameter.shape)

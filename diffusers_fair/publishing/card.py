@@ -82,6 +82,11 @@ def write_card(folder: str | Path | Adapter, report: str | Path | None = None) -
     return folder / README_FILE
 
 
+def card_text(adapter: Adapter) -> str:
+    """Return the card that `write_card` writes for an adapter without a new report."""
+    return _render(adapter.info, _images(adapter.folder, None))
+
+
 # ---- from the report -----------------------------------------------------------------------------
 
 

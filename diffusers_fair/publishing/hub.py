@@ -26,7 +26,7 @@ from huggingface_hub.utils import validate_repo_id
 
 from diffusers_fair.adapters.folder import README_FILE, REPORT_FILES, SAMPLES_FOLDER, open_adapter
 from diffusers_fair.adapters.format import EMBEDS_FILE, INFO_FILE, WEIGHTS_FILE
-from diffusers_fair.publishing.card import write_card
+from diffusers_fair.publishing.card import card_text, write_card
 
 _MAIN = "main"
 _NAMES = (INFO_FILE, WEIGHTS_FILE, EMBEDS_FILE, README_FILE, *REPORT_FILES)
@@ -73,7 +73,7 @@ def push_adapter(
         message: commit message.
         token: Hub token, neither printed nor stored. Default: `HF_TOKEN`, or the token of
             `hf auth login`.
-        dry_run: check the folder and list what would be pushed, without any request.
+        dry_run: check the folder and list what would be pushed, without any request or file.
 
     Raises:
         ValueError: the folder is not an adapter, there is no token, the repository holds something
@@ -81,15 +81,18 @@ def push_adapter(
     """
     folder = Path(folder)
     adapter = open_adapter(folder)
-    if not (folder / README_FILE).exists():
-        write_card(adapter)
     files = _folder_files(folder)
     _check_repo_id(repo_id)
     if create_pr and revision not in (None, _MAIN):
         raise ValueError(f"a pull request goes to {_MAIN}: leave out the revision '{revision}'")
     sizes = {name: path.stat().st_size for name, path in files.items()}
+    if README_FILE not in files:
+        sizes = dict(sorted({**sizes, README_FILE: len(card_text(adapter).encode())}.items()))
     if dry_run:
         return Push(repo_id=repo_id, files=sizes)
+    if README_FILE not in files:
+        write_card(adapter)
+        files = _folder_files(folder)
     info = adapter.info
     message = message or f"Adapter of {', '.join(info.components)} for {info.base_model}"
     attempt = _Attempt(_api(token), repo_id, revision or _MAIN, files)

@@ -175,9 +175,12 @@ def test_only_what_belongs_to_an_adapter_goes_up(hub, folder):
 def test_a_card_is_written_if_there_is_none(hub, tmp_path):
     folder = adapter_folder(tmp_path / "bare", evaluation=None)
     (folder / "README.md").unlink()
-    push_adapter(folder, "org/fair", dry_run=True)
+    before = contents(folder)
+    planned = push_adapter(folder, "org/fair", dry_run=True)
+    assert contents(folder) == before  # a dry run writes nothing
+    done = push_adapter(folder, "org/fair")
+    assert planned.files == done.files == {n: len(data) for n, data in contents(folder).items()}
     assert "library_name: diffusers" in (folder / "README.md").read_text("utf-8")
-    push_adapter(folder, "org/fair")
     assert hub.files("org/fair") == contents(folder)
 
 

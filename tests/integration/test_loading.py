@@ -1,4 +1,6 @@
+import errno
 import json
+import os
 import threading
 import traceback
 from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
@@ -831,6 +833,33 @@ def test_from_the_hub_and_then_from_the_cache(hub, whole, monkeypatch):
     load_fair_adapter(offline, "org/fair")
     assert torch.equal(images(here), images(offline))
     assert not hub
+
+
+def read_only(monkeypatch, commit):
+    """Let a commit have no folder in the cache, as on a read-only disk."""
+    make = os.makedirs
+
+    def refuse(path, *args, **kwargs):
+        if str(path).endswith(commit):
+            raise OSError(errno.EROFS, "Read-only file system", str(path))
+        make(path, *args, **kwargs)
+
+    monkeypatch.setattr(os, "makedirs", refuse)
+
+
+def test_a_read_only_cache_whose_weights_are_there(hub, monkeypatch):
+    """Only the card has changed on the Hub."""
+    load_fair_adapter(tiny.pipeline(), "org/fair")
+    monkeypatch.setitem(globals(), "COMMIT", "d" * 40)
+    read_only(monkeypatch, COMMIT)
+    load_fair_adapter(tiny.pipeline(), "org/fair")
+    assert f"/api/models/org/fair/tree/{COMMIT}" in [path for path, _ in hub]
+
+
+def test_a_read_only_cache_without_the_weights(hub, monkeypatch):
+    read_only(monkeypatch, COMMIT)
+    message = "'org/fair' on the Hub is not in the local cache, which cannot be written: make"
+    refused(tiny.pipeline(), message, "org/fair")
 
 
 def test_a_file_that_is_too_large_is_not_downloaded(hub, monkeypatch):
