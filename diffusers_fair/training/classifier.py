@@ -5,7 +5,7 @@ The images should be cropped as the judges crop faces: to a square 1.5 times the
 
 import json
 from collections import Counter
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import asdict, dataclass
 from io import BytesIO
 from pathlib import Path
@@ -15,8 +15,11 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
+from diffusers_fair import atomic
 from diffusers_fair.backends import trained_classifier
 from diffusers_fair.backends.errors import loading
+from diffusers_fair.folder_lock import LOCK, folder_lock
+from diffusers_fair.training.stopping import SignalHandler, StoppedError, exit_code
 from diffusers_fair.vision.encoders import Pixels
 from diffusers_fair.vision.images import from_bytes
 
@@ -158,19 +161,28 @@ def train_classifier(
         The contents of `classifier.json`, with `accuracy` on the held-out images and `confusion`
         (rows are true classes, columns predicted classes).
 
+    A training that was stopped is resumed by the same call.
+
     Raises:
-        ValueError: the folder is not empty, or ImageNet weights cannot be downloaded.
+        StoppedError: stopped by Ctrl-C or SIGTERM; the message says how to resume.
+        ValueError: the folder is not empty, another process is training in it, or ImageNet weights
+            cannot be downloaded.
     """
-    folder = Path(folder)
-    if folder.exists() and (not folder.is_dir() or any(folder.iterdir())):
-        raise ValueError(f"'{folder}' is not an empty folder: choose another folder")
+    with folder_lock(Path(folder)):
+        return _train(images, Path(folder), settings)
+
+
+def _train(images: LabelledImages, folder: Path, settings: Settings) -> dict[str, Any]:
+    checkpoint = _Checkpoint(folder, images, settings)
     g = torch.Generator().manual_seed(settings.seed)
     train, held = _hold_out(images.labels, settings.held_out, g)
     with torch.random.fork_rng():  # initial weights, dropout and augmentation
         torch.manual_seed(settings.seed)
-        network = _network(len(images.classes), settings.pretrained)
+        network = _network(
+            len(images.classes), settings.pretrained and not checkpoint.file.exists()
+        )
         network.to("cuda" if torch.cuda.is_available() else "cpu")
-        _fit(network, images, train, settings, g)
+        _fit(network, images, train, settings, g, checkpoint)
     predictions = _predict(network, images, held, settings)
     confusion = _confusion(images.labels[held], predictions, len(images.classes))
     facts = {
@@ -183,7 +195,52 @@ def train_classifier(
         "settings": asdict(settings),
     }
     trained_classifier.write(folder, network, facts)
+    checkpoint.file.unlink(missing_ok=True)
     return facts
+
+
+class _Checkpoint:
+    """The state of a training that has not finished, in the folder of the classifier.
+
+    Args:
+        folder: the folder.
+        images: labelled images.
+        settings: options.
+
+    Raises:
+        ValueError: the folder holds something else, or another training.
+    """
+
+    def __init__(self, folder: Path, images: LabelledImages, settings: Settings):
+        self.file = folder / "training.pt"
+        self.identity = {
+            "settings": asdict(settings),
+            "classes": list(images.classes),
+            "labels": images.labels.tolist(),
+        }
+        self.state: dict[str, Any] = {}
+        if self.file.exists():
+            self.state = torch.load(self.file, weights_only=True, map_location="cpu")
+            if self.state["identity"] != self.identity:
+                raise ValueError(
+                    f"'{folder}' holds a training that was stopped, with other images or options: "
+                    "give the same to resume it, or choose another folder"
+                )
+        elif folder.exists() and (not folder.is_dir() or _has_files(folder)):
+            raise ValueError(f"'{folder}' is not an empty folder: choose another folder")
+
+    def save(self, **state: Any) -> None:
+        """Replace the state."""
+        buffer = BytesIO()
+        torch.save({"identity": self.identity, **state}, buffer)
+        atomic.write(self.file, buffer.getvalue())
+
+
+def _has_files(folder: Path) -> bool:
+    """Whether a folder has other files than those of a training that is starting."""
+    return any(
+        path.name != LOCK and not path.name.startswith(atomic.PARTIAL) for path in folder.iterdir()
+    )
 
 
 def _network(classes: int, pretrained: bool) -> nn.Module:
@@ -199,9 +256,14 @@ def _network(classes: int, pretrained: bool) -> nn.Module:
 
 
 def _fit(
-    network: nn.Module, images: LabelledImages, rows: Tensor, settings: Settings, g: torch.Generator
+    network: nn.Module,
+    images: LabelledImages,
+    rows: Tensor,
+    settings: Settings,
+    g: torch.Generator,
+    checkpoint: _Checkpoint,
 ) -> None:
-    """Minimize the cross-entropy of augmented images."""
+    """Minimize the cross-entropy of augmented images, from the checkpoint on if it has a state."""
     from rich.progress import track
     from torchvision.transforms import v2
 
@@ -217,21 +279,56 @@ def _fit(
     pixels = Pixels(size, trained_classifier.MEAN, trained_classifier.STD)
     optimizer = torch.optim.AdamW(network.parameters(), settings.lr)
     schedule = torch.optim.lr_scheduler.CosineAnnealingLR(optimizer, epochs)
+    parts = {"network": network, "optimizer": optimizer, "schedule": schedule}
+    first, done = _restore(parts, g, checkpoint.state)
     network.train()
-    for epoch in range(epochs):
-        order = rows[torch.randperm(len(rows), generator=g)]
-        batches = [b for b in order.split(settings.batch_size) if len(b) > 1]  # for the batch norms
-        for batch in track(batches, f"epoch {epoch + 1} of {epochs}", transient=True):
-            colours = (_load(images, batch, size) + 1) / 2  # (n, 3, size, size) in [0, 1]
-            x = torch.stack([augment(image) for image in colours]).to(device) * 2 - 1
-            loss = F.cross_entropy(network(pixels(x)), images.labels[batch].to(device))
-            optimizer.zero_grad()
-            loss.backward()
-            optimizer.step()
-        schedule.step()
+    with SignalHandler() as signals:
+        for epoch in range(first, epochs):
+            order_state = g.get_state()  # from which a resumed epoch gets the same order
+            order = rows[torch.randperm(len(rows), generator=g)]
+            batches = [b for b in order.split(settings.batch_size) if len(b) > 1]  # for batch norms
+            title = f"epoch {epoch + 1} of {epochs}"
+            todo = track(batches[done:], title, len(batches), completed=done, transient=True)
+            for count, batch in enumerate(todo, done + 1):
+                colours = (_load(images, batch, size) + 1) / 2  # (n, 3, size, size) in [0, 1]
+                x = torch.stack([augment(image) for image in colours]).to(device) * 2 - 1
+                loss = F.cross_entropy(network(pixels(x)), images.labels[batch].to(device))
+                optimizer.zero_grad()
+                loss.backward()
+                optimizer.step()
+                if signals.received or count == len(batches):
+                    states = {name: part.state_dict() for name, part in parts.items()}
+                    checkpoint.save(
+                        epoch=epoch,
+                        done=count,
+                        order=order_state,
+                        rng=torch.get_rng_state(),
+                        **states,
+                    )
+                if signals.received:
+                    raise StoppedError(
+                        f"stopped after batch {count} of {len(batches)} in {title}, which is saved "
+                        f"in '{checkpoint.file}': give the same command again to resume",
+                        exit_code(signals.received),
+                    )
+            schedule.step()
+            done = 0
     # recompute the statistics of the batch norms, whose momentum is too small for few images
     plain = (pixels(_load(images, batch, size)) for batch in batches)
     torch.optim.swa_utils.update_bn(plain, network, device)
+
+
+def _restore(
+    parts: Mapping[str, Any], g: torch.Generator, state: Mapping[str, Any]
+) -> tuple[int, int]:
+    """Restore a training; return its epoch and the number of batches done in it."""
+    if not state:
+        return 0, 0
+    for name, part in parts.items():
+        part.load_state_dict(state[name])
+    g.set_state(state["order"])
+    torch.set_rng_state(state["rng"])
+    return state["epoch"], state["done"]
 
 
 @torch.no_grad()

@@ -99,8 +99,12 @@ def peak(device: torch.device) -> int:
     """Return the peak memory in bytes: that of torch on a GPU, that of the process on the CPU."""
     if device.type == "cuda":
         return torch.cuda.max_memory_allocated(device)
-    import resource
+    try:
+        import resource
+    except ModuleNotFoundError:  # Windows
+        import psutil  # comes with accelerate
 
+        return psutil.Process().memory_info().peak_wset
     maximum = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
     return maximum if sys.platform == "darwin" else maximum * 1024
 

@@ -21,6 +21,7 @@ LAYERS = (  # rooms; imports go to the same layer or down, never in a circle
         "atomic",
         "config",
         "distributed",
+        "folder_lock",
         "metrics",
         "prompts",
         "provenance",
