@@ -279,7 +279,7 @@ def _fit(
     pixels = Pixels(size, trained_classifier.MEAN, trained_classifier.STD)
     optimizer = torch.optim.AdamW(network.parameters(), settings.lr)
     schedule = torch.optim.lr_scheduler.CosineAnnealingLR(optimizer, epochs)
-    parts = {"network": network, "optimizer": optimizer, "schedule": schedule}
+    parts: dict[str, Any] = {"network": network, "optimizer": optimizer, "schedule": schedule}
     first, done = _restore(parts, g, checkpoint.state)
     network.train()
     with SignalHandler() as signals:

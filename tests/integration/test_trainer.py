@@ -2,6 +2,7 @@
 
 import errno
 import json
+import math
 import os
 import shutil
 import signal
@@ -18,6 +19,7 @@ from diffusers_fair.adapters.folder import read_adapter
 from diffusers_fair.config.recipe import recipes
 from diffusers_fair.config.schema import RunConfig
 from diffusers_fair.diffusion.sampling import decode
+from diffusers_fair.folder_lock import folder_lock
 from diffusers_fair.objective.objective import Objective
 from diffusers_fair.objective.statistics import BatchStatistics
 from diffusers_fair.training import memory
@@ -133,14 +135,15 @@ def test_a_stopped_run_goes_on_to_the_same_adapter(run, tmp_path, monkeypatch):
 
 
 @pytest.mark.slow
-def test_a_sigterm_saves_and_says_how_to_go_on(run, tmp_path, monkeypatch):
+@pytest.mark.parametrize(("number", "code"), [(signal.SIGTERM, 143), (signal.SIGINT, 130)])
+def test_a_signal_saves_and_says_how_to_go_on(number, code, run, tmp_path, monkeypatch):
     folder = tmp_path / "stopped"
     whole = FairnessFinetuner.iteration
 
-    def asked(self, number):
-        if number == 2:  # between two checkpoints
-            os.kill(os.getpid(), signal.SIGTERM)
-        return whole(self, number)
+    def asked(self, step):
+        if step == 2:  # between two checkpoints
+            os.kill(os.getpid(), number)
+        return whole(self, step)
 
     with monkeypatch.context() as patch:
         patch.setattr(FairnessFinetuner, "iteration", asked)
@@ -148,11 +151,61 @@ def test_a_sigterm_saves_and_says_how_to_go_on(run, tmp_path, monkeypatch):
             TrainingStoppedError, match=r"after iteration 3 of 4, .* give the same command again"
         ) as stop:
             finetuner(folder).train(progress=False)
-    assert stop.value.code == 143
+    assert stop.value.code == code
     newest = {path.name for path in (folder / "checkpoints").iterdir()}
     assert newest == {"step-000002", "step-000003"}
     finetuner(folder).train(progress=False)
     same_outcome(run[0], folder)
+
+
+def learning_rates(trained) -> list[float]:
+    return [group["lr"] for group in trained.optimizer.param_groups]
+
+
+@pytest.mark.slow
+def test_a_finished_run_goes_on_with_more_iterations(tmp_path):
+    """As one that was never finished before: but for the learning rates of the shorter run."""
+    folder, schedule = tmp_path / "run", {"lr": 5e-5, "schedule": "cosine"}
+    short = finetuner(
+        folder, train=SMALL["train"] | {"iterations": 2, "validate_every": 1}, optimizer=schedule
+    )
+    short.train(progress=False)
+    best = short.validation.best_bias
+    assert learning_rates(short) == [0.0]
+    train = SMALL["train"] | {"iterations": 4, "validate_every": 1}
+    longer = finetuner(folder, train=train, optimizer=schedule)
+    rates = []
+    step = longer.optimizer.step
+    longer.optimizer.step = lambda: rates.append(learning_rates(longer)) or step()
+    longer.train(progress=False)
+    expected = [5e-5 * (1 + math.cos(math.pi * k / 4)) / 2 for k in (2, 3)]
+    assert rates == [[pytest.approx(rate)] for rate in expected]
+    events = [json.loads(line) for line in (folder / "events.jsonl").read_text().splitlines()]
+    assert [e["iteration"] for e in events if "loss" in e] == [1, 2, 3, 4]
+    biases = [e["validation/gender"] for e in events if "validation/gender" in e]
+    assert len(biases) == 4
+    assert longer.validation.best_bias <= best
+    assert longer.validation.best_bias in biases
+    assert read_adapter(folder / "adapter")[0].training["iterations"] == 4
+    assert RunConfig.load(folder / "recipe.yaml") == longer.config
+    with pytest.raises(ValueError, match="train.iterations is 4 there and 2 here"):
+        short.train(progress=False)
+
+
+@pytest.mark.slow
+def test_what_refuses_to_start_leaves_no_folder(tmp_path):
+    budget = SMALL["train"] | {"memory_budget": 0.01}
+    refused = finetuner(tmp_path / "run", train=budget)
+    with pytest.raises(ValueError, match="memory_budget is 0.01 GB"):
+        refused.train(progress=False)
+    assert not list(tmp_path.iterdir())
+
+
+def test_two_trainings_do_not_share_a_folder(run):
+    folder, trained = run
+    message = "first' is being written by another process"
+    with folder_lock(folder), pytest.raises(ValueError, match=message):
+        trained.train(progress=False)
 
 
 @pytest.mark.slow
