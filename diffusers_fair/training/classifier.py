@@ -229,11 +229,38 @@ class _Checkpoint:
         elif folder.exists() and (not folder.is_dir() or _has_files(folder)):
             raise ValueError(f"'{folder}' is not an empty folder: choose another folder")
 
-    def save(self, **state: Any) -> None:
-        """Replace the state."""
+    def save(self, parts: Mapping[str, Any], epoch: int, done: int, order: Tensor) -> None:
+        """Replace the state.
+
+        Args:
+            parts: name -> network, optimizer or schedule.
+            epoch: index of the epoch.
+            done: number of batches done in it.
+            order: state of the generator that shuffles it.
+        """
+        state = {name: part.state_dict() for name, part in parts.items()}
+        state |= {"epoch": epoch, "done": done, "order": order, "rng": torch.get_rng_state()}
         buffer = BytesIO()
         torch.save({"identity": self.identity, **state}, buffer)
         atomic.write(self.file, buffer.getvalue())
+
+    def restore(self, parts: Mapping[str, Any], g: torch.Generator) -> tuple[int, int]:
+        """Restore the state, if there is one; return its epoch and the batches done in it."""
+        if not self.state:
+            return 0, 0
+        for name, part in parts.items():
+            part.load_state_dict(self.state[name])
+        g.set_state(self.state["order"])
+        torch.set_rng_state(self.state["rng"])
+        return self.state["epoch"], self.state["done"]
+
+
+def _stopped(checkpoint: _Checkpoint, where: str, signals: SignalHandler) -> StoppedError:
+    return StoppedError(
+        f"stopped {where}, which is saved in '{checkpoint.file}': give the same command again to "
+        "resume",
+        exit_code(signals.received),
+    )
 
 
 def _has_files(folder: Path) -> bool:
@@ -280,7 +307,7 @@ def _fit(
     optimizer = torch.optim.AdamW(network.parameters(), settings.lr)
     schedule = torch.optim.lr_scheduler.CosineAnnealingLR(optimizer, epochs)
     parts: dict[str, Any] = {"network": network, "optimizer": optimizer, "schedule": schedule}
-    first, done = _restore(parts, g, checkpoint.state)
+    first, done = checkpoint.restore(parts, g)
     network.train()
     with SignalHandler() as signals:
         for epoch in range(first, epochs):
@@ -296,39 +323,18 @@ def _fit(
                 optimizer.zero_grad()
                 loss.backward()
                 optimizer.step()
-                if signals.received or count == len(batches):
-                    states = {name: part.state_dict() for name, part in parts.items()}
-                    checkpoint.save(
-                        epoch=epoch,
-                        done=count,
-                        order=order_state,
-                        rng=torch.get_rng_state(),
-                        **states,
-                    )
-                if signals.received:
-                    raise StoppedError(
-                        f"stopped after batch {count} of {len(batches)} in {title}, which is saved "
-                        f"in '{checkpoint.file}': give the same command again to resume",
-                        exit_code(signals.received),
-                    )
+                if signals.received and count < len(batches):
+                    checkpoint.save(parts, epoch, count, order_state)
+                    raise _stopped(checkpoint, f"after batch {count} of {title}", signals)
             schedule.step()
             done = 0
+            if epoch + 1 < epochs:
+                checkpoint.save(parts, epoch + 1, 0, g.get_state())
+                if signals.received:
+                    raise _stopped(checkpoint, f"after {title}", signals)
     # recompute the statistics of the batch norms, whose momentum is too small for few images
     plain = (pixels(_load(images, batch, size)) for batch in batches)
     torch.optim.swa_utils.update_bn(plain, network, device)
-
-
-def _restore(
-    parts: Mapping[str, Any], g: torch.Generator, state: Mapping[str, Any]
-) -> tuple[int, int]:
-    """Restore a training; return its epoch and the number of batches done in it."""
-    if not state:
-        return 0, 0
-    for name, part in parts.items():
-        part.load_state_dict(state[name])
-    g.set_state(state["order"])
-    torch.set_rng_state(state["rng"])
-    return state["epoch"], state["done"]
 
 
 @torch.no_grad()

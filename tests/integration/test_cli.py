@@ -15,10 +15,10 @@ from PIL import Image
 from diffusers_fair import FairnessFinetuner, assess, cli
 from diffusers_fair.adapters.folder import read_adapter, write_info
 from diffusers_fair.assess import EvaluationDefaults, control_groups
+from diffusers_fair.backends import registry
 from diffusers_fair.baselines import BASELINES
-from diffusers_fair.evaluation import generate
 from diffusers_fair.prompts.training_words import kept_sets
-from diffusers_fair.reports import folder
+from diffusers_fair.reports import folder as report_folder
 from diffusers_fair.reports.folder import load_report
 from diffusers_fair.testbed import world
 
@@ -290,10 +290,10 @@ def test_what_the_terminal_cannot_encode_is_escaped(tmp_path, monkeypatch):
 
 
 STOPPED = {
-    "train": (["testbed-gender", *TINY, "output=out"], FairnessFinetuner, "train"),
+    "train": (["testbed-gender", *TINY, "output=out"], FairnessFinetuner, "__init__"),
     "evaluate": (["--images", "1"], assess, "load_base"),
-    "generate": (["x"], generate, "generate_batch"),
-    "compare": (["x"], folder, "load_report"),
+    "generate": (["x"], registry, "load_base"),
+    "compare": (["x"], report_folder, "load_report"),
 }
 
 

@@ -188,7 +188,7 @@ def test_a_finished_run_goes_on_with_more_iterations(tmp_path):
     assert longer.validation.best_bias in biases
     assert read_adapter(folder / "adapter")[0].training["iterations"] == 4
     assert RunConfig.load(folder / "recipe.yaml") == longer.config
-    with pytest.raises(ValueError, match="train.iterations is 4 there and 2 here"):
+    with pytest.raises(ValueError, match=r"train\.iterations is 4 there and 2 here"):
         short.train(progress=False)
 
 
@@ -196,7 +196,7 @@ def test_a_finished_run_goes_on_with_more_iterations(tmp_path):
 def test_what_refuses_to_start_leaves_no_folder(tmp_path):
     budget = SMALL["train"] | {"memory_budget": 0.01}
     refused = finetuner(tmp_path / "run", train=budget)
-    with pytest.raises(ValueError, match="memory_budget is 0.01 GB"):
+    with pytest.raises(ValueError, match=r"memory_budget is 0\.01 GB"):
         refused.train(progress=False)
     assert not list(tmp_path.iterdir())
 
