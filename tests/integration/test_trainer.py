@@ -2,7 +2,6 @@
 
 import errno
 import json
-import math
 import os
 import shutil
 import signal
@@ -135,14 +134,13 @@ def test_a_stopped_run_goes_on_to_the_same_adapter(run, tmp_path, monkeypatch):
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize(("number", "code"), [(signal.SIGTERM, 143), (signal.SIGINT, 130)])
-def test_a_signal_saves_and_says_how_to_go_on(number, code, run, tmp_path, monkeypatch):
+def test_ctrl_c_saves_and_says_how_to_go_on(run, tmp_path, monkeypatch):
     folder = tmp_path / "stopped"
     whole = FairnessFinetuner.iteration
 
     def asked(self, step):
         if step == 2:  # between two checkpoints
-            os.kill(os.getpid(), number)
+            os.kill(os.getpid(), signal.SIGINT)
         return whole(self, step)
 
     with monkeypatch.context() as patch:
@@ -151,7 +149,7 @@ def test_a_signal_saves_and_says_how_to_go_on(number, code, run, tmp_path, monke
             TrainingStoppedError, match=r"after iteration 3 of 4, .* give the same command again"
         ) as stop:
             finetuner(folder).train(progress=False)
-    assert stop.value.code == code
+    assert stop.value.code == 130
     newest = {path.name for path in (folder / "checkpoints").iterdir()}
     assert newest == {"step-000002", "step-000003"}
     finetuner(folder).train(progress=False)
@@ -164,31 +162,26 @@ def learning_rates(trained) -> list[float]:
 
 @pytest.mark.slow
 def test_a_finished_run_goes_on_with_more_iterations(tmp_path):
-    """As one that was never finished before: but for the learning rates of the shorter run."""
-    folder, schedule = tmp_path / "run", {"lr": 5e-5, "schedule": "cosine"}
-    short = finetuner(
-        folder, train=SMALL["train"] | {"iterations": 2, "validate_every": 1}, optimizer=schedule
-    )
+    """With the learning rate of the longer schedule, and the best adapter of all validations."""
+    folder = tmp_path / "run"
+    options = {"optimizer": {"lr": 5e-5, "schedule": "cosine", "warmup": 0}, "prompts": NEUTRAL}
+    train = SMALL["train"] | {"validate_every": 1}
+    short = finetuner(folder, train=train | {"iterations": 1}, **options)
     short.train(progress=False)
-    best = short.validation.best_bias
     assert learning_rates(short) == [0.0]
-    train = SMALL["train"] | {"iterations": 4, "validate_every": 1}
-    longer = finetuner(folder, train=train, optimizer=schedule)
-    rates = []
-    step = longer.optimizer.step
-    longer.optimizer.step = lambda: rates.append(learning_rates(longer)) or step()
+    longer = finetuner(folder, train=train | {"iterations": 2}, **options)
+    rates, update = [], longer.optimizer.step
+    longer.optimizer.step = lambda: rates.append(learning_rates(longer)) or update()
     longer.train(progress=False)
-    expected = [5e-5 * (1 + math.cos(math.pi * k / 4)) / 2 for k in (2, 3)]
-    assert rates == [[pytest.approx(rate)] for rate in expected]
+    assert rates == [pytest.approx([2.5e-5])]  # half way along the cosine
     events = [json.loads(line) for line in (folder / "events.jsonl").read_text().splitlines()]
-    assert [e["iteration"] for e in events if "loss" in e] == [1, 2, 3, 4]
-    biases = [e["validation/gender"] for e in events if "validation/gender" in e]
-    assert len(biases) == 4
-    assert longer.validation.best_bias <= best
+    assert [event["iteration"] for event in events] == [1, 1, 2, 2]
+    biases = [event["validation/gender"] for event in events[1::2]]
     assert longer.validation.best_bias in biases
-    assert read_adapter(folder / "adapter")[0].training["iterations"] == 4
+    assert longer.validation.best_bias <= biases[0] == short.validation.best_bias
+    assert read_adapter(folder / "adapter")[0].training["iterations"] == 2
     assert RunConfig.load(folder / "recipe.yaml") == longer.config
-    with pytest.raises(ValueError, match=r"train\.iterations is 4 there and 2 here"):
+    with pytest.raises(ValueError, match=r"train\.iterations is 2 there and 1 here"):
         short.train(progress=False)
 
 
