@@ -331,6 +331,18 @@ def test_a_corrected_command_is_not_refused_as_another_run(tmp_path, monkeypatch
     assert run(monkeypatch, *words) == 0
 
 
+def test_an_adapter_of_another_base_is_refused_before_anything_is_evaluated(
+    adapter, lines, tmp_path, monkeypatch, capsys
+):
+    shutil.copytree(adapter, tmp_path / "other")
+    info = read_adapter(adapter)[0]
+    write_info(tmp_path / "other", dataclasses.replace(info, fingerprint="0" * 64))
+    words = ["--adapter", tmp_path / "other", "--prompts", lines, "--out", tmp_path / "out"]
+    assert run(monkeypatch, "evaluate", *words) == 2
+    assert "have other shapes" in capsys.readouterr().err
+    assert not (tmp_path / "out").exists()
+
+
 def test_inspect_says_what_an_adapter_is(adapter, monkeypatch, capsys):
     assert run(monkeypatch, "inspect", adapter) == 0
     facts = json.loads(capsys.readouterr().out)
