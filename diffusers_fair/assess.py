@@ -18,7 +18,7 @@ from diffusers_fair.config.schema import EvaluationSection, RunConfig
 from diffusers_fair.evaluation.audit import audit
 from diffusers_fair.evaluation.evaluate import evaluate
 from diffusers_fair.evaluation.groups import with_groups
-from diffusers_fair.loading import load_fair_adapter, open_fair_adapter
+from diffusers_fair.loading import load_fair_adapter, open_fair_adapter, unload_fair_adapter
 from diffusers_fair.prompts import prompt_set
 from diffusers_fair.prompts.groups import PER_ATTRIBUTE, PromptGroup, evaluation_groups
 from diffusers_fair.prompts.training_words import kept_sets, mark_unseen
@@ -231,6 +231,10 @@ def assess(
         "guidance_scale": guidance_scale or section.guidance_scale,
         "seed": section.seed if seed is None else seed,
     }
+    respect: dict[str, Any] = {"respect_words": True} if respect_words else {}
+    if opened is not None:  # refuse an adapter that does not fit before the base is evaluated
+        load_fair_adapter(pipe, opened, **respect)
+        unload_fair_adapter(pipe)
     is_base_alone = adapter is None and baseline is None
     if reference is None:
         folder = out if is_base_alone else Path(out) / "base"
@@ -242,7 +246,6 @@ def assess(
     if is_base_alone:
         return Assessment(before, None)
     if opened is not None:
-        respect: dict[str, Any] = {"respect_words": True} if respect_words else {}
         load_fair_adapter(pipe, opened, **respect)
         model |= {"adapter": adapter, "adapter weights": opened.digest, **respect}
     else:

@@ -39,7 +39,13 @@ def finish(unfinished: Path, path: Path) -> None:
 
 def fsync(path: Path) -> None:
     """Flush a file, or the entries of a folder, to the disk."""
-    descriptor = os.open(path, os.O_RDONLY)
+    is_folder = path.is_dir()
+    try:  # Windows flushes only what is open for writing
+        descriptor = os.open(path, os.O_RDONLY if is_folder else os.O_RDWR)
+    except PermissionError:
+        if is_folder:  # Windows opens no folders
+            return
+        raise
     try:
         os.fsync(descriptor)
     finally:

@@ -1,27 +1,67 @@
 """The command `diffusers-fair`."""
 
 import json
-import re
+import signal
 import sys
+from collections.abc import Iterator
+from contextlib import contextmanager
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
 from rich.console import Console
+from typer.core import TyperCommand, TyperGroup
 
-from diffusers_fair.training.stopping import TrainingStoppedError
+from diffusers_fair.training.stopping import StoppedError, Terminated, exit_code, raise_on_sigterm
 
 if TYPE_CHECKING:
     from diffusers_fair.assess import Assessment
     from diffusers_fair.reports.comparison import Entry
 
+
+class _Commands(TyperGroup):
+    """Turns Ctrl-C and SIGTERM into one sentence on how to go on, and their exit codes."""
+
+    def invoke(self, ctx: Any) -> Any:
+        """Invoke the command."""
+        try:
+            return super().invoke(ctx)
+        except KeyboardInterrupt as stop:
+            number = signal.SIGTERM if isinstance(stop, Terminated) else signal.SIGINT
+            message = str(stop) or "stopped"
+            raise StoppedError(
+                f"{message}: give the same command again to go on", exit_code(number)
+            ) from stop
+
+
+class _Resumable(TyperCommand):
+    """A command that resumes what it finds in its folder `--out`."""
+
+    def invoke(self, ctx: Any) -> Any:
+        """Invoke the command."""
+        with _resumable(Path(ctx.params["out"])):
+            return super().invoke(ctx)
+
+
+@contextmanager
+def _resumable(folder: Path) -> Iterator[None]:
+    """If the user stops the command, say where its work is."""
+    try:
+        yield
+    except KeyboardInterrupt as stop:
+        if not stop.args and folder.exists():
+            stop.args = (f"stopped, with what was finished in '{folder}'",)
+        raise
+
+
 app = typer.Typer(
+    cls=_Commands,
     add_completion=False,
     no_args_is_help=True,
     pretty_exceptions_enable=False,
     help="Train, evaluate, share and load fairness adapters for Hugging Face diffusers.",
 )
-console = Console()
+console = Console(markup=False, highlight=False)  # what it prints is data
 classifier = typer.Typer(no_args_is_help=True, help="Train a classifier of your own.")
 app.add_typer(classifier, name="classifier")
 
@@ -75,7 +115,7 @@ BatchSize = Annotated[
 ]
 
 
-@app.command()
+@app.command(cls=_Resumable)
 def demo(
     out: Out = Path("runs/demo"),
     images: Annotated[int, typer.Option(help="Images per prompt.")] = 20,
@@ -137,15 +177,15 @@ def doctor(
         state = "ok     " if need.available else "missing"
         advice = "" if need.available else f"\n         {need.advice}"
         text = f"{state}  {need.what}  (for {', '.join(parts)}){advice}"
-        console.print(text, markup=False, highlight=False, soft_wrap=True)
+        _say(text)
     size = sum(need.size for need in found) / 1e9
-    console.print(f"weights on this machine: {size:.1f} GB", highlight=False)
+    _say(f"weights on this machine: {size:.1f} GB")
     gaps = [need for need in found if not need.available]
     if gaps:
         raise ValueError(f"recipe '{recipe}': {len(gaps)} requirements are missing, see above")
 
 
-@classifier.command("train")
+@classifier.command("train", cls=_Resumable)
 def classifier_train(
     source: Annotated[
         Path,
@@ -203,11 +243,11 @@ def classifier_train(
         grid.add_row(name, *map(str, row))
     console.print(grid)
     held = facts["pictures"]["held out"]
-    console.print(f"accuracy {facts['accuracy']:.3f} on {held} held-out images")
-    console.print(f"classifier in {out}; in a recipe: checkpoint:{out}", highlight=False)
+    _say(f"accuracy {facts['accuracy']:.3f} on {held} held-out images")
+    _say(f"classifier in {out}; in a recipe: checkpoint:{out}")
 
 
-@app.command()
+@app.command(cls=_Resumable)
 def evaluate(
     base: Annotated[
         str | None,
@@ -373,10 +413,10 @@ def compare(
     from diffusers_fair.reports.folder import save_comparison
 
     save_comparison(side_by_side([_entry(word) for word in reports], against), out)
-    console.print(f"comparison in {out}")
+    _say(f"comparison in {out}")
 
 
-@app.command()
+@app.command(cls=_Resumable)
 def generate(
     prompt: Annotated[list[str], typer.Argument(help="Prompts.")],
     base: Base = "testbed",
@@ -396,14 +436,18 @@ def generate(
     adapter_revision: AdapterRevision = None,
     batch_size: BatchSize = None,
 ) -> None:
-    """Generate images with or without an adapter."""
-    from PIL import Image
+    """Generate images with or without an adapter.
 
+    File names tell the prompt, the seed and the adapter. Images that the folder already has from
+    the same command are kept, and not generated again.
+    """
     from diffusers_fair.backends.registry import usual_guidance
     from diffusers_fair.evaluation.generate import generate as sample
+    from diffusers_fair.evaluation.image_files import file_stems, write_image
     from diffusers_fair.vision.images import to_arrays
 
-    pipe = _pipeline(
+    guidance_scale = guidance_scale or usual_guidance(base)
+    pipe, digest = _pipeline(
         base,
         adapter,
         respect_words,
@@ -412,21 +456,27 @@ def generate(
         revision=revision,
         adapter_revision=adapter_revision,
     )
-    out.mkdir(parents=True, exist_ok=True)
+    settings = [base, digest, steps, guidance_scale, respect_words]
+    stems = file_stems(prompt, seed=seed, adapter=adapter, settings=settings)
+    files = {
+        (i, j): out / f"{stem}-{j:03d}.png" for i, stem in enumerate(stems) for j in range(images)
+    }
+    existing = {place for place, file in files.items() if file.exists()}
     for batch in sample(
         pipe,
         prompt,
         images_per_prompt=images,
         steps=steps,
-        guidance_scale=guidance_scale or usual_guidance(base),
+        guidance_scale=guidance_scale,
         seed=seed,
         batch_size=batch_size,
+        skip=existing,
         progress=True,
     ):
         for image, i, j in zip(to_arrays(batch.images), batch.prompt, batch.image, strict=True):
-            file = out / f"{_slug(prompt[int(i)])}-{int(j):03d}.png"
-            Image.fromarray(image).save(file)
-    console.print(f"{len(prompt) * images} images in {out}")
+            write_image(files[int(i), int(j)], image)
+    before = f", {len(existing)} of them from before" if existing else ""
+    _say(f"{len(files)} images in {out}{before}")
 
 
 @app.command()
@@ -476,8 +526,8 @@ def push(
 
 
 def _say(text: str) -> None:
-    """Print a line without wrapping or markup."""
-    console.print(text, markup=False, highlight=False, soft_wrap=True)
+    """Print a line without wrapping."""
+    console.print(text, soft_wrap=True)
 
 
 @app.command()
@@ -514,7 +564,7 @@ def card(
     """Write the model card of an adapter, README.md in its folder, from its evaluation report."""
     from diffusers_fair.publishing.card import write_card
 
-    console.print(f"card in {write_card(adapter, report)}", highlight=False)
+    _say(f"card in {write_card(adapter, report)}")
 
 
 @app.command()
@@ -527,12 +577,14 @@ def recipes(
     if keys:
         _show_recipe_keys()
         return
+    from rich.text import Text
+
     from diffusers_fair.config.recipe import RECIPES
     from diffusers_fair.config.recipe import recipes as shipped
 
     for name in shipped():
         summary = (RECIPES / f"{name}.yaml").read_text("utf-8").splitlines()[0].lstrip("# ")
-        console.print(f"{name}  [dim]{summary}[/dim]", highlight=False)
+        console.print(Text.assemble(name, "  ", (summary, "dim")), soft_wrap=True)
 
 
 def _show_recipe_keys() -> None:
@@ -552,15 +604,16 @@ def _show_recipe_keys() -> None:
 def main() -> None:
     """Run the command line, and exit.
 
-    Exit codes: 0 success; 2 invalid input, with a message of one sentence; 143 training stopped by
-    SIGTERM, which can be resumed; 1 any other error.
+    Exit codes: 0 success; 2 invalid input, with a message of one sentence; 130 stopped by Ctrl-C
+    and 143 by SIGTERM, with a message on how to go on; 1 any other error.
     """
+    sys.stdout.reconfigure(errors="backslashreplace")  # type: ignore[union-attr]
     try:
-        if app(standalone_mode=False):  # interrupted
-            sys.exit(1)
+        with raise_on_sigterm():
+            app(standalone_mode=False)
     except typer.Abort:
         sys.exit(1)
-    except TrainingStoppedError as stop:
+    except StoppedError as stop:
         sys.stderr.write(f"diffusers-fair: {stop}\n")
         sys.exit(stop.code)
     except Exception as error:
@@ -578,16 +631,17 @@ def _is_usage_error(error: Exception) -> bool:
 
 def _train(recipe: str, overrides: list[str]) -> Path:
     from diffusers_fair.config.schema import RunConfig
-    from diffusers_fair.training.run_folder import claim_run_folder
+    from diffusers_fair.training.run_folder import check_run_folder
     from diffusers_fair.training.trainer import FairnessFinetuner
 
     config = RunConfig.load(recipe, overrides)
-    claim_run_folder(config)  # before any model is loaded
-    folder = FairnessFinetuner(config).train()
+    check_run_folder(config)  # before any model is loaded
+    with _resumable(Path(config.output)):
+        folder = FairnessFinetuner(config).train()
     from diffusers_fair import distributed
 
     if distributed.is_main():
-        console.print(f"adapter in {folder / 'adapter'}")
+        _say(f"adapter in {folder / 'adapter'}")
     return folder
 
 
@@ -606,19 +660,22 @@ def _pipeline(
     *,
     revision: str | None,
     adapter_revision: str | None,
-) -> Any:
+) -> tuple[Any, str | None]:
+    """Load the pipeline; return it with the digest of its adapter, if it has one."""
     from diffusers_fair.assess import check_adapter_options
     from diffusers_fair.backends import registry
-    from diffusers_fair.loading import load_fair_adapter
+    from diffusers_fair.loading import load_fair_adapter, open_fair_adapter
 
     check_adapter_options(adapter, respect_words, adapter_revision)
     registry.check_revision(base, revision)
     chosen = registry.choose_base_device(base, device)
     dtype = registry.base(base).usual_dtype if dtype is None else dtype
+    opened = None if adapter is None else open_fair_adapter(adapter, revision=adapter_revision)
     pipe = registry.load_base(base, revision, dtype, chosen)
-    if adapter is not None:
-        load_fair_adapter(pipe, adapter, revision=adapter_revision, respect_words=respect_words)
-    return pipe
+    if opened is None:
+        return pipe, None
+    load_fair_adapter(pipe, opened, respect_words=respect_words)
+    return pipe, opened.digest
 
 
 def _show_assessment(assessment: "Assessment", out: Path) -> None:
@@ -635,7 +692,7 @@ def _show(grid: Any, out: Path, warning: str = "") -> None:
         console.print(grid)
         if warning:
             _say(f"Warning: {warning}")
-        console.print(f"report in {out}")
+        _say(f"report in {out}")
 
 
 def _entry(word: str) -> "Entry":
@@ -649,8 +706,3 @@ def _entry(word: str) -> "Entry":
     report = load_report(folder)
     group, _, label = name.rpartition("/")
     return Entry(label=label or report.label, report=report, group=group)
-
-
-def _slug(text: str) -> str:
-    """Turn a prompt into a file name."""
-    return re.sub(r"[^a-z0-9]+", "-", text.lower()).strip("-")[:60] or "empty"

@@ -11,6 +11,7 @@ from typing import Any
 import torch
 from torch import nn
 
+from diffusers_fair import atomic
 from diffusers_fair.attributes import Attribute
 from diffusers_fair.backends.errors import loading
 from diffusers_fair.backends.labels import group, merge, merge_counts
@@ -42,14 +43,14 @@ def write(folder: str | Path, network: nn.Module, facts: Mapping[str, Any]) -> N
         network: a `mobilenet`.
         facts: `classes`, `size`, and any other JSON values.
     """
-    from safetensors.torch import save_file
+    from safetensors.torch import save
 
     folder = Path(folder)
     folder.mkdir(parents=True, exist_ok=True)
     state = {name: value.cpu().contiguous() for name, value in network.state_dict().items()}
-    save_file(state, folder / WEIGHTS)
+    atomic.write(folder / WEIGHTS, save(state))
     text = json.dumps({"format": _FORMAT, **facts}, indent=1)
-    (folder / _FACTS).write_text(text, encoding="utf-8")
+    atomic.write(folder / _FACTS, text.encode())
 
 
 def _read_facts(folder: str | Path) -> dict[str, Any]:

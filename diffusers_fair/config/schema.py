@@ -289,7 +289,8 @@ class TrainSection(Section):
     """Length of the training, memory, validation and checkpoints."""
 
     iterations: PositiveInt = 10_000
-    """Number of updates."""
+    """Number of updates. May be raised later to continue a run: training goes on from its last
+    checkpoint. A learning rate that decays then follows the longer schedule, so it rises first."""
     prompts_per_iteration: PositiveInt = 1
     """Prompts per update, over all processes."""
     distinct_iterations: PositiveInt | None = None

@@ -1,7 +1,8 @@
 """The loop over the batches of an evaluation, resumable and shared by all processes."""
 
 import shutil
-from collections.abc import Callable, Mapping, MutableMapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, MutableMapping, Sequence
+from contextlib import contextmanager, nullcontext
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -13,6 +14,7 @@ from diffusers_fair import distributed
 from diffusers_fair.evaluation.batch_size import default_batch_size
 from diffusers_fair.evaluation.generate import pairs_of, progress_bar
 from diffusers_fair.evaluation.journal import BatchRecords, Journal, stored_batch_size
+from diffusers_fair.folder_lock import folder_lock
 from diffusers_fair.reports.folder import save_report
 from diffusers_fair.reports.records import Records
 from diffusers_fair.reports.report import Report
@@ -40,6 +42,16 @@ class Execution:
     def journal_folder(self) -> Path | None:
         """Folder of the journals, from which the evaluation can be resumed."""
         return None if self.out is None else self.out / PARTIAL
+
+    @contextmanager
+    def lock(self) -> Iterator[None]:
+        """Keep other launches out of the report's folder, if there is one.
+
+        Raises:
+            ValueError: another process is writing to it.
+        """
+        with nullcontext() if self.out is None else folder_lock(self.out):
+            yield
 
     def title(self, part: str) -> str | None:
         """Return the title of the progress bar of a part; None to show none."""

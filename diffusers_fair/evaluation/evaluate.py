@@ -156,50 +156,52 @@ def measure(
         reference: the base model's report.
 
     Raises:
-        ValueError: an extra score has a reserved name, or the folder holds another report.
+        ValueError: an extra score has a reserved name, the folder holds another report, or another
+            process is writing to it.
     """
     judges, out = execution.judges, execution.out
     for name in judges.extra.keys() & {*SCORE_NAMES, "face_rate"}:
         raise ValueError(f"an extra score must not have the reserved name '{name}': rename it")
-    facts: Mapping[str, Any] = provenance(execution.device) | {"model": dict(model)}
-    if out is not None and (out / FILE).exists():
-        return _load_same(out, settings, groups, facts)
-    origin = None if reference is None else reference.provenance
-    texts = prompt_features(settings.prompts, judges.clip)  # (P, d)
-    before = None if reference is None else reference.records
-    records, samples, facts = judge_all(
-        execution.journal_folder,
-        {
-            "settings": settings.json(),
-            "label": execution.label,
-            **model,
-            "reference": origin,
-        },
-        facts,
-        counts,
-        lambda pairs: judge_batch(read(pairs), settings, judges, texts, before),
-        execution,
-        "neutral prompts",
-    )
-    measured = {}
-    for group in groups:
-        base = None if reference is None else reference.groups[group.name].select(group).records
-        measured[group.name] = measure_group(
-            pipe, group, settings, execution, base, execution.journal_folder, origin
+    with execution.lock():
+        facts: Mapping[str, Any] = provenance(execution.device) | {"model": dict(model)}
+        if out is not None and (out / FILE).exists():
+            return _load_same(out, settings, groups, facts)
+        origin = None if reference is None else reference.provenance
+        texts = prompt_features(settings.prompts, judges.clip)  # (P, d)
+        before = None if reference is None else reference.records
+        records, samples, facts = judge_all(
+            execution.journal_folder,
+            {
+                "settings": settings.json(),
+                "label": execution.label,
+                **model,
+                "reference": origin,
+            },
+            facts,
+            counts,
+            lambda pairs: judge_batch(read(pairs), settings, judges, texts, before),
+            execution,
+            "neutral prompts",
         )
-    report = Report(
-        label=execution.label,
-        settings=settings,
-        records=records,
-        samples=samples,
-        groups=measured,
-        provenance=facts,
-        confusion=confusion_of(settings.attributes, judges),
-        reference=reference,
-    )
-    if out is not None:
-        save_once(report, out)
-    return report
+        measured = {}
+        for group in groups:
+            base = None if reference is None else reference.groups[group.name].select(group).records
+            measured[group.name] = measure_group(
+                pipe, group, settings, execution, base, execution.journal_folder, origin
+            )
+        report = Report(
+            label=execution.label,
+            settings=settings,
+            records=records,
+            samples=samples,
+            groups=measured,
+            provenance=facts,
+            confusion=confusion_of(settings.attributes, judges),
+            reference=reference,
+        )
+        if out is not None:
+            save_once(report, out)
+        return report
 
 
 def _load_same(

@@ -3,7 +3,7 @@
 The pipeline itself is called, so its adapters and baselines take effect.
 """
 
-from collections.abc import Iterator, Sequence
+from collections.abc import Container, Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
 from hashlib import sha256
@@ -57,17 +57,21 @@ def prompt_key(text: str, negative: str = "") -> int:
     return int.from_bytes(sha256(f"{text}\n{negative}".encode()).digest()[:8], "big")
 
 
-def pairs_of(images: Sequence[int], batch_size: int) -> list[np.ndarray]:
+def pairs_of(
+    images: Sequence[int], batch_size: int, skip: Container[tuple[int, int]] = ()
+) -> list[np.ndarray]:
     """Split all images into batches of prompt and image indices, prompt by prompt.
 
     Args:
         images: number of images of each prompt.
         batch_size: images in a batch, of one prompt or several.
+        skip: pairs (i, j) to leave out.
 
     Returns:
         For each batch, integers (n, 2), n <= batch_size.
     """
-    pairs = np.array([(i, j) for i, count in enumerate(images) for j in range(count)])
+    every = [(i, j) for i, count in enumerate(images) for j in range(count)]
+    pairs = np.array([pair for pair in every if pair not in skip])
     return [pairs[start : start + batch_size] for start in range(0, len(pairs), batch_size)]
 
 
@@ -131,6 +135,7 @@ def generate(
     guidance_scale: float,
     seed: int,
     batch_size: int | None = None,
+    skip: Container[tuple[int, int]] = (),
     progress: bool = True,
 ) -> Iterator[ImageBatch]:
     """Generate images of all prompts, prompt by prompt, and yield one batch at a time.
@@ -144,6 +149,7 @@ def generate(
         seed: random seed, >= 0.
         batch_size: images generated at once, of one prompt or several. Default: as
             `default_batch_size`.
+        skip: images to leave out, as pairs of prompt and image index.
         progress: whether to show a progress bar on stderr.
     """
 
@@ -156,7 +162,7 @@ def generate(
     if batch_size is None:
         first = pairs_of(counts, 1)[0]
         batch_size = default_batch_size(device_of(pipe), lambda: generate_pairs(first, 1))
-    batches = pairs_of(counts, batch_size)
+    batches = pairs_of(counts, batch_size, skip)
     with progress_bar(sum(map(len, batches)), "images" if progress else None) as advance:
         for pairs in batches:
             yield generate_pairs(pairs, steps)
@@ -187,8 +193,9 @@ def progress_bar(total: int, title: str | None):
         raise ModuleNotFoundError(
             "the progress bar needs rich: pip install 'diffusers-fair[train]', or progress=False"
         ) from None
-    count = rich.TextColumn(title), rich.BarColumn(), rich.MofNCompleteColumn()
+    text = rich.TextColumn("{task.description}", markup=False)
+    count = text, rich.BarColumn(), rich.MofNCompleteColumn()
     times = rich.TimeElapsedColumn(), rich.TextColumn("left"), rich.TimeRemainingColumn()
     with rich.Progress(*count, *times, console=Console(stderr=True)) as bar:
-        task = bar.add_task("images", total=total)
+        task = bar.add_task(title, total=total)
         yield lambda images: bar.update(task, advance=images)

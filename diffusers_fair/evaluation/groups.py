@@ -60,7 +60,8 @@ def with_groups(
 
     Raises:
         ValueError: the reference's images come from a folder, the judges count other faces than
-            the reference, or a group of prompts cannot be measured.
+            the reference, a group of prompts cannot be measured, or another process is writing to
+            the folder.
     """
     settings = reference.settings
     if settings.seed is None:
@@ -82,12 +83,13 @@ def with_groups(
     )
     journals = execution.journal_folder
     folder = None if journals is None else journals / "reference"
-    measured = {
-        group.name: reference.groups[group.name].select(group)
-        if has_group(reference, group)
-        else measure_group(pipe, group, settings, execution, None, folder, reference.provenance)
-        for group in groups
-    }
+    with execution.lock():
+        measured = {
+            group.name: reference.groups[group.name].select(group)
+            if has_group(reference, group)
+            else measure_group(pipe, group, settings, execution, None, folder, reference.provenance)
+            for group in groups
+        }
     return replace(reference, groups=measured)
 
 

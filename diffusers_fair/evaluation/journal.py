@@ -40,7 +40,7 @@ class Journal:
     def begin(
         cls, folder: Path, identity: Mapping[str, Any], provenance: Mapping[str, Any]
     ) -> "Journal":
-        """Create a journal, or resume the one in the folder.
+        """Create a journal, or resume the one in the folder; one without batches is replaced.
 
         Args:
             folder: created if needed.
@@ -52,7 +52,7 @@ class Journal:
         """
         folder.mkdir(parents=True, exist_ok=True)
         identity = json.loads(json.dumps(identity))
-        if not (folder / _STATE).exists():
+        if not any(folder.glob("batch-*.npz")):
             text = json.dumps({"asked": identity, "provenance": provenance}, indent=1)
             atomic.write(folder / _STATE, text.encode())
         stored = _state(folder)["asked"]

@@ -8,7 +8,7 @@ import hashlib
 import json
 import re
 from collections.abc import Iterator
-from contextlib import contextmanager, suppress
+from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -76,6 +76,7 @@ def push_adapter(
         dry_run: check the folder and list what would be pushed, without any request or file.
 
     Raises:
+        KeyboardInterrupt: Ctrl-C; the message says in what state the repository is.
         ValueError: the folder is not an adapter, there is no token, the repository holds something
             else, or the Hub refuses. The message also says in what state the repository is.
     """
@@ -164,12 +165,16 @@ class _Attempt:
         try:
             remote = remote or self._make(private)
             commit = self._commit(remote, create_pr, message)
-        except KeyboardInterrupt:
-            with suppress(Exception):
-                self._undo()
+        except KeyboardInterrupt as stop:
+            url, state = self._settle(create_pr)
+            outcome = f"was pushed all the same: {url}" if url else f"was not pushed: {state}"
+            stop.args = (f"stopped: '{self.repo_id}' {outcome}",)
             raise
         except Exception as error:
-            return self._settle(error, create_pr)
+            url, state = self._settle(create_pr)
+            if url is None:
+                raise ValueError(self._failure(error, state)) from error
+            return url
         return commit and (commit.pr_url or commit.commit_url)
 
     def _get(self, revision: str) -> ModelInfo | None:
@@ -251,17 +256,22 @@ class _Attempt:
                 self.requested.pop()
             raise
 
-    def _settle(self, error: Exception, create_pr: bool) -> str:
-        """Return the URL if only the answer was lost; otherwise undo the push and raise."""
+    def _settle(self, create_pr: bool) -> tuple[str | None, str]:
+        """Return the URL if only the answer was lost; otherwise undo the push.
+
+        Returns:
+            The URL or None, and the state of the Hub in words.
+        """
         try:
             if "commit" in self.requested and (url := self._arrived(create_pr)):
-                return url
+                return url, "pushed"
             self._undo()
-            state = "nothing on the Hub was changed"
+            return None, "nothing on the Hub was changed"
         except Exception:
             changes = " and ".join(self.requested)
-            state = f"whether the {changes} was created is not known: check the Hub, or push again"
-        raise ValueError(self._failure(error, state)) from error
+            return None, (
+                f"whether the {changes} was created is not known: check the Hub, or push again"
+            )
 
     def _arrived(self, create_pr: bool) -> str | None:
         """Return the URL of the push if it has arrived."""

@@ -24,6 +24,7 @@ def table(before: Report, after: Report | None = None) -> "Table":
     """
     try:
         from rich.table import Table
+        from rich.text import Text
     except ModuleNotFoundError:
         raise ModuleNotFoundError("tables need rich: pip install 'diffusers-fair[train]'") from None
     reports = [before] if after is None else [before, after]
@@ -35,9 +36,10 @@ def table(before: Report, after: Report | None = None) -> "Table":
     )
     grid.add_column("")
     for report in reports:
-        grid.add_column(report.label)  # without a minimum: a narrow console wraps, and cuts nothing
+        # without a minimum: a narrow console wraps, and cuts nothing
+        grid.add_column(Text(report.label))
     for row in [*_rows(reports), *_measure_rows(reports)]:
-        grid.add_row(*row)
+        grid.add_row(*map(Text, row))  # names are no markup
     return grid
 
 

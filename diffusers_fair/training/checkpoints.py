@@ -35,7 +35,7 @@ def save_checkpoint(folder: Path, step: int, state: dict[str, Any], keep: int) -
     unfinished.mkdir(parents=True)
     try:
         (unfinished / _STATE).write_bytes(data)
-        (unfinished / _DIGEST).write_text(hashlib.sha256(data).hexdigest())
+        (unfinished / _DIGEST).write_text(hashlib.sha256(data).hexdigest(), "ascii")
         shutil.rmtree(final, ignore_errors=True)  # if it is damaged
         atomic.finish(unfinished, final)
     except BaseException:
@@ -73,7 +73,7 @@ def discard_checkpoints_after(folder: Path, step: int) -> None:
 def _read(path: Path) -> dict[str, Any]:
     data = (path / _STATE).read_bytes()
     digest = path / _DIGEST
-    if digest.exists() and digest.read_text() != hashlib.sha256(data).hexdigest():
+    if digest.exists() and digest.read_text("ascii") != hashlib.sha256(data).hexdigest():
         raise ValueError(f"{_STATE} has another checksum than when it was written")
     return torch.load(io.BytesIO(data), weights_only=True, map_location="cpu")
 

@@ -5,7 +5,7 @@ The images should be cropped as the judges crop faces: to a square 1.5 times the
 
 import json
 from collections import Counter
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import asdict, dataclass
 from io import BytesIO
 from pathlib import Path
@@ -15,9 +15,12 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
+from diffusers_fair import atomic
 from diffusers_fair.backends import trained_classifier
 from diffusers_fair.backends.errors import loading
 from diffusers_fair.devices import choose_device, choose_dtype
+from diffusers_fair.folder_lock import LOCK, folder_lock
+from diffusers_fair.training.stopping import SignalHandler, StoppedError, exit_code
 from diffusers_fair.vision.encoders import Pixels
 from diffusers_fair.vision.images import from_bytes
 
@@ -162,22 +165,32 @@ def train_classifier(
         The contents of `classifier.json`, with `accuracy` on the held-out images and `confusion`
         (rows are true classes, columns predicted classes).
 
+    A training that was stopped is resumed by the same call.
+
     Raises:
-        ValueError: the folder is not empty, the device is not available, or ImageNet weights cannot
-            be downloaded.
+        StoppedError: stopped by Ctrl-C or SIGTERM; the message says how to resume.
+        ValueError: the folder is not empty, another process is training in it, the device is not
+            available, or ImageNet weights cannot be downloaded.
     """
-    folder = Path(folder)
-    if folder.exists() and (not folder.is_dir() or any(folder.iterdir())):
-        raise ValueError(f"'{folder}' is not an empty folder: choose another folder")
     chosen = choose_device(device)
+    with folder_lock(Path(folder)):
+        return _train(images, Path(folder), settings, chosen)
+
+
+def _train(
+    images: LabelledImages, folder: Path, settings: Settings, device: torch.device
+) -> dict[str, Any]:
+    checkpoint = _Checkpoint(folder, images, settings)
     g = torch.Generator().manual_seed(settings.seed)
     train, held = _hold_out(images.labels, settings.held_out, g)
-    gpus = [chosen] if chosen.type == "cuda" else []
+    gpus = [device] if device.type == "cuda" else []
     with torch.random.fork_rng(gpus):  # initial weights, dropout and augmentation
         torch.manual_seed(settings.seed)
-        network = _network(len(images.classes), settings.pretrained)
-        network.to(chosen)
-        _fit(network, images, train, settings, g)
+        network = _network(
+            len(images.classes), settings.pretrained and not checkpoint.file.exists()
+        )
+        network.to(device)
+        _fit(network, images, train, settings, g, checkpoint)
     predictions = _predict(network, images, held, settings)
     confusion = _confusion(images.labels[held], predictions, len(images.classes))
     facts = {
@@ -190,7 +203,79 @@ def train_classifier(
         "settings": asdict(settings),
     }
     trained_classifier.write(folder, network, facts)
+    checkpoint.file.unlink(missing_ok=True)
     return facts
+
+
+class _Checkpoint:
+    """The state of a training that has not finished, in the folder of the classifier.
+
+    Args:
+        folder: the folder.
+        images: labelled images.
+        settings: options.
+
+    Raises:
+        ValueError: the folder holds something else, or another training.
+    """
+
+    def __init__(self, folder: Path, images: LabelledImages, settings: Settings):
+        self.file = folder / "training.pt"
+        self.identity = {
+            "settings": asdict(settings),
+            "classes": list(images.classes),
+            "labels": images.labels.tolist(),
+        }
+        self.state: dict[str, Any] = {}
+        if self.file.exists():
+            self.state = torch.load(self.file, weights_only=True, map_location="cpu")
+            if self.state["identity"] != self.identity:
+                raise ValueError(
+                    f"'{folder}' holds a training that was stopped, with other images or options: "
+                    "give the same to resume it, or choose another folder"
+                )
+        elif folder.exists() and (not folder.is_dir() or _has_files(folder)):
+            raise ValueError(f"'{folder}' is not an empty folder: choose another folder")
+
+    def save(self, parts: Mapping[str, Any], epoch: int, done: int, order: Tensor) -> None:
+        """Replace the state.
+
+        Args:
+            parts: name -> network, optimizer or schedule.
+            epoch: index of the epoch.
+            done: number of batches done in it.
+            order: state of the generator that shuffles it.
+        """
+        state = {name: part.state_dict() for name, part in parts.items()}
+        state |= {"epoch": epoch, "done": done, "order": order, "rng": torch.get_rng_state()}
+        buffer = BytesIO()
+        torch.save({"identity": self.identity, **state}, buffer)
+        atomic.write(self.file, buffer.getvalue())
+
+    def restore(self, parts: Mapping[str, Any], g: torch.Generator) -> tuple[int, int]:
+        """Restore the state, if there is one; return its epoch and the batches done in it."""
+        if not self.state:
+            return 0, 0
+        for name, part in parts.items():
+            part.load_state_dict(self.state[name])
+        g.set_state(self.state["order"])
+        torch.set_rng_state(self.state["rng"])
+        return self.state["epoch"], self.state["done"]
+
+
+def _stopped(checkpoint: _Checkpoint, where: str, signals: SignalHandler) -> StoppedError:
+    return StoppedError(
+        f"stopped {where}, which is saved in '{checkpoint.file}': give the same command again to "
+        "resume",
+        exit_code(signals.received),
+    )
+
+
+def _has_files(folder: Path) -> bool:
+    """Whether a folder has other files than those of a training that is starting."""
+    return any(
+        path.name != LOCK and not path.name.startswith(atomic.PARTIAL) for path in folder.iterdir()
+    )
 
 
 def _network(classes: int, pretrained: bool) -> nn.Module:
@@ -206,9 +291,14 @@ def _network(classes: int, pretrained: bool) -> nn.Module:
 
 
 def _fit(
-    network: nn.Module, images: LabelledImages, rows: Tensor, settings: Settings, g: torch.Generator
+    network: nn.Module,
+    images: LabelledImages,
+    rows: Tensor,
+    settings: Settings,
+    g: torch.Generator,
+    checkpoint: _Checkpoint,
 ) -> None:
-    """Minimize the cross-entropy of augmented images."""
+    """Minimize the cross-entropy of augmented images, from the checkpoint on if it has a state."""
     from rich.progress import track
     from torchvision.transforms import v2
 
@@ -226,21 +316,40 @@ def _fit(
     dtype = choose_dtype(settings.dtype, device)
     scaler = torch.amp.GradScaler(device.type, enabled=dtype == torch.float16)
     schedule = torch.optim.lr_scheduler.CosineAnnealingLR(optimizer, epochs)
+    parts: dict[str, Any] = {
+        "network": network,
+        "optimizer": optimizer,
+        "schedule": schedule,
+        "scaler": scaler,
+    }
+    first, done = checkpoint.restore(parts, g)
     network.train()
-    for epoch in range(epochs):
-        order = rows[torch.randperm(len(rows), generator=g)]
-        batches = [b for b in order.split(settings.batch_size) if len(b) > 1]  # for the batch norms
-        for batch in track(batches, f"epoch {epoch + 1} of {epochs}", transient=True):
-            colours = (_load(images, batch, size) + 1) / 2  # (n, 3, size, size) in [0, 1]
-            x = torch.stack([augment(image) for image in colours]).to(device) * 2 - 1
-            with torch.autocast(device.type, dtype, enabled=dtype != torch.float32):
-                logits = network(pixels(x))
-            loss = F.cross_entropy(logits.float(), images.labels[batch].to(device))
-            optimizer.zero_grad()
-            scaler.scale(loss).backward()
-            scaler.step(optimizer)
-            scaler.update()
-        schedule.step()
+    with SignalHandler() as signals:
+        for epoch in range(first, epochs):
+            order_state = g.get_state()  # from which a resumed epoch gets the same order
+            order = rows[torch.randperm(len(rows), generator=g)]
+            batches = [b for b in order.split(settings.batch_size) if len(b) > 1]  # for batch norms
+            title = f"epoch {epoch + 1} of {epochs}"
+            todo = track(batches[done:], title, len(batches), completed=done, transient=True)
+            for count, batch in enumerate(todo, done + 1):
+                colours = (_load(images, batch, size) + 1) / 2  # (n, 3, size, size) in [0, 1]
+                x = torch.stack([augment(image) for image in colours]).to(device) * 2 - 1
+                with torch.autocast(device.type, dtype, enabled=dtype != torch.float32):
+                    logits = network(pixels(x))
+                loss = F.cross_entropy(logits.float(), images.labels[batch].to(device))
+                optimizer.zero_grad()
+                scaler.scale(loss).backward()
+                scaler.step(optimizer)
+                scaler.update()
+                if signals.received and count < len(batches):
+                    checkpoint.save(parts, epoch, count, order_state)
+                    raise _stopped(checkpoint, f"after batch {count} of {title}", signals)
+            schedule.step()
+            done = 0
+            if epoch + 1 < epochs:
+                checkpoint.save(parts, epoch + 1, 0, g.get_state())
+                if signals.received:
+                    raise _stopped(checkpoint, f"after {title}", signals)
     # recompute the statistics of the batch norms, whose momentum is too small for few images
     plain = (pixels(_load(images, batch, size)) for batch in batches)
     torch.optim.swa_utils.update_bn(plain, network, device)

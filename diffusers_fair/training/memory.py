@@ -227,8 +227,12 @@ def peak(device: torch.device) -> int:
         return torch.cuda.max_memory_reserved(device) + _outside_torch(device)
     if device.type == "mps":
         return torch.mps.driver_allocated_memory()
-    import resource
+    try:
+        import resource
+    except ModuleNotFoundError:  # Windows
+        import psutil  # comes with accelerate
 
+        return psutil.Process().memory_info().peak_wset
     maximum = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
     return maximum if sys.platform == "darwin" else maximum * 1024
 
@@ -241,7 +245,7 @@ def reset_peak(device: torch.device) -> None:
     elif device.type == "mps":
         torch.mps.empty_cache()
     elif sys.platform == "linux":
-        Path("/proc/self/clear_refs").write_text("5")
+        Path("/proc/self/clear_refs").write_bytes(b"5")
 
 
 def _outside_torch(device: torch.device) -> int:

@@ -72,7 +72,7 @@ def progress_bar(
         BarColumn(20),
         MofNCompleteColumn(),
         TimeRemainingColumn(),
-        TextColumn("{task.description}"),
+        TextColumn("{task.description}", markup=False),
     )
     with Progress(*columns, disable=not is_shown) as progress:
         task = progress.add_task("", completed=step, total=total)

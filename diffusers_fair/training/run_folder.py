@@ -7,6 +7,7 @@ from pathlib import Path
 
 from diffusers_fair import atomic
 from diffusers_fair.config.schema import RunConfig
+from diffusers_fair.folder_lock import LOCK
 from diffusers_fair.training.checkpoints import discard_checkpoints_after
 
 _RECIPE = "recipe.yaml"
@@ -38,6 +39,10 @@ class RunFolder:
         """Return the path of the sample images of a validation."""
         return self.path / "samples" / f"step-{step:06d}.png"
 
+    def has_iterations(self) -> bool:
+        """Whether a training has made an iteration here, which another recipe would discard."""
+        return self.events.file.exists() or any(self.checkpoints.glob("step-*"))
+
     def discard_after(self, step: int) -> None:
         """Remove unfinished files, and everything that was written after an iteration."""
         discard_checkpoints_after(self.checkpoints, step)
@@ -49,34 +54,54 @@ class RunFolder:
 
 
 def claim_run_folder(config: RunConfig) -> RunFolder:
-    """Create the run folder with the recipe in it, or check that it belongs to the same recipe.
+    """Create the run folder, and write the recipe to it.
+
+    Raises:
+        ValueError: as `check_run_folder`.
+    """
+    folder = check_run_folder(config)
+    folder.path.mkdir(parents=True, exist_ok=True)
+    recipe = folder.path / _RECIPE
+    if not recipe.exists() or config.differences(RunConfig.load(recipe)):
+        atomic.write(recipe, config.to_yaml().encode())
+    return folder
+
+
+def check_run_folder(config: RunConfig) -> RunFolder:
+    """Check that a training may use its run folder, without changing it.
+
+    The folder may hold a run of the same recipe, with as many iterations or fewer; or a run without
+    any iteration yet, of any recipe.
 
     Memory options may differ, so that a run that is out of memory can be resumed.
 
     Raises:
         ValueError: the folder holds another run, or something else.
     """
-    folder, recipe = Path(config.output), Path(config.output) / _RECIPE
+    folder = RunFolder(Path(config.output))
+    recipe = folder.path / _RECIPE
     if not recipe.exists():
-        if folder.exists() and (not folder.is_dir() or _has_other_files(folder)):
-            raise ValueError(f"output '{folder}' holds something else: choose another folder")
-        folder.mkdir(parents=True, exist_ok=True)
-        atomic.write(recipe, config.to_yaml().encode())
+        if folder.path.exists() and (not folder.path.is_dir() or _has_other_files(folder.path)):
+            raise ValueError(f"output '{folder.path}' holds something else: choose another folder")
+        return folder
     different = config.differences(RunConfig.load(recipe))
-    if keys := [key for key in different if key not in _SAME_RESULT]:
-        key = keys[0]
-        mine, theirs = different[key]
+    mine, theirs = different.get("train.iterations", (0, 0))
+    if mine > theirs:
+        del different["train.iterations"]
+    different = {key: pair for key, pair in different.items() if key not in _SAME_RESULT}
+    if different and folder.has_iterations():
+        key, (mine, theirs) = next(iter(different.items()))
         raise ValueError(
-            f"output '{folder}' holds another run ({key} is {theirs} there and {mine} here): "
+            f"output '{folder.path}' holds another run ({key} is {theirs} there and {mine} here): "
             "choose another folder, or use the same recipe to resume that run"
         )
-    return RunFolder(folder)
+    return folder
 
 
 def _has_other_files(folder: Path) -> bool:
     """Whether a folder has other files than those that processes write while they claim it."""
     return any(
-        path.name != _RECIPE and not path.name.startswith(atomic.PARTIAL)
+        path.name not in (_RECIPE, LOCK) and not path.name.startswith(atomic.PARTIAL)
         for path in folder.iterdir()
     )
 

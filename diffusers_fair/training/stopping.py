@@ -1,20 +1,22 @@
-"""Reasons to stop training early, each with advice on how to resume."""
+"""Reasons to stop early, each with advice on how to resume."""
 
 import errno
+import os
 import signal
 import threading
+import time
 from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
 from types import FrameType
 from typing import Any
 
-TERMINATED = 128 + signal.SIGTERM  # exit code
 _DISK_FULL = (errno.ENOSPC, errno.EDQUOT, errno.EFBIG)
+_ECHO = 1.0  # seconds in which a launcher may pass on a Ctrl-C that the process has already got
 
 
-class TrainingStoppedError(Exception):
-    """Training has stopped early.
+class StoppedError(Exception):
+    """A command has stopped early.
 
     Args:
         message: one sentence on the reason and on how to resume.
@@ -26,27 +28,63 @@ class TrainingStoppedError(Exception):
         self.code = code
 
 
-class SigtermHandler:
-    """Defers SIGTERM until the current iteration has been checkpointed.
+class TrainingStoppedError(StoppedError):
+    """Training has stopped early."""
 
-    Python handles signals in the main thread only: in other threads this does nothing.
+
+class Terminated(KeyboardInterrupt):
+    """SIGTERM has arrived, which stops a command as Ctrl-C does."""
+
+
+def exit_code(number: int) -> int:
+    """Return the exit code of a command that a signal has stopped."""
+    return 128 + number
+
+
+@contextmanager
+def raise_on_sigterm() -> Iterator[None]:
+    """Raise `Terminated` on SIGTERM, so that it unwinds as Ctrl-C does."""
+
+    def terminate(number: int, frame: FrameType | None) -> None:
+        raise Terminated
+
+    previous = signal.signal(signal.SIGTERM, terminate)
+    try:
+        yield
+    finally:
+        signal.signal(signal.SIGTERM, previous)
+
+
+class SignalHandler:
+    """Defers SIGTERM and the first Ctrl-C until the work has been saved.
+
+    A second Ctrl-C interrupts at once. Python handles signals in the main thread only: in other
+    threads this does nothing.
     """
 
     def __init__(self) -> None:
-        self.is_requested = False
-        self._previous: Any = None
+        self.received = 0
+        """Number of the first signal; 0 if there was none."""
+        self._time = 0.0  # of the first signal
+        self._previous: dict[int, Any] = {}
 
-    def __enter__(self) -> "SigtermHandler":
+    def __enter__(self) -> "SignalHandler":
         if threading.current_thread() is threading.main_thread():
-            self._previous = signal.signal(signal.SIGTERM, self._request)
+            for number in (signal.SIGINT, signal.SIGTERM):
+                if signal.getsignal(number) is not signal.SIG_IGN:  # as shells do for `command &`
+                    self._previous[number] = signal.signal(number, self._defer)
         return self
 
     def __exit__(self, *_: object) -> None:
-        if self._previous is not None:
-            signal.signal(signal.SIGTERM, self._previous)
+        for number, handler in self._previous.items():
+            signal.signal(number, handler)
 
-    def _request(self, signal_number: int, frame: FrameType | None) -> None:
-        self.is_requested = True
+    def _defer(self, number: int, frame: FrameType | None) -> None:
+        if not self.received:
+            self.received, self._time = number, time.monotonic()
+            os.write(2, b"\nstopping once the work is saved; Ctrl-C again stops at once\n")
+        elif number == signal.SIGINT and time.monotonic() - self._time > _ECHO:
+            raise KeyboardInterrupt
 
 
 @contextmanager

@@ -24,6 +24,7 @@ from diffusers_fair.backends.registry import choose_base_device, load_base, load
 from diffusers_fair.config.schema import RunConfig
 from diffusers_fair.families import denoiser_of
 from diffusers_fair.families.fingerprint import base_fingerprint
+from diffusers_fair.folder_lock import folder_lock
 from diffusers_fair.prompts import prompt_set
 from diffusers_fair.prompts.mixtures import prompt_mixture
 from diffusers_fair.provenance import machine
@@ -46,11 +47,11 @@ from diffusers_fair.training.memory import (
 from diffusers_fair.training.monitor import TrainingMonitor
 from diffusers_fair.training.optimizer import NonFiniteGuard, clip_gradient, make_optimizer
 from diffusers_fair.training.progress import IterationStatistics, progress_bar, tracker
-from diffusers_fair.training.run_folder import RunFolder, claim_run_folder
+from diffusers_fair.training.run_folder import RunFolder, check_run_folder, claim_run_folder
 from diffusers_fair.training.stopping import (
-    TERMINATED,
-    SigtermHandler,
+    SignalHandler,
     TrainingStoppedError,
+    exit_code,
     explain_full_disk,
 )
 from diffusers_fair.training.validation import Validation, save_samples
@@ -135,29 +136,32 @@ class FairnessFinetuner:
             The run folder, with `adapter/` and `adapter-best/` in it.
 
         Raises:
-            TrainingStoppedError: stopped by a SIGTERM, a full disk, a GPU without memory or too
-                many non-finite updates; the message says how to resume.
-            ValueError: the run folder holds another run; the memory budget is too small; there are
-                more processes than images.
+            TrainingStoppedError: stopped by Ctrl-C, a SIGTERM, a full disk, a GPU without memory or
+                too many non-finite updates; the message says how to resume.
+            ValueError: the run folder holds another run, or another process is training in it; the
+                memory budget is too small; there are more processes than images.
         """
-        folder = claim_run_folder(self.config)
+        path = Path(self.config.output)
         with (
-            SigtermHandler() as sigterm,
-            explain_full_disk(folder.path),
+            folder_lock(path),
+            SignalHandler() as signals,
+            explain_full_disk(path),
             deterministic_algorithms(self.config.train.deterministic),
         ):
+            folder = check_run_folder(self.config)
+            batch = sample_batch(self.config, self.prompts, 0)
+            distributed.shard(len(batch.noise))  # refuses more processes than images
             self._resume(folder)
             budget = self.config.train.memory_budget
             if budget is not None and self.gradient.micro_batch is None:
-                choose_micro_batch(
-                    self.gradient, sample_batch(self.config, self.prompts, 0), budget
-                )
+                choose_micro_batch(self.gradient, batch, budget)
+            claim_run_folder(self.config)  # after all that may refuse to start
             with explain_out_of_memory(lambda: how_to_save_memory(self.gradient)):
-                self._loop(folder, progress and distributed.is_main(), sigterm)
+                self._loop(folder, progress and distributed.is_main(), signals)
             self.save_adapter(folder.adapter)
-        return folder.path
+        return path
 
-    def _loop(self, folder: RunFolder, show_progress: bool, sigterm: SigtermHandler) -> None:
+    def _loop(self, folder: RunFolder, show_progress: bool, signals: SignalHandler) -> None:
         total = self.config.train.iterations
         with (
             tracker(self.accelerator, self.step) as track,
@@ -180,14 +184,14 @@ class FairnessFinetuner:
                     self.monitor.check_batch(statistics.batch)
                 if self._is_due(self.config.train.validate_every):
                     log(self._validate(folder))
-                is_stopping = distributed.any_across(sigterm.is_requested)
-                if is_stopping or self._is_due(self.config.train.checkpoint_every):
+                received = distributed.max_across(signals.received)
+                if received or self._is_due(self.config.train.checkpoint_every):
                     self._save_checkpoint(folder)
-                if is_stopping and self.step < total:
+                if received and self.step < total:
                     raise TrainingStoppedError(
                         f"stopped after iteration {self.step} of {total}, which is saved in "
                         f"'{folder.path}': give the same command again to resume",
-                        TERMINATED,
+                        exit_code(received),
                     )
 
     def iteration(self, step: int) -> IterationStatistics:
@@ -336,6 +340,9 @@ class FairnessFinetuner:
         self.ema.to(self.device)
         self.optimizer.load_state_dict(state["optimizer"])
         self.schedule.load_state_dict(state["schedule"])
+        rates = zip(self.schedule.base_lrs, self.schedule.lr_lambdas, strict=True)
+        for group, (lr, factor) in zip(self.optimizer.param_groups, rates, strict=True):
+            group["lr"] = lr * factor(self.schedule.last_epoch)  # train.iterations may have grown
         self.step = state["iteration"]
         self.validation.best_bias = state["best"]
         self.validation.base_clip_t = state["base_clip_t"]

@@ -404,14 +404,24 @@ def test_the_network_goes_away_at_every_call(hub, folder, begin):
     assert found[-1] == "unknown"
 
 
-def test_ctrl_c_takes_back_the_new_repository(hub, folder, monkeypatch):
-    def interrupt(*_, **__):
+@pytest.mark.parametrize("is_committed", [False, True])
+def test_ctrl_c_says_what_became_of_the_push(is_committed, hub, folder, monkeypatch):
+    commit = HfApi.create_commit
+
+    def interrupt(*args, **options):
+        if is_committed:
+            commit(*args, **options)
         raise KeyboardInterrupt
 
     monkeypatch.setattr(HfApi, "create_commit", interrupt)
-    with pytest.raises(KeyboardInterrupt):
+    outcome = (
+        "stopped: 'org/fair' was pushed all the same: http.*/commit/"
+        if is_committed
+        else "stopped: 'org/fair' was not pushed: nothing on the Hub was changed"
+    )
+    with pytest.raises(KeyboardInterrupt, match=outcome):
         push_adapter(folder, "org/fair")
-    assert not hub.repos
+    assert bool(hub.repos) == is_committed
     assert "create" in hub.routes()
 
 

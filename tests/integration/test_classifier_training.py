@@ -1,7 +1,10 @@
 """A classifier of one's own: pictures in, a folder with weights and held-out figures out."""
 
+import dataclasses
 import io
 import json
+import os
+import signal
 
 import numpy as np
 import pyarrow as pa
@@ -14,6 +17,7 @@ from diffusers_fair import cli
 from diffusers_fair.backends.trained_classifier import load as load_classifier
 from diffusers_fair.training import classifier as classifier_training
 from diffusers_fair.training.classifier import Settings, _hold_out, read_images, train_classifier
+from diffusers_fair.training.stopping import StoppedError
 
 COLOURS = {"green": (30, 200, 30), "red": (200, 30, 30)}
 SMALL = Settings(size=32, epochs=8, batch_size=8, held_out=0.25, pretrained=False)
@@ -117,6 +121,37 @@ def test_the_share_of_every_class_is_held_out():
 
 
 # ---- training ------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize(("batch", "where"), [(2, "batch 2 of epoch 1 of 2"), (3, "epoch 1 of 2")])
+def test_a_stopped_training_goes_on_to_the_same_classifier(
+    batch, where, folder, tmp_path, monkeypatch
+):
+    images = read_images(folder)
+    settings = dataclasses.replace(SMALL, epochs=2)  # of three batches
+    train_classifier(images, tmp_path / "whole", settings)
+    load, loaded = classifier_training._load, []
+
+    def stop(*args):
+        loaded.append(args)
+        if len(loaded) == batch:
+            os.kill(os.getpid(), signal.SIGINT)
+        return load(*args)
+
+    with monkeypatch.context() as patch:
+        patch.setattr(classifier_training, "_load", stop)
+        with pytest.raises(StoppedError, match=f"stopped after {where}, .*same command") as stopped:
+            train_classifier(images, tmp_path / "stopped", settings)
+    assert stopped.value.code == 130
+    assert [path.name for path in (tmp_path / "stopped").iterdir()] == ["training.pt"]
+    with pytest.raises(ValueError, match="stopped, with other images or options: give the same"):
+        train_classifier(images, tmp_path / "stopped", dataclasses.replace(settings, lr=1.0))
+    train_classifier(images, tmp_path / "stopped", settings)
+    files = [sorted(path.name for path in (tmp_path / f).iterdir()) for f in ("whole", "stopped")]
+    assert files[0] == files[1] == ["classifier.json", "model.safetensors"]
+    for name in files[0]:
+        whole, stopped = ((tmp_path / f / name).read_bytes() for f in ("whole", "stopped"))
+        assert whole == stopped
 
 
 @pytest.mark.slow

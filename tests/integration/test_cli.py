@@ -1,18 +1,24 @@
 """The command as a user types it: what it writes, and what it says of bad input."""
 
 import dataclasses
+import io
 import json
+import os
+import re
 import shutil
+import signal
 
 import numpy as np
 import pytest
 from PIL import Image
 
-from diffusers_fair import cli
+from diffusers_fair import FairnessFinetuner, assess, cli
 from diffusers_fair.adapters.folder import read_adapter, write_info
 from diffusers_fair.assess import EvaluationDefaults, control_groups
+from diffusers_fair.backends import registry
 from diffusers_fair.baselines import BASELINES
 from diffusers_fair.prompts.training_words import kept_sets
+from diffusers_fair.reports import folder as report_folder
 from diffusers_fair.reports.folder import load_report
 from diffusers_fair.testbed import world
 
@@ -229,7 +235,8 @@ def test_generate_draws_the_same_images_again(adapter, tmp_path, monkeypatch):
         words = ["a photo of a chef", "--images", 2, "--steps", 2, "--out", tmp_path / folder]
         assert run(monkeypatch, "generate", *words, "--adapter", adapter) == 0
     names = sorted(file.name for file in (tmp_path / "a").iterdir())
-    assert names == ["a-photo-of-a-chef-000.png", "a-photo-of-a-chef-001.png"]
+    name = r"a-photo-of-a-chef-seed0-run-adapter-[0-9a-f]{10}-00[01]\.png"
+    assert [bool(re.fullmatch(name, file)) for file in names] == [True, True]
     first, second = (np.array(Image.open(tmp_path / f / names[1])) for f in ("a", "b"))
     assert first.shape == (64, 64, 3)
     assert (first == second).all()
@@ -245,11 +252,97 @@ def test_generate_respects_words(adapter, tmp_path, monkeypatch):
     for folder, more in folders.items():
         assert run(monkeypatch, "generate", *words, *more, "--out", tmp_path / folder) == 0
     chef, woman = (
-        {f: (tmp_path / f / f"a-photo-of-a-{name}-000.png").read_bytes() for f in folders}
+        {f: next((tmp_path / f).glob(f"*-{name}-*.png")).read_bytes() for f in folders}
         for name in ("chef", "woman")
     )
     assert chef["respecting"] == chef["adapter"] != chef["base"]
     assert woman["respecting"] == woman["base"] != woman["adapter"]
+
+
+def test_generate_overwrites_nothing(tmp_path, monkeypatch, capsys):
+    monkeypatch.chdir(tmp_path)
+    common = ["--images", 1, "--steps", 1, "--out", "[/b] images"]
+    prompts = ["a doctor, smiling", "a doctor: smiling", "A doctor, smiling", "", "x" * 2000]
+    assert run(monkeypatch, "generate", *prompts, *common) == 0
+    assert run(monkeypatch, "generate", prompts[0], *common, "--seed", 1) == 0
+    files = {file: file.read_bytes() for file in (tmp_path / "[/b] images").iterdir()}
+    assert len({file.name.casefold() for file in files}) == 6
+    assert "5 images in [/b] images\n1 images in [/b] images\n" in capsys.readouterr().out
+    next(iter(files)).unlink()
+    assert run(monkeypatch, "generate", *prompts, *common) == 0  # the same again
+    said = capsys.readouterr().out
+    assert re.search(r"5 images in \[/b\] images, [45] of them from before\n", said)
+    assert run(monkeypatch, "generate", prompts[0], *common, "--seed", 1) == 0
+    assert files == {file: file.read_bytes() for file in (tmp_path / "[/b] images").iterdir()}
+
+
+def test_a_long_path_is_not_broken(tmp_path, monkeypatch, capsys):
+    out = tmp_path / "long" / ("x" * 100)
+    assert run(monkeypatch, "generate", "x", "--images", 1, "--steps", 1, "--out", out) == 0
+    assert capsys.readouterr().out == f"1 images in {out}\n"
+
+
+def test_what_the_terminal_cannot_encode_is_escaped(tmp_path, monkeypatch):
+    stream = io.TextIOWrapper(io.BytesIO(), encoding="ascii")
+    monkeypatch.setattr("sys.stdout", stream)
+    monkeypatch.chdir(tmp_path)
+    assert run(monkeypatch, "generate", "x", "--images", 1, "--steps", 1, "--out", "\u2603") == 0
+    stream.flush()
+    assert stream.buffer.getvalue() == b"1 images in \\u2603\n"
+
+
+STOPPED = {
+    "train": (["testbed-gender", *TINY, "output=out"], FairnessFinetuner, "__init__"),
+    "evaluate": (["--images", "1"], assess, "load_base"),
+    "generate": (["x"], registry, "load_base"),
+    "compare": (["x"], report_folder, "load_report"),
+}
+
+
+@pytest.mark.parametrize(("number", "code"), [(signal.SIGINT, 130), (signal.SIGTERM, 143)])
+@pytest.mark.parametrize("command", STOPPED)
+def test_a_signal_is_one_sentence_and_its_exit_code(
+    command, number, code, tmp_path, monkeypatch, capsys
+):
+    words, home, name = STOPPED[command]
+    monkeypatch.chdir(tmp_path)
+    monkeypatch.setattr(home, name, lambda *_, **__: os.kill(os.getpid(), number))
+    out = [] if command == "train" else ["--out", "out"]
+    assert run(monkeypatch, command, *words, *out) == code
+    assert last_line(capsys) == "diffusers-fair: stopped: give the same command again to go on"
+    if command != "compare":
+        (tmp_path / "out").mkdir()
+        assert run(monkeypatch, command, *words, *out) == code
+        assert last_line(capsys) == (
+            "diffusers-fair: stopped, with what was finished in 'out': give the same command again "
+            "to go on"
+        )
+
+
+def last_line(capsys) -> str:
+    """The last line on stderr, after progress bars."""
+    return capsys.readouterr().err.splitlines()[-1]
+
+
+def test_a_corrected_command_is_not_refused_as_another_run(tmp_path, monkeypatch, capsys):
+    words = ["train", "testbed-gender", *TINY, f"output={tmp_path / 'run'}"]
+    assert run(monkeypatch, *words, "prompts.sets=[testbed-ocupations]") == 2
+    assert "did you mean 'testbed-occupations'" in capsys.readouterr().err
+    assert not list(tmp_path.iterdir())
+    monkeypatch.setattr(FairnessFinetuner, "_loop", lambda *_: None)
+    assert run(monkeypatch, *words) == 0
+
+
+def test_an_adapter_of_another_base_is_refused_before_anything_is_evaluated(
+    adapter, lines, tmp_path, monkeypatch, capsys
+):
+    shutil.copytree(adapter, tmp_path / "other")
+    info = read_adapter(adapter)[0]
+    write_info(tmp_path / "other", dataclasses.replace(info, fingerprint="0" * 64))
+    words = ["--adapter", tmp_path / "other", "--prompts", lines, "--out", tmp_path / "out"]
+    assert run(monkeypatch, "evaluate", *words) == 2
+    assert "have other shapes" in capsys.readouterr().err
+    assert not (tmp_path / "out").exists()
 
 
 def test_inspect_says_what_an_adapter_is(adapter, monkeypatch, capsys):

@@ -57,7 +57,7 @@ def test_the_same_command_goes_on(recipe, tmp_path, monkeypatch, capsys):
     words += ["--images", 13, "--out", out]  # batches of 24 and 2
     with monkeypatch.context() as patch:
         patch.setattr(Journal, "__setitem__", interrupted)
-        assert run(patch, *words) == 1
+        assert run(patch, *words) == 130
     assert [file.name for file in (out / ".partial").glob("batch*")] == ["batch-000000.npz"]
     assert run(monkeypatch, *words[:-1], out, "--seed", 9) == 2
     assert "was stopped, with other settings" in capsys.readouterr().err

@@ -12,13 +12,14 @@ import pytest
 import torch
 from judging import HUE, PROMPTS, QUICK, TONE, classifier, find_faces, find_none, judges
 from PIL import Image
+from reports import report as random_report
 from rich.console import Console
 from tiny import pipeline
 
 from diffusers_fair import metrics
 from diffusers_fair.attributes import Attribute
 from diffusers_fair.evaluation.evaluate import evaluate as evaluate_with_groups
-from diffusers_fair.evaluation.generate import generate, image_seed
+from diffusers_fair.evaluation.generate import generate, image_seed, progress_bar
 from diffusers_fair.reports.estimate import Estimate, estimate_text
 from diffusers_fair.reports.folder import load_report, save_report
 from diffusers_fair.reports.images import pairs_sheet, sample_prompts
@@ -92,6 +93,14 @@ def shown(before, after=None, width=100):
     console = Console(width=width, record=True, file=io.StringIO())
     console.print(table(before, after))
     return console.export_text()
+
+
+def test_names_are_no_markup(capsys):
+    name = "[/b] {x}"
+    assert name in shown(random_report(name))
+    with progress_bar(1, name) as advance:
+        advance(1)
+    assert name in capsys.readouterr().err
 
 
 KEPT_REPORTS = sorted((Path(__file__).parents[2] / "model_cards").rglob("report.json"))

@@ -16,6 +16,7 @@ from tiny import pipeline
 
 from diffusers_fair.evaluation.evaluate import evaluate
 from diffusers_fair.evaluation.journal import Journal
+from diffusers_fair.folder_lock import folder_lock
 from diffusers_fair.prompts.groups import KeptPrompt, PromptGroup
 from diffusers_fair.reports.folder import load_report
 
@@ -133,6 +134,25 @@ def test_another_reference_does_not_go_on(whole, tmp_path):
         judged(tmp_path / "r", reference=other)
     report = judged(tmp_path / "r", reference=load_report(whole))
     assert report.summary.scores["dino"].mean == 1
+
+
+def test_without_a_batch_nothing_is_claimed(whole, tmp_path):
+    with pytest.raises(KeyboardInterrupt):
+        judged(tmp_path / "r", Counting(stop_after=0, how=interrupt), seed=1)
+    judged(tmp_path / "r")
+    assert without_origin(tmp_path / "r") == without_origin(whole)
+
+
+def test_two_evaluations_do_not_share_a_folder(whole, tmp_path):
+    detector = Counting()
+    with (
+        folder_lock(tmp_path / "r"),
+        pytest.raises(ValueError, match="r' is being written by another process"),
+    ):
+        judged(tmp_path / "r", detector)
+    assert detector.looks == 0
+    assert not (tmp_path / "r").exists()
+    assert not (whole / ".lock").exists()
 
 
 def test_the_journal_keeps_everything_and_no_half_batch(tmp_path):

@@ -19,6 +19,7 @@ from diffusers_fair.adapters.folder import read_adapter
 from diffusers_fair.config.recipe import recipes
 from diffusers_fair.config.schema import RunConfig
 from diffusers_fair.diffusion.sampling import decode
+from diffusers_fair.folder_lock import folder_lock
 from diffusers_fair.objective.objective import Objective
 from diffusers_fair.objective.statistics import BatchStatistics
 from diffusers_fair.training import memory
@@ -137,14 +138,14 @@ def test_a_stopped_run_goes_on_to_the_same_adapter(run, tmp_path, monkeypatch):
 
 
 @pytest.mark.slow
-def test_a_sigterm_saves_and_says_how_to_go_on(run, tmp_path, monkeypatch):
+def test_ctrl_c_saves_and_says_how_to_go_on(run, tmp_path, monkeypatch):
     folder = tmp_path / "stopped"
     whole = FairnessFinetuner.iteration
 
-    def asked(self, number):
-        if number == 2:  # between two checkpoints
-            os.kill(os.getpid(), signal.SIGTERM)
-        return whole(self, number)
+    def asked(self, step):
+        if step == 2:  # between two checkpoints
+            os.kill(os.getpid(), signal.SIGINT)
+        return whole(self, step)
 
     with monkeypatch.context() as patch:
         patch.setattr(FairnessFinetuner, "iteration", asked)
@@ -152,11 +153,56 @@ def test_a_sigterm_saves_and_says_how_to_go_on(run, tmp_path, monkeypatch):
             TrainingStoppedError, match=r"after iteration 3 of 4, .* give the same command again"
         ) as stop:
             finetuner(folder).train(progress=False)
-    assert stop.value.code == 143
+    assert stop.value.code == 130
     newest = {path.name for path in (folder / "checkpoints").iterdir()}
     assert newest == {"step-000002", "step-000003"}
     finetuner(folder).train(progress=False)
     same_outcome(run[0], folder)
+
+
+def learning_rates(trained) -> list[float]:
+    return [group["lr"] for group in trained.optimizer.param_groups]
+
+
+@pytest.mark.slow
+def test_a_finished_run_goes_on_with_more_iterations(tmp_path):
+    """With the learning rate of the longer schedule, and the best adapter of all validations."""
+    folder = tmp_path / "run"
+    options = {"optimizer": {"lr": 5e-5, "schedule": "cosine", "warmup": 0}, "prompts": NEUTRAL}
+    train = SMALL["train"] | {"validate_every": 1}
+    short = finetuner(folder, train=train | {"iterations": 1}, **options)
+    short.train(progress=False)
+    assert learning_rates(short) == [0.0]
+    longer = finetuner(folder, train=train | {"iterations": 2}, **options)
+    rates, update = [], longer.optimizer.step
+    longer.optimizer.step = lambda: rates.append(learning_rates(longer)) or update()
+    longer.train(progress=False)
+    assert rates == [pytest.approx([2.5e-5])]  # half way along the cosine
+    events = [json.loads(line) for line in (folder / "events.jsonl").read_text().splitlines()]
+    assert [event["iteration"] for event in events] == [1, 1, 2, 2]
+    biases = [event["validation/gender"] for event in events[1::2]]
+    assert longer.validation.best_bias in biases
+    assert longer.validation.best_bias <= biases[0] == short.validation.best_bias
+    assert read_adapter(folder / "adapter")[0].training["iterations"] == 2
+    assert RunConfig.load(folder / "recipe.yaml") == longer.config
+    with pytest.raises(ValueError, match=r"train\.iterations is 2 there and 1 here"):
+        short.train(progress=False)
+
+
+@pytest.mark.slow
+def test_what_refuses_to_start_leaves_no_folder(tmp_path):
+    budget = SMALL["train"] | {"memory_budget": 0.01}
+    refused = finetuner(tmp_path / "run", train=budget)
+    with pytest.raises(ValueError, match=r"memory_budget is 0\.01 GB"):
+        refused.train(progress=False)
+    assert not list(tmp_path.iterdir())
+
+
+def test_two_trainings_do_not_share_a_folder(run):
+    folder, trained = run
+    message = "first' is being written by another process"
+    with folder_lock(folder), pytest.raises(ValueError, match=message):
+        trained.train(progress=False)
 
 
 @pytest.mark.slow

@@ -9,7 +9,7 @@ from diffusers_fair import Attribute, RunConfig
 from diffusers_fair.config.keys import recipe_keys
 from diffusers_fair.config.recipe import recipes
 from diffusers_fair.config.schema import AttributeSection, OptimizerSection
-from diffusers_fair.training.run_folder import claim_run_folder
+from diffusers_fair.training.run_folder import check_run_folder, claim_run_folder
 
 TOY = """
 base: {model: testbed}
@@ -326,15 +326,41 @@ def test_run_folder_is_created_and_reused(toy, tmp_path):
 
 def test_folder_with_another_run_is_refused(toy, tmp_path):
     output = f"output={tmp_path / 'run'}"
-    folder = claim_run_folder(RunConfig.load(toy, [output])).path
+    folder = claim_run_folder(RunConfig.load(toy, [output, "train.iterations=5"])).path
+    (folder / "events.jsonl").touch()
     before = (folder / "recipe.yaml").read_text()
     message = r"holds another run \(train\.seed is 0 there and 1 here\): choose another folder"
     with pytest.raises(ValueError, match=message):
-        claim_run_folder(RunConfig.load(toy, [output, "train.seed=1"]))
+        claim_run_folder(RunConfig.load(toy, [output, "train.iterations=9", "train.seed=1"]))
+    message = r"holds another run \(train\.iterations is 5 there and 4 here\)"
+    with pytest.raises(ValueError, match=message):
+        claim_run_folder(RunConfig.load(toy, [output, "train.iterations=4"]))
     message = r"holds another run \(attributes\.0\.target\.0 is None there and 0\.5 here\)"
     with pytest.raises(ValueError, match=message):
-        claim_run_folder(RunConfig.load(toy, [output, "attributes.0.target=[.5,.5,0]"]))
+        claim_run_folder(
+            RunConfig.load(toy, [output, "train.iterations=5", "attributes.0.target=[.5,.5,0]"])
+        )
     assert (folder / "recipe.yaml").read_text() == before
+
+
+def test_a_run_without_iterations_keeps_no_folder(toy, tmp_path):
+    output = f"output={tmp_path / 'run'}"
+    claim_run_folder(RunConfig.load(toy, [output]))
+    (tmp_path / "run" / "originals").mkdir()
+    other = RunConfig.load(toy, [output, "train.seed=1"])
+    folder = check_run_folder(other)
+    assert RunConfig.load(folder.path / "recipe.yaml") != other  # a check writes nothing
+    claim_run_folder(other)
+    assert RunConfig.load(folder.path / "recipe.yaml") == other
+
+
+def test_iterations_may_be_raised(toy, tmp_path):
+    output = f"output={tmp_path / 'run'}"
+    folder = claim_run_folder(RunConfig.load(toy, [output, "train.iterations=5"])).path
+    (folder / "checkpoints" / "step-000005").mkdir(parents=True)
+    more = RunConfig.load(toy, [output, "train.iterations=9"])
+    claim_run_folder(more)
+    assert RunConfig.load(folder / "recipe.yaml") == more
 
 
 def test_folder_with_something_else_is_refused(toy, tmp_path):

@@ -22,6 +22,7 @@ LAYERS = (  # rooms; imports go to the same layer or down, never in a circle
         "config",
         "devices",
         "distributed",
+        "folder_lock",
         "metrics",
         "prompts",
         "provenance",

@@ -12,10 +12,12 @@ from diffusers_fair.objective.statistics import BatchStatistics, ClassStatistics
 from diffusers_fair.training.monitor import _PATIENCE, TrainingMonitor
 from diffusers_fair.training.optimizer import NonFiniteGuard
 from diffusers_fair.training.stopping import (
-    TERMINATED,
-    SigtermHandler,
+    SignalHandler,
+    Terminated,
     TrainingStoppedError,
+    exit_code,
     explain_full_disk,
+    raise_on_sigterm,
 )
 
 
@@ -91,27 +93,60 @@ def test_a_clip_t_below_the_minimum_is_reported_once():
         TrainingMonitor().check_clip_t(0.25, 0.25)
 
 
-def test_sigterm_is_deferred_and_its_handler_restored():
-    before = signal.getsignal(signal.SIGTERM)
-    with SigtermHandler() as handler:
-        assert not handler.is_requested
+@pytest.mark.parametrize(("number", "code"), [(signal.SIGINT, 130), (signal.SIGTERM, 143)])
+def test_a_signal_is_deferred_and_its_handler_restored(number, code, capfd):
+    before = signal.getsignal(number)
+    with SignalHandler() as handler:
+        assert not handler.received
+        os.kill(os.getpid(), number)
+        assert exit_code(handler.received) == code
+        os.kill(os.getpid(), number)  # as a launcher passes it on: still deferred
+    assert signal.getsignal(number) is before
+    assert capfd.readouterr().err.count("Ctrl-C again stops at once") == 1
+
+
+def test_a_second_ctrl_c_interrupts_at_once(monkeypatch):
+    times = iter([0.0, 1.5, 1.6])
+    monkeypatch.setattr("time.monotonic", lambda: next(times))
+    with SignalHandler() as handler:
         os.kill(os.getpid(), signal.SIGTERM)
-        assert handler.is_requested
+        with pytest.raises(KeyboardInterrupt):
+            os.kill(os.getpid(), signal.SIGINT)
+        os.kill(os.getpid(), signal.SIGTERM)  # only Ctrl-C does
+    assert handler.received == signal.SIGTERM
+
+
+def test_an_ignored_signal_stays_ignored():
+    """As that of Ctrl-C in what a shell runs in the background."""
+    before = signal.signal(signal.SIGINT, signal.SIG_IGN)
+    try:
+        with SignalHandler() as handler:
+            os.kill(os.getpid(), signal.SIGINT)
+        assert not handler.received
+        assert signal.getsignal(signal.SIGINT) is signal.SIG_IGN
+    finally:
+        signal.signal(signal.SIGINT, before)
+
+
+def test_a_command_is_terminated_as_it_is_interrupted():
+    before = signal.getsignal(signal.SIGTERM)
+    with pytest.raises(Terminated), raise_on_sigterm():
+        os.kill(os.getpid(), signal.SIGTERM)
+    assert issubclass(Terminated, KeyboardInterrupt)
     assert signal.getsignal(signal.SIGTERM) is before
-    assert TERMINATED == 143
 
 
 def test_in_other_threads_signals_are_left_alone():
     found = []
 
     def enter():
-        with SigtermHandler() as handler:
-            found.append((handler.is_requested, signal.getsignal(signal.SIGTERM)))
+        with SignalHandler() as handler:
+            found.append((handler.received, signal.getsignal(signal.SIGTERM)))
 
     thread = threading.Thread(target=enter)
     thread.start()
     thread.join()
-    assert found == [(False, signal.getsignal(signal.SIGTERM))]
+    assert found == [(0, signal.getsignal(signal.SIGTERM))]
 
 
 @pytest.mark.parametrize("number", [errno.ENOSPC, errno.EDQUOT, errno.EFBIG])
