@@ -49,8 +49,8 @@ Dtype = Annotated[
     str | None,
     typer.Option(
         help="Data type of the base model: auto, float32, bfloat16 or float16. auto: bfloat16 if "
-        "the device is fast in it, else float32. Default: the recipe's; without a recipe float32 for "
-        "the testbed, and auto otherwise.",
+        "the device is fast in it, else float32. Default: the recipe's; without a recipe float32 "
+        "for the testbed, and auto otherwise.",
     ),
 ]
 Revision = Annotated[
@@ -67,6 +67,7 @@ BatchSize = Annotated[
     int | None,
     typer.Option(
         min=1,
+        metavar="INTEGER",
         help="Images processed together. Default: 24 or, on a GPU, fewer if so many do not fit its "
         "memory.",
     ),

@@ -77,7 +77,7 @@ def _load(model: str, revision: str | None, dtype: "torch.dtype") -> Any:
 
 
 def _is_single_file(model: str) -> bool:
-    return model.endswith(_SINGLE_FILE)
+    return str(model).endswith(_SINGLE_FILE)
 
 
 def _pipeline_class(path: Path) -> Any:

@@ -62,15 +62,13 @@ def test_two_finetuners_in_one_process_have_their_own_devices(tmp_path, monkeypa
     monkeypatch.setattr(registry, "choose_device", lambda x: devices.get(x) or choose(x))
     AcceleratorState._reset_state(reset_partial_state=True)
     there = {"train": {"device": "cuda"}}
-    for name, options in {"a": {}, "b": there, "c": {}}.items():
-        trained, expected = finetuner(tmp_path / name, **options), "meta" if options else "cpu"
+    for expected, options in {"cpu": {}, "meta": there}.items():
+        trained = finetuner(tmp_path / expected, **options)
         judges = trained.judges
         places = [p.device.type for p in trained.parameters]
         places += [trained.pipe.device.type, judges.device.type, judges.clip.model.device.type]
         assert {*places, trained.device.type} == {expected}
         assert PartialState._shared_state == {}  # not ours to decide
-        if name == "a":
-            trained.iteration(0)
 
 
 @pytest.fixture(scope="module")
