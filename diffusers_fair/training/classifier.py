@@ -180,6 +180,7 @@ def train_classifier(
 def _train(
     images: LabelledImages, folder: Path, settings: Settings, device: torch.device
 ) -> dict[str, Any]:
+    dtype = choose_dtype(settings.dtype, device)
     checkpoint = _Checkpoint(folder, images, settings)
     g = torch.Generator().manual_seed(settings.seed)
     train, held = _hold_out(images.labels, settings.held_out, g)
@@ -190,7 +191,7 @@ def _train(
             len(images.classes), settings.pretrained and not checkpoint.file.exists()
         )
         network.to(device)
-        _fit(network, images, train, settings, g, checkpoint)
+        _fit(network, images, train, settings, dtype, g, checkpoint)
     predictions = _predict(network, images, held, settings)
     confusion = _confusion(images.labels[held], predictions, len(images.classes))
     facts = {
@@ -295,6 +296,7 @@ def _fit(
     images: LabelledImages,
     rows: Tensor,
     settings: Settings,
+    dtype: torch.dtype,
     g: torch.Generator,
     checkpoint: _Checkpoint,
 ) -> None:
@@ -313,7 +315,6 @@ def _fit(
     device = next(network.parameters()).device
     pixels = Pixels(size, trained_classifier.MEAN, trained_classifier.STD)
     optimizer = torch.optim.AdamW(network.parameters(), settings.lr)
-    dtype = choose_dtype(settings.dtype, device)
     scaler = torch.amp.GradScaler(device.type, enabled=dtype == torch.float16)
     schedule = torch.optim.lr_scheduler.CosineAnnealingLR(optimizer, epochs)
     parts: dict[str, Any] = {
