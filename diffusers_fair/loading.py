@@ -250,7 +250,7 @@ def _download(repository: str, revision: str | None, token: str | bool | None) -
     with suppress(errors.DryRunError):  # offline: snapshot_download below uses the cache or raises
         files = snapshot_download(repository, dry_run=True, **options)
     for file in files:
-        check_size(f"{repository}/{file.filename}", file.filename, file.file_size)
+        check_size(f"{repository}/{file.filename}", file.filename, file.file_size or 0)
     try:
         return Path(snapshot_download(repository, **options))
     except OSError as error:
