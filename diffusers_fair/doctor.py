@@ -46,6 +46,16 @@ def examine(config: RunConfig) -> dict[Need, list[str]]:
     return found
 
 
+def notes(config: RunConfig) -> list[str]:
+    """Describe what a recipe leaves out, so that less is required."""
+    if config.losses.face or not any(a.attribute().of_faces for a in config.attributes):
+        return []
+    return [
+        "off      face realism loss (losses.face is 0): models.face_embedder and models.face_bank "
+        "are not needed"
+    ]
+
+
 def _reference_faces(models: ModelsSection) -> Parts:
     """List the requirements of the face realism loss."""
     return {

@@ -5,16 +5,19 @@
 
 import json
 from collections.abc import Mapping, Sequence
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
 import torch
 from torch import nn
 
+from diffusers_fair import atomic
 from diffusers_fair.attributes import Attribute
 from diffusers_fair.backends.errors import loading
 from diffusers_fair.backends.labels import group, merge, merge_counts
 from diffusers_fair.backends.needs import Need, package
+from diffusers_fair.backends.sources import ClassifierTraining
 from diffusers_fair.vision.classifiers import NetworkClassifier
 from diffusers_fair.vision.encoders import Pixels
 
@@ -35,7 +38,7 @@ def mobilenet(classes: int) -> nn.Module:
 
 
 def write(folder: str | Path, network: nn.Module, facts: Mapping[str, Any]) -> None:
-    """Write the folder of a classifier.
+    """Write the folder of a classifier, atomically.
 
     Args:
         folder: new or empty.
@@ -45,11 +48,15 @@ def write(folder: str | Path, network: nn.Module, facts: Mapping[str, Any]) -> N
     from safetensors.torch import save_file
 
     folder = Path(folder)
-    folder.mkdir(parents=True, exist_ok=True)
+    unfinished = atomic.partial_path(folder)
+    unfinished.mkdir(parents=True)
     state = {name: value.cpu().contiguous() for name, value in network.state_dict().items()}
-    save_file(state, folder / WEIGHTS)
+    save_file(state, unfinished / WEIGHTS)
     text = json.dumps({"format": _FORMAT, **facts}, indent=1)
-    (folder / _FACTS).write_text(text, encoding="utf-8")
+    (unfinished / _FACTS).write_text(text, encoding="utf-8")
+    if folder.exists():
+        folder.rmdir()  # empty
+    atomic.finish(unfinished, folder)
 
 
 def _read_facts(folder: str | Path) -> dict[str, Any]:
@@ -108,6 +115,15 @@ def needs(folder: str) -> list[Need]:
     available = all(path.is_file() for path in files)
     size = files[0].stat().st_size if available else 0
     return [package("torchvision"), Need(f"folder '{folder}'", available, _TRAIN, size)]
+
+
+def trainable(need: Need, training: ClassifierTraining) -> list[Need]:
+    """Add to the need of a missing classifier how to train it, and what that requires."""
+    advice = f"train it with: {training.command}"
+    return [
+        package("pyarrow", "pip install pyarrow"),
+        replace(need, advice=advice, source=training),
+    ]
 
 
 def classes_need(folder: str, classes: Mapping[str, Sequence[str]], attribute: Attribute) -> Need:

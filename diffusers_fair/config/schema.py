@@ -13,7 +13,7 @@ from pydantic import AliasChoices, BeforeValidator, Field, ValidationError, mode
 
 from diffusers_fair.attributes import Attribute, People, Region
 from diffusers_fair.config.errors import sentences
-from diffusers_fair.config.models import EvaluationModelsSection, ModelsSection
+from diffusers_fair.config.models import SETUP_KEYS, EvaluationModelsSection, ModelsSection
 from diffusers_fair.config.recipe import Overrides, read_recipe
 from diffusers_fair.config.section import (
     Fraction,
@@ -398,9 +398,9 @@ class RunConfig(Section):
         return yaml.safe_dump(data, sort_keys=False, default_flow_style=None, width=100)
 
     def differences(self, other: "RunConfig") -> dict[str, tuple[Any, Any]]:
-        """List the keys whose values differ, except the output: 'a.0.b' -> (ours, theirs)."""
-        ours, theirs = _flatten(self.model_dump()), _flatten(other.model_dump())
-        keys = sorted({*ours, *theirs} - {"output"})
+        """List the keys whose values differ and matter to a run: 'a.0.b' -> (ours, theirs)."""
+        ours, theirs = (_flatten(x.model_dump(exclude=_NOT_OF_RUN)) for x in (self, other))
+        keys = sorted({*ours, *theirs})
         pairs = {key: (ours.get(key), theirs.get(key)) for key in keys}
         return {key: pair for key, pair in pairs.items() if pair[0] != pair[1]}
 
@@ -471,6 +471,10 @@ class RunConfig(Section):
                 "above 0, or prompts.keep to null"
             )
         return self
+
+
+_MODELS = {"classifiers": {"__all__": SETUP_KEYS}}
+_NOT_OF_RUN: Any = {"output": True, "models": _MODELS, "evaluation": {"models": _MODELS}}
 
 
 def _flatten(tree: Any, prefix: str = "") -> dict[str, Any]:
