@@ -94,7 +94,7 @@ class HubModel:
         """List the files that are not in the Hub's cache; see `Source`."""
         from huggingface_hub import HfApi
 
-        with _hub(self.repo_id):
+        with _hub(self.repo_id, self.revision):
             info = HfApi().model_info(self.repo_id, revision=self.revision, files_metadata=True)
         return _download(info, "model", self.repo_id, self.revision, self._files(info))
 
@@ -278,7 +278,7 @@ def _download(
 def _fetch(repo_type: str, repo_id: str, revision: str | None, files: Sequence[str]) -> list[Path]:
     from huggingface_hub import hf_hub_download
 
-    with _hub(repo_id):
+    with _hub(repo_id, revision):
         return [
             Path(hf_hub_download(repo_id, name, revision=revision, repo_type=repo_type))
             for name in files
@@ -291,7 +291,7 @@ def _licence(info: "ModelInfo | DatasetInfo") -> str:
 
 
 @contextmanager
-def _hub(repo_id: str) -> Iterator[None]:
+def _hub(repo_id: str, revision: str | None = None) -> Iterator[None]:
     """Turn the errors of the Hub's client into one sentence.
 
     Raises:
@@ -311,7 +311,8 @@ def _hub(repo_id: str) -> Iterator[None]:
         reason = "the Hub has no such repository, or it is private: check the name"
         raise ValueError(f"cannot download '{repo_id}': {reason}") from error
     except errors.RevisionNotFoundError as error:
-        raise ValueError(f"cannot download '{repo_id}': it has no such revision") from error
+        reason = f"its repository has no revision '{revision}': check the name"
+        raise ValueError(f"cannot download '{repo_id}': {reason}") from error
     except (errors.HTTPError, OSError, LookupError, TypeError) as error:
         raise ValueError(
             f"cannot download '{repo_id}' from the Hub: {_line(error)}; {_AGAIN}"
