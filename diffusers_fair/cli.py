@@ -559,9 +559,11 @@ def _is_usage_error(error: Exception) -> bool:
 def _train(recipe: str, overrides: list[str]) -> Path:
     from diffusers_fair.config.schema import RunConfig
     from diffusers_fair.training.run_folder import claim_run_folder
+    from diffusers_fair.training.tracking import require_tracker
     from diffusers_fair.training.trainer import FairnessFinetuner
 
     config = RunConfig.load(recipe, overrides)
+    require_tracker(config.tracker)
     claim_run_folder(config)  # before any model is loaded
     folder = FairnessFinetuner(config).train()
     from diffusers_fair import distributed

@@ -25,12 +25,11 @@ def examine(config: RunConfig) -> dict[Need, list[str]]:
         Each requirement -> the recipe keys that need it.
     """
     attributes = [section.attribute() for section in config.attributes]
-    packages = ["accelerate", "scipy", "rich"]
-    if config.tracker != "none":
-        packages.append(config.tracker)
+    tracker = config.tracker
     splits = (config.prompts.train, config.prompts.validation, config.evaluation.split)
     parts: Parts = {
-        "training": [package(name) for name in packages],
+        "training": [package(name) for name in ("accelerate", "scipy", "rich")],
+        "tracker": [package(tracker, f"pip install {tracker}")] if tracker != "none" else [],
         "base": registry.base(config.base.model).needs(config.base.model, config.base.revision),
         "adapter.init_from": [pretrained(name)] if (name := config.adapter.init_from) else [],
         "prompts": [_prompts(name, splits) for name in config.prompts.sets],

@@ -368,8 +368,20 @@ class RunConfig(Section):
     optimizer: OptimizerSection = OptimizerSection()
     train: TrainSection = TrainSection()
     evaluation: EvaluationSection = EvaluationSection()
-    tracker: Literal["tensorboard", "none"] = "none"
-    """Experiment tracker for curves, in addition to `events.jsonl`."""
+    tracker: Literal[
+        "tensorboard",
+        "wandb",
+        "trackio",
+        "mlflow",
+        "comet_ml",
+        "swanlab",
+        "aim",
+        "clearml",
+        "dvclive",
+        "none",
+    ] = "none"
+    """Experiment tracker of accelerate for curves and sample images, in addition to `events.jsonl`
+    and `samples/`. Its package must be installed, and be logged in if it needs an account."""
     output: str
     """Run folder."""
 

@@ -4,6 +4,8 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+import numpy as np
+
 from diffusers_fair.adapters.trainable import TrainableAdapter
 from diffusers_fair.config.schema import RunConfig
 from diffusers_fair.evaluation.evaluate import evaluate
@@ -91,14 +93,15 @@ class Validation:
         return self.base_clip_t - self.config.train.clip_t_drop
 
 
-def save_samples(report: Report, file: Path) -> None:
-    """Write an image with a row of samples for each sampled prompt."""
-    import numpy as np
+def save_samples(report: Report, file: Path) -> np.ndarray:
+    """Write an image with a row of samples for each sampled prompt, and return it (h, w, 3)."""
     from PIL import Image
 
     file.parent.mkdir(parents=True, exist_ok=True)
     rows = [np.concatenate(list(images), axis=1) for images in report.samples.values()]
-    Image.fromarray(np.concatenate(rows)).save(file)
+    grid = np.concatenate(rows)
+    Image.fromarray(grid).save(file)
+    return grid
 
 
 def _is_less(value: float, best: float | None) -> bool:

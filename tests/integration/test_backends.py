@@ -2,7 +2,9 @@
 
 import json
 import sys
+from pathlib import Path
 
+import cost
 import open_clip
 import pytest
 import stand_ins
@@ -42,7 +44,7 @@ from diffusers_fair.backends.trained_classifier import load as load_classifier
 from diffusers_fair.backends.zero_shot import zero_shot
 from diffusers_fair.config import backends
 from diffusers_fair.config.models import ClassifierSection, EvaluationModelsSection, ModelsSection
-from diffusers_fair.config.recipe import recipes
+from diffusers_fair.config.recipe import RECIPES, recipes
 from diffusers_fair.config.schema import RunConfig
 from diffusers_fair.testbed.backend import load_evaluation_judges
 from diffusers_fair.training import batch_gradient as gradient
@@ -613,6 +615,8 @@ def test_every_key_of_a_classifier_is_documented():
 
 # ---- Stable Diffusion 1.5 ------------------------------------------------------------------------
 
+README = (Path(__file__).parents[2] / "README.md").read_text("utf-8")
+RATE = 20  # evaluations per second that the README assumes
 PAPER = {  # appendix A.2 and A.7: images, threshold, lambda_face, lambda_1, iterations
     "sd15-gender-paper": (24, 0.8, 1, 8, 10_000),
     "sd15-race-paper": (32, 0.8, 0.1, 6, 12_000),
@@ -659,6 +663,21 @@ def small(config: RunConfig, models, base) -> dict:
         values[f"{key}.dino"] = f"dinov2:{models['dinov2']}"
         values |= {f"{key}.classifiers.{k}": v for k, v in classifiers(section).items()}
     return values
+
+
+def test_the_quick_recipe_states_its_cost():
+    quick, whole = (RunConfig.load(f"sd15-gender{name}") for name in ("-quick", ""))
+    header = (RECIPES / "sd15-gender-quick.yaml").read_text("utf-8")
+    assert (
+        f"# Cost: {cost.evaluations(quick) / 1e6:.2f} million U-Net evaluations. The paper's "
+        f"training takes {cost.published_evaluations(whole) / 1e6:.1f} million "
+        f"(sd15-gender: {cost.evaluations(whole) / 1e6:.1f}).\n"
+    ) in header
+    hours = [
+        f"{count / RATE / 3600:.0f}"
+        for count in (cost.evaluations(quick), cost.published_evaluations(whole))
+    ]
+    assert f"{hours[0]} hours, the paper's {hours[1]}" in " ".join(README.split())
 
 
 def test_every_recipe_of_the_paper_is_shipped():
@@ -721,7 +740,7 @@ def test_recipe_trains_one_iteration(name, models, stable_diffusion, monkeypatch
     values = small(RunConfig.load(name), models, stable_diffusion)
     values["models.face_embedder"] = f"timm:{models['timm']}"
     values["models.face_bank"] = str(stand_ins.picture_folder(tmp_path / "real", spots(0, 1)))
-    values["output"] = str(tmp_path / "run")
+    values |= {"optimizer.warmup": 0, "output": str(tmp_path / "run")}
     trained = FairnessFinetuner.from_recipe(name, **values)
     assert trained.pipe.unet.dtype == torch.bfloat16
     assert type(trained.pipe.scheduler).__name__ == "DPMSolverMultistepScheduler"

@@ -92,8 +92,8 @@ def test_a_recipe_on_an_empty_machine(monkeypatch, capsys):
     ):
         assert expected in said.out
     assert (
-        "recipe 'sd15-gender-paper': 10 requirements are missing, see above; `diffusers-fair setup` "
-        "fetches 7 of them"
+        "recipe 'sd15-gender-paper': 10 requirements are missing, see above; `diffusers-fair "
+        "setup` fetches 7 of them"
     ) in said.err
 
 
