@@ -18,6 +18,7 @@ HUB_DATASET = "hf:"  # prefix of the name of a data set on the Hub
 _FORM = f"{HUB_DATASET}ORG/NAME, {HUB_DATASET}ORG/NAME/CONFIG or {HUB_DATASET}ORG/NAME/CONFIG/SPLIT"
 _METADATA = (".json", ".txt", ".model")  # configurations, vocabularies and merges
 _UNUSED = "safety_checker"  # a component of pipelines that is never loaded
+_ONLINE = "check the connection, then give the same command again"
 _AGAIN = "what has arrived is kept, so give the same command again to continue"
 
 
@@ -278,7 +279,7 @@ def _download(
 def _fetch(repo_type: str, repo_id: str, revision: str | None, files: Sequence[str]) -> list[Path]:
     from huggingface_hub import hf_hub_download
 
-    with _hub(repo_id, revision):
+    with _hub(repo_id, revision, _AGAIN):
         return [
             Path(hf_hub_download(repo_id, name, revision=revision, repo_type=repo_type))
             for name in files
@@ -291,8 +292,8 @@ def _licence(info: "ModelInfo | DatasetInfo") -> str:
 
 
 @contextmanager
-def _hub(repo_id: str, revision: str | None = None) -> Iterator[None]:
-    """Turn the errors of the Hub's client into one sentence.
+def _hub(repo_id: str, revision: str | None = None, advice: str = _ONLINE) -> Iterator[None]:
+    """Turn the errors of the Hub's client into one sentence that ends with advice.
 
     Raises:
         ValueError: any of them.
@@ -315,7 +316,7 @@ def _hub(repo_id: str, revision: str | None = None) -> Iterator[None]:
         raise ValueError(f"cannot download '{repo_id}': {reason}") from error
     except (errors.HTTPError, OSError, LookupError, TypeError) as error:
         raise ValueError(
-            f"cannot download '{repo_id}' from the Hub: {_line(error)}; {_AGAIN}"
+            f"cannot download '{repo_id}' from the Hub: {_line(error)}; {advice}"
         ) from error
 
 

@@ -206,6 +206,12 @@ def test_what_cannot_be_fetched_is_said_before_anything_is(machine, monkeypatch,
     assert run(monkeypatch, "setup", "sd15-gender", "base.model=org/nowhere", "--yes") == 2
     said = capsys.readouterr().err
     assert "cannot download 'org/nowhere': the Hub has no such repository, or it is priv" in said
+    machine.fail("model_info", 503, times=99)
+    assert run(monkeypatch, "setup", "sd15-gender", "--yes") == 2
+    said = capsys.readouterr().err
+    assert f"cannot download '{BASE}' from the Hub: " in said
+    assert "; check the connection, then give the same command again" in said
+    machine.faults.clear()
     answer(monkeypatch, "")
     assert run(monkeypatch, "setup", "sd15-gender") == 2
     assert "got no answer: answer y, or use --yes" in capsys.readouterr().err

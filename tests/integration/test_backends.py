@@ -48,6 +48,7 @@ from diffusers_fair.config.recipe import RECIPES, recipes
 from diffusers_fair.config.schema import RunConfig
 from diffusers_fair.testbed.backend import load_evaluation_judges
 from diffusers_fair.training import batch_gradient as gradient
+from diffusers_fair.training.original_images import run_cache_key
 
 SHAPE = Attribute("shape", ("round", "square"))
 LABELS = ["Ball", "Ring", "Box"]
@@ -601,6 +602,10 @@ def test_the_testbed_stays_on_the_cpu(models):
             "models.classifiers.gender={kind: checkpoint, model: x, classes: {man: [a]}}",
             r"its classifier has \['man'\]: they must be the same",
         ),
+        (
+            "models.classifiers.gender={kind: testbed, trained_on: 'hf:org/faces'}",
+            "a classifier of kind 'testbed' takes no trained_on",
+        ),
     ],
 )
 def test_recipes_that_name_models_wrongly(override, message):
@@ -678,6 +683,16 @@ def test_the_quick_recipe_states_its_cost():
         for count in (cost.evaluations(quick), cost.published_evaluations(whole))
     ]
     assert f"{hours[0]} hours, the paper's {hours[1]}" in " ".join(README.split())
+
+
+def test_what_a_classifier_was_trained_on_is_no_part_of_a_run():
+    """Runs and caches of recipes that did not name it yet stay valid."""
+    recipe = RunConfig.load("sd15-gender")
+    before = RunConfig.load("sd15-gender", {"models.classifiers.gender.trained_on": ""})
+    assert "trained_on" in recipe.to_yaml()
+    assert "trained_on" not in before.to_yaml()
+    assert not recipe.differences(before)
+    assert run_cache_key(recipe) == run_cache_key(before)
 
 
 def test_every_recipe_of_the_paper_is_shipped():
