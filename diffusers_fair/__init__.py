@@ -14,6 +14,7 @@ from diffusers_fair.version import __version__
 
 __all__ = [  # noqa: RUF022 (in the order of use)
     "FairnessFinetuner",
+    "TrainingCallback",
     "RunConfig",
     "Attribute",
     "BiasedGradientScheduler",
@@ -27,6 +28,7 @@ __all__ = [  # noqa: RUF022 (in the order of use)
 
 _LAZY = {  # public name -> its module, which is imported on first use
     "FairnessFinetuner": "diffusers_fair.training.trainer",
+    "TrainingCallback": "diffusers_fair.training.callbacks",
     "RunConfig": "diffusers_fair.config.schema",
     "BiasedGradientScheduler": "diffusers_fair.diffusion.scheduler",
     "evaluate": "diffusers_fair.evaluation.evaluate",

@@ -17,6 +17,7 @@ from diffusers_fair.training.stopping import StoppedError, Terminated, exit_code
 if TYPE_CHECKING:
     from diffusers_fair.assess import Assessment
     from diffusers_fair.reports.comparison import Entry
+    from diffusers_fair.setup import Plan
 
 
 class _Commands(TyperGroup):
@@ -169,29 +170,106 @@ def doctor(
 ) -> None:
     """List what a recipe requires, and what of it is missing; downloads nothing."""
     from diffusers_fair.config.schema import RunConfig
-    from diffusers_fair.doctor import examine
+    from diffusers_fair.doctor import examine, notes
 
-    found = examine(RunConfig.load(recipe, overrides or []))
+    config = RunConfig.load(recipe, overrides or [])
+    found = examine(config)
     for need, parts in found.items():
         state = "ok     " if need.available else "missing"
         advice = "" if need.available else f"\n         {need.advice}"
-        text = f"{state}  {need.what}  (for {', '.join(parts)}){advice}"
-        _say(text)
+        _say(f"{state}  {need.what}  (for {', '.join(parts)}){advice}")
+    for note in notes(config):
+        _say(note)
     size = sum(need.size for need in found) / 1e9
     _say(f"weights on this machine: {size:.1f} GB")
     gaps = [need for need in found if not need.available]
     if gaps:
-        raise ValueError(f"recipe '{recipe}': {len(gaps)} requirements are missing, see above")
+        fetched = sum(need.source is not None for need in gaps)
+        by_setup = f"; `diffusers-fair setup` fetches {fetched} of them" if fetched else ""
+        raise ValueError(
+            f"recipe '{recipe}': {len(gaps)} requirements are missing, see above{by_setup}"
+        )
+
+
+@app.command()
+def setup(
+    recipe: Annotated[str, typer.Argument(help="A YAML file, or the name of a shipped recipe.")],
+    overrides: Annotated[
+        list[str] | None,
+        typer.Argument(
+            metavar="key=value", help="Recipe values to override; `recipes --keys` lists them."
+        ),
+    ] = None,
+    yes: Annotated[bool, typer.Option("--yes", help="Do not ask before downloading.")] = False,
+) -> None:
+    """Download the models that a recipe requires, and train its classifiers on public data.
+
+    First lists the downloads, with size and licence, and the trainings, with an estimate of their
+    duration. Run the same command again to continue a setup that was stopped.
+    """
+    from diffusers_fair.config.schema import RunConfig
+    from diffusers_fair.doctor import notes
+    from diffusers_fair.setup import plan
+
+    config = RunConfig.load(recipe, overrides or [])
+    planned = plan(config)
+    for note in notes(config):
+        _say(note)
+    if planned.downloads or planned.trainings:
+        _show_plan(planned)
+        planned.check_disk()
+        if not yes and not _confirm("Continue?"):
+            _say("nothing was downloaded")
+            raise typer.Exit(1)
+        planned.run()
+    doctor(recipe, overrides)
+    _say(f"ready: diffusers-fair train {' '.join([recipe, *(overrides or [])])}")
+
+
+def _show_plan(planned: "Plan") -> None:
+    for download, keys in planned.downloads.items():
+        size = _gigabytes(download.size)
+        _say(f"download  {size}  {download.name}, {download.licence}  (for {', '.join(keys)})")
+    _say(f"in all    {_gigabytes(planned.size)}")
+    for x in planned.trainings:
+        images = "an unknown number of" if x.images is None else f"{x.images:,}"
+        _say(
+            f"train     classifier '{x.training.folder}' on {images} images of {x.training.data}, "
+            f"{_duration(x.seconds)}"
+        )
+
+
+def _gigabytes(size: int) -> str:
+    return f"{size / 1e9:7.3f} GB"
+
+
+def _duration(seconds: float | None) -> str:
+    """Express an estimate in minutes."""
+    if seconds is None:
+        return "for an unknown time"
+    return f"about {max(1, round(seconds / 60))} min on this machine (an estimate)"
+
+
+def _confirm(question: str) -> bool:
+    """Ask for permission on the terminal."""
+    try:
+        return typer.confirm(question)
+    except typer.Abort:
+        raise ValueError(
+            "setup asks before it downloads, but got no answer: answer y, or use --yes"
+        ) from None
 
 
 @classifier.command("train", cls=_Resumable)
 def classifier_train(
     source: Annotated[
-        Path,
+        str,
         typer.Argument(
-            metavar="IMAGEFOLDER_OR_PARQUET",
-            help="A folder with a subfolder of images for each class, a parquet file, or a folder "
-            "of parquet files. The images should be square, 1.5 times as wide as the face.",
+            metavar="IMAGES",
+            help="A folder with a subfolder of images for each class, a parquet file, a folder of "
+            "parquet files, or a data set of parquet files on the Hub: hf:ORG/NAME, "
+            "hf:ORG/NAME/CONFIG or hf:ORG/NAME/CONFIG/SPLIT (default: the only configuration, and "
+            "its split train). The images should be square, 1.5 times as wide as the face.",
         ),
     ],
     out: Out,
@@ -630,9 +708,11 @@ def _is_usage_error(error: Exception) -> bool:
 def _train(recipe: str, overrides: list[str]) -> Path:
     from diffusers_fair.config.schema import RunConfig
     from diffusers_fair.training.run_folder import check_run_folder
+    from diffusers_fair.training.tracking import require_tracker
     from diffusers_fair.training.trainer import FairnessFinetuner
 
     config = RunConfig.load(recipe, overrides)
+    require_tracker(config.tracker)
     check_run_folder(config)  # before any model is loaded
     with _resumable(Path(config.output)):
         folder = FairnessFinetuner(config).train()

@@ -25,12 +25,11 @@ def examine(config: RunConfig) -> dict[Need, list[str]]:
         Each requirement -> the recipe keys that need it.
     """
     attributes = [section.attribute() for section in config.attributes]
-    packages = ["accelerate", "scipy", "rich"]
-    if config.tracker != "none":
-        packages.append(config.tracker)
+    tracker = config.tracker
     splits = (config.prompts.train, config.prompts.validation, config.evaluation.split)
     parts: Parts = {
-        "training": [package(name) for name in packages],
+        "training": [package(name) for name in ("accelerate", "scipy", "rich")],
+        "tracker": [package(tracker, f"pip install {tracker}")] if tracker != "none" else [],
         "train.device": [_device(config)] if config.train.device != "auto" else [],
         "base": registry.base(config.base.model).needs(config.base.model, config.base.revision),
         "adapter.init_from": [pretrained(name)] if (name := config.adapter.init_from) else [],
@@ -55,6 +54,16 @@ def _device(config: RunConfig) -> Need:
     except ValueError as error:
         return Need(f"device {name}", False, str(error))
     return Need(f"device {name}", True)
+
+
+def notes(config: RunConfig) -> list[str]:
+    """Describe what a recipe leaves out, so that less is required."""
+    if config.losses.face or not any(a.attribute().of_faces for a in config.attributes):
+        return []
+    return [
+        "off      face realism loss (losses.face is 0): models.face_embedder and models.face_bank "
+        "are not needed"
+    ]
 
 
 def _reference_faces(models: ModelsSection) -> Parts:

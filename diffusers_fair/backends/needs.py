@@ -5,6 +5,8 @@ from dataclasses import dataclass
 from importlib.util import find_spec
 from pathlib import Path
 
+from diffusers_fair.backends.sources import ClassifierTraining, HubModel, Source, UrlFile
+
 _SUFFIXES = (".safetensors", ".bin")  # of weights; if a folder has both, one is read
 
 
@@ -18,6 +20,8 @@ class Need:
     """What to do if it is missing."""
     size: int = 0
     """Size of the weights in bytes."""
+    source: Source | ClassifierTraining | None = None
+    """Where `setup` can get it from."""
 
 
 def package(name: str, install: str = "pip install 'diffusers-fair[train]'") -> Need:
@@ -25,26 +29,34 @@ def package(name: str, install: str = "pip install 'diffusers-fair[train]'") -> 
     return Need(f"package {name}", find_spec(name) is not None, install)
 
 
-def pretrained(model: str, revision: str | None = None, parts: Sequence[str] = ("",)) -> Need:
+def pretrained(
+    model: str, revision: str | None = None, parts: Sequence[str] = ("",), prefix: str = ""
+) -> Need:
     """Check for weights in a folder or in the Hub's cache.
 
     Args:
         model: folder or Hub id.
         revision: commit, tag or branch on the Hub.
         parts: subfolders that hold weights.
+        prefix: beginning of the names of the files of weights.
     """
-    folder = Path(model) if Path(model).is_dir() else _cached(model, revision)
+    is_folder = Path(model).is_dir()
+    can_be_on_hub = not is_folder and model.count("/") <= 1
+    source = HubModel(model, revision, tuple(parts), prefix) if can_be_on_hub else None
+    folder = Path(model) if is_folder else _cached(model, revision)
     if folder is None:
-        return Need(model, False, _advice(model))
+        return Need(model, False, _advice(model), source=source)
     sizes = [_weights(folder / part) for part in parts]
     missing = [part or "weights" for part, size in zip(parts, sizes, strict=True) if not size]
-    return Need(model, not missing, f"'{folder}' has no {', '.join(missing)}", sum(sizes))
+    return Need(model, not missing, f"'{folder}' has no {', '.join(missing)}", sum(sizes), source)
 
 
-def file(path: Path, advice: str) -> Need:
+def file(source: UrlFile) -> Need:
     """Check for a file of weights."""
+    path = source.path
     available = path.is_file()
-    return Need(path.name, available, advice, path.stat().st_size if available else 0)
+    size = path.stat().st_size if available else 0
+    return Need(path.name, available, f"download {source.url} to '{path}'", size, source)
 
 
 def _advice(model: str) -> str:

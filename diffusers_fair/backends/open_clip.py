@@ -14,6 +14,7 @@ from diffusers_fair.vision.encoders import Pixels
 
 PACKAGE = "open_clip"  # import name
 _INSTALL = "pip install open_clip_torch"
+_WEIGHTS = "open_clip_"  # beginning of the names of the files, next to those of transformers
 
 
 @dataclass(frozen=True)
@@ -71,7 +72,10 @@ def needs(name: str) -> list[Need]:
 
     repository = open_clip.get_pretrained_cfg(*_parts(name)).get("hf_hub", "")
     known = Need(name, bool(repository), "unknown to open_clip, or not on the Hub")
-    return [installed, pretrained(repository.rpartition("/")[0]) if repository else known]
+    if not repository:
+        return [installed, known]
+    model, _, file = repository.rpartition("/")
+    return [installed, pretrained(model, prefix=Path(file).stem or _WEIGHTS)]
 
 
 def _parts(name: str) -> tuple[str, str | None]:

@@ -14,6 +14,7 @@ from typing import TYPE_CHECKING, Any
 import torch
 
 from diffusers_fair.attributes import Attribute, People
+from diffusers_fair.backends.sources import ClassifierTraining
 from diffusers_fair.config.backends import (
     CLASSIFIERS,
     CLIPS,
@@ -192,6 +193,11 @@ def classifier_needs(section: "ClassifierSection", attribute: Attribute) -> "lis
     """List the requirements of a classifier, including that it knows the attribute's classes."""
     found = provider(CLASSIFIERS[section.kind].provider)
     needs = found.needs(section.model)
+    if section.trained_on and not needs[-1].available:
+        training = ClassifierTraining(
+            section.model, section.trained_on, section.label or attribute.name
+        )
+        return [*needs[:-1], *found.trainable(needs[-1], training)]
     if hasattr(found, "classes_need") and needs[-1].available:
         return [*needs, found.classes_need(section.model, section.classes, attribute)]
     return needs

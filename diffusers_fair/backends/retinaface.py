@@ -15,6 +15,7 @@ from torch import Tensor
 
 from diffusers_fair.backends.errors import loading
 from diffusers_fair.backends.needs import Need, file, package
+from diffusers_fair.backends.sources import UrlFile
 from diffusers_fair.vision.faces import Faces, area, faces_of_images
 
 _INSTALL = "pip install --no-deps retinaface-pytorch"
@@ -22,6 +23,8 @@ URL = (
     "https://github.com/ternaus/retinaface/releases/download/0.01/"
     "retinaface_resnet50_2020-07-20-f168fae3c.zip"
 )
+_SIZE = 105_000_000  # bytes
+_LICENCE = "MIT; trained on WIDER FACE, whose images have terms of their own"
 MEAN, STD = (0.485, 0.456, 0.406), (0.229, 0.224, 0.225)  # per channel, of values in [0, 1]
 _ANCHORS = {"min_sizes": [[16, 32], [64, 128], [256, 512]], "steps": [8, 16, 32], "clip": False}
 _VARIANCE = (0.1, 0.2)  # scales of the predicted offsets and logarithmic sizes
@@ -106,7 +109,7 @@ def needs() -> list[Need]:
     return [
         package("torchvision"),
         package("retinaface", _INSTALL),
-        file(_weights(), f"download {URL} to '{_weights()}'"),
+        file(UrlFile(URL, _weights(), _SIZE, _LICENCE)),
     ]
 
 

@@ -5,6 +5,7 @@
 
 import json
 from collections.abc import Mapping, Sequence
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -16,6 +17,7 @@ from diffusers_fair.attributes import Attribute
 from diffusers_fair.backends.errors import loading
 from diffusers_fair.backends.labels import group, merge, merge_counts
 from diffusers_fair.backends.needs import Need, package
+from diffusers_fair.backends.sources import ClassifierTraining
 from diffusers_fair.vision.classifiers import NetworkClassifier
 from diffusers_fair.vision.encoders import Pixels
 
@@ -36,7 +38,7 @@ def mobilenet(classes: int) -> nn.Module:
 
 
 def write(folder: str | Path, network: nn.Module, facts: Mapping[str, Any]) -> None:
-    """Write the folder of a classifier.
+    """Write the folder of a classifier, atomically.
 
     Args:
         folder: new or empty.
@@ -109,6 +111,15 @@ def needs(folder: str) -> list[Need]:
     available = all(path.is_file() for path in files)
     size = files[0].stat().st_size if available else 0
     return [package("torchvision"), Need(f"folder '{folder}'", available, _TRAIN, size)]
+
+
+def trainable(need: Need, training: ClassifierTraining) -> list[Need]:
+    """Add to the need of a missing classifier how to train it, and what that requires."""
+    advice = f"train it with: {training.command}"
+    return [
+        package("pyarrow", "pip install pyarrow"),
+        replace(need, advice=advice, source=training),
+    ]
 
 
 def classes_need(folder: str, classes: Mapping[str, Sequence[str]], attribute: Attribute) -> Need:

@@ -48,6 +48,8 @@ class ClassifierKind:
     """Possible models; empty: any model, which must be named."""
     takes: Literal["classes", "phrases", None] = None
     """Key that a recipe sets for each class: labels of the model, or phrases that describe it."""
+    trained_here: bool = False
+    """Whether `classifier train` makes it."""
     sees_whole_images: bool = True
     """Whether it can classify whole images, not only faces."""
 
@@ -63,6 +65,6 @@ CLASSIFIERS: Mapping[str, ClassifierKind] = {
     ),
     "zero_shot": ClassifierKind(provider="diffusers_fair.backends.zero_shot", takes="phrases"),
     "checkpoint": ClassifierKind(
-        provider="diffusers_fair.backends.trained_classifier", takes="classes"
+        provider="diffusers_fair.backends.trained_classifier", takes="classes", trained_here=True
     ),
 }

@@ -41,6 +41,7 @@ _FaceDetectorName = Annotated[str, _one_of(FACE_DETECTORS)]
 _ClipName = Annotated[str, _one_of(CLIPS)]
 _DinoName = Annotated[str, _one_of(DINOS)]
 _FaceEmbedderName = Annotated[str, _one_of(FACE_EMBEDDERS)]
+_OnlyIfGiven = Annotated[str, Field(exclude_if=lambda value: not value)]  # as older recipes
 _ClassifierKindName = Annotated[str, AfterValidator(_known_classifier)]
 
 
@@ -62,6 +63,12 @@ class ClassifierSection(Section):
     """For `transformers` and `checkpoint`: class of the attribute -> labels of the model, whose
     probabilities are summed. Every label must be assigned to a class; case does not matter.
     Default: the labels are the classes."""
+    trained_on: _OnlyIfGiven = ""
+    """For `checkpoint`: labelled images that `diffusers-fair setup` trains the classifier on if the
+    folder does not exist, as `classifier train` takes them: `hf:ORG/NAME/CONFIG` for a data set on
+    the Hub, a folder or a parquet file."""
+    label: _OnlyIfGiven = ""
+    """For `checkpoint`: label column of `trained_on`. Default: the name of the attribute."""
     phrases: dict[str, Annotated[tuple[str, ...], Field(min_length=2)]] = {}
     """For `zero_shot`: class of the attribute -> two or more phrases that describe it."""
 
@@ -86,8 +93,14 @@ class ClassifierSection(Section):
         for key in ("phrases", "classes"):
             if getattr(self, key) and kind.takes != key:
                 raise ValueError(f"a classifier of kind '{self.kind}' takes no {key}")
+        for key in ("trained_on", "label"):
+            if getattr(self, key) and not kind.trained_here:
+                raise ValueError(f"a classifier of kind '{self.kind}' takes no {key}")
         return self
 
+
+SETUP_KEYS = {"trained_on", "label"}
+"""Keys of a classifier that only `diffusers-fair setup` reads: they change no result."""
 
 Classifiers = Annotated[
     dict[str, ClassifierSection],

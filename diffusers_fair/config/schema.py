@@ -20,7 +20,7 @@ from pydantic import (
 
 from diffusers_fair.attributes import Attribute, People, Region
 from diffusers_fair.config.errors import sentences
-from diffusers_fair.config.models import EvaluationModelsSection, ModelsSection
+from diffusers_fair.config.models import SETUP_KEYS, EvaluationModelsSection, ModelsSection
 from diffusers_fair.config.recipe import Overrides, read_recipe
 from diffusers_fair.config.section import (
     Fraction,
@@ -388,8 +388,20 @@ class RunConfig(Section):
     optimizer: OptimizerSection = OptimizerSection()
     train: TrainSection = TrainSection()
     evaluation: EvaluationSection = EvaluationSection()
-    tracker: Literal["tensorboard", "none"] = "none"
-    """Experiment tracker for curves, in addition to `events.jsonl`."""
+    tracker: Literal[
+        "tensorboard",
+        "wandb",
+        "trackio",
+        "mlflow",
+        "comet_ml",
+        "swanlab",
+        "aim",
+        "clearml",
+        "dvclive",
+        "none",
+    ] = "none"
+    """Experiment tracker of accelerate for curves and sample images, in addition to `events.jsonl`
+    and `samples/`. Its package must be installed, and be logged in if it needs an account."""
     output: str
     """Run folder."""
 
@@ -420,10 +432,10 @@ class RunConfig(Section):
     def differences(self, other: "RunConfig") -> dict[str, tuple[Any, Any]]:
         """List the keys whose values differ: 'a.0.b' -> (ours, theirs).
 
-        Except those that say where a run is and where it computes: the output and the device.
+        Except those that say where a run is, where it computes and how `setup` trains classifiers.
         """
-        ours, theirs = _flatten(self.model_dump()), _flatten(other.model_dump())
-        keys = sorted({*ours, *theirs} - {"output", "train.device"})
+        ours, theirs = (_flatten(x.model_dump(exclude=_NOT_OF_RUN)) for x in (self, other))
+        keys = sorted({*ours, *theirs})
         pairs = {key: (ours.get(key), theirs.get(key)) for key in keys}
         return {key: pair for key, pair in pairs.items() if pair[0] != pair[1]}
 
@@ -494,6 +506,15 @@ class RunConfig(Section):
                 "above 0, or prompts.keep to null"
             )
         return self
+
+
+_MODELS = {"classifiers": {"__all__": SETUP_KEYS}}
+_NOT_OF_RUN: Any = {
+    "output": True,
+    "train": {"device"},
+    "models": _MODELS,
+    "evaluation": {"models": _MODELS},
+}
 
 
 def _flatten(tree: Any, prefix: str = "") -> dict[str, Any]:

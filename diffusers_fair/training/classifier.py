@@ -4,11 +4,13 @@ The images should be cropped as the judges crop faces: to a square 1.5 times the
 """
 
 import json
+import time
 from collections import Counter
 from collections.abc import Mapping, Sequence
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, replace
 from io import BytesIO
 from pathlib import Path
+from tempfile import TemporaryDirectory
 from typing import Any
 
 import torch
@@ -18,13 +20,19 @@ from torch import Tensor, nn
 from diffusers_fair import atomic
 from diffusers_fair.backends import trained_classifier
 from diffusers_fair.backends.errors import loading
+from diffusers_fair.backends.sources import HUB_DATASET, HubDataset, UrlFile
 from diffusers_fair.devices import choose_device, choose_dtype
 from diffusers_fair.folder_lock import LOCK, folder_lock
 from diffusers_fair.training.stopping import SignalHandler, StoppedError, exit_code
 from diffusers_fair.vision.encoders import Pixels
 from diffusers_fair.vision.images import from_bytes
 
+_TRIAL = 16  # images per update when the speed is measured
 _IMAGE_SUFFIXES = (".png", ".jpg", ".jpeg", ".webp")
+
+
+_Labelled = tuple[Sequence[Path | bytes], list[str], list[str]]
+"""Image files or their contents, the class of each, and all classes."""
 
 
 @dataclass(frozen=True)
@@ -78,19 +86,22 @@ def read_images(source: str | Path, label: str = "label") -> LabelledImages:
     Args:
         source: a folder with a subfolder of images for each class; or a parquet file, or a folder
             of parquet files, with a column `image` (contents, or a struct with `bytes`) and a
-            column of labels.
+            column of labels; or such a data set on the Hub, as `HubDataset.parse` reads it, which
+            is downloaded to the Hub's cache.
         label: name of the label column. It holds words, or numbers with names in the file's
             metadata, as `datasets` writes them.
 
     Raises:
         ModuleNotFoundError: pyarrow, which parquet files need, is not installed.
-        ValueError: no such file or column, or fewer than two images of a class.
+        ValueError: no such file or column, or fewer than two images of a class; or the data set
+            cannot be downloaded.
     """
-    source = Path(source)
-    if not source.exists():
-        raise ValueError(f"there is nothing at '{source}': expected a folder or a parquet file")
-    parquet = source.suffix == ".parquet" or any(source.glob("*.parquet"))
-    files, words, classes = _read_parquet(source, label) if parquet else _read_folder(source)
+    if str(source).startswith(HUB_DATASET):
+        paths = HubDataset.parse(str(source)).paths()
+        labelled = _read_parquet(paths, str(source), label)
+    else:
+        labelled = _read_path(Path(source), label)
+    files, words, classes = labelled
     counts = Counter(words)
     if len(counts) < 2 or min(counts.values()) < 2:
         raise ValueError(
@@ -103,26 +114,34 @@ def read_images(source: str | Path, label: str = "label") -> LabelledImages:
     )
 
 
-def _read_folder(source: Path) -> tuple[list[Path], list[str], list[str]]:
-    """Return files, the class of each, and all classes."""
+def _read_path(source: Path, label: str) -> _Labelled:
+    if not source.exists():
+        raise ValueError(
+            f"there is nothing at '{source}': expected a folder, a parquet file or a data set on "
+            f"the Hub as {HUB_DATASET}ORG/NAME"
+        )
+    paths = [source] if source.suffix == ".parquet" else sorted(source.glob("*.parquet"))
+    return _read_parquet(paths, str(source), label) if paths else _read_folder(source)
+
+
+def _read_folder(source: Path) -> _Labelled:
     files = sorted(f for f in source.glob("*/*") if f.suffix.lower() in _IMAGE_SUFFIXES)
     words = [file.parent.name for file in files]
     return files, words, sorted(set(words))
 
 
-def _read_parquet(source: Path, label: str) -> tuple[list[bytes], list[str], list[str]]:
-    """Return file contents, the class of each, and all classes."""
+def _read_parquet(paths: Sequence[Path], source: str, label: str) -> _Labelled:
     try:
         import pyarrow.parquet as pq
     except ModuleNotFoundError as error:
         raise ModuleNotFoundError(
             "parquet files need the package 'pyarrow': pip install pyarrow", name=error.name
         ) from error
-    names = pq.ParquetDataset(source).schema.names
+    names = pq.read_schema(paths[0]).names
     for column in ("image", label):
         if column not in names:
             raise ValueError(f"'{source}' has no column '{column}', it has {', '.join(names)}")
-    table = pq.read_table(source, columns=["image", label])
+    table = pq.read_table(list(map(str, paths)), columns=["image", label])
     files = [x["bytes"] if isinstance(x, dict) else x for x in table["image"].to_pylist()]
     values = table[label].to_pylist()
     known = _named_labels(table.schema.metadata or {}, label)
@@ -277,6 +296,46 @@ def _has_files(folder: Path) -> bool:
     return any(
         path.name != LOCK and not path.name.startswith(atomic.PARTIAL) for path in folder.iterdir()
     )
+
+
+def imagenet_weights() -> UrlFile:
+    """Return the file of the ImageNet weights that training starts from."""
+    from torchvision.models import MobileNet_V3_Large_Weights
+
+    weights = MobileNet_V3_Large_Weights.IMAGENET1K_V2
+    path = Path(torch.hub.get_dir()) / "checkpoints" / weights.url.rpartition("/")[2]
+    size = round(1e6 * weights.meta["_file_size"])
+    licence = "BSD-3-Clause; trained on ImageNet, whose images have terms of their own"
+    return UrlFile(weights.url, path, size, licence)
+
+
+def seconds_per_image(settings: Settings) -> float:
+    """Measure how long training takes per image and epoch on this machine, with images of noise."""
+    count = 2 * _TRIAL
+    once = replace(settings, epochs=1, batch_size=_TRIAL)
+    g = torch.Generator().manual_seed(0)
+    shape = (count, 3, settings.size, settings.size)
+    noise = torch.randint(256, shape, dtype=torch.uint8, generator=g)
+    images = LabelledImages([_encoded(image) for image in noise], torch.arange(count) % 2, ("", ""))
+    device = choose_device()
+    dtype = choose_dtype(settings.dtype, device)
+    gpus = [device] if device.type == "cuda" else []
+    with TemporaryDirectory() as folder, torch.random.fork_rng(gpus):
+        unused = _Checkpoint(Path(folder), images, once)
+        network = _network(2, pretrained=False).to(device)
+        _fit(network, images, torch.arange(_TRIAL), once, dtype, g, unused)  # the first is slower
+        start = time.perf_counter()
+        _fit(network, images, torch.arange(count), once, dtype, g, unused)
+    return (time.perf_counter() - start) / count
+
+
+def _encoded(image: Tensor) -> bytes:
+    """Encode an image (3, size, size) of bytes as a JPEG."""
+    from PIL import Image
+
+    file = BytesIO()
+    Image.fromarray(image.permute(1, 2, 0).numpy()).save(file, "jpeg")
+    return file.getvalue()
 
 
 def _network(classes: int, pretrained: bool) -> nn.Module:

@@ -17,6 +17,7 @@ from safetensors.torch import load_file, save
 from torch import Tensor
 
 from diffusers_fair import atomic
+from diffusers_fair.config.models import SETUP_KEYS
 from diffusers_fair.config.schema import RunConfig
 from diffusers_fair.objective.originals import Originals
 from diffusers_fair.vision.faces import Faces
@@ -64,7 +65,10 @@ def run_cache_key(config: RunConfig) -> Any:
     key = config.model_dump(
         mode="json",
         include={"base", "attributes", "models", "sampling"},
-        exclude={"attributes": {"__all__": unused}},
+        exclude={
+            "attributes": {"__all__": unused},
+            "models": {"classifiers": {"__all__": SETUP_KEYS}},
+        },
     )
     # newer options are included only if they are used, so that older caches stay valid
     whole = [section.name for section in config.attributes if section.region == "image"]

@@ -1,9 +1,8 @@
-"""Progress of a training run: statistics, tracker and progress bar."""
+"""Progress of a training run: statistics and progress bar."""
 
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
-from typing import Any
 
 from diffusers_fair.objective.statistics import BatchStatistics
 
@@ -23,25 +22,6 @@ class IterationStatistics:
         """Return name -> value, as they are logged."""
         batch = {} if self.batch is None else self.batch.metrics()
         return batch | {"gradient": self.gradient_norm, "skipped": self.skipped}
-
-
-@contextmanager
-def tracker(accelerator: Any, step: int) -> Iterator[Callable[[dict[str, float], int], None]]:
-    """Yield a function (metrics, step) that logs metrics to the recipe's tracker, if any.
-
-    Args:
-        accelerator: accelerator with that tracker; None without a tracker.
-        step: number of updates made; curves of an earlier run are cut off after it.
-    """
-    if accelerator is None:
-        yield lambda metrics, step: None
-        return
-    accelerator.init_trackers("run", init_kwargs={"tensorboard": {"purge_step": step + 1}})
-    try:
-        yield lambda metrics, step: accelerator.log(metrics, step=step)
-    finally:
-        for recipe_tracker in accelerator.trackers:
-            recipe_tracker.finish()
 
 
 @contextmanager

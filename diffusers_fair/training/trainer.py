@@ -9,7 +9,7 @@ the iteration, neither on the number of processes nor on earlier iterations.
 
 import math
 import time
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from pathlib import Path
 from tempfile import TemporaryDirectory
@@ -36,6 +36,7 @@ from diffusers_fair.training.adapter_folder import (
 )
 from diffusers_fair.training.batch_gradient import BatchGradient, NonFiniteImagesError
 from diffusers_fair.training.batches import sample_batch
+from diffusers_fair.training.callbacks import TrainingCallback
 from diffusers_fair.training.checkpoints import load_checkpoint, save_checkpoint
 from diffusers_fair.training.determinism import deterministic_algorithms
 from diffusers_fair.training.memory import (
@@ -46,7 +47,7 @@ from diffusers_fair.training.memory import (
 )
 from diffusers_fair.training.monitor import TrainingMonitor
 from diffusers_fair.training.optimizer import NonFiniteGuard, clip_gradient, make_optimizer
-from diffusers_fair.training.progress import IterationStatistics, progress_bar, tracker
+from diffusers_fair.training.progress import IterationStatistics, progress_bar
 from diffusers_fair.training.run_folder import RunFolder, check_run_folder, claim_run_folder
 from diffusers_fair.training.stopping import (
     SignalHandler,
@@ -54,6 +55,7 @@ from diffusers_fair.training.stopping import (
     exit_code,
     explain_full_disk,
 )
+from diffusers_fair.training.tracking import Tracker, require_tracker, tracking
 from diffusers_fair.training.validation import Validation, save_samples
 
 
@@ -66,6 +68,7 @@ class FairnessFinetuner:
 
     Args:
         config: the recipe.
+        callbacks: code that follows the training; see `TrainingCallback`.
 
     Raises:
         ModuleNotFoundError: a package that the recipe needs is not installed.
@@ -74,11 +77,13 @@ class FairnessFinetuner:
     """
 
     @explain_out_of_memory(lambda: MODELS_DO_NOT_FIT)
-    def __init__(self, config: RunConfig):
+    def __init__(self, config: RunConfig, callbacks: Sequence[TrainingCallback] = ()):
         from diffusers.optimization import get_scheduler
         from diffusers.training_utils import EMAModel
 
+        require_tracker(config.tracker)
         self.config = config
+        self.callbacks = callbacks
         distributed.connect()  # before accelerate, which would connect the GPUs only
         self.accelerator = _accelerator(config)
         self.device = choose_base_device(config.base.model, config.train.device)
@@ -114,17 +119,20 @@ class FairnessFinetuner:
         self.seconds = 0.0  # duration of these updates
 
     @classmethod
-    def from_recipe(cls, recipe: str | Path, **overrides: Any) -> "FairnessFinetuner":
+    def from_recipe(
+        cls, recipe: str | Path, *, callbacks: Sequence[TrainingCallback] = (), **overrides: Any
+    ) -> "FairnessFinetuner":
         """Create a finetuner from a shipped recipe or a YAML file.
 
         Args:
             recipe: name or path.
+            callbacks: code that follows the training; see `TrainingCallback`.
             overrides: sections or values that replace the recipe's, as in `train={"seed": 1}`.
 
         Raises:
             ValueError: an unknown recipe or key, or an invalid value.
         """
-        return cls(RunConfig.load(recipe, overrides))
+        return cls(RunConfig.load(recipe, overrides), callbacks)
 
     def train(self, *, progress: bool = True) -> Path:
         """Train to the end, resuming from the newest checkpoint in the run folder if there is one.
@@ -164,14 +172,14 @@ class FairnessFinetuner:
     def _loop(self, folder: RunFolder, show_progress: bool, signals: SignalHandler) -> None:
         total = self.config.train.iterations
         with (
-            tracker(self.accelerator, self.step) as track,
+            tracking(self.accelerator, self.config, self.step) as tracker,
             progress_bar(self.step, total, show_progress) as advance,
         ):
 
             def log(metrics: dict[str, float]) -> None:
                 if distributed.is_main():
                     folder.events.write(metrics, self.step)
-                    track(metrics, self.step)
+                    tracker.log(metrics, self.step)
 
             while self.step < total:
                 start = time.perf_counter()
@@ -180,10 +188,10 @@ class FairnessFinetuner:
                 self.step, self.seconds = self.step + 1, self.seconds + seconds
                 log(statistics.metrics() | {"seconds": round(seconds, 2)})
                 advance(statistics)
-                if distributed.is_main() and statistics.batch is not None:
-                    self.monitor.check_batch(statistics.batch)
+                if distributed.is_main():
+                    self._follow(statistics)
                 if self._is_due(self.config.train.validate_every):
-                    log(self._validate(folder))
+                    log(self._validate(folder, tracker))
                 received = distributed.max_across(signals.received)
                 if received or self._is_due(self.config.train.checkpoint_every):
                     self._save_checkpoint(folder)
@@ -193,6 +201,13 @@ class FairnessFinetuner:
                         f"'{folder.path}': give the same command again to resume",
                         exit_code(received),
                     )
+
+    def _follow(self, statistics: IterationStatistics) -> None:
+        """Pass the statistics of an iteration on to the monitor and the callbacks."""
+        if statistics.batch is not None:
+            self.monitor.check_batch(statistics.batch)
+        for callback in self.callbacks:
+            callback.on_iteration(self.step, statistics)
 
     def iteration(self, step: int) -> IterationStatistics:
         """Update the adapter's parameters once.
@@ -236,23 +251,25 @@ class FairnessFinetuner:
         finally:
             self.ema.restore(self.parameters)
 
-    def _validate(self, folder: RunFolder) -> dict[str, float]:
+    def _validate(self, folder: RunFolder, tracker: Tracker) -> dict[str, float]:
         """Validate in the main process, keep the best adapter, and return the metrics.
 
         The other processes wait, and return nothing.
         """
-        metrics = self._validate_here(folder) if distributed.is_main() else {}
+        metrics = self._validate_here(folder, tracker) if distributed.is_main() else {}
         distributed.barrier()
         return metrics
 
-    def _validate_here(self, folder: RunFolder) -> dict[str, float]:
+    def _validate_here(self, folder: RunFolder, tracker: Tracker) -> dict[str, float]:
         with self.averaged():
             report = self.validation.measure()
-        save_samples(report, folder.samples(self.step))
+        tracker.log_samples(save_samples(report, folder.samples(self.step)), self.step)
         result = self.validation.judge(report)
         self.monitor.check_clip_t(result.clip_t, result.minimum_clip_t)
         if result.is_best:
             self._write_adapter(folder.best_adapter)
+        for callback in self.callbacks:
+            callback.on_validation(self.step, result, report)
         return result.metrics()
 
     def save_adapter(self, folder: str | Path) -> Path:
@@ -304,6 +321,8 @@ class FairnessFinetuner:
             folder.events.sync()
             keep = self.config.train.keep
             save_checkpoint(folder.checkpoints, self.step, self.state_dict(), keep)
+            for callback in self.callbacks:
+                callback.on_checkpoint(self.step, folder.path)
         distributed.barrier()
 
     def _resume(self, folder: RunFolder) -> None:

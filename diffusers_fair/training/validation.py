@@ -3,6 +3,8 @@
 from dataclasses import dataclass
 from pathlib import Path
 
+import numpy as np
+
 from diffusers_fair.evaluation.evaluate import evaluate
 from diffusers_fair.reports.report import Report
 from diffusers_fair.training.batch_gradient import BatchGradient
@@ -45,13 +47,12 @@ class Validation:
 
     def measure(self) -> Report:
         """Evaluate the pipeline as it is now, in training's micro-batches."""
-        size = self.gradient.micro_batch
         return evaluate(
             self.gradient.pipe,
             self.prompts,
             self.attributes,
             judges=self.gradient.objective.judges,
-            **({} if size is None else {"batch_size": size}),
+            batch_size=self.gradient.micro_batch,
             images_per_prompt=self.config.train.validation_images,
             steps=self.config.sampling.steps[1],
             guidance_scale=self.config.sampling.guidance_scale,
@@ -78,14 +79,15 @@ class Validation:
         return self.base_clip_t - self.config.train.clip_t_drop
 
 
-def save_samples(report: Report, file: Path) -> None:
-    """Write an image with a row of samples for each sampled prompt."""
-    import numpy as np
+def save_samples(report: Report, file: Path) -> np.ndarray:
+    """Write an image with a row of samples for each sampled prompt, and return it (h, w, 3)."""
     from PIL import Image
 
     file.parent.mkdir(parents=True, exist_ok=True)
     rows = [np.concatenate(list(images), axis=1) for images in report.samples.values()]
-    Image.fromarray(np.concatenate(rows)).save(file)
+    grid = np.concatenate(rows)
+    Image.fromarray(grid).save(file)
+    return grid
 
 
 def _is_less(value: float, best: float | None) -> bool:

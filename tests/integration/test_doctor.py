@@ -55,8 +55,8 @@ def run(monkeypatch, *words) -> int:
 
 
 def gaps(*overrides: str) -> dict[str, str]:
-    """What is missing for sd15-gender, and the advice."""
-    config = RunConfig.load("sd15-gender", overrides)
+    """What is missing for sd15-gender-paper, and the advice."""
+    config = RunConfig.load("sd15-gender-paper", overrides)
     return {need.what: need.advice for need in doctor.examine(config) if not need.available}
 
 
@@ -74,7 +74,7 @@ def test_a_device_that_is_not_there():
 
 
 def test_a_recipe_on_an_empty_machine(monkeypatch, capsys):
-    assert run(monkeypatch, "sd15-gender") == 2
+    assert run(monkeypatch, "sd15-gender-paper") == 2
     said = capsys.readouterr()
     base = "stable-diffusion-v1-5/stable-diffusion-v1-5"
     for expected in (
@@ -83,7 +83,8 @@ def test_a_recipe_on_an_empty_machine(monkeypatch, capsys):
         "missing  package nowhere_to_be_found  (for models.face_detector, evaluation.models.face",
         "  pip install --no-deps retinaface-pytorch\n",
         "missing  folder 'classifiers/gender'  (for models.classifiers.gender)\n",
-        "  train one with: diffusers-fair classifier train\n",
+        "  train it with: diffusers-fair classifier train hf:HuggingFaceM4/FairFace/0.25 "
+        "--label gender --out classifiers/gender\n",
         "missing  laion/CLIP-ViT-H-14-laion2B-s32B-b79K  (for models.clip)\n",
         "missing  facebook/dinov2-base  (for models.dino)\n",
         "missing  face-embedder  (for models.face_embedder)\n",
@@ -95,7 +96,10 @@ def test_a_recipe_on_an_empty_machine(monkeypatch, capsys):
         "weights on this machine: 0.0 GB",
     ):
         assert expected in said.out
-    assert "recipe 'sd15-gender': 10 requirements are missing, see above" in said.err
+    assert (
+        "recipe 'sd15-gender-paper': 10 requirements are missing, see above; `diffusers-fair "
+        "setup` fetches 7 of them"
+    ) in said.err
 
 
 def test_what_is_in_the_cache_is_found(tmp_path):
@@ -160,8 +164,14 @@ def test_open_clip_that_is_not_installed(monkeypatch):
     assert gaps()["package nowhere_to_be_found"] == "pip install open_clip_torch"
 
 
-def test_real_faces_are_needed_only_if_they_have_a_weight():
+def test_real_faces_are_needed_only_if_they_have_a_weight(monkeypatch, capsys):
     assert not {"face-embedder", "images in 'real-faces'"} & {*gaps("losses.face=0")}
+    run(monkeypatch, "sd15-gender")
+    assert (
+        "off      face realism loss (losses.face is 0): models.face_emb" in capsys.readouterr().out
+    )
+    run(monkeypatch, "sd15-gender-paper")
+    assert "face realism loss" not in capsys.readouterr().out
 
 
 def test_a_face_embedder_of_the_hub_and_of_timm(tmp_path):

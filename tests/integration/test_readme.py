@@ -39,12 +39,13 @@ def short(monkeypatch, tmp_path):
 @pytest.mark.slow
 def test_its_python_runs(short):
     blocks = re.findall(r"```python\n(.*?)```", README, re.DOTALL)
-    assert len(blocks) == 5
+    assert len(blocks) == 6
     names: dict = {}
     for block in blocks:
         exec(block, names)
     assert names["images"][0].size == (64, 64)
     assert Path("my-adapter/fair_adapter.json").exists()
+    assert len(names["callback"].losses) == 1
     assert names["report"].summary.images == 24
 
 

@@ -8,14 +8,17 @@ import signal
 import sys
 from pathlib import Path
 
+import cost
+import numpy as np
 import pytest
 import torch
 from accelerate.state import AcceleratorState, PartialState
+from PIL import Image
 
 import diffusers_fair.training.batch_gradient as gradient_module
 import diffusers_fair.training.trainer as trainer_module
 import diffusers_fair.training.validation as validation_module
-from diffusers_fair import FairnessFinetuner, atomic, testbed
+from diffusers_fair import FairnessFinetuner, TrainingCallback, atomic, testbed
 from diffusers_fair.adapters.folder import read_adapter
 from diffusers_fair.backends import registry
 from diffusers_fair.config.recipe import recipes
@@ -74,11 +77,38 @@ def test_two_finetuners_in_one_process_have_their_own_devices(tmp_path, monkeypa
         assert PartialState._shared_state == {}  # not ours to decide
 
 
+class Recorder(TrainingCallback):
+    """Notes what happened in which order, and counts the evaluations of the denoiser."""
+
+    def __init__(self):
+        self.steps, self.results, self.reports, self.events = [], [], [], []
+        self.evaluations = 0.0
+
+    def on_iteration(self, step, statistics):
+        self.steps.append(statistics.metrics())
+        self.events.append(("iteration", step))
+
+    def on_validation(self, step, result, report):
+        self.results.append(result)
+        self.reports.append(report)
+        self.events.append(("validation", step))
+
+    def on_checkpoint(self, step, folder):
+        assert (folder / "checkpoints" / f"step-{step:06d}").is_dir()
+        self.events.append(("checkpoint", step))
+
+    def count(self, module, inputs):
+        """With both branches of the guidance; forward and backward are two evaluations."""
+        self.evaluations += len(inputs[0]) / 2 * (2 if torch.is_grad_enabled() else 1)
+
+
 @pytest.fixture(scope="module")
 def run(tmp_path_factory):
     """A finished run of four iterations, and its finetuner."""
     folder = tmp_path_factory.mktemp("runs") / "first"
-    trained = finetuner(folder)
+    recorder = Recorder()
+    trained = finetuner(folder, callbacks=[recorder], tracker="tensorboard")
+    trained.pipe.unet.register_forward_pre_hook(recorder.count)
     trained.train(progress=False)
     return folder, trained
 
@@ -104,6 +134,38 @@ def test_every_iteration_is_recorded(run):
     for event in steps:
         assert event["loss"] == pytest.approx(event["alignment"] + event["semantics"], abs=1e-5)
     assert 0 <= events[-1]["validation/gender"] <= 1
+
+
+@pytest.mark.slow
+def test_callbacks_follow_the_training(run):
+    folder, trained = run
+    [recorder] = trained.callbacks
+    order = ["iteration 1", "iteration 2", "checkpoint 2", "iteration 3", "iteration 4"]
+    order += ["validation 4", "checkpoint 4"]
+    assert [f"{kind} {step}" for kind, step in recorder.events] == order
+    events = [json.loads(line) for line in (folder / "events.jsonl").read_text().splitlines()]
+    assert [step["loss"] for step in recorder.steps] == [e["loss"] for e in events if "loss" in e]
+    assert recorder.results[0].bias["gender"] == events[-1]["validation/gender"]
+    assert recorder.reports[0].samples
+
+
+@pytest.mark.slow
+def test_tensorboard_gets_curves_and_samples(run):
+    from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
+
+    logged = EventAccumulator(str(run[0] / "logs" / "run"))
+    logged.Reload()
+    assert [point.step for point in logged.Scalars("loss")] == [1, 2, 3, 4]
+    assert [point.step for point in logged.Scalars("validation/gender")] == [4]
+    [sample] = logged.Images("samples")
+    height, width = np.asarray(Image.open(run[0] / "samples" / "step-000004.png")).shape[:2]
+    assert (sample.step, sample.height, sample.width) == (4, height, width)
+
+
+@pytest.mark.slow
+def test_a_run_costs_what_its_recipe_tells(run):
+    _, trained = run
+    assert trained.callbacks[0].evaluations == cost.evaluations(trained.config)
 
 
 @pytest.mark.slow

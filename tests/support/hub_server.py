@@ -25,7 +25,7 @@ from urllib.parse import parse_qs, unquote, urlsplit
 
 import yaml
 
-LARGE = (".safetensors", ".png", ".bin")
+LARGE = (".safetensors", ".png", ".bin", ".parquet")
 ATTRIBUTES = b"".join(b"*%s filter=lfs\n" % name.encode() for name in LARGE)
 POINTER = "version https://git-lfs.github.com/spec/v1\noid sha256:{}\nsize {}\n"
 
@@ -136,6 +136,17 @@ class HubServer:
             for name, repo in self.repos.items()
         }
 
+    def publish(self, name: str, files: dict[str, bytes]) -> None:
+        """Make a public repository of these files; the name of a data set begins with datasets/."""
+        repo, tree = Repository(private=False), {}
+        for path, data in files.items():
+            digest = hashlib.sha256(data).hexdigest() if path.endswith(LARGE) else None
+            if digest:
+                self.large[digest] = data
+            tree[path] = File(data, digest)
+        repo.commit("main", tree, "initial commit")
+        self.repos[name] = repo
+
     def files(self, name: str, ref: str = "main") -> dict[str, bytes]:
         repo = self.repos[name]
         tree = repo.commits[repo.refs[ref]]
@@ -237,11 +248,13 @@ def _route(method: str, path: str) -> tuple[str, dict[str, str]]:
 
 
 REPO = r"(?P<repo>[^/]+/[^/]+)"
+DATASET = r"(?P<repo>datasets/[^/]+/[^/]+)"  # its name in `repos`, too
 ROUTES = [  # method, path, name of the method of `Call`
     ("POST", "/api/repos/create", "create"),
     ("DELETE", "/api/repos/delete", "delete"),
     ("POST", "/api/validate-yaml", "validate_yaml"),
     ("GET", rf"/api/models/{REPO}(/revision/(?P<ref>.+))?", "model_info"),
+    ("GET", rf"/api/{DATASET}(/revision/(?P<ref>.+))?", "model_info"),
     ("GET", rf"/api/models/{REPO}/tree/(?P<ref>.+)", "tree"),
     ("GET", rf"/api/models/{REPO}/refs", "refs"),
     ("POST", rf"/api/models/{REPO}/branch/(?P<ref>.+)", "create_branch"),
@@ -252,6 +265,8 @@ ROUTES = [  # method, path, name of the method of `Call`
     ("POST", rf"/{REPO}\.git/info/lfs/objects/verify", "verify"),
     ("PUT", r"/large/(?P<oid>[0-9a-f]{64})", "upload"),
     ("GET", r"/large/(?P<oid>[0-9a-f]{64})", "download"),
+    ("HEAD", rf"/{DATASET}/resolve/(?P<ref>[^/]+)/(?P<path>.+)", "resolve"),
+    ("GET", rf"/{DATASET}/resolve/(?P<ref>[^/]+)/(?P<path>.+)", "resolve"),
     ("HEAD", rf"/{REPO}/resolve/(?P<ref>[^/]+|refs/pr/\d+)/(?P<path>.+)", "resolve"),
     ("GET", rf"/{REPO}/resolve/(?P<ref>[^/]+|refs/pr/\d+)/(?P<path>.+)", "resolve"),
 ]
@@ -338,6 +353,8 @@ class Call:
             for sibling, file in zip(siblings, found.commits[oid].values(), strict=True):
                 sibling |= {"size": len(file.data), "blobId": file.oid} | _lfs(file, "sha256")
         info = {"id": repo, "sha": oid, "private": found.private, "siblings": siblings}
+        card = found.commits[oid].get("README.md", File(b"")).data.decode()
+        info["cardData"] = yaml.safe_load(card.split("---\n")[1]) if "---\n" in card else {}
         return reply(info | {"tags": [], "downloads": 0})
 
     def tree(self, repo: str, ref: str) -> Answer:

@@ -31,7 +31,7 @@ LAYERS = (  # rooms; imports go to the same layer or down, never in a circle
     ("families", "vision", "adapters", "reports"),
     ("diffusion", "objective", "loading", "evaluation", "baselines", "backends", "testbed"),
     ("pipeline_methods",),
-    ("training", "publishing", "assess", "doctor"),
+    ("training", "publishing", "assess", "doctor", "setup"),
     ("cli", "__main__"),
 )
 CORE = {  # what `pip install diffusers-fair` brings, the last two through diffusers
