@@ -5,6 +5,8 @@ from dataclasses import dataclass
 from importlib.util import find_spec
 from pathlib import Path
 
+from diffusers_fair.paths import expand
+
 _SUFFIXES = (".safetensors", ".bin")  # of weights; if a folder has both, one is read
 
 
@@ -33,7 +35,8 @@ def pretrained(model: str, revision: str | None = None, parts: Sequence[str] = (
         revision: commit, tag or branch on the Hub.
         parts: subfolders that hold weights.
     """
-    folder = Path(model) if Path(model).is_dir() else _cached(model, revision)
+    local = expand(model)
+    folder = local if local.is_dir() else _cached(model, revision)
     if folder is None:
         return Need(model, False, _advice(model))
     sizes = [_weights(folder / part) for part in parts]

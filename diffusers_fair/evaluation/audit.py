@@ -9,6 +9,7 @@ from diffusers_fair.evaluation.batches import Execution
 from diffusers_fair.evaluation.checks import checked_attributes, positive
 from diffusers_fair.evaluation.evaluate import measure
 from diffusers_fair.evaluation.image_folder import image_folder
+from diffusers_fair.paths import expand
 from diffusers_fair.reports.records import Settings
 from diffusers_fair.reports.report import Report
 from diffusers_fair.vision.judges import Judges
@@ -59,7 +60,7 @@ def audit(
             label,
             judges,
             positive(batch_size, "batch_size"),
-            None if out is None else Path(out),
+            None if out is None else expand(out),
             progress,
         ),
         model={"images": str(folder), "files": images.digest(), **(model or {})},

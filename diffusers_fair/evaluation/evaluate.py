@@ -1,17 +1,18 @@
 """Evaluate a pipeline: generate images, judge them, and compute statistics."""
 
-import json
 from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 
+from diffusers_fair import strict_json
 from diffusers_fair.attributes import Attribute
 from diffusers_fair.evaluation.batches import Execution, judge_all, save_once
 from diffusers_fair.evaluation.checks import (
     check_groups,
     check_reference,
+    check_sampling,
     checked_attributes,
     checked_prompts,
     positive,
@@ -20,6 +21,7 @@ from diffusers_fair.evaluation.generate import ImageBatch, generate_batch, pairs
 from diffusers_fair.evaluation.groups import default_groups, measure_group, supported_groups
 from diffusers_fair.evaluation.judge import judge_batch
 from diffusers_fair.evaluation.quality import prompt_features
+from diffusers_fair.paths import expand
 from diffusers_fair.prompts.groups import PromptGroup
 from diffusers_fair.provenance import provenance
 from diffusers_fair.reports.folder import FILE, load_report
@@ -82,15 +84,19 @@ def evaluate(
         progress: whether to show a progress bar.
 
     Raises:
-        ValueError: there are no prompts, attributes or images; a classifier is missing or has other
+        ValueError: there are no prompts, attributes or images; a prompt is given twice; the steps,
+            the guidance scale or the seed is out of range; a classifier is missing or has other
             classes than its attribute; a group of prompts cannot be measured; the reference has
             other noise, counts other faces or lacks a group; the folder holds another report.
     """
+    check_sampling(
+        images_per_prompt=images_per_prompt, steps=steps, guidance_scale=guidance_scale, seed=seed
+    )
     settings = Settings(
         prompts=checked_prompts(prompts),
         attributes=checked_attributes(attributes, judges),
-        images_per_prompt=positive(images_per_prompt, "images_per_prompt"),
-        steps=positive(steps, "steps"),
+        images_per_prompt=images_per_prompt,
+        steps=steps,
         guidance_scale=float(guidance_scale),
         seed=seed,
         people=judges.people,
@@ -110,7 +116,7 @@ def evaluate(
             label or ("base" if reference is None else "adapter"),
             judges,
             positive(batch_size, "batch_size"),
-            None if out is None else Path(out),
+            None if out is None else expand(out),
             progress,
         ),
         model={
@@ -200,7 +206,7 @@ def _load_same(
 ) -> Report:
     """Load the report in the folder if it is that of the same evaluation."""
     report = load_report(out)
-    model = json.loads(json.dumps(facts["model"]))
+    model = strict_json.loads(strict_json.dumps(facts["model"]))
     if report.settings != settings or report.provenance.get("model") != model:
         raise ValueError(f"'{out}' already holds another report: choose another folder")
     if [group.group for group in report.groups.values()] != list(groups):

@@ -14,6 +14,8 @@ import numpy as np
 import torch
 from torch import Tensor
 
+from diffusers_fair.evaluation.checks import check_sampling
+
 
 @dataclass(frozen=True)
 class ImageBatch:
@@ -142,7 +144,13 @@ def generate(
         seed: random seed, >= 0.
         batch_size: images generated at once, of one prompt or several.
         progress: whether to show a progress bar on stderr.
+
+    Raises:
+        ValueError: a number is out of range.
     """
+    check_sampling(
+        images_per_prompt=images_per_prompt, steps=steps, guidance_scale=guidance_scale, seed=seed
+    )
     batches = pairs_of([images_per_prompt] * len(prompts), batch_size)
     with progress_bar(sum(map(len, batches)), "images" if progress else None) as advance:
         for pairs in batches:

@@ -3,7 +3,7 @@
 The images should be cropped as the judges crop faces: to a square 1.5 times the size of the face.
 """
 
-import json
+import math
 from collections import Counter
 from collections.abc import Sequence
 from dataclasses import asdict, dataclass
@@ -15,12 +15,15 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
+from diffusers_fair import strict_json
 from diffusers_fair.backends import trained_classifier
 from diffusers_fair.backends.errors import loading
+from diffusers_fair.backends.trained_classifier import MAX_SIZE
+from diffusers_fair.paths import expand, require_writable
 from diffusers_fair.vision.encoders import Pixels
-from diffusers_fair.vision.images import from_bytes
+from diffusers_fair.vision.images import from_bytes, image_files, is_hidden, read_image
 
-_IMAGE_SUFFIXES = (".png", ".jpg", ".jpeg", ".webp")
+_MAX_SEED = 2**63 - 1  # the largest that torch takes
 
 
 @dataclass(frozen=True)
@@ -43,25 +46,34 @@ class Settings:
     """
 
     size: int = 224
-    """Side of the square input in pixels; 32 or more."""
+    """Side of the square input in pixels; 32 to 1024."""
     epochs: int = 5
     """Passes over the images."""
     batch_size: int = 64
     """Images per update; 2 or more."""
     lr: float = 1e-3
-    """Initial learning rate of AdamW; it decays to 0 along a cosine."""
+    """Initial learning rate of AdamW, above 0; it decays to 0 along a cosine."""
     held_out: float = 0.1
     """Fraction of each class that is held out to measure the accuracy, between 0 and 1."""
     seed: int = 0
-    """Random seed."""
+    """Random seed; 0 or more."""
     pretrained: bool = True
     """Whether to start from ImageNet weights, which are downloaded once."""
 
     def __post_init__(self) -> None:
         """Check the ranges."""
-        for name, least in {"size": 32, "epochs": 1, "batch_size": 2}.items():
-            if getattr(self, name) < least:
-                raise ValueError(f"{name} must be {least} or more, got {getattr(self, name)}")
+        ranges = {
+            "size": (32, MAX_SIZE),
+            "epochs": (1, math.inf),
+            "batch_size": (2, math.inf),
+            "seed": (0, _MAX_SEED),
+        }
+        for name, (low, high) in ranges.items():
+            if not low <= (value := getattr(self, name)) <= high:
+                limit = f"{low} or more" if high == math.inf else f"{low} to {high}"
+                raise ValueError(f"{name} must be {limit}, got {value}")
+        if not (self.lr > 0 and math.isfinite(self.lr)):
+            raise ValueError(f"lr must be a finite number above 0, got {self.lr}")
         if not 0 < self.held_out < 1:
             raise ValueError(f"held_out must be between 0 and 1, got {self.held_out:g}")
 
@@ -80,10 +92,12 @@ def read_images(source: str | Path, label: str = "label") -> LabelledImages:
         ModuleNotFoundError: pyarrow, which parquet files need, is not installed.
         ValueError: no such file or column, or fewer than two images of a class.
     """
-    source = Path(source)
+    source = expand(source)
     if not source.exists():
         raise ValueError(f"there is nothing at '{source}': expected a folder or a parquet file")
-    parquet = source.suffix == ".parquet" or any(source.glob("*.parquet"))
+    parquet = source.suffix == ".parquet" or any(
+        not is_hidden(Path(file.name)) for file in source.glob("*.parquet")
+    )
     files, words, classes = _read_parquet(source, label) if parquet else _read_folder(source)
     counts = Counter(words)
     if len(counts) < 2 or min(counts.values()) < 2:
@@ -99,7 +113,7 @@ def read_images(source: str | Path, label: str = "label") -> LabelledImages:
 
 def _read_folder(source: Path) -> tuple[list[Path], list[str], list[str]]:
     """Return files, the class of each, and all classes."""
-    files = sorted(f for f in source.glob("*/*") if f.suffix.lower() in _IMAGE_SUFFIXES)
+    files = image_files(source, "*/*")
     words = [file.parent.name for file in files]
     return files, words, sorted(set(words))
 
@@ -128,7 +142,7 @@ def _read_parquet(source: Path, label: str) -> tuple[list[bytes], list[str], lis
 
 def _named_labels(metadata: dict[bytes, bytes], label: str) -> list[str]:
     """Return the names of numbered labels, as the library `datasets` stores them."""
-    info = json.loads(metadata.get(b"huggingface", b"{}")).get("info", {})
+    info = strict_json.loads(metadata.get(b"huggingface", b"{}")).get("info", {})
     return info.get("features", {}).get(label, {}).get("names", [])
 
 
@@ -159,10 +173,11 @@ def train_classifier(
         (rows are true classes, columns predicted classes).
 
     Raises:
-        ValueError: the folder is not empty, or ImageNet weights cannot be downloaded.
+        ValueError: the folder is not empty or cannot be written; an image cannot be read; or
+            ImageNet weights cannot be downloaded.
     """
-    folder = Path(folder)
-    if folder.exists() and (not folder.is_dir() or any(folder.iterdir())):
+    folder = require_writable(folder)
+    if folder.exists() and any(folder.iterdir()):
         raise ValueError(f"'{folder}' is not an empty folder: choose another folder")
     g = torch.Generator().manual_seed(settings.seed)
     train, held = _hold_out(images.labels, settings.held_out, g)
@@ -253,7 +268,9 @@ def _load(images: LabelledImages, rows: Tensor, size: int) -> Tensor:
 
     def read(row: int) -> Tensor:
         file = images.files[row]
-        image = Image.open(BytesIO(file) if isinstance(file, bytes) else file).convert("RGB")
+        image = (
+            read_image(BytesIO(file), f"row {row}") if isinstance(file, bytes) else read_image(file)
+        )
         return pil_to_tensor(ImageOps.fit(image, (size, size), Image.Resampling.BICUBIC))
 
     return from_bytes(torch.stack([read(row) for row in rows.tolist()]))

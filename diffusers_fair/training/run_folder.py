@@ -1,12 +1,12 @@
 """The run folder: its files, the recipe that it belongs to, and cleaning up before resuming."""
 
-import json
 import math
 import shutil
 from pathlib import Path
 
-from diffusers_fair import atomic
+from diffusers_fair import atomic, strict_json
 from diffusers_fair.config.schema import RunConfig
+from diffusers_fair.paths import require_writable
 from diffusers_fair.training.checkpoints import discard_checkpoints_after
 
 _RECIPE = "recipe.yaml"
@@ -47,9 +47,10 @@ def claim_run_folder(config: RunConfig) -> RunFolder:
     Raises:
         ValueError: the folder holds another run, or something else.
     """
-    folder, recipe = Path(config.output), Path(config.output) / _RECIPE
+    folder = require_writable(config.output)
+    recipe = folder / _RECIPE
     if not recipe.exists():
-        if folder.exists() and (not folder.is_dir() or _has_other_files(folder)):
+        if folder.exists() and _has_other_files(folder):
             raise ValueError(f"output '{folder}' holds something else: choose another folder")
         folder.mkdir(parents=True, exist_ok=True)
         atomic.write(recipe, config.to_yaml().encode())
@@ -85,7 +86,7 @@ class Events:
         """Append a line, without metrics that are not finite."""
         finite = {name: value for name, value in metrics.items() if math.isfinite(value)}
         with self.file.open("a", encoding="utf-8") as file:
-            file.write(json.dumps({"iteration": step, **finite}) + "\n")
+            file.write(strict_json.dumps({"iteration": step, **finite}) + "\n")
 
     def sync(self) -> None:
         """Flush all lines to the disk."""
@@ -104,6 +105,6 @@ class Events:
 def _step(line: bytes) -> float:
     """Read the iteration of a line; infinity if the line is damaged."""
     try:
-        return json.loads(line)["iteration"]
+        return strict_json.loads(line)["iteration"]
     except (ValueError, KeyError, TypeError):
         return math.inf

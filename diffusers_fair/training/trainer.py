@@ -25,6 +25,7 @@ from diffusers_fair.backends.registry import base, load_base, load_judges
 from diffusers_fair.config.schema import RunConfig
 from diffusers_fair.families import denoiser_of
 from diffusers_fair.families.fingerprint import base_fingerprint
+from diffusers_fair.paths import expand
 from diffusers_fair.prompts import prompt_set
 from diffusers_fair.prompts.mixtures import prompt_mixture
 from diffusers_fair.provenance import machine
@@ -252,7 +253,7 @@ class FairnessFinetuner:
         if distributed.is_main():
             self._write_adapter(folder)
         distributed.barrier()
-        return Path(folder)
+        return expand(folder)
 
     def push_to_hub(self, repo_id: str, **options: Any) -> Push | None:
         """Publish the current adapter with its model card, from the main process.
@@ -345,7 +346,7 @@ def _accelerator(config: RunConfig) -> Any:
     return Accelerator(
         cpu="cpu" in (config.train.device, base(config.base.model).device),
         log_with=None if config.tracker == "none" else config.tracker,
-        project_dir=Path(config.output) / "logs",
+        project_dir=expand(config.output) / "logs",
         kwargs_handlers=[InitProcessGroupKwargs(timeout=_TIMEOUT)],
     )
 
