@@ -489,9 +489,11 @@ def main() -> None:
         sys.stderr.write(f"diffusers-fair: {stop}\n")
         sys.exit(stop.code)
     except Exception as error:
-        if not (sentence := _sentence(error)):
+        sentence = _sentence(error)
+        if sentence is None:
             raise
-        sys.stderr.write(f"diffusers-fair: {sentence}\n")
+        if sentence:  # empty after the help that a command without arguments prints
+            sys.stderr.write(f"diffusers-fair: {sentence}\n")
         sys.exit(2)
 
 

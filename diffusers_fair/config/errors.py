@@ -42,7 +42,9 @@ def _sentence(problem: Any, schema: type[BaseModel]) -> str:
             return f"'{key}' is missing"
         case "value_error":
             return f"{key}: {context['error']}".removeprefix(": ")
-        case "too_short" | "string_too_short":
+        case "string_too_short":
+            return f"{key}: expected a text, got an empty one"
+        case "too_short":
             return f"{key}: expected {context['min_length']} or more, got {len(problem['input'])}"
         case "model_type":
             return f"{key}: expected a section of keys and values, got {problem['input']!r}"

@@ -100,8 +100,8 @@ def _with_8_bits(image: "Image", format: str | None) -> "Image":
         pixels = np.asarray(image).astype(float)
         grey = np.where(pixels == image.info.get("transparency"), 255, (pixels / 257).round())
         return Image.fromarray(grey.astype(np.uint8))
-    if image.mode in ("I", "F"):
-        raise ValueError("expected 8 or 16 bits per channel, got 32, whose range is unknown")
+    if image.mode in ("I", "F", "LAB"):  # of unknown range; not converted by Pillow
+        raise ValueError(f"expected grey, RGB or CMYK in 8 or 16 bits, got mode {image.mode}")
     return image
 
 
