@@ -338,7 +338,7 @@ BAD = {
         "Invalid value for '--out': expected a folder, got an empty text",
     ),
     "too long a name": (["evaluate", "--prompts", "a" * 300], "File name too long"),
-    "no recipe": (["train"], "Missing argument 'RECIPE'"),
+    "no recipe": (["train"], "Missing argument 'recipe'"),
     **{
         f"{words[0]} into a file": ([*words, f"{__file__}/x"], "is a file: choose another folder")
         for words in (

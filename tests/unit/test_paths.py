@@ -31,5 +31,5 @@ def test_a_file_is_no_folder(name, tmp_path):
 
 def test_a_read_only_folder(tmp_path, monkeypatch):
     monkeypatch.setattr(os, "access", lambda path, mode: Path(path) != tmp_path)
-    with pytest.raises(ValueError, match="no permission to write to '.*'; choose another folder"):
+    with pytest.raises(ValueError, match=r"no permission to write to '.*'; choose another folder"):
         require_writable(tmp_path / "a")

@@ -10,7 +10,9 @@ import pytest
 
 from diffusers_fair import prompts
 from diffusers_fair.prompts import PromptSet, prompt_set
+from diffusers_fair.prompts.groups import classes_named
 from diffusers_fair.prompts.mixtures import PromptMixture, counts_per_cycle, prompt_mixture
+from diffusers_fair.prompts.tables import targets_by_prompt
 
 PAPER = {  # what the paper's appendices A.2, A.3 and A.8 list: number of entries, their hash
     ("occupations", "validation"): (10, "19c0c6691640f75b"),
