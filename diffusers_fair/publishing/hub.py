@@ -131,7 +131,7 @@ def _check_repo_id(repo_id: str) -> None:
 def _api(token: str | None) -> HfApi:
     """Create a client of the Hub, with the default token if none is given."""
     token = get_token() if token is None else token
-    if token is None:
+    if not token:
         raise ValueError(
             "publishing needs a Hub token with write access: run `hf auth login`, set HF_TOKEN, or "
             "pass a token"
