@@ -112,12 +112,14 @@ class _Loader(yaml.SafeLoader):
 
 for _kind in ("int", "float"):
     _Loader.add_constructor(f"tag:yaml.org,2002:{_kind}", _Loader.construct_number)
-_Loader.add_constructor("tag:yaml.org,2002:timestamp", _Loader.construct_yaml_str)
+_Loader.add_constructor(
+    "tag:yaml.org,2002:timestamp", lambda loader, node: loader.construct_scalar(node)
+)
 
 
 def _parse_yaml(text: str, source: str) -> Any:
     try:
-        return yaml.load(text, _Loader)  # a safe loader
+        return yaml.load(text, _Loader)
     except yaml.YAMLError as error:
         raise ValueError(f"'{source}' is not YAML: {' '.join(str(error).split())}") from error
 
