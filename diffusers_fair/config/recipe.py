@@ -109,12 +109,14 @@ class _Loader(yaml.SafeLoader):
         is_int = node.tag.endswith(":int")
         return self.construct_yaml_int(node) if is_int else self.construct_yaml_float(node)
 
+    def construct_text(self, node: Any) -> Any:
+        """Read a date as a text."""
+        return self.construct_scalar(node)
+
 
 for _kind in ("int", "float"):
     _Loader.add_constructor(f"tag:yaml.org,2002:{_kind}", _Loader.construct_number)
-_Loader.add_constructor(
-    "tag:yaml.org,2002:timestamp", lambda loader, node: loader.construct_scalar(node)
-)
+_Loader.add_constructor("tag:yaml.org,2002:timestamp", _Loader.construct_text)
 
 
 def _parse_yaml(text: str, source: str) -> Any:
