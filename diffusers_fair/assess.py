@@ -16,9 +16,11 @@ from diffusers_fair.baselines import baseline as find_baseline
 from diffusers_fair.config.models import ModelsSection
 from diffusers_fair.config.schema import EvaluationSection, RunConfig
 from diffusers_fair.evaluation.audit import audit
+from diffusers_fair.evaluation.checks import check_sampling
 from diffusers_fair.evaluation.evaluate import evaluate
 from diffusers_fair.evaluation.groups import with_groups
 from diffusers_fair.loading import load_fair_adapter, open_fair_adapter, unload_fair_adapter
+from diffusers_fair.paths import expand
 from diffusers_fair.prompts import prompt_set
 from diffusers_fair.prompts.groups import PER_ATTRIBUTE, PromptGroup, evaluation_groups
 from diffusers_fair.prompts.training_words import kept_sets, mark_unseen
@@ -133,14 +135,14 @@ class EvaluationDefaults:
                 raise ValueError(
                     f"unknown attribute '{name}': expected one of {', '.join(self.attributes)}"
                 )
-        return [self.attributes[name] for name in names or self.counted]
+        return [self.attributes[name] for name in (self.counted if names is None else names)]
 
     def prompts(self, name: str | None, split: str | None) -> list[str]:
         """Read a prompt set or a text file. `None` gives the default sets, or the default split."""
-        names = [name] if name else self.prompt_sets
-        return [
-            text for name in names for text in prompt_set(name).prompts(split or self.section.split)
-        ]
+        names = self.prompt_sets if name is None else [name]
+        split = self.section.split if split is None else split
+        texts = (text for name in names for text in prompt_set(name).prompts(split))
+        return list(dict.fromkeys(texts))  # sets may share prompts
 
 
 def assess(
@@ -218,26 +220,27 @@ def assess(
     groups: tuple[PromptGroup, ...] = ()
     if group_images is not None:
         groups = control_groups(texts, counted, defaults, info, images_per_prompt=group_images)
-    pipe = load_base(base, revision, defaults.dtype if dtype is None else dtype, chosen)
-    model: dict[str, Any] = {"base": base, "recipe": recipe}
-    model |= {} if revision is None else {"revision": revision}
-    options: dict[str, Any] = {
-        "judges": load_judges(section.models, counted, chosen, defaults.people),
-        "batch_size": batch_size,
+    sampling: dict[str, Any] = {
         "images_per_prompt": (
             section.images_per_prompt if images_per_prompt is None else images_per_prompt
         ),
         "steps": section.steps if steps is None else steps,
-        "guidance_scale": guidance_scale or section.guidance_scale,
+        "guidance_scale": section.guidance_scale if guidance_scale is None else guidance_scale,
         "seed": section.seed if seed is None else seed,
     }
+    check_sampling(**sampling)
+    pipe = load_base(base, revision, defaults.dtype if dtype is None else dtype, chosen)
+    model: dict[str, Any] = {"base": base, "recipe": recipe}
+    model |= {} if revision is None else {"revision": revision}
+    judges = load_judges(section.models, counted, chosen, defaults.people)
+    options: dict[str, Any] = {"judges": judges, "batch_size": batch_size, **sampling}
     respect: dict[str, Any] = {"respect_words": True} if respect_words else {}
     if opened is not None:  # refuse an adapter that does not fit before the base is evaluated
         load_fair_adapter(pipe, opened, **respect)
         unload_fair_adapter(pipe)
     is_base_alone = adapter is None and baseline is None
     if reference is None:
-        folder = out if is_base_alone else Path(out) / "base"
+        folder = out if is_base_alone else expand(out) / "base"
         before = evaluate(pipe, texts, counted, groups=groups, out=folder, model=model, **options)
     else:
         before = _reference(reference, texts, counted, options)

@@ -1,6 +1,7 @@
 """The command `diffusers-fair`."""
 
-import json
+import errno
+import re
 import signal
 import sys
 from collections.abc import Iterator
@@ -12,6 +13,8 @@ import typer
 from rich.console import Console
 from typer.core import TyperCommand, TyperGroup
 
+from diffusers_fair import strict_json
+from diffusers_fair.paths import expand, require_writable
 from diffusers_fair.training.stopping import StoppedError, Terminated, exit_code, raise_on_sigterm
 
 if TYPE_CHECKING:
@@ -78,7 +81,6 @@ RespectWords = Annotated[
         help="Disable the adapter for prompts that name a class it balances.",
     ),
 ]
-Out = Annotated[Path, typer.Option(help="Folder to write to.")]
 Device = Annotated[
     str,
     typer.Option(
@@ -115,10 +117,29 @@ BatchSize = Annotated[
 ]
 
 
+def _folder(text: str) -> Path:
+    if not text:
+        raise typer.BadParameter("expected a folder, got an empty text")
+    return expand(text)
+
+
+def _number_or_folder(text: str) -> int | Path:
+    if re.fullmatch("[0-9]+", text) and int(text) > 0:
+        return int(text)
+    if (folder := expand(text)).is_dir():
+        return folder
+    raise typer.BadParameter(
+        f"expected a number of images, 1 or more, or a folder of images, got '{text}'"
+    )
+
+
+Out = Annotated[Path, typer.Option(parser=_folder, metavar="DIRECTORY", help="Folder to write to.")]
+
+
 @app.command(cls=_Resumable)
 def demo(
     out: Out = Path("runs/demo"),
-    images: Annotated[int, typer.Option(help="Images per prompt.")] = 20,
+    images: Annotated[int, typer.Option(min=1, help="Images per prompt.")] = 20,
     device: Device = "auto",
 ) -> None:
     """Train on the testbed, evaluate before and after, and write a report: minutes on a laptop.
@@ -367,8 +388,9 @@ def evaluate(
         typer.Option(help="Split of the prompt set. Default: the recipe's split, or test."),
     ] = None,
     images: Annotated[
-        str | None,
+        Any | None,
         typer.Option(
+            parser=_number_or_folder,
             metavar="NUMBER_OR_DIR",
             help="Images per prompt; default: the recipe's number, or 60. Or a folder of existing "
             "images to evaluate, with a subfolder for each prompt. The prompt is the text of the "
@@ -376,14 +398,16 @@ def evaluate(
         ),
     ] = None,
     steps: Annotated[
-        int | None, typer.Option(help="Scheduler steps. Default: the recipe's number, or 20.")
+        int | None,
+        typer.Option(min=1, help="Scheduler steps. Default: the recipe's number, or 20."),
     ] = None,
     guidance_scale: Annotated[
         float | None,
-        typer.Option(help="Guidance scale. Default: the recipe's, or 4.5 for the testbed."),
+        typer.Option(min=0, help="Guidance scale. Default: the recipe's, or 4.5 for the testbed."),
     ] = None,
     seed: Annotated[
-        int | None, typer.Option(help="Random seed of the noise. Default: the recipe's seed, or 0.")
+        int | None,
+        typer.Option(min=0, help="Random seed of the noise. Default: the recipe's seed, or 0."),
     ] = None,
     reference: Annotated[
         Path | None,
@@ -423,7 +447,7 @@ def evaluate(
             f"--group-images must be 1 or more, got {group_images}: to skip the control prompts, "
             "use --no-groups"
         )
-    if images is not None and not images.lstrip("-").isdigit():
+    if isinstance(images, Path):
         ignored = {adapter, baseline, reference, prompts, dtype, revision, adapter_revision}
         if respect_words or ignored != {None}:
             raise ValueError(
@@ -450,7 +474,7 @@ def evaluate(
         recipe=recipe,
         prompts=EvaluationDefaults.of(base, recipe).prompts(prompts, split),
         attributes=attribute,
-        images_per_prompt=None if images is None else int(images),
+        images_per_prompt=images,
         steps=steps,
         guidance_scale=guidance_scale,
         seed=seed,
@@ -498,13 +522,13 @@ def generate(
     base: Base = "testbed",
     adapter: Adapter = None,
     out: Out = Path("images"),
-    images: Annotated[int, typer.Option(help="Images per prompt.")] = 4,
-    steps: Annotated[int, typer.Option(help="Scheduler steps.")] = 20,
+    images: Annotated[int, typer.Option(min=1, help="Images per prompt.")] = 4,
+    steps: Annotated[int, typer.Option(min=1, help="Scheduler steps.")] = 20,
     guidance_scale: Annotated[
         float | None,
-        typer.Option(help="Guidance scale. Default: 4.5 for the testbed, 7.5 otherwise."),
+        typer.Option(min=0, help="Guidance scale. Default: 4.5 for the testbed, 7.5 otherwise."),
     ] = None,
-    seed: Annotated[int, typer.Option(help="Random seed of the noise.")] = 0,
+    seed: Annotated[int, typer.Option(min=0, help="Random seed of the noise.")] = 0,
     respect_words: RespectWords = False,
     device: Device = "auto",
     dtype: Dtype = None,
@@ -518,11 +542,19 @@ def generate(
     the same command are kept, and not generated again.
     """
     from diffusers_fair.backends.registry import usual_guidance
+    from diffusers_fair.evaluation.checks import check_sampling
     from diffusers_fair.evaluation.generate import generate as sample
     from diffusers_fair.evaluation.image_files import file_stems, write_image
     from diffusers_fair.vision.images import to_arrays
 
-    guidance_scale = guidance_scale or usual_guidance(base)
+    sampling: dict[str, Any] = {
+        "images_per_prompt": images,
+        "steps": steps,
+        "guidance_scale": usual_guidance(base) if guidance_scale is None else guidance_scale,
+        "seed": seed,
+    }
+    check_sampling(**sampling)
+    require_writable(out)
     pipe, digest = _pipeline(
         base,
         adapter,
@@ -532,22 +564,15 @@ def generate(
         revision=revision,
         adapter_revision=adapter_revision,
     )
-    settings = [base, digest, steps, guidance_scale, respect_words]
+    settings = [base, digest, steps, sampling["guidance_scale"], respect_words, dtype, revision]
     stems = file_stems(prompt, seed=seed, adapter=adapter, settings=settings)
     files = {
         (i, j): out / f"{stem}-{j:03d}.png" for i, stem in enumerate(stems) for j in range(images)
     }
     existing = {place for place, file in files.items() if file.exists()}
+    out.mkdir(parents=True, exist_ok=True)
     for batch in sample(
-        pipe,
-        prompt,
-        images_per_prompt=images,
-        steps=steps,
-        guidance_scale=guidance_scale,
-        seed=seed,
-        batch_size=batch_size,
-        skip=existing,
-        progress=True,
+        pipe, prompt, batch_size=batch_size, skip=existing, progress=True, **sampling
     ):
         for image, i, j in zip(to_arrays(batch.images), batch.prompt, batch.image, strict=True):
             write_image(files[int(i), int(j)], image)
@@ -626,7 +651,7 @@ def inspect(
     info, weights = read_adapter(local_folder(adapter, revision))
     facts: dict[str, Any] = asdict(info)
     facts["parameters"] = sum(weight.numel() for weight in weights.values())
-    console.print_json(json.dumps(facts))
+    console.print_json(strict_json.dumps(facts))
 
 
 @app.command()
@@ -693,16 +718,26 @@ def main() -> None:
         sys.stderr.write(f"diffusers-fair: {stop}\n")
         sys.exit(stop.code)
     except Exception as error:
-        if not isinstance(error, ValueError | ModuleNotFoundError) and not _is_usage_error(error):
+        sentence = _sentence(error)
+        if sentence is None:
             raise
-        sys.stderr.write(f"diffusers-fair: {error}\n")
+        if sentence:  # empty after the help that a command without arguments prints
+            sys.stderr.write(f"diffusers-fair: {sentence}\n")
         sys.exit(2)
 
 
-def _is_usage_error(error: Exception) -> bool:
+def _sentence(error: Exception) -> str | None:
+    """Describe an error that is due to the user's input; None for any other error."""
     from typer._click.exceptions import ClickException
 
-    return isinstance(error, ClickException)
+    if isinstance(error, ClickException):
+        return error.format_message()  # names the option
+    if isinstance(error, ValueError | ModuleNotFoundError):
+        return str(error)
+    if isinstance(error, OSError) and (error.filename or error.errno == errno.ENOSPC):
+        where = f"'{error.filename}'" if error.filename else "a file"
+        return f"cannot read or write {where}: {error.strerror}; choose another path, or mend it"
+    return None
 
 
 def _train(recipe: str, overrides: list[str]) -> Path:
@@ -714,7 +749,7 @@ def _train(recipe: str, overrides: list[str]) -> Path:
     config = RunConfig.load(recipe, overrides)
     require_tracker(config.tracker)
     check_run_folder(config)  # before any model is loaded
-    with _resumable(Path(config.output)):
+    with _resumable(expand(config.output)):
         folder = FairnessFinetuner(config).train()
     from diffusers_fair import distributed
 
@@ -779,7 +814,7 @@ def _entry(word: str) -> "Entry":
     from diffusers_fair.reports.folder import load_report
 
     name, separator, folder = word.partition("=")
-    if not separator or Path(word).exists():  # a folder may have = in its name
+    if not separator or expand(word).exists():  # a folder may have = in its name
         name, folder = "", word
     report = load_report(folder)
     group, _, label = name.rpartition("/")

@@ -42,6 +42,7 @@ from diffusers_fair.adapters.tensors import Weights
 from diffusers_fair.adapters.word_switch import WordSwitch, adapter_words, check_not_compiled
 from diffusers_fair.families import LORA_PREFIXES, family_of
 from diffusers_fair.families.fingerprint import base_fingerprint
+from diffusers_fair.paths import expand
 
 if TYPE_CHECKING:
     from diffusers import DiffusionPipeline
@@ -214,8 +215,8 @@ def local_folder(
     Raises:
         ValueError: no such folder or repository, or the download fails.
     """
-    if Path(id_or_dir).is_dir():
-        return Path(id_or_dir)
+    if (folder := expand(id_or_dir)).is_dir():
+        return folder
     repository = str(id_or_dir)
     if not REPOSITORY.fullmatch(repository):
         raise ValueError(f"there is no adapter folder at '{id_or_dir}'")

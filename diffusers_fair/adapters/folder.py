@@ -28,6 +28,7 @@ from diffusers_fair.adapters.format import (
     load_info,
 )
 from diffusers_fair.adapters.tensors import Weights, read_lora, read_soft_tokens, write_tensors
+from diffusers_fair.paths import expand
 
 README_FILE = "README.md"
 SAMPLES_FOLDER = "samples"
@@ -60,7 +61,7 @@ def open_adapter(folder: "str | Path | Adapter") -> Adapter:
     """
     if isinstance(folder, Adapter):
         return folder
-    folder = Path(folder)
+    folder = expand(folder)
     if not folder.is_dir():
         raise ValueError(f"there is no adapter folder at '{folder}'")
     path = _checked_file(folder / INFO_FILE)
@@ -101,7 +102,7 @@ def write_adapter(folder: str | Path, weights: Mapping[str, Tensor], info: Adapt
     Raises:
         ValueError: the folder holds something else, or `open_adapter` would refuse the result.
     """
-    folder = Path(folder).resolve()
+    folder = expand(folder).resolve()
     _refuse_foreign(folder)
     temporary = folder.with_name(f".{folder.name}-{secrets.token_hex(4)}")
     try:

@@ -4,13 +4,13 @@
 `fair_adapter.schema.json` is generated from it.
 """
 
-import json
 from collections.abc import Mapping, Sequence
 from dataclasses import asdict, dataclass, field
 from importlib.metadata import version
 from pathlib import Path
 from typing import Any, get_args
 
+from diffusers_fair import strict_json
 from diffusers_fair.adapters.json_schema import ERROR, Schema, check, parse_json, printable, publish
 from diffusers_fair.attributes import Attribute, Region
 from diffusers_fair.families import LORA_PREFIXES
@@ -199,7 +199,7 @@ SCHEMA: Schema = {
 
 def generated_schema() -> str:
     """Return the text of `fair_adapter.schema.json`."""
-    return json.dumps(publish(SCHEMA), indent=2) + "\n"
+    return strict_json.dumps(publish(SCHEMA), indent=2) + "\n"
 
 
 # ---- dataclasses ---------------------------------------------------------------------------------
@@ -306,7 +306,7 @@ def dump_info(info: AdapterInfo) -> bytes:
         "training": info.training,
         "checksums": info.checksums,
     }
-    text = json.dumps(data, indent=2, ensure_ascii=False, allow_nan=False)
+    text = strict_json.dumps(data, indent=2, ensure_ascii=False)
     return (text + "\n").encode()
 
 

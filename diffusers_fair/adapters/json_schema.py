@@ -5,12 +5,13 @@ neither pydantic nor jsonschema. There are two additions: the key `errorMessage`
 an invalid value, and `label` is a format.
 """
 
-import json
 import math
 import re
 from itertools import accumulate
 from types import NoneType
 from typing import Any
+
+from diffusers_fair import strict_json
 
 Schema = dict[str, Any]
 
@@ -46,7 +47,7 @@ def parse_json(text: str | bytes, where: str, max_length: int) -> Any:
         text = text.decode() if isinstance(text, bytes) else text
         if _depth(text) > _MAX_DEPTH:
             raise ValueError(f"it is nested deeper than {_MAX_DEPTH} levels")
-        return json.loads(text, parse_constant=_finite, parse_float=_finite)
+        return strict_json.loads(text)
     except ValueError as error:
         raise ValueError(f"'{where}' is truncated or not acceptable JSON: {error}") from error
 
@@ -56,12 +57,6 @@ def _depth(text: str) -> int:
     # Removes an unterminated string, too: to look for its end from every quote would take hours.
     bare = re.sub(r'"(?:[^"\\]|\\.?)*(?:"|\Z)', "", text, flags=re.DOTALL)
     return max(accumulate((mark in "[{") - (mark in "]}") for mark in bare), default=0)
-
-
-def _finite(text: str) -> float:
-    if not math.isfinite(value := float(text)):
-        raise ValueError(f"{text[:40]} is not a finite number")
-    return value
 
 
 # ---- checking ------------------------------------------------------------------------------------

@@ -1,6 +1,5 @@
 """Writes the two weights files reproducibly, and checks them before they are loaded."""
 
-import json
 import re
 from collections.abc import Callable, Iterable, Mapping
 from pathlib import Path
@@ -11,6 +10,7 @@ from safetensors import SafetensorError, safe_open
 from safetensors.torch import save
 from torch import Tensor
 
+from diffusers_fair import strict_json
 from diffusers_fair.adapters.format import (
     EMBEDS_FILE,
     INFO_FILE,
@@ -39,7 +39,7 @@ def write_tensors(folder: Path, weights: Mapping[str, Tensor], info: AdapterInfo
     lora = {key: tensor for key, tensor in tensors.items() if key not in embeds}
     # `save_file` of safetensors would create files that only their owner may read.
     if lora or info.lora:
-        metadata = json.dumps(_lora_metadata(lora, info), indent=2)
+        metadata = strict_json.dumps(_lora_metadata(lora, info), indent=2)
         data = save(lora, metadata={"format": "pt", _METADATA_KEY: metadata})
         (folder / WEIGHTS_FILE).write_bytes(_with_sorted_metadata(data))
     if embeds or info.soft_tokens:
@@ -67,9 +67,9 @@ def read_soft_tokens(path: Path, info: AdapterInfo) -> Weights:
 def _with_sorted_metadata(data: bytes) -> bytes:
     """Sort a file's metadata, which safetensors writes in an order that varies between runs."""
     start = 8 + int.from_bytes(data[:8], "little")
-    header = json.loads(data[8:start])
+    header = strict_json.loads(data[8:start])
     header["__metadata__"] = dict(sorted(header["__metadata__"].items()))
-    text = json.dumps(header, separators=(",", ":")).encode()
+    text = strict_json.dumps(header, separators=(",", ":")).encode()
     text = text.ljust(-(-len(text) // 8) * 8)  # tensors start at a multiple of 8 bytes
     return len(text).to_bytes(8, "little") + text + data[start:]
 

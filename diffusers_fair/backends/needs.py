@@ -6,6 +6,7 @@ from importlib.util import find_spec
 from pathlib import Path
 
 from diffusers_fair.backends.sources import ClassifierTraining, HubModel, Source, UrlFile
+from diffusers_fair.paths import expand
 
 _SUFFIXES = (".safetensors", ".bin")  # of weights; if a folder has both, one is read
 
@@ -40,10 +41,11 @@ def pretrained(
         parts: subfolders that hold weights.
         prefix: beginning of the names of the files of weights.
     """
-    is_folder = Path(model).is_dir()
+    local = expand(model)
+    is_folder = local.is_dir()
     can_be_on_hub = not is_folder and model.count("/") <= 1
     source = HubModel(model, revision, tuple(parts), prefix) if can_be_on_hub else None
-    folder = Path(model) if is_folder else _cached(model, revision)
+    folder = local if is_folder else _cached(model, revision)
     if folder is None:
         return Need(model, False, _advice(model), source=source)
     sizes = [_weights(folder / part) for part in parts]

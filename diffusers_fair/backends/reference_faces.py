@@ -6,14 +6,14 @@ import torch
 from torch import Tensor
 
 from diffusers_fair.backends.needs import Need
+from diffusers_fair.paths import expand
 from diffusers_fair.vision.encoders import NetworkEncoder
 from diffusers_fair.vision.faces import FaceDetector
-from diffusers_fair.vision.images import from_pillow
+from diffusers_fair.vision.images import from_pillow, image_files, read_image
 from diffusers_fair.vision.reference_faces import embed_faces
 
-_SUFFIXES = (".png", ".jpg", ".jpeg", ".webp")
 _MAX_SIDE = 512  # pixels; larger images are downscaled
-_ADVICE = f"put images with faces ({', '.join(_SUFFIXES)}) into it, or name another face_bank"
+_ADVICE = "put images with faces into it, or name another face_bank"
 
 
 @torch.no_grad()
@@ -59,16 +59,11 @@ def needs(folder: str) -> list[Need]:
 
 
 def _image_files(folder: str) -> list[Path]:
-    return sorted(f for f in Path(folder).rglob("*") if f.suffix.lower() in _SUFFIXES)
+    return image_files(expand(folder), "**/*")
 
 
 def _read(file: Path) -> Tensor:
     """Read an image (1, 3, h, w) in [-1, 1]."""
-    from PIL import Image
-
-    try:
-        image = Image.open(file).convert("RGB")
-    except OSError as error:
-        raise ValueError(f"'{file}' in face_bank is not an image: remove it") from error
+    image = read_image(file)
     image.thumbnail((_MAX_SIDE, _MAX_SIDE))
     return from_pillow(image)[None]

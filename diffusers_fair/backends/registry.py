@@ -8,6 +8,7 @@ imported when it is used, so a recipe needs only the packages of the models that
 from collections.abc import Callable, Sequence
 from functools import cache
 from importlib import import_module
+from os.path import expanduser
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -72,7 +73,7 @@ def _find(kinds: Kinds, name: str) -> tuple[Any, list[str]]:
     """Find the provider of a model, and the arguments of its functions."""
     kind, _, argument = name.partition(":")
     paths = {form.partition(":")[0]: path for form, path in kinds.items()}
-    return provider(paths[kind]), [argument] if argument else []
+    return provider(paths[kind]), [expanduser(argument)] if argument else []
 
 
 # ---- base models ---------------------------------------------------------------------------------
@@ -106,7 +107,8 @@ def load_base(
         ValueError: the model does not exist, or cannot be reached.
     """
     device = torch.device(device)
-    return base(model).load(model, revision, choose_dtype(dtype, device)).to(device)
+    pipe = base(model).load(expanduser(model), revision, choose_dtype(dtype, device))
+    return pipe.to(device)
 
 
 def check_revision(model: str, revision: str | None) -> None:
@@ -115,7 +117,7 @@ def check_revision(model: str, revision: str | None) -> None:
     Raises:
         ValueError: the model is no Hub id, but a revision is given.
     """
-    if revision is not None and (model in SHIPPED_BASES or Path(model).exists()):
+    if revision is not None and (model in SHIPPED_BASES or Path(expanduser(model)).exists()):
         raise ValueError(
             f"revision '{revision}' is for a repository on the Hub, but '{model}' is none: leave "
             "the revision out, or name a Hub id"
@@ -192,14 +194,13 @@ def load_judges(
 def classifier_needs(section: "ClassifierSection", attribute: Attribute) -> "list[Need]":
     """List the requirements of a classifier, including that it knows the attribute's classes."""
     found = provider(CLASSIFIERS[section.kind].provider)
-    needs = found.needs(section.model)
+    model = expanduser(section.model)
+    needs = found.needs(model)
     if section.trained_on and not needs[-1].available:
-        training = ClassifierTraining(
-            section.model, section.trained_on, section.label or attribute.name
-        )
+        training = ClassifierTraining(model, section.trained_on, section.label or attribute.name)
         return [*needs[:-1], *found.trainable(needs[-1], training)]
     if hasattr(found, "classes_need") and needs[-1].available:
-        return [*needs, found.classes_need(section.model, section.classes, attribute)]
+        return [*needs, found.classes_need(model, section.classes, attribute)]
     return needs
 
 
@@ -211,13 +212,13 @@ def _load_classifier(
 ) -> "Classifier":
     """Load the classifier of an attribute, and check its classes."""
     kind = CLASSIFIERS[section.kind]
-    load = provider(kind.provider).load
+    load, model = provider(kind.provider).load, expanduser(section.model)
     if kind.takes == "classes":
-        classifier = load(section.model, section.classes, device=device)
+        classifier = load(model, section.classes, device=device)
     elif kind.takes == "phrases":
-        classifier = load(section.model, section.phrases, load_clip)
+        classifier = load(model, section.phrases, load_clip)
     else:
-        classifier = load(section.model, attribute.name, device=device)
+        classifier = load(model, attribute.name, device=device)
     if set(classifier.classes) != set(attribute.classes):
         raise ValueError(
             f"attribute '{attribute.name}' has classes {list(attribute.classes)}, but its "

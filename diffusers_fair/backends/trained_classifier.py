@@ -3,7 +3,6 @@
 `model.safetensors` holds the weights, `classifier.json` the classes and the accuracy.
 """
 
-import json
 from collections.abc import Mapping, Sequence
 from dataclasses import replace
 from pathlib import Path
@@ -12,7 +11,7 @@ from typing import Any
 import torch
 from torch import nn
 
-from diffusers_fair import atomic
+from diffusers_fair import atomic, strict_json
 from diffusers_fair.attributes import Attribute
 from diffusers_fair.backends.errors import loading
 from diffusers_fair.backends.labels import group, merge, merge_counts
@@ -22,6 +21,7 @@ from diffusers_fair.vision.classifiers import NetworkClassifier
 from diffusers_fair.vision.encoders import Pixels
 
 _FORMAT = 1
+MAX_SIZE = 1024  # pixels of a side of the input
 WEIGHTS, _FACTS = "model.safetensors", "classifier.json"
 MEAN, STD = (
     (0.485, 0.456, 0.406),
@@ -51,7 +51,7 @@ def write(folder: str | Path, network: nn.Module, facts: Mapping[str, Any]) -> N
     folder.mkdir(parents=True, exist_ok=True)
     state = {name: value.cpu().contiguous() for name, value in network.state_dict().items()}
     atomic.write(folder / WEIGHTS, save(state))
-    text = json.dumps({"format": _FORMAT, **facts}, indent=1)
+    text = strict_json.dumps({"format": _FORMAT, **facts}, indent=1)
     atomic.write(folder / _FACTS, text.encode())
 
 
@@ -62,15 +62,15 @@ def _read_facts(folder: str | Path) -> dict[str, Any]:
         OSError: the file cannot be read.
         ValueError: the file has another format.
     """
-    facts = json.loads((Path(folder) / _FACTS).read_text(encoding="utf-8"))
+    facts = strict_json.loads((Path(folder) / _FACTS).read_text(encoding="utf-8"))
     version = facts.get("format") if isinstance(facts, dict) else None
     if version != _FORMAT:
         raise ValueError(f"{_FACTS} must have format {_FORMAT}, got {version}")
     labels, size = facts.get("classes"), facts.get("size")
     if not isinstance(labels, list) or len({str(c) for c in labels}) < 2:
         raise ValueError(f"{_FACTS} must name two or more classes, got {labels}")
-    if not isinstance(size, int) or not 32 <= size <= 1024:
-        raise ValueError(f"{_FACTS} must have a size of 32 to 1024 pixels, got {size}")
+    if not isinstance(size, int) or not 32 <= size <= MAX_SIZE:
+        raise ValueError(f"{_FACTS} must have a size of 32 to {MAX_SIZE} pixels, got {size}")
     return facts
 
 

@@ -42,6 +42,8 @@ def _sentence(problem: Any, schema: type[BaseModel]) -> str:
             return f"'{key}' is missing"
         case "value_error":
             return f"{key}: {context['error']}".removeprefix(": ")
+        case "string_too_short":
+            return f"{key}: expected a text, got an empty one"
         case "too_short":
             return f"{key}: expected {context['min_length']} or more, got {len(problem['input'])}"
         case "model_type":

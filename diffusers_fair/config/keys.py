@@ -1,7 +1,6 @@
 """The list of all recipe keys, with their documentation and defaults, read from the schema."""
 
 import inspect
-import json
 from collections.abc import Iterator
 from dataclasses import dataclass
 from typing import Any, get_args, get_origin
@@ -9,6 +8,7 @@ from typing import Any, get_args, get_origin
 from pydantic import BaseModel, TypeAdapter
 from pydantic.fields import FieldInfo
 
+from diffusers_fair import strict_json
 from diffusers_fair.config.schema import RunConfig
 
 
@@ -31,7 +31,10 @@ class RecipeKey:
 
 def recipe_keys() -> list[RecipeKey]:
     """List all recipe keys in the order of the schema, each section before its keys."""
-    extended = "Recipe to start from, whose values this one replaces: a file, or a shipped recipe."
+    extended = (
+        "Recipe to start from, whose values this one replaces: a file, relative to the folder of "
+        "this recipe, or a shipped recipe."
+    )
     return [RecipeKey("extends", extended, _text(None)), *_keys(RunConfig, "")]
 
 
@@ -69,7 +72,7 @@ def _default(field: FieldInfo) -> str:
 
 
 def _text(default: Any) -> str:
-    return f"default: {json.dumps(default)}"
+    return f"default: {strict_json.dumps(default)}"
 
 
 def _one_line(documentation: str | None) -> str:

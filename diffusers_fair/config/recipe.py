@@ -1,5 +1,6 @@
 """Recipe files: YAML, one recipe extending another, `key=value` overrides."""
 
+import re
 from collections.abc import Iterable, Mapping
 from pathlib import Path
 from typing import Any
@@ -7,6 +8,7 @@ from typing import Any
 import yaml
 
 from diffusers_fair.config.errors import nearest
+from diffusers_fair.paths import expand
 
 RECIPES = Path(__file__).parents[1] / "recipes"
 _RENAMED_ATTRIBUTE_KEYS = {"steering": "target_feedback"}  # released name -> name in the schema
@@ -30,7 +32,7 @@ def read_recipe(recipe: str | Path, overrides: Overrides = ()) -> dict[str, Any]
     Raises:
         ValueError: no such recipe, invalid YAML, or an override of a path that does not exist.
     """
-    data = _read_extended(_find_recipe(recipe))
+    data = _read_extended(_find_recipe(recipe, Path()))
     _rename_keys(data)
     pairs = overrides.items() if isinstance(overrides, Mapping) else map(_parse_override, overrides)
     for key, value in pairs:
@@ -53,9 +55,13 @@ def _renamed(attribute: Any) -> Any:
     return kept | {_RENAMED_ATTRIBUTE_KEYS[key]: value for key, value in old.items()}
 
 
-def _find_recipe(recipe: str | Path) -> Path:
-    if Path(recipe).is_file():
-        return Path(recipe)
+def _find_recipe(recipe: Any, folder: Path) -> Path:
+    """Find a recipe in a folder, in the working directory, or among the shipped ones."""
+    if not isinstance(recipe, str | Path):
+        raise ValueError(f"expected the name or the file of a recipe, got {recipe!r}")
+    for path in (folder / expand(recipe), expand(recipe)):
+        if path.is_file():
+            return path
     if str(recipe) in recipes():
         return RECIPES / f"{recipe}.yaml"
     hint = nearest(str(recipe), recipes())
@@ -64,15 +70,20 @@ def _find_recipe(recipe: str | Path) -> Path:
 
 def _read_extended(path: Path, extending: tuple[Path, ...] = ()) -> dict[str, Any]:
     """Read a recipe and merge it into the one that it extends; `extending` are its extensions."""
-    data = _parse_yaml(path.read_text(encoding="utf-8"), str(path))
+    try:
+        text = path.read_text(encoding="utf-8")
+    except UnicodeDecodeError:
+        raise ValueError(f"recipe '{path}' is not UTF-8 text: save it as UTF-8") from None
+    data = _parse_yaml(text, str(path))
     if not isinstance(data, dict):
         raise ValueError(f"recipe '{path}' must hold keys and values, got {data!r}")
+    path = path.resolve()
     if path in extending:
         raise ValueError(f"recipe '{path}' extends itself: {' -> '.join(map(str, extending))}")
     extended = data.pop("extends", None)
     if extended is None:
         return data
-    return _merge(_read_extended(_find_recipe(extended), (*extending, path)), data)
+    return _merge(_read_extended(_find_recipe(extended, path.parent), (*extending, path)), data)
 
 
 def _merge(below: dict[str, Any], above: dict[str, Any]) -> dict[str, Any]:
@@ -85,9 +96,32 @@ def _merge(below: dict[str, Any], above: dict[str, Any]) -> dict[str, Any]:
     return below | above | sections
 
 
+class _Loader(yaml.SafeLoader):
+    """YAML whose numbers and dates are what people read: in YAML 1.1, 010 is 8 and 1:30 is 90."""
+
+    def construct_number(self, node: Any) -> Any:
+        """Read decimal numbers with leading zeros; what is no plain number stays a text."""
+        text = self.construct_scalar(node)
+        if ":" in text:
+            return text
+        if re.fullmatch("[-+]?[0-9][0-9_]*", text):
+            return int(text.replace("_", ""))
+        is_int = node.tag.endswith(":int")
+        return self.construct_yaml_int(node) if is_int else self.construct_yaml_float(node)
+
+    def construct_text(self, node: Any) -> Any:
+        """Read a date as a text."""
+        return self.construct_scalar(node)
+
+
+for _kind in ("int", "float"):
+    _Loader.add_constructor(f"tag:yaml.org,2002:{_kind}", _Loader.construct_number)
+_Loader.add_constructor("tag:yaml.org,2002:timestamp", _Loader.construct_text)
+
+
 def _parse_yaml(text: str, source: str) -> Any:
     try:
-        return yaml.safe_load(text)
+        return yaml.load(text, _Loader)
     except yaml.YAMLError as error:
         raise ValueError(f"'{source}' is not YAML: {' '.join(str(error).split())}") from error
 

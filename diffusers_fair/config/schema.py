@@ -27,12 +27,15 @@ from diffusers_fair.config.section import (
     Gigabytes,
     NonNegativeFloat,
     NonNegativeInt,
+    Number,
     PositiveFloat,
     PositiveInt,
     Section,
+    Seed,
     TwoOrMore,
     WeightedSets,
     Words,
+    require_distinct,
 )
 from diffusers_fair.devices import checked_device
 from diffusers_fair.prompts.tables import read_table, targets_by_prompt
@@ -63,9 +66,9 @@ class AttributeSection(Section):
     """Name of the attribute, which selects its classifier."""
     classes: tuple[str, ...]
     """Names of the classes, in the order of the classifier's probabilities."""
-    target: tuple[float, ...] = ()
+    target: tuple[Number, ...] = ()
     """Target share of each class. Default: equal shares."""
-    targets: dict[str, tuple[float, ...]] = {}
+    targets: dict[str, tuple[Number, ...]] = {}
     """Targets of individual prompts: prompt, or subject of a prompt set such as an occupation ->
     target share of each class. Or the path of a table: a CSV file whose columns are the prompt or
     subject and the classes, or JSON."""
@@ -87,7 +90,7 @@ class AttributeSection(Section):
     """Weight of the attribute in the transport cost when several attributes are balanced
     jointly."""
     target_feedback: Annotated[
-        float,
+        Number,
         Field(
             ge=0,
             validation_alias=AliasChoices("target_feedback", "steering"),
@@ -195,7 +198,9 @@ class AdapterSection(Section):
     """The adapter to train."""
 
     components: Annotated[
-        tuple[Literal["text_encoder", "unet", "soft_tokens"], ...], Field(min_length=1)
+        tuple[Literal["text_encoder", "unet", "soft_tokens"], ...],
+        Field(min_length=1),
+        AfterValidator(require_distinct),
     ] = ("text_encoder",)
     """Parts of the adapter: LoRA layers in the text encoder or the U-Net, or soft tokens before
     every prompt."""
@@ -213,7 +218,7 @@ class SamplingSection(Section):
     steps: _StepsRange = (19, 23)
     """K: scheduler steps, a number or a range `[low, high]` that is sampled from in each
     iteration."""
-    guidance_scale: Annotated[float, Field(ge=1)] = 7.5
+    guidance_scale: Annotated[Number, Field(ge=1)] = 7.5
     """s: scale of classifier-free guidance; 1 disables guidance."""
     antithetic: bool = False
     """Sample each prompt's noise in pairs z, -z; each is still standard normal. If the two images
@@ -278,7 +283,7 @@ class OptimizerSection(Section):
     """Learning rate after the warm-up: constant, or decaying to 0."""
     warmup: NonNegativeInt = 0
     """Iterations in which the learning rate rises linearly from 0."""
-    ema_decay: Annotated[float, Field(ge=0, lt=1)] = 0.996
+    ema_decay: Annotated[Number, Field(ge=0, lt=1)] = 0.996
     """Decay of the moving average of the weights; the averaged weights are validated and saved. 0
     disables averaging."""
     max_grad_norm: PositiveFloat | None = 1.0
@@ -327,7 +332,7 @@ class TrainSection(Section):
     device: Annotated[str, AfterValidator(checked_device)] = "auto"
     """`auto`: the GPU of the process, else MPS, else the CPU; for the testbed the CPU. `cuda`: the
     GPU of the process. `cuda:N`: that GPU. `mps`. `cpu`. A run may be resumed on another device."""
-    seed: NonNegativeInt = 0
+    seed: Seed = 0
     """Random seed of the prompts, the noise and the adapter's initial weights."""
     checkpoint_every: PositiveInt = 200
     """Iterations between checkpoints."""
@@ -363,7 +368,7 @@ class EvaluationSection(Section):
     """Images per prompt."""
     steps: PositiveInt = 25
     """Scheduler steps."""
-    guidance_scale: Annotated[float, Field(ge=1)] = 7.5
+    guidance_scale: Annotated[Number, Field(ge=1)] = 7.5
     """s: scale of classifier-free guidance."""
     seed: NonNegativeInt = 0
     """Random seed of the noise, which is the same with and without the adapter."""
@@ -402,7 +407,7 @@ class RunConfig(Section):
     ] = "none"
     """Experiment tracker of accelerate for curves and sample images, in addition to `events.jsonl`
     and `samples/`. Its package must be installed, and be logged in if it needs an account."""
-    output: str
+    output: Annotated[str, Field(min_length=1)]
     """Run folder."""
 
     @classmethod

@@ -10,6 +10,7 @@ from diffusers_fair.evaluation.batches import Execution
 from diffusers_fair.evaluation.checks import checked_attributes, positive
 from diffusers_fair.evaluation.evaluate import measure
 from diffusers_fair.evaluation.image_folder import image_folder
+from diffusers_fair.paths import expand
 from diffusers_fair.reports.records import Settings
 from diffusers_fair.reports.report import Report
 from diffusers_fair.vision.judges import Judges
@@ -60,7 +61,7 @@ def audit(
             label,
             judges,
             None if batch_size is None else positive(batch_size, "batch_size"),
-            None if out is None else Path(out),
+            None if out is None else expand(out),
             progress,
             device_of(None, judges),
         ),

@@ -1,8 +1,11 @@
 """Checks of the arguments of an evaluation, before any image is generated."""
 
+import math
+from collections import Counter
 from collections.abc import Sequence
 
 from diffusers_fair.attributes import Attribute, People
+from diffusers_fair.prompts import normalized
 from diffusers_fair.prompts.groups import GROUPS, PromptGroup
 from diffusers_fair.reports.records import Settings
 from diffusers_fair.reports.report import Report
@@ -13,7 +16,7 @@ def checked_prompts(prompts: Sequence[str]) -> tuple[str, ...]:
     """Return the prompts as a tuple.
 
     Raises:
-        ValueError: the list is empty, or is a string.
+        ValueError: the list is empty, is a string, or has a prompt twice.
     """
     if isinstance(prompts, str):
         raise ValueError(f"expected a list of prompts, got one string: use [{prompts!r}]")
@@ -22,6 +25,9 @@ def checked_prompts(prompts: Sequence[str]) -> tuple[str, ...]:
             "there are no prompts to evaluate: give one or more, for example "
             "prompt_set('testbed-occupations').prompts('test')"
         )
+    for text, times in Counter(map(normalized, prompts)).items():
+        if times > 1:
+            raise ValueError(f"the prompt '{text}' is given {times} times: leave out the copies")
     return tuple(prompts)
 
 
@@ -50,6 +56,20 @@ def checked_attributes(attributes: Sequence[Attribute], judges: Judges) -> tuple
                 f"classifier has {list(classes)}: they must be the same"
             )
     return tuple(attributes)
+
+
+def check_sampling(*, images_per_prompt: int, steps: int, guidance_scale: float, seed: int) -> None:
+    """Check the numbers of images and steps, the guidance scale and the seed.
+
+    Raises:
+        ValueError: one is out of range.
+    """
+    positive(images_per_prompt, "images_per_prompt")
+    positive(steps, "steps")
+    if not (math.isfinite(guidance_scale) and guidance_scale >= 0):
+        raise ValueError(f"guidance_scale must be a finite number, 0 or more, got {guidance_scale}")
+    if seed < 0:
+        raise ValueError(f"seed must be 0 or more, got {seed}")
 
 
 def positive(value: int, name: str) -> int:

@@ -1,6 +1,5 @@
 """Evaluate a pipeline: generate images, judge them, and compute statistics."""
 
-import json
 from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 from typing import Any
@@ -8,12 +7,14 @@ from typing import Any
 import numpy as np
 import torch
 
+from diffusers_fair import strict_json
 from diffusers_fair.attributes import Attribute
 from diffusers_fair.evaluation.batch_size import device_of
 from diffusers_fair.evaluation.batches import Execution, judge_all, save_once
 from diffusers_fair.evaluation.checks import (
     check_groups,
     check_reference,
+    check_sampling,
     checked_attributes,
     checked_prompts,
     positive,
@@ -23,6 +24,7 @@ from diffusers_fair.evaluation.groups import default_groups, measure_group, supp
 from diffusers_fair.evaluation.judge import judge_batch
 from diffusers_fair.evaluation.quality import prompt_features
 from diffusers_fair.families import check_components
+from diffusers_fair.paths import expand
 from diffusers_fair.prompts.groups import PromptGroup
 from diffusers_fair.provenance import provenance
 from diffusers_fair.reports.folder import FILE, load_report
@@ -87,16 +89,20 @@ def evaluate(
 
     Raises:
         ValueError: the pipeline lacks a component; there are no prompts, attributes or images; a
+            prompt is given twice; the steps, the guidance scale or the seed is out of range; a
             classifier is missing or has other classes than its attribute; a group of prompts cannot
             be measured; the reference has other noise, counts other faces or lacks a group; the
             folder holds another report.
     """
     check_components(pipe)
+    check_sampling(
+        images_per_prompt=images_per_prompt, steps=steps, guidance_scale=guidance_scale, seed=seed
+    )
     settings = Settings(
         prompts=checked_prompts(prompts),
         attributes=checked_attributes(attributes, judges),
-        images_per_prompt=positive(images_per_prompt, "images_per_prompt"),
-        steps=positive(steps, "steps"),
+        images_per_prompt=images_per_prompt,
+        steps=steps,
         guidance_scale=float(guidance_scale),
         seed=seed,
         people=judges.people,
@@ -116,7 +122,7 @@ def evaluate(
             label or ("base" if reference is None else "adapter"),
             judges,
             None if batch_size is None else positive(batch_size, "batch_size"),
-            None if out is None else Path(out),
+            None if out is None else expand(out),
             progress,
             device_of(pipe),
         ),
@@ -209,7 +215,7 @@ def _load_same(
 ) -> Report:
     """Load the report in the folder if it is that of the same evaluation."""
     report = load_report(out)
-    model = json.loads(json.dumps(facts["model"]))
+    model = strict_json.loads(strict_json.dumps(facts["model"]))
     stored = dict(report.provenance.get("model", {}))
     stored.pop("device", None)  # earlier versions stored it here
     if report.settings != settings or stored != model:

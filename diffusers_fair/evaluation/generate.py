@@ -15,6 +15,7 @@ import torch
 from torch import Tensor
 
 from diffusers_fair.evaluation.batch_size import default_batch_size, device_of
+from diffusers_fair.evaluation.checks import check_sampling
 
 
 @dataclass(frozen=True)
@@ -151,7 +152,13 @@ def generate(
             `default_batch_size`.
         skip: images to leave out, as pairs of prompt and image index.
         progress: whether to show a progress bar on stderr.
+
+    Raises:
+        ValueError: a number is out of range.
     """
+    check_sampling(
+        images_per_prompt=images_per_prompt, steps=steps, guidance_scale=guidance_scale, seed=seed
+    )
 
     def generate_pairs(pairs: np.ndarray, steps: int) -> ImageBatch:
         return generate_batch(

@@ -24,6 +24,7 @@ from diffusers_fair.evaluation.generate import (
 from diffusers_fair.evaluation.journal import BatchRecords
 from diffusers_fair.evaluation.judge import judge_group_batch
 from diffusers_fair.evaluation.quality import prompt_features
+from diffusers_fair.paths import expand
 from diffusers_fair.prompts.groups import PromptGroup, evaluation_groups
 from diffusers_fair.prompts.wording import Wording
 from diffusers_fair.reports.groups import GroupReport
@@ -77,7 +78,7 @@ def with_groups(
         reference.label,
         judges,
         None if batch_size is None else positive(batch_size, "batch_size"),
-        None if out is None else Path(out),
+        None if out is None else expand(out),
         progress,
         device_of(pipe, judges),
     )

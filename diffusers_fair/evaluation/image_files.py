@@ -1,6 +1,5 @@
 """File names of generated images, which differ for different images on every file system."""
 
-import json
 import re
 import unicodedata
 from collections.abc import Sequence
@@ -11,7 +10,7 @@ from typing import Any
 
 import numpy as np
 
-from diffusers_fair import atomic
+from diffusers_fair import atomic, strict_json
 
 _PROMPT_BYTES, _ADAPTER_BYTES, _DIGEST = 80, 40, 10  # maximum lengths
 
@@ -35,7 +34,7 @@ def file_stems(
     label = _slug(" ".join(parts), _ADAPTER_BYTES) or ("adapter" if adapter else "base")
     stems = []
     for place, prompt in enumerate(prompts):
-        identity = json.dumps([prompt, place, seed, adapter, settings], sort_keys=True)
+        identity = strict_json.dumps([prompt, place, seed, adapter, settings], sort_keys=True)
         digest = sha256(identity.encode()).hexdigest()[:_DIGEST]
         words = _slug(prompt, _PROMPT_BYTES) or "prompt"
         stems.append(f"{words}-seed{seed}-{label}-{digest}")

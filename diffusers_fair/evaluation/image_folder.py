@@ -9,7 +9,9 @@ import torch
 from torch import Tensor
 
 from diffusers_fair.evaluation.generate import ImageBatch
-from diffusers_fair.vision.images import from_pillow
+from diffusers_fair.paths import expand
+from diffusers_fair.prompts import normalized
+from diffusers_fair.vision.images import from_pillow, image_files, is_hidden, read_image
 
 PROMPT = "prompt.txt"  # holds the prompt if it is not the name of the subfolder
 _MAX_SIDE = 1024  # maximum side of the square for images of different sizes, in pixels
@@ -45,9 +47,9 @@ def image_folder(folder: str | Path) -> ImageFolder:
     """List the images of a folder, and check that all can be read.
 
     Each subfolder holds the images of one prompt: the text of its `prompt.txt`, or else its name.
-    All files with a suffix that Pillow can read are images; other files are ignored. If the images
-    differ in size, each is fitted into a grey square as large as the largest image, but at most
-    1024 pixels wide.
+    All files with a suffix that Pillow can read are images; hidden and other files are ignored. If
+    the images differ in size, each is fitted into a grey square as large as the largest image, but
+    at most 1024 pixels wide.
 
     Args:
         folder: folder with a subfolder for each prompt. An empty one is a prompt without images.
@@ -56,13 +58,15 @@ def image_folder(folder: str | Path) -> ImageFolder:
         ValueError: there is no such folder, it has no subfolder with images, an image cannot be
             read, or two subfolders have the same prompt.
     """
-    folder = Path(folder)
+    folder = expand(folder)
     if not folder.is_dir():
         raise ValueError(f"there is no folder '{folder}': expected one with a subfolder per prompt")
-    subfolders = sorted(p for p in folder.iterdir() if p.is_dir() and not p.name.startswith("."))
-    files = tuple(tuple(_images_in(place)) for place in subfolders)
+    subfolders = sorted(
+        p for p in folder.iterdir() if p.is_dir() and not is_hidden(p.relative_to(folder))
+    )
+    files = tuple(tuple(image_files(place)) for place in subfolders)
     if not any(files):
-        loose = len(_images_in(folder))
+        loose = len(image_files(folder))
         raise ValueError(
             f"'{folder}' has no subfolder with images (but {loose} images of its own): expected a "
             "subfolder for each prompt, named after the prompt"
@@ -78,20 +82,12 @@ def image_folder(folder: str | Path) -> ImageFolder:
     return ImageFolder(folder, tuple(prompts), files, side)
 
 
-def _images_in(folder: Path) -> list[Path]:
-    from PIL import Image
-
-    suffixes = Image.registered_extensions()
-    files = (p for p in folder.iterdir() if p.is_file() and not p.name.startswith("."))
-    return sorted(p for p in files if p.suffix.lower() in suffixes)
-
-
 def _prompt(folder: Path) -> str:
     file = folder / PROMPT
     if not file.is_file():
-        return folder.name
+        return normalized(folder.name)
     try:
-        text = " ".join(file.read_text("utf-8-sig").split())
+        text = normalized(" ".join(file.read_text("utf-8-sig").split()))
     except UnicodeDecodeError:
         text = ""
     if not text:
@@ -101,32 +97,14 @@ def _prompt(folder: Path) -> str:
 
 def _size(file: Path) -> tuple[int, int]:
     """Return width and height; decodes the whole image, so that a damaged one is found early."""
-    return _open(file).size
-
-
-def _open(file: Path):
-    """Read an image as RGB, upright, with transparent parts white."""
-    from PIL import Image, ImageOps
-
-    try:
-        with Image.open(file) as opened:
-            upright = ImageOps.exif_transpose(opened)
-            if upright.has_transparency_data:
-                image = upright.convert("RGBA")
-                white = Image.new("RGBA", image.size, "white")
-                return Image.alpha_composite(white, image).convert("RGB")
-            return upright.convert("RGB")
-    except Exception as error:  # a damaged file may cause any
-        raise ValueError(
-            f"'{file}' cannot be read as an image ({error}): repair or remove it"
-        ) from None
+    return read_image(file).size
 
 
 def _image(file: Path, side: int | None) -> Tensor:
     """(3, h, w) in [-1, 1]."""
     from PIL import ImageOps
 
-    image = _open(file)
+    image = read_image(file)
     if side is not None:
         image = ImageOps.pad(image, (side, side), color=(127, 127, 127))
     return from_pillow(image)

@@ -1,6 +1,5 @@
 """The judged batches of an evaluation on disk, from which it can be resumed."""
 
-import json
 from collections.abc import Mapping
 from dataclasses import dataclass
 from io import BytesIO
@@ -9,7 +8,7 @@ from typing import Any
 
 import numpy as np
 
-from diffusers_fair import atomic
+from diffusers_fair import atomic, strict_json
 from diffusers_fair.reports.records import Records
 
 _STATE = "state.json"
@@ -51,9 +50,9 @@ class Journal:
             ValueError: the folder holds the journal of another evaluation.
         """
         folder.mkdir(parents=True, exist_ok=True)
-        identity = json.loads(json.dumps(identity))
+        identity = strict_json.loads(strict_json.dumps(identity))
         if not any(folder.glob("batch-*.npz")):
-            text = json.dumps({"asked": identity, "provenance": provenance}, indent=1)
+            text = strict_json.dumps({"asked": identity, "provenance": provenance}, indent=1)
             atomic.write(folder / _STATE, text.encode())
         stored = _state(folder)["asked"]
         stored.pop("device", None)  # earlier versions refused another device
@@ -98,4 +97,4 @@ def stored_batch_size(folder: Path) -> int | None:
 
 
 def _state(folder: Path) -> dict[str, Any]:
-    return json.loads((folder / _STATE).read_text("utf-8"))
+    return strict_json.loads((folder / _STATE).read_text("utf-8"))

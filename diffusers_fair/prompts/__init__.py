@@ -1,11 +1,15 @@
 """Prompt sets: templates filled with subjects in three splits; packaged, or read from a file."""
 
 import difflib
-import json
+import unicodedata
 from collections import Counter
+from collections.abc import Sequence
 from dataclasses import dataclass
 from importlib.resources import files
 from pathlib import Path
+
+from diffusers_fair import strict_json
+from diffusers_fair.paths import expand
 
 SPLITS = ("train", "validation", "test")
 
@@ -58,6 +62,11 @@ class PromptSet:
         return [t.replace("{}", subject) for t in self.templates for subject in subjects]
 
 
+def normalized(text: str) -> str:
+    """Compose Unicode characters (NFC), so that texts that look the same are the same."""
+    return unicodedata.normalize("NFC", text)
+
+
 def prompt_set(name: str | Path) -> PromptSet:
     """Load a packaged prompt set, or read one from a file.
 
@@ -75,7 +84,7 @@ def prompt_set(name: str | Path) -> PromptSet:
     """
     if str(name) in names():
         return _packaged(str(name))
-    path = Path(name)
+    path = expand(name)
     if path.is_file():
         return _json_file(path) if path.suffix == ".json" else _text_file(path)
     nearest = difflib.get_close_matches(str(name), names(), n=1, cutoff=0.0)[0]
@@ -93,14 +102,14 @@ def names() -> list[str]:
 
 def _packaged(name: str) -> PromptSet:
     text = files(__package__).joinpath(f"{name}.json").read_text(encoding="utf-8")
-    lists = {key: tuple(json.loads(text)[key]) for key in ("templates", *SPLITS)}
+    lists = {key: tuple(strict_json.loads(text)[key]) for key in ("templates", *SPLITS)}
     return PromptSet(name=name, **lists)
 
 
 def _json_file(path: Path) -> PromptSet:
     keys = ("templates", *SPLITS)
     try:
-        data = json.loads(path.read_text(encoding="utf-8-sig"))
+        data = strict_json.loads(path.read_text(encoding="utf-8-sig"))
     except ValueError as error:  # neither UTF-8 nor JSON
         raise ValueError(f"'{path}' is not JSON: {error}") from None
     unknown = set(data) - {"source", *keys} if isinstance(data, dict) else {type(data).__name__}
@@ -113,7 +122,7 @@ def _json_file(path: Path) -> PromptSet:
         texts = data.setdefault(key, [])
         if not isinstance(texts, list) or not all(isinstance(t, str) and t.strip() for t in texts):
             raise ValueError(f"'{path}': expected a list of texts as '{key}', got {texts!r:.80}")
-    lists = {key: tuple(text.strip() for text in data[key]) for key in keys}
+    lists = {key: tuple(normalized(text.strip()) for text in data[key]) for key in keys}
     subjects = [subject.lower() for split in SPLITS for subject in lists[split]]
     if not lists["templates"] or not subjects:
         raise ValueError(
@@ -126,6 +135,7 @@ def _json_file(path: Path) -> PromptSet:
                 f"'{path}' has '{subject}' {times} times: keep it in one split, so that "
                 "held-out prompts stay unseen"
             )
+    _refuse_duplicates(path, lists["templates"])
     return PromptSet(name=str(path), **lists)
 
 
@@ -134,7 +144,14 @@ def _text_file(path: Path) -> PromptSet:
         lines = path.read_text(encoding="utf-8-sig").splitlines()
     except UnicodeDecodeError:
         raise ValueError(f"'{path}' is not UTF-8 text: expected one prompt a line") from None
-    prompts = tuple(line.strip() for line in lines if line.strip())
+    prompts = tuple(normalized(line.strip()) for line in lines if line.strip())
     if not prompts:
         raise ValueError(f"'{path}' holds no prompts: expected one prompt a line")
+    _refuse_duplicates(path, prompts)
     return PromptSet(str(path), ("{}",), train=prompts, validation=prompts, test=prompts)
+
+
+def _refuse_duplicates(path: Path, texts: Sequence[str]) -> None:
+    for text, times in Counter(texts).items():
+        if times > 1:
+            raise ValueError(f"'{path}' has '{text}' {times} times: leave out the copies")

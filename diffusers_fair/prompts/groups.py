@@ -14,7 +14,7 @@ from dataclasses import dataclass, field
 from itertools import combinations, cycle, islice, zip_longest
 from math import lcm
 
-from diffusers_fair.prompts import prompt_set
+from diffusers_fair.prompts import normalized, prompt_set
 from diffusers_fair.prompts.lexicon import entry
 from diffusers_fair.prompts.wording import Wording, article, before_subject, subject
 
@@ -286,4 +286,6 @@ def requested_classes(
 
 
 def _has_any(text: str, words: Sequence[str]) -> bool:
-    return any(re.search(rf"(?<!\w){re.escape(w)}(?!\w)", text, re.IGNORECASE) for w in words)
+    text = normalized(text)
+    patterns = (rf"(?<!\w){re.escape(normalized(word))}(?!\w)" for word in words)
+    return any(re.search(pattern, text, re.IGNORECASE) for pattern in patterns)

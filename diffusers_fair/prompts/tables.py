@@ -1,11 +1,12 @@
 """Tables of targets: prompt or subject -> target shares, for example from labour statistics."""
 
 import csv
-import json
 from collections.abc import Iterable, Mapping, Sequence
 from pathlib import Path
 
-from diffusers_fair.prompts import SPLITS, prompt_set
+from diffusers_fair import strict_json
+from diffusers_fair.paths import expand
+from diffusers_fair.prompts import SPLITS, normalized, prompt_set
 
 Table = Mapping[str, Sequence[float]]
 
@@ -21,7 +22,7 @@ def read_table(path: str | Path, classes: Sequence[str]) -> dict[str, tuple[floa
     Raises:
         ValueError: no such file, or a file that is not such a table.
     """
-    path = Path(path).expanduser()
+    path = expand(path)
     if not path.is_file():
         raise ValueError(f"there is no table of targets '{path}': expected a CSV or JSON file")
     try:
@@ -29,8 +30,10 @@ def read_table(path: str | Path, classes: Sequence[str]) -> dict[str, tuple[floa
     except OSError as error:
         raise ValueError(f"the table of targets '{path}' cannot be read: {error}") from None
     try:
-        table = json.loads(text) if path.suffix == ".json" else _from_csv(text, classes)
-        return {str(name): tuple(map(float, shares)) for name, shares in dict(table).items()}
+        table = strict_json.loads(text) if path.suffix == ".json" else _from_csv(text, classes)
+        return {
+            normalized(str(name)): tuple(map(float, shares)) for name, shares in dict(table).items()
+        }
     except (ValueError, TypeError, KeyError) as error:
         raise ValueError(
             f"'{path}' is not a table of targets ({error}): expected a CSV file whose columns are "
@@ -46,7 +49,7 @@ def _from_csv(text: str, classes: Sequence[str]) -> dict[str, list[float]]:
         raise ValueError(f"its columns are {head}")
     table: dict[str, list[float]] = {}
     for row in rows:
-        subject = row[head[0]].strip()
+        subject = normalized(row[head[0]].strip())
         if subject in table:
             raise ValueError(f"it has '{subject}' twice")
         table[subject] = [float(row[name]) for name in classes]
@@ -70,6 +73,7 @@ def targets_by_prompt(table: Table, sets: Iterable[str]) -> dict[str, tuple[floa
             whole = [template.replace("{}", subject) for template in known.templates]
             prompts.setdefault(subject, []).extend(whole)
             prompts |= {prompt: [prompt] for prompt in whole}
+    table = {normalized(name): shares for name, shares in table.items()}
     for name in table:
         if name not in prompts:
             raise ValueError(

@@ -4,7 +4,6 @@ A card depends only on `fair_adapter.json`, which holds the report's summary, an
 sheets in `samples/`.
 """
 
-import json
 import re
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import asdict, dataclass, replace
@@ -14,7 +13,7 @@ from typing import Any
 import yaml
 from huggingface_hub import EvalResult, ModelCard, ModelCardData
 
-from diffusers_fair import atomic
+from diffusers_fair import atomic, strict_json
 from diffusers_fair.adapters.folder import (
     README_FILE,
     REPORT_FILES,
@@ -27,6 +26,7 @@ from diffusers_fair.adapters.format import EMBEDS_FILE, AdapterInfo
 from diffusers_fair.attributes import Attribute
 from diffusers_fair.config.backends import SHIPPED_BASES
 from diffusers_fair.loading import MIRRORS, REPOSITORY
+from diffusers_fair.paths import expand
 from diffusers_fair.reports.estimate import DIGITS, GAP, Estimate, estimate_text
 from diffusers_fair.reports.folder import FILE, FORMAT, GROUPS_SHEET, PAIRS
 from diffusers_fair.reports.groups import GroupSummary, summaries_from_json
@@ -72,12 +72,13 @@ def write_card(folder: str | Path | Adapter, report: str | Path | None = None) -
     """
     adapter = open_adapter(folder)
     folder, info = adapter.folder, adapter.info
+    report = None if report is None else expand(report)
     if report is not None:
-        info = replace(info, evaluation=_evaluation(Path(report), info.attributes))
+        info = replace(info, evaluation=_evaluation(report, info.attributes))
     text = _render(info, _images(folder, report))
     if report is not None:
         write_info(adapter, info)
-        _copy(Path(report), folder)
+        _copy(report, folder)
     atomic.write(folder / README_FILE, text.encode())
     return folder / README_FILE
 
@@ -99,7 +100,7 @@ def _evaluation(report: Path, attributes: Sequence[Attribute]) -> dict[str, Any]
     if not (report / FILE).is_file():
         raise ValueError(f"there is no report in '{report}': expected a file {FILE}")
     try:
-        root = json.loads((report / FILE).read_text("utf-8"))
+        root = strict_json.loads((report / FILE).read_text("utf-8"))
         if root["format"] != FORMAT:
             raise ValueError(f"its format version is {root['format']}, not {FORMAT}")
         evaluated = {a["name"]: a["classes"] for a in root["settings"]["attributes"]}
@@ -143,11 +144,11 @@ def _summary(summary: Mapping[str, Any]) -> dict[str, Any]:
     return {name: summary[name] for name in _SUMMARY if name in summary}
 
 
-def _images(folder: Path, report: str | Path | None) -> list[str]:
+def _images(folder: Path, report: Path | None) -> list[str]:
     """List the file names of the images that the card shows."""
     names = {path.name for path in (folder / SAMPLES_FOLDER).glob("*.png")}
     if report is not None:
-        names |= {name for name in _SHEETS if (Path(report) / name).is_file()}
+        names |= {name for name in _SHEETS if (report / name).is_file()}
     return sorted(names, key=lambda name: (name != PAIRS, name))
 
 
@@ -210,7 +211,7 @@ def _render(info: AdapterInfo, images: Sequence[str]) -> str:
     environment = jinja2.Environment(
         trim_blocks=True, lstrip_blocks=True, undefined=jinja2.StrictUndefined
     )
-    environment.filters |= {"plain": _plain, "code": json.dumps}
+    environment.filters |= {"plain": _plain, "code": strict_json.dumps}
     template = environment.from_string(TEMPLATE.read_text("utf-8"))
     try:
         evaluation = _Evaluation.of(info)

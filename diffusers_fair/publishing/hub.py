@@ -26,6 +26,7 @@ from huggingface_hub.utils import validate_repo_id
 
 from diffusers_fair.adapters.folder import README_FILE, REPORT_FILES, SAMPLES_FOLDER, open_adapter
 from diffusers_fair.adapters.format import EMBEDS_FILE, INFO_FILE, WEIGHTS_FILE
+from diffusers_fair.paths import expand
 from diffusers_fair.publishing.card import card_text, write_card
 
 _MAIN = "main"
@@ -80,7 +81,7 @@ def push_adapter(
         ValueError: the folder is not an adapter, there is no token, the repository holds something
             else, or the Hub refuses. The message also says in what state the repository is.
     """
-    folder = Path(folder)
+    folder = expand(folder)
     adapter = open_adapter(folder)
     files = _folder_files(folder)
     _check_repo_id(repo_id)
@@ -133,8 +134,8 @@ def _check_repo_id(repo_id: str) -> None:
 
 def _api(token: str | None) -> HfApi:
     """Create a client of the Hub, with the default token if none is given."""
-    token = token or get_token()
-    if token is None:
+    token = get_token() if token is None else token
+    if not token:
         raise ValueError(
             "publishing needs a Hub token with write access: run `hf auth login`, set HF_TOKEN, or "
             "pass a token"

@@ -3,7 +3,6 @@
 A loaded report computes its statistics from the records again; they equal those in report.json.
 """
 
-import json
 import os
 import tempfile
 from collections.abc import Mapping
@@ -14,7 +13,9 @@ from typing import Any
 
 import numpy as np
 
+from diffusers_fair import strict_json
 from diffusers_fair.attributes import Attribute
+from diffusers_fair.paths import expand, require_writable
 from diffusers_fair.reports.comparison import Comparison
 from diffusers_fair.reports.groups import GroupReport, group_from_json
 from diffusers_fair.reports.images import groups_sheet, pairs_sheet
@@ -55,13 +56,11 @@ def require_free(folder: str | Path) -> Path:
     """Check that a report can be saved in the folder; to be called before hours of work.
 
     Raises:
-        ValueError: the folder already holds a report, or is a file.
+        ValueError: the folder already holds a report, is a file, or cannot be written to.
     """
-    folder = Path(folder)
+    folder = require_writable(folder)
     if (folder / FILE).exists():
         raise ValueError(f"'{folder}' already holds a report: choose another folder")
-    if folder.exists() and not folder.is_dir():
-        raise ValueError(f"'{folder}' is a file: expected a folder to write the report to")
     return folder
 
 
@@ -93,11 +92,13 @@ def _reference_json(reference: Report, report: Report) -> dict[str, Any]:
 def _write(report: Report, folder: Path) -> None:
     (folder / PAGE).write_text(report_page(report), "utf-8")
     (folder / FILE).write_text(
-        json.dumps(report_json(report), indent=1, ensure_ascii=False), "utf-8"
+        strict_json.dumps(report_json(report), indent=1, ensure_ascii=False), "utf-8"
     )
     neutral = report.records.lines(report.settings.attributes)
     lines = chain(neutral, *(group.lines() for group in report.groups.values()))
-    (folder / _RECORDS).write_text("".join(json.dumps(line) + "\n" for line in lines), "utf-8")
+    (folder / _RECORDS).write_text(
+        "".join(strict_json.dumps(line) + "\n" for line in lines), "utf-8"
+    )
     _write_features(report, folder)
     _write_images(report, folder)
 
@@ -137,11 +138,11 @@ def load_report(folder: str | Path) -> Report:
     Raises:
         ValueError: the report is missing, damaged or incomplete, or of another format version.
     """
-    folder = Path(folder)
+    folder = expand(folder)
     if not (folder / FILE).is_file():
         raise ValueError(f"there is no report in '{folder}': expected a file {FILE}")
     try:
-        root = json.loads((folder / FILE).read_text("utf-8"))
+        root = strict_json.loads((folder / FILE).read_text("utf-8"))
         if root["format"] == FORMAT:
             return _report(folder, root)
     except Exception as error:  # a damaged file may cause any
@@ -157,7 +158,7 @@ def load_report(folder: str | Path) -> Report:
 
 def _report(folder: Path, root: dict[str, Any]) -> Report:
     settings = _settings(root["settings"])
-    lines = [json.loads(x) for x in (folder / _RECORDS).read_text("utf-8").splitlines()]
+    lines = [strict_json.loads(x) for x in (folder / _RECORDS).read_text("utf-8").splitlines()]
     features = _features(folder / _FEATURES)
 
     def part(name: str | None, facts: Mapping[str, Any]) -> Any:
@@ -232,14 +233,12 @@ def save_comparison(comparison: Comparison, folder: str | Path) -> None:
         folder: created if needed.
 
     Raises:
-        ValueError: the folder is a file.
+        ValueError: the folder is a file, or cannot be written to.
     """
-    folder = Path(folder)
-    if folder.exists() and not folder.is_dir():
-        raise ValueError(f"'{folder}' is a file: expected a folder to write the comparison to")
+    folder = require_writable(folder)
     texts = {
         "compare.html": comparison_page(comparison),
-        "compare.json": json.dumps(comparison.json(), indent=1, ensure_ascii=False),
+        "compare.json": strict_json.dumps(comparison.json(), indent=1, ensure_ascii=False),
         "compare.md": comparison_markdown(comparison),
     }
     folder.mkdir(parents=True, exist_ok=True)

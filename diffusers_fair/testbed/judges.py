@@ -4,7 +4,6 @@ Training and evaluation classifiers differ in architecture and were trained on d
 The metadata of each judge's file holds its metrics on held-out images (`metadata`).
 """
 
-import json
 from collections.abc import Callable
 from functools import cache, wraps
 from pathlib import Path
@@ -26,6 +25,7 @@ from transformers import (
     ResNetModel,
 )
 
+from diffusers_fair import strict_json
 from diffusers_fair.testbed.models import SIZE, TOKENS, VOCABULARY
 from diffusers_fair.testbed.tokenizer import tokenizer
 from diffusers_fair.testbed.vocabulary import unpack
@@ -188,7 +188,7 @@ def cached_by_device(load: Callable[..., Any]) -> Callable[..., Any]:
 def metadata(name: str) -> dict:
     """Read the classes and held-out metrics that are stored with the weights of a judge."""
     with safe_open(WEIGHTS / f"{name}.safetensors", "pt") as file:
-        return {key: json.loads(text) for key, text in (file.metadata() or {}).items()}
+        return {key: strict_json.loads(text) for key, text in (file.metadata() or {}).items()}
 
 
 @cached_by_device

@@ -7,7 +7,6 @@ mitigate.
 """
 
 import hashlib
-import json
 import re
 from collections.abc import Mapping
 from dataclasses import dataclass
@@ -16,6 +15,7 @@ from importlib.resources import files
 
 import numpy as np
 
+from diffusers_fair import strict_json
 from diffusers_fair.attributes import Attribute
 from diffusers_fair.prompts import prompt_set
 
@@ -58,7 +58,7 @@ class Subject:
 @cache
 def families() -> dict[str, dict]:
     """Return the context families, each with its place and occupations."""
-    return json.loads(files(__package__).joinpath("world.json").read_text("utf-8"))
+    return strict_json.loads(files(__package__).joinpath("world.json").read_text("utf-8"))
 
 
 @cache

@@ -3,7 +3,7 @@
 The images should be cropped as the judges crop faces: to a square 1.5 times the size of the face.
 """
 
-import json
+import math
 import time
 from collections import Counter
 from collections.abc import Mapping, Sequence
@@ -17,18 +17,20 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from diffusers_fair import atomic
+from diffusers_fair import atomic, strict_json
 from diffusers_fair.backends import trained_classifier
 from diffusers_fair.backends.errors import loading
 from diffusers_fair.backends.sources import HUB_DATASET, HubDataset, UrlFile
+from diffusers_fair.backends.trained_classifier import MAX_SIZE
 from diffusers_fair.devices import choose_device, choose_dtype
 from diffusers_fair.folder_lock import LOCK, folder_lock
+from diffusers_fair.paths import expand, require_writable
 from diffusers_fair.training.stopping import SignalHandler, StoppedError, exit_code
 from diffusers_fair.vision.encoders import Pixels
-from diffusers_fair.vision.images import from_bytes
+from diffusers_fair.vision.images import from_bytes, image_files, is_hidden, read_image
 
 _TRIAL = 16  # images per update when the speed is measured
-_IMAGE_SUFFIXES = (".png", ".jpg", ".jpeg", ".webp")
+_MAX_SEED = 2**63 - 1  # the largest that torch takes
 
 
 _Labelled = tuple[Sequence[Path | bytes], list[str], list[str]]
@@ -55,17 +57,17 @@ class Settings:
     """
 
     size: int = 224
-    """Side of the square input in pixels; 32 or more."""
+    """Side of the square input in pixels; 32 to 1024."""
     epochs: int = 5
     """Passes over the images."""
     batch_size: int = 64
     """Images per update; 2 or more."""
     lr: float = 1e-3
-    """Initial learning rate of AdamW; it decays to 0 along a cosine."""
+    """Initial learning rate of AdamW, above 0; it decays to 0 along a cosine."""
     held_out: float = 0.1
     """Fraction of each class that is held out to measure the accuracy, between 0 and 1."""
     seed: int = 0
-    """Random seed."""
+    """Random seed; 0 or more."""
     pretrained: bool = True
     """Whether to start from ImageNet weights, which are downloaded once."""
     dtype: str = "float32"
@@ -73,9 +75,18 @@ class Settings:
 
     def __post_init__(self) -> None:
         """Check the ranges."""
-        for name, least in {"size": 32, "epochs": 1, "batch_size": 2}.items():
-            if getattr(self, name) < least:
-                raise ValueError(f"{name} must be {least} or more, got {getattr(self, name)}")
+        ranges = {
+            "size": (32, MAX_SIZE),
+            "epochs": (1, math.inf),
+            "batch_size": (2, math.inf),
+            "seed": (0, _MAX_SEED),
+        }
+        for name, (low, high) in ranges.items():
+            if not low <= (value := getattr(self, name)) <= high:
+                limit = f"{low} or more" if high == math.inf else f"{low} to {high}"
+                raise ValueError(f"{name} must be {limit}, got {value}")
+        if not (self.lr > 0 and math.isfinite(self.lr)):
+            raise ValueError(f"lr must be a finite number above 0, got {self.lr}")
         if not 0 < self.held_out < 1:
             raise ValueError(f"held_out must be between 0 and 1, got {self.held_out:g}")
 
@@ -100,7 +111,7 @@ def read_images(source: str | Path, label: str = "label") -> LabelledImages:
         paths = HubDataset.parse(str(source)).paths()
         labelled = _read_parquet(paths, str(source), label)
     else:
-        labelled = _read_path(Path(source), label)
+        labelled = _read_path(expand(source), label)
     files, words, classes = labelled
     counts = Counter(words)
     if len(counts) < 2 or min(counts.values()) < 2:
@@ -120,12 +131,14 @@ def _read_path(source: Path, label: str) -> _Labelled:
             f"there is nothing at '{source}': expected a folder, a parquet file or a data set on "
             f"the Hub as {HUB_DATASET}ORG/NAME"
         )
-    paths = [source] if source.suffix == ".parquet" else sorted(source.glob("*.parquet"))
+    paths = [source]
+    if source.suffix != ".parquet":
+        paths = sorted(p for p in source.glob("*.parquet") if not is_hidden(Path(p.name)))
     return _read_parquet(paths, str(source), label) if paths else _read_folder(source)
 
 
 def _read_folder(source: Path) -> _Labelled:
-    files = sorted(f for f in source.glob("*/*") if f.suffix.lower() in _IMAGE_SUFFIXES)
+    files = image_files(source, "*/*")
     words = [file.parent.name for file in files]
     return files, words, sorted(set(words))
 
@@ -153,7 +166,7 @@ def _read_parquet(paths: Sequence[Path], source: str, label: str) -> _Labelled:
 
 def _named_labels(metadata: dict[bytes, bytes], label: str) -> list[str]:
     """Return the names of numbered labels, as the library `datasets` stores them."""
-    info = json.loads(metadata.get(b"huggingface", b"{}")).get("info", {})
+    info = strict_json.loads(metadata.get(b"huggingface", b"{}")).get("info", {})
     return info.get("features", {}).get(label, {}).get("names", [])
 
 
@@ -188,12 +201,14 @@ def train_classifier(
 
     Raises:
         StoppedError: stopped by Ctrl-C or SIGTERM; the message says how to resume.
-        ValueError: the folder is not empty, another process is training in it, the device is not
-            available, or ImageNet weights cannot be downloaded.
+        ValueError: the folder is not empty or cannot be written, another process is training in it,
+            the device is not available, an image cannot be read, or ImageNet weights cannot be
+            downloaded.
     """
     chosen = choose_device(device)
-    with folder_lock(Path(folder)):
-        return _train(images, Path(folder), settings, chosen)
+    folder = require_writable(folder)
+    with folder_lock(folder):
+        return _train(images, folder, settings, chosen)
 
 
 def _train(
@@ -434,7 +449,9 @@ def _load(images: LabelledImages, rows: Tensor, size: int) -> Tensor:
 
     def read(row: int) -> Tensor:
         file = images.files[row]
-        image = Image.open(BytesIO(file) if isinstance(file, bytes) else file).convert("RGB")
+        image = (
+            read_image(BytesIO(file), f"row {row}") if isinstance(file, bytes) else read_image(file)
+        )
         return pil_to_tensor(ImageOps.fit(image, (size, size), Image.Resampling.BICUBIC))
 
     return from_bytes(torch.stack([read(row) for row in rows.tolist()]))

@@ -6,7 +6,6 @@ is computed again.
 """
 
 import hashlib
-import json
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -16,7 +15,7 @@ from safetensors import SafetensorError
 from safetensors.torch import load_file, save
 from torch import Tensor
 
-from diffusers_fair import atomic
+from diffusers_fair import atomic, strict_json
 from diffusers_fair.config.models import SETUP_KEYS
 from diffusers_fair.config.schema import RunConfig
 from diffusers_fair.objective.originals import Originals
@@ -48,7 +47,7 @@ class OriginalImageCache:
         Raises:
             OSError: the file cannot be written.
         """
-        key = json.dumps([self.run_key, batch_key], sort_keys=True)
+        key = strict_json.dumps([self.run_key, batch_key], sort_keys=True)
         file = self.folder / f"{hashlib.sha256(key.encode()).hexdigest()[:32]}.safetensors"
         try:
             return _from_tensors(load_file(file, device=str(device)))

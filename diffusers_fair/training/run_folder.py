@@ -1,13 +1,13 @@
 """The run folder: its files, the recipe that it belongs to, and cleaning up before resuming."""
 
-import json
 import math
 import shutil
 from pathlib import Path
 
-from diffusers_fair import atomic
+from diffusers_fair import atomic, strict_json
 from diffusers_fair.config.schema import RunConfig
 from diffusers_fair.folder_lock import LOCK
+from diffusers_fair.paths import require_writable
 from diffusers_fair.training.checkpoints import discard_checkpoints_after
 
 _RECIPE = "recipe.yaml"
@@ -78,10 +78,10 @@ def check_run_folder(config: RunConfig) -> RunFolder:
     Raises:
         ValueError: the folder holds another run, or something else.
     """
-    folder = RunFolder(Path(config.output))
+    folder = RunFolder(require_writable(config.output))
     recipe = folder.path / _RECIPE
     if not recipe.exists():
-        if folder.path.exists() and (not folder.path.is_dir() or _has_other_files(folder.path)):
+        if folder.path.exists() and _has_other_files(folder.path):
             raise ValueError(f"output '{folder.path}' holds something else: choose another folder")
         return folder
     different = config.differences(RunConfig.load(recipe))
@@ -120,7 +120,7 @@ class Events:
         """Append a line, without metrics that are not finite."""
         finite = {name: value for name, value in metrics.items() if math.isfinite(value)}
         with self.file.open("a", encoding="utf-8") as file:
-            file.write(json.dumps({"iteration": step, **finite}) + "\n")
+            file.write(strict_json.dumps({"iteration": step, **finite}) + "\n")
 
     def sync(self) -> None:
         """Flush all lines to the disk."""
@@ -139,6 +139,6 @@ class Events:
 def _step(line: bytes) -> float:
     """Read the iteration of a line; infinity if the line is damaged."""
     try:
-        return json.loads(line)["iteration"]
+        return strict_json.loads(line)["iteration"]
     except (ValueError, KeyError, TypeError):
         return math.inf

@@ -25,6 +25,7 @@ from diffusers_fair.config.schema import RunConfig
 from diffusers_fair.families import denoiser_of
 from diffusers_fair.families.fingerprint import base_fingerprint
 from diffusers_fair.folder_lock import folder_lock
+from diffusers_fair.paths import expand
 from diffusers_fair.prompts import prompt_set
 from diffusers_fair.prompts.mixtures import prompt_mixture
 from diffusers_fair.provenance import machine
@@ -149,7 +150,7 @@ class FairnessFinetuner:
             ValueError: the run folder holds another run, or another process is training in it; the
                 memory budget is too small; there are more processes than images.
         """
-        path = Path(self.config.output)
+        path = expand(self.config.output)
         with (
             folder_lock(path),
             SignalHandler() as signals,
@@ -283,7 +284,7 @@ class FairnessFinetuner:
         if distributed.is_main():
             self._write_adapter(folder)
         distributed.barrier()
-        return Path(folder)
+        return expand(folder)
 
     def push_to_hub(self, repo_id: str, **options: Any) -> Push | None:
         """Publish the current adapter with its model card, from the main process.
@@ -384,7 +385,7 @@ def _accelerator(config: RunConfig) -> Any:
         return None
     from accelerate import Accelerator
 
-    return Accelerator(log_with=config.tracker, project_dir=Path(config.output) / "logs")
+    return Accelerator(log_with=config.tracker, project_dir=expand(config.output) / "logs")
 
 
 def _tune(pipe: Any, config: RunConfig) -> None:

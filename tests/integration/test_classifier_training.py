@@ -197,7 +197,11 @@ def test_a_folder_that_holds_something_is_left_alone(trained, folder):
 @pytest.mark.parametrize(
     ("setting", "message"),
     [
-        ({"size": 8}, "size must be 32 or more, got 8"),
+        ({"size": 8}, "size must be 32 to 1024, got 8"),
+        ({"size": 2048}, "size must be 32 to 1024, got 2048"),
+        ({"lr": float("nan")}, "lr must be a finite number above 0, got nan"),
+        ({"lr": float("inf")}, "lr must be a finite number above 0, got inf"),
+        ({"seed": -1}, r"seed must be 0 to \d+, got -1"),
         ({"epochs": 0}, "epochs must be 1 or more, got 0"),
         ({"batch_size": 1}, "batch_size must be 2 or more, got 1"),
         ({"held_out": 1}, "held_out must be between 0 and 1, got 1"),

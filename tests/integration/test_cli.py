@@ -404,7 +404,48 @@ BAD = {
         ["evaluate", "--baseline", "uce", "--adapter", "x"],
         "leave out --adapter or --baseline",
     ),
-    "no images": (["evaluate", "--images", "0"], "images_per_prompt"),
+    "no images": (["evaluate", "--images", "0"], "expected a number of images, 1 or more, or a"),
+    "images by the thousand": (
+        ["evaluate", "--images", "1e3"],
+        "Invalid value for '--images': expected a number of images, 1 or more, or a folder of "
+        "images, got '1e3'",
+    ),
+    "a digit of another kind": (["evaluate", "--images", "\u00b2"], "got '\u00b2'"),
+    "no images to draw": (["generate", "x", "--images", "0"], "Invalid value for '--images'"),
+    "no images of a demo": (["demo", "--images", "-1"], "Invalid value for '--images'"),
+    "no steps": (["evaluate", "--steps", "0"], "Invalid value for '--steps'"),
+    "no steps to draw": (["generate", "x", "--steps", "0"], "Invalid value for '--steps'"),
+    "steps by the thousand": (["generate", "x", "--steps", "1e3"], "Invalid value for '--steps'"),
+    "a negative seed": (["evaluate", "--seed", "-1"], "Invalid value for '--seed'"),
+    "a negative seed to draw": (["generate", "x", "--seed", "-1"], "Invalid value for '--seed'"),
+    "no number of guidance": (["evaluate", "--guidance-scale", "nan"], "guidance"),
+    "endless guidance": (
+        ["evaluate", "--guidance-scale", "inf"],
+        "guidance_scale must be a finite number, 0 or more, got inf",
+    ),
+    "endless guidance to draw": (
+        ["generate", "x", "--guidance-scale", "inf"],
+        "guidance_scale must be a finite number, 0 or more, got inf",
+    ),
+    "an empty split": (["evaluate", "--split", ""], "there is no split ''"),
+    "an empty folder name": (
+        ["evaluate", "--out", ""],
+        "Invalid value for '--out': expected a folder, got an empty text",
+    ),
+    "too long a name": (["evaluate", "--prompts", "a" * 300], "File name too long"),
+    "no recipe": (["train"], "Missing argument 'recipe'"),
+    **{
+        f"{words[0]} into a file": ([*words, f"{__file__}/x"], "is a file: choose another folder")
+        for words in (
+            ["evaluate", "--out"],
+            ["generate", "x", "--out"],
+            ["demo", "--out"],
+        )
+    },
+    "train into a file": (
+        ["train", "testbed-gender", f"output={__file__}/x"],
+        "is a file: choose another folder",
+    ),
     "no images of groups": (
         ["evaluate", "--group-images", "0"],
         "--group-images must be 1 or more, got 0: to skip the control prompts, use --no-groups",
@@ -434,3 +475,41 @@ def test_no_prompts(tmp_path, monkeypatch, capsys):
     assert run(monkeypatch, *words) == 2
     assert "prompt" in capsys.readouterr().err
     assert not (tmp_path / "out").exists()
+
+
+@pytest.mark.parametrize("error", [PermissionError, IsADirectoryError, FileNotFoundError])
+def test_a_file_that_cannot_be_read_is_bad_input(error, lines, monkeypatch, capsys):
+    def refuse(path, *_, **__):
+        raise error(1, "No luck", str(path))
+
+    monkeypatch.setattr("pathlib.Path.read_text", refuse)
+    assert run(monkeypatch, "evaluate", "--prompts", lines) == 2
+    said = capsys.readouterr().err
+    assert f"cannot read or write '{lines}': No luck; choose another path" in said
+
+
+def test_other_errors_of_the_system_keep_their_traceback(monkeypatch):
+    def fail(*_, **__):
+        raise ConnectionError("the network is down")
+
+    monkeypatch.setattr("diffusers_fair.doctor.examine", fail)
+    with pytest.raises(ConnectionError):
+        run(monkeypatch, "doctor", "testbed-gender")
+
+
+def test_an_option_may_be_zero(lines, tmp_path, monkeypatch):
+    words = ["--prompts", lines, "--images", 1, "--steps", 1, "--no-groups"]
+    words += ["--guidance-scale", 0, "--out", "~/report"]
+    monkeypatch.setenv("HOME", str(tmp_path))
+    monkeypatch.chdir(tmp_path)
+    assert run(monkeypatch, "evaluate", *words) == 0
+    assert load_report("~/report").settings.guidance_scale == 0
+    assert not (tmp_path / "~").exists()
+
+
+def test_generate_takes_zero_for_zero(monkeypatch, tmp_path):
+    for scale in (0, 4.5):
+        words = ["x", "--images", 1, "--steps", 2, "--guidance-scale", scale]
+        assert run(monkeypatch, "generate", *words, "--out", tmp_path / str(scale)) == 0
+    zero, usual = (next((tmp_path / name).iterdir()).read_bytes() for name in ("0", "4.5"))
+    assert zero != usual

@@ -85,11 +85,11 @@ def test_pictures_made_by_anything(tmp_path, monkeypatch, capsys):
 
 
 BAD = {
-    "no folder": (["--images", "nowhere", "--recipe", "testbed-gender"], "no folder 'nowhere'"),
-    "no models": (["--images", "nowhere"], "there are no models to judge the images in"),
-    "an adapter, too": (["--images", "x", "--adapter", "y"], "leave out --adapter"),
+    "no folder": (["--images", "nowhere"], "or a folder of images, got 'nowhere'"),
+    "no models": (["--images", "."], "there are no models to judge the images in"),
+    "an adapter, too": (["--images", ".", "--adapter", "y"], "leave out --adapter"),
     "words, too": (
-        ["--images", "x", "--respect-words"],
+        ["--images", ".", "--respect-words"],
         "--prompts and --respect-words, or give a",
     ),
 }

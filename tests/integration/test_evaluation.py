@@ -484,7 +484,17 @@ def test_table_is_tidy_at_100_columns(base, other):
         ({"attributes": []}, "no attributes to evaluate"),
         ({"attributes": [HUE, HUE]}, r"different names, got \['hue', 'hue'\]"),
         ({"images_per_prompt": 0}, "images_per_prompt must be 1 or more, got 0"),
+        (
+            {"prompts": ["a cook", "a cook"]},
+            "prompt 'a cook' is given 2 times: leave out the copies",
+        ),
         ({"steps": 0}, "steps must be 1 or more, got 0"),
+        (
+            {"guidance_scale": float("nan")},
+            "guidance_scale must be a finite number, 0 or more, got",
+        ),
+        ({"guidance_scale": -1}, "guidance_scale must be a finite number, 0 or more, got -1"),
+        ({"seed": -1}, "seed must be 0 or more, got -1"),
         ({"batch_size": -1}, "batch_size must be 1 or more, got -1"),
         ({"attributes": [Attribute("hat", "ab")]}, r"no classifier for attribute 'hat'.*'tone'"),
         (

@@ -144,6 +144,23 @@ def test_prompts_that_are_not_clear(folder):
         image_folder(folder)
 
 
+def test_what_systems_add_is_no_prompt(folder):
+    paint(folder / "__MACOSX" / "a baker" / "._0.png")
+    paint(folder / ".cache" / "0.png")
+    (folder / "a baker" / "._0.png").write_bytes(b"x")
+    found = image_folder(folder)
+    assert found.prompts == ("a baker", "a nurse", "a judge in a robe")
+    assert [len(files) for files in found.files] == [4, 0, 1]
+
+
+def test_two_unicode_forms_of_a_prompt(folder):
+    paint(folder / "a cafe\u0301 owner" / "0.png")
+    assert "a caf\u00e9 owner" in image_folder(folder).prompts
+    paint(folder / "a caf\u00e9 owner" / "0.png")
+    with pytest.raises(ValueError, match="two subfolders for the prompt 'a caf\u00e9 owner'"):
+        image_folder(folder)
+
+
 def test_other_pictures_do_not_go_on(folder, tmp_path):
     look(folder, out=tmp_path / "report")
     paint(folder / "a baker" / "4.png")

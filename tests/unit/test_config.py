@@ -1,3 +1,4 @@
+import re
 import subprocess
 import sys
 
@@ -7,7 +8,7 @@ from pydantic import ValidationError
 
 from diffusers_fair import Attribute, RunConfig
 from diffusers_fair.config.keys import recipe_keys
-from diffusers_fair.config.recipe import recipes
+from diffusers_fair.config.recipe import read_recipe, recipes
 from diffusers_fair.config.schema import AttributeSection, OptimizerSection
 from diffusers_fair.training.run_folder import check_run_folder, claim_run_folder
 
@@ -128,6 +129,45 @@ def test_an_extended_recipe_must_exist_and_not_be_circular(toy, tmp_path):
     path.write_text(f"extends: {path}\n")
     with pytest.raises(ValueError, match="extends itself"):
         RunConfig.load(path)
+
+
+def test_an_extended_recipe_lies_beside_the_one_that_extends_it(toy, tmp_path, monkeypatch):
+    (tmp_path / "more.yaml").write_text("extends: toy.yaml\ntrain: {seed: 3}\n")
+    (tmp_path / "most.yaml").write_text("extends: ./more.yaml\n")
+    (tmp_path / "elsewhere").mkdir()
+    monkeypatch.chdir(tmp_path / "elsewhere")
+    assert RunConfig.load("../most.yaml").train.seed == 3
+    (tmp_path / "elsewhere" / "mine.yaml").write_text("extends: ../most.yaml\n")
+    (tmp_path / "old.yaml").write_text("extends: mine.yaml\n")  # of the working directory
+    assert RunConfig.load("../old.yaml").train.seed == 3
+    monkeypatch.setenv("HOME", str(tmp_path))
+    (tmp_path / "home.yaml").write_text("extends: ~/toy.yaml\n")
+    assert RunConfig.load("~/home.yaml") == RunConfig.load(toy)
+    (tmp_path / "a.yaml").write_text("extends: elsewhere/../b.yaml\n")
+    (tmp_path / "b.yaml").write_text("extends: a.yaml\n")
+    with pytest.raises(ValueError, match="extends itself"):
+        RunConfig.load("../a.yaml")
+
+
+@pytest.mark.parametrize(
+    ("text", "value"), [("010", 10), ("-010", -10), ("1_000", 1000), ("0x10", 16), ("1:30", "1:30")]
+)
+def test_numbers_are_what_people_read(toy, text, value):
+    """In YAML 1.1, 010 is 8 and 1:30 is 90."""
+    assert read_recipe(toy, [f"train.iterations={text}"])["train"]["iterations"] == value
+
+
+@pytest.mark.parametrize("text", ["2026-12-01", "1:30.5"])
+def test_names_of_folders_may_look_like_times(toy, text):
+    assert RunConfig.load(toy, [f"output={text}"]).output == text
+
+
+def test_no_number_is_a_truth_value(toy):
+    """Pydantic takes true for 1."""
+    for key in recipe_keys():
+        if re.fullmatch(r"default: -?[0-9.e-]+", key.default) and "NAME" not in key.path:
+            with pytest.raises(ValueError, match=r"expected a valid .*, got True"):
+                RunConfig.load("testbed-gender", [f"{key.path}=true"])
 
 
 def test_sets_have_weights(toy):
@@ -261,6 +301,13 @@ def test_every_key_is_documented():
             "gradient={method: truncated, truncated_steps: 20}",
             r"gradient\.truncated_steps must be at most sampling\.steps \(19\), got 20",
         ),
+        ("train.iterations=1:30", r"train\.iterations: expected a valid integer, got '1:30'"),
+        ("train.seed=4294967296", "expected less than 4294967296, got 4294967296"),
+        ("optimizer.lr=true", r"optimizer\.lr: expected a valid number, got True"),
+        ("attributes.0.target=[true,false,false]", r"target\.0: expected a valid number, got True"),
+        ("adapter.components=[unet,unet]", r"different values, got \['unet', 'unet'\]: leave out"),
+        ("prompts.sets=[a,a]", r"sets: expected different values, got \['a', 'a'\]: leave out"),
+        ("output=''", "output: expected a text, got an empty one"),
         # overrides
         ("train.iterations", "an override must be key=value, got 'train.iterations'"),
         ("=3", "an override must be key=value"),
@@ -304,11 +351,22 @@ def test_unknown_recipe(tmp_path):
 
 @pytest.mark.parametrize(
     ("text", "message"),
-    [("- 1", "must hold keys and values, got"), ("a: [", "is not YAML"), ("", "got None")],
+    [
+        ("- 1", "must hold keys and values, got"),
+        ("a: [", "is not YAML"),
+        ("", "got None"),
+        ("extends: 3", "expected the name or the file of a recipe, got 3"),
+    ],
 )
 def test_files_that_are_not_recipes_are_refused(toy, text, message):
     toy.write_text(text)
     with pytest.raises(ValueError, match=message):
+        RunConfig.load(toy)
+
+
+def test_a_recipe_in_another_encoding(toy):
+    toy.write_bytes("output: caf\u00e9".encode("latin-1"))
+    with pytest.raises(ValueError, match=r"toy\.yaml' is not UTF-8 text: save it as UTF-8"):
         RunConfig.load(toy)
 
 
@@ -367,8 +425,9 @@ def test_folder_with_something_else_is_refused(toy, tmp_path):
     (tmp_path / "thesis.tex").write_text("mine")
     with pytest.raises(ValueError, match="holds something else: choose another folder"):
         claim_run_folder(RunConfig.load(toy, [f"output={tmp_path}"]))
-    with pytest.raises(ValueError, match="holds something else: choose another folder"):
-        claim_run_folder(RunConfig.load(toy, [f"output={tmp_path / 'thesis.tex'}"]))
+    for name in ("thesis.tex", "thesis.tex/run"):
+        with pytest.raises(ValueError, match=r"as '.*thesis\.tex' is a file: choose another"):
+            claim_run_folder(RunConfig.load(toy, [f"output={tmp_path / name}"]))
     assert sorted(path.name for path in tmp_path.iterdir()) == ["thesis.tex", "toy.yaml"]
 
 

@@ -24,8 +24,10 @@ LAYERS = (  # rooms; imports go to the same layer or down, never in a circle
         "distributed",
         "folder_lock",
         "metrics",
+        "paths",
         "prompts",
         "provenance",
+        "strict_json",
         "version",
     ),
     ("families", "vision", "adapters", "reports"),
@@ -181,6 +183,13 @@ def test_only_the_trainer_knows_accelerate(module):
     assert "accelerate" not in {name.partition(".")[0] for name in imports(module)}
 
 
+@pytest.mark.parametrize("module", [m for m in MODULES if m != "strict_json"])
+def test_json_is_read_and_written_by_the_standard(module):
+    """Python's own module writes NaN, which other programs cannot read."""
+    text = MODULES[module].read_text(encoding="utf-8")
+    assert not re.findall(r"\bjson\.(?:dump|load)s?\(|from json import (?:dump|load)", text)
+
+
 @pytest.mark.parametrize(
     "module", [m for m in MODULES if not inside(m, "testbed", "prompts", "recipes")]
 )
@@ -226,10 +235,12 @@ def test_import_is_light():
                 "atomic",
                 "attributes",
                 "loading",
+                "paths",
                 "pipeline_methods",
                 "adapters",
                 "families",
                 "prompts",
+                "strict_json",
                 "version",
             )
         ),

@@ -10,7 +10,9 @@ import pytest
 
 from diffusers_fair import prompts
 from diffusers_fair.prompts import PromptSet, prompt_set
+from diffusers_fair.prompts.groups import classes_named
 from diffusers_fair.prompts.mixtures import PromptMixture, counts_per_cycle, prompt_mixture
+from diffusers_fair.prompts.tables import targets_by_prompt
 
 PAPER = {  # what the paper's appendices A.2, A.3 and A.8 list: number of entries, their hash
     ("occupations", "validation"): (10, "19c0c6691640f75b"),
@@ -165,6 +167,27 @@ def test_invalid_text_files_are_refused(tmp_path):
         prompt_set(binary)
 
 
+def test_copies_in_a_text_file_are_refused(tmp_path):
+    path = tmp_path / "mine.txt"
+    path.write_text("a cafe\u0301\na tea house\na caf\u00e9\n", "utf-8")
+    with pytest.raises(ValueError, match="has 'a caf\u00e9' 2 times: leave out the copies"):
+        prompt_set(path)
+
+
+def test_a_file_in_the_home_folder_in_another_unicode_form(tmp_path, monkeypatch):
+    monkeypatch.setenv("HOME", str(tmp_path))
+    (tmp_path / "mine.txt").write_text("a cafe\u0301\n", "utf-8")
+    assert prompt_set("~/mine.txt").prompts("test") == ["a caf\u00e9"]
+    table = {"a cafe\u0301": (0.25, 0.75)}
+    assert targets_by_prompt(table, ["~/mine.txt"]) == {"a caf\u00e9": (0.25, 0.75)}
+
+
+def test_words_are_found_in_either_unicode_form():
+    words = {"role": {"baker": ["boulange\u0301re"], "farmer": ["cafe"]}}
+    assert classes_named("une boulang\u00e9re", words) == {"role": ["baker"]}
+    assert classes_named("un cafe\u0301", words) == {}
+
+
 def test_own_json_file(tmp_path):
     path = tmp_path / "mine.json"
     lists = {"templates": ["a {}"], "train": ["cat "], "test": ["dög"]}
@@ -187,6 +210,11 @@ def test_own_json_file(tmp_path):
         ('{"train": ["cat"]}', "holds no prompts: expected templates"),
         ('{"templates": ["{}"]}', "holds no prompts: .* subjects in at least one split"),
         ('{"templates": ["a"], "test": ["cat"]}', "has no {} for the subject: 'a'"),
+        (
+            '{"templates": ["a {}", "a {} "], "train": ["cat"]}',
+            r"has 'a \{\}' 2 times: leave out the copies",
+        ),
+        ('{"templates": [NaN]}', "not JSON: NaN is not a finite number"),
         (
             '{"templates": ["{}"], "train": ["cat"], "test": ["Cat "]}',
             "has 'cat' 2 times: keep it in one split",

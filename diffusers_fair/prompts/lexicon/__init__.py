@@ -1,9 +1,10 @@
 """English words and prompts for well-known classes. Training only uses some of them."""
 
-import json
 from dataclasses import dataclass
 from functools import cache
 from importlib.resources import files
+
+from diffusers_fair import strict_json
 
 _FILE = "classes.json"
 
@@ -33,7 +34,7 @@ def entry(name: str) -> Entry:
 
 @cache
 def _entries() -> dict[str, Entry]:
-    data = json.loads(files(__package__).joinpath(_FILE).read_text("utf-8"))
+    data = strict_json.loads(files(__package__).joinpath(_FILE).read_text("utf-8"))
     data.pop("source")
     return {
         name.casefold(): Entry(**{key: tuple(texts) for key, texts in lists.items()})
