@@ -2,6 +2,7 @@
 
 from dataclasses import dataclass
 from pathlib import Path
+from typing import Any
 
 from diffusers_fair.evaluation.evaluate import evaluate
 from diffusers_fair.reports.report import Report
@@ -46,12 +47,13 @@ class Validation:
     def measure(self) -> Report:
         """Evaluate the pipeline as it is now, in training's micro-batches."""
         size = self.gradient.micro_batch
+        batch: dict[str, Any] = {} if size is None else {"batch_size": size}
         return evaluate(
             self.gradient.pipe,
             self.prompts,
             self.attributes,
             judges=self.gradient.objective.judges,
-            **({} if size is None else {"batch_size": size}),
+            **batch,
             images_per_prompt=self.config.train.validation_images,
             steps=self.config.sampling.steps[1],
             guidance_scale=self.config.sampling.guidance_scale,
