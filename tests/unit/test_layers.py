@@ -255,6 +255,7 @@ def test_import_is_light():
                 "folder",
                 "format",
                 "json_schema",
+                "layers",
                 "prefix",
                 "prompt_encoder",
                 "soft_tokens",
