@@ -32,6 +32,7 @@ from diffusers_fair.training.batch_gradient import MEMORY_OPTIONS
 from diffusers_fair.training.batches import Shard, sample_batch
 from diffusers_fair.training.run_folder import RunFolder, claim_run_folder
 from diffusers_fair.training.stopping import TrainingStoppedError
+from diffusers_fair.training.tracking import Tracker
 
 SMALL = {
     "base": {"dtype": "float32"},
@@ -798,10 +799,10 @@ def test_an_adapter_that_costs_clip_t_is_not_the_best(tmp_path):
     trainer = finetuner(tmp_path / "floor")
     trainer.validation.base_clip_t = 2.0  # more than any
     with pytest.warns(UserWarning, match=r"CLIP-T fell to .*, below 1\.990"):
-        trainer._validate(RunFolder(tmp_path / "floor"))
+        trainer._validate(RunFolder(tmp_path / "floor"), Tracker(trainer.accelerator))
     assert trainer.validation.best_bias is None
     assert not (tmp_path / "floor" / "adapter-best").exists()
     trainer.validation.base_clip_t = -1.0
-    trainer._validate(RunFolder(tmp_path / "floor"))
+    trainer._validate(RunFolder(tmp_path / "floor"), Tracker(trainer.accelerator))
     assert trainer.validation.best_bias is not None
     assert (tmp_path / "floor" / "adapter-best").exists()
