@@ -41,18 +41,16 @@ Out = Annotated[Path, typer.Option(help="Folder to write to.")]
 Device = Annotated[
     str,
     typer.Option(
-        metavar="auto|cuda|cuda:N|mps|cpu",
-        help="Device to compute on. auto: the GPU of the process, else MPS, else the CPU; for the "
-        "testbed the CPU.",
+        help="auto, cuda, cuda:N, mps or cpu. auto: the GPU of the process, else MPS, else the "
+        "CPU; for the testbed the CPU.",
     ),
 ]
 Dtype = Annotated[
     str | None,
     typer.Option(
-        metavar="auto|float32|bfloat16|float16",
-        help="Data type of the base model. auto: bfloat16 if the device is fast in it, else "
-        "float32. Default: the recipe's; without a recipe float32 for the testbed, and auto "
-        "otherwise.",
+        help="Data type of the base model: auto, float32, bfloat16 or float16. auto: bfloat16 if "
+        "the device is fast in it, else float32. Default: the recipe's; without a recipe float32 "
+        "for the testbed, and auto otherwise.",
     ),
 ]
 Revision = Annotated[
@@ -69,6 +67,7 @@ BatchSize = Annotated[
     int | None,
     typer.Option(
         min=1,
+        metavar="INTEGER",
         help="Images processed together. Default: 24 or, on a GPU, fewer if so many do not fit its "
         "memory.",
     ),
@@ -169,16 +168,15 @@ def classifier_train(
     device: Annotated[
         str,
         typer.Option(
-            metavar="auto|cuda|cuda:N|mps|cpu",
-            help="Device to compute on. auto: the GPU of the process, else MPS, else the CPU.",
+            help="auto, cuda, cuda:N, mps or cpu. auto: the GPU of the process, else MPS, else the "
+            "CPU.",
         ),
     ] = "auto",
     dtype: Annotated[
         str,
         typer.Option(
-            metavar="auto|float32|bfloat16|float16",
-            help="Data type of the computation; the weights are float32. auto: bfloat16 if the "
-            "device is fast in it, else float32.",
+            help="Data type of the computation, not of the weights: auto, float32, bfloat16 or "
+            "float16. auto: bfloat16 if the device is fast in it, else float32.",
         ),
     ] = "float32",
 ) -> None:

@@ -31,6 +31,7 @@ def examine(config: RunConfig) -> dict[Need, list[str]]:
     splits = (config.prompts.train, config.prompts.validation, config.evaluation.split)
     parts: Parts = {
         "training": [package(name) for name in packages],
+        "train.device": [_device(config)] if config.train.device != "auto" else [],
         "base": registry.base(config.base.model).needs(config.base.model, config.base.revision),
         "adapter.init_from": [pretrained(name)] if (name := config.adapter.init_from) else [],
         "prompts": [_prompts(name, splits) for name in config.prompts.sets],
@@ -44,6 +45,16 @@ def examine(config: RunConfig) -> dict[Need, list[str]]:
         for need in needs:
             found.setdefault(need, []).append(part)
     return found
+
+
+def _device(config: RunConfig) -> Need:
+    """Check that the device is available."""
+    name = config.train.device
+    try:
+        registry.choose_base_device(config.base.model, name)
+    except ValueError as error:
+        return Need(f"device {name}", False, str(error))
+    return Need(f"device {name}", True)
 
 
 def _reference_faces(models: ModelsSection) -> Parts:

@@ -26,7 +26,7 @@ def loading(
         raise ModuleNotFoundError(
             f"{what} needs the package '{error.name}': {install}", name=error.name
         ) from error
-    except (OSError, ImportError, ValueError, RuntimeError, KeyError) as error:
+    except Exception as error:  # the libraries' own classes of errors have no common base
         lines = [line.strip() for line in str(error).splitlines() if line.strip()]
         reason = shorten((lines or [type(error).__name__])[0], 250)
         raise ValueError(f"cannot load {what}: {reason}; expected {advice}") from error

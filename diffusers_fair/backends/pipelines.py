@@ -62,6 +62,8 @@ def _load(model: str, revision: str | None, dtype: "torch.dtype") -> Any:
 
     shipped = ", ".join(map(repr, SHIPPED_BASES))
     advice = f"{shipped}, a folder, a {_SINGLE_FILE} file or a Hub id"
+    if _is_single_file(model):
+        advice += " (the configuration of a single file is downloaded from the Hub once)"
     with loading(f"the base model '{model}'", advice):
         if _is_single_file(model):
             pipe = _pipeline_class(Path(model)).from_single_file(model, torch_dtype=dtype)
@@ -75,7 +77,7 @@ def _load(model: str, revision: str | None, dtype: "torch.dtype") -> Any:
 
 
 def _is_single_file(model: str) -> bool:
-    return model.endswith(_SINGLE_FILE)
+    return str(model).endswith(_SINGLE_FILE)
 
 
 def _pipeline_class(path: Path) -> Any:

@@ -4,9 +4,8 @@ from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
-import torch
-
 from diffusers_fair.attributes import Attribute
+from diffusers_fair.evaluation.batch_size import device_of
 from diffusers_fair.evaluation.batches import Execution
 from diffusers_fair.evaluation.checks import checked_attributes, positive
 from diffusers_fair.evaluation.evaluate import measure
@@ -63,7 +62,7 @@ def audit(
             None if batch_size is None else positive(batch_size, "batch_size"),
             None if out is None else Path(out),
             progress,
-            torch.device(judges.device or "cpu"),
+            device_of(None, judges),
         ),
         model={"images": str(folder), "files": images.digest(), **(model or {})},
     )

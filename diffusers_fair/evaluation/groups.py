@@ -78,7 +78,7 @@ def with_groups(
         None if batch_size is None else positive(batch_size, "batch_size"),
         None if out is None else Path(out),
         progress,
-        device_of(pipe),
+        device_of(pipe, judges),
     )
     journals = execution.journal_folder
     folder = None if journals is None else journals / "reference"

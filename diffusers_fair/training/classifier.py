@@ -170,13 +170,14 @@ def train_classifier(
     if folder.exists() and (not folder.is_dir() or any(folder.iterdir())):
         raise ValueError(f"'{folder}' is not an empty folder: choose another folder")
     chosen = choose_device(device)
+    dtype = choose_dtype(settings.dtype, chosen)
     g = torch.Generator().manual_seed(settings.seed)
     train, held = _hold_out(images.labels, settings.held_out, g)
     with torch.random.fork_rng():  # initial weights, dropout and augmentation
         torch.manual_seed(settings.seed)
         network = _network(len(images.classes), settings.pretrained)
         network.to(chosen)
-        _fit(network, images, train, settings, g)
+        _fit(network, images, train, settings, dtype, g)
     predictions = _predict(network, images, held, settings)
     confusion = _confusion(images.labels[held], predictions, len(images.classes))
     facts = {
@@ -205,7 +206,12 @@ def _network(classes: int, pretrained: bool) -> nn.Module:
 
 
 def _fit(
-    network: nn.Module, images: LabelledImages, rows: Tensor, settings: Settings, g: torch.Generator
+    network: nn.Module,
+    images: LabelledImages,
+    rows: Tensor,
+    settings: Settings,
+    dtype: torch.dtype,
+    g: torch.Generator,
 ) -> None:
     """Minimize the cross-entropy of augmented images."""
     from rich.progress import track
@@ -222,7 +228,6 @@ def _fit(
     device = next(network.parameters()).device
     pixels = Pixels(size, trained_classifier.MEAN, trained_classifier.STD)
     optimizer = torch.optim.AdamW(network.parameters(), settings.lr)
-    dtype = choose_dtype(settings.dtype, device)
     scaler = torch.amp.GradScaler(device.type, enabled=dtype == torch.float16)
     schedule = torch.optim.lr_scheduler.CosineAnnealingLR(optimizer, epochs)
     network.train()

@@ -9,6 +9,7 @@ import stand_ins
 import timm
 import torch
 import yaml
+from huggingface_hub import constants
 from pictures import held_out
 from PIL import Image
 from safetensors.torch import save_file
@@ -426,11 +427,6 @@ def test_the_testbed_has_real_faces():
     assert far < near - 0.05  # measured: 0.70
 
 
-def test_real_faces_of_the_testbed_stay_on_the_cpu(detector):
-    with pytest.raises(ValueError, match=r"run on the CPU only, but the pipeline is on 'meta'"):
-        load_reference_faces(ModelsSection(), detector, "meta")
-
-
 @pytest.mark.slow
 def test_real_faces_are_loaded_only_if_they_have_a_weight(monkeypatch, tmp_path):
     small = {"output": str(tmp_path), "prompts.images_per_prompt": 3, "sampling.steps": 2}
@@ -535,7 +531,8 @@ def test_what_a_base_is_used_with():
     assert untouched_sets() == ("untouched", "testbed-untouched")
     assert [untouched_set(name) for name in ("org/model", "testbed")] == [*untouched_sets()]
     assert (usual_guidance("org/model"), usual_guidance("testbed")) == (7.5, 4.5)
-    assert (base("org/model").device, base("testbed").device) == (None, "cpu")
+    usual = [(base(m).usual_device, base(m).usual_dtype) for m in ("org/model", "testbed")]
+    assert usual == [("auto", "auto"), ("cpu", "float32")]
     assert base("org/model").usual_evaluation is None
 
 
@@ -555,10 +552,20 @@ def test_the_testbed_stays_the_default():
         load_evaluation_judges(["height"])
 
 
-def test_the_testbed_stays_on_the_cpu(models):
-    asked = section(models, kind="checkpoint", model=str(models["checkpoint"]))
-    with pytest.raises(ValueError, match=r"run on the CPU only, but the pipeline is on 'meta'"):
-        load_judges(asked, [], device="meta")
+def test_the_testbeds_judges_move():
+    """All of a judge is on the device: torch refuses to mix it with the CPU."""
+    from diffusers_fair.testbed import world
+
+    images = torch.zeros(2, 3, 64, 64)
+    for section in (ModelsSection(), EvaluationModelsSection()):
+        judges = load_judges(section, [world.GENDER], "meta")
+        x = judges.on_device(images)
+        faces = judges.faces(x)
+        results = [faces.boxes, judges.clip(x), judges.clip.texts(["a chef"]), judges.dino(x)]
+        results.append(judges.probabilities(world.GENDER, x, faces))
+        assert {result.device.type for result in results} == {"meta"}
+    real = load_reference_faces(ModelsSection(), judges.face_detector, "meta")
+    assert {real.embeddings.device.type, real.embedder(x).device.type} == {"meta"}
 
 
 @pytest.mark.parametrize(
@@ -700,11 +707,30 @@ def test_the_dtype_that_suits_the_processor(units, expected, monkeypatch):
     assert load_base("testbed", dtype="bfloat16").text_encoder.dtype == torch.bfloat16
 
 
-def test_the_dtype_that_suits_the_gpu(stable_diffusion, monkeypatch):
-    monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
-    for fast, expected in ((True, torch.bfloat16), (False, torch.float32)):
-        monkeypatch.setattr(torch.cuda, "is_bf16_supported", lambda fast=fast, **_: fast)
-        assert load_base(stable_diffusion, dtype="auto").unet.dtype == expected
+@pytest.mark.slow
+def test_a_single_file_is_the_pipeline_of_its_folder(stable_diffusion, monkeypatch, tmp_path):
+    file = stand_ins.single_file(stable_diffusion, tmp_path / "model.safetensors")
+    config = "stable-diffusion-v1-5/stable-diffusion-v1-5"  # what diffusers takes it for
+    stand_ins.hub_cache(tmp_path / "cache", config, stable_diffusion)
+    monkeypatch.setattr(constants, "HF_HUB_CACHE", str(tmp_path / "cache"))
+    monkeypatch.setattr(constants, "HF_HUB_OFFLINE", True)
+    folder, single = load_base(stable_diffusion), load_base(str(file))
+    assert type(single) is type(folder)
+    assert type(single.scheduler) is type(folder.scheduler)
+    for part in ("unet", "vae", "text_encoder"):
+        ours = getattr(single, part).state_dict()
+        for name, weight in getattr(folder, part).state_dict().items():
+            assert torch.equal(ours[name], weight), name
+    assert [need.available for need in base(str(file)).needs(str(file), None)] == [True]
+
+
+def test_single_files_that_will_not_do(monkeypatch, tmp_path):
+    (tmp_path / "bad.safetensors").write_bytes(b"bad")
+    for name, reason in {"none": "No such file", "bad": "header too small"}.items():
+        with pytest.raises(ValueError, match=rf"base model .*{name}.safetensors': .*{reason}"):
+            load_base(str(tmp_path / f"{name}.safetensors"))
+    missing = str(tmp_path / "none.safetensors")
+    assert [need.available for need in base(missing).needs(missing, None)] == [False]
 
 
 @pytest.mark.slow

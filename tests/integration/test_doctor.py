@@ -68,6 +68,11 @@ def test_the_testbed_needs_nothing_that_is_not_shipped(monkeypatch, capsys):
     assert "missing" not in said
 
 
+def test_a_device_that_is_not_there():
+    found = gaps("train.device=cuda:99")
+    assert "device 'cuda:99' is not available" in found["device cuda:99"]
+
+
 def test_a_recipe_on_an_empty_machine(monkeypatch, capsys):
     assert run(monkeypatch, "sd15-gender") == 2
     said = capsys.readouterr()

@@ -14,6 +14,7 @@ import torch
 from judging import HUE, PROMPTS, QUICK, TONE, find_all, judges
 from tiny import pipeline
 
+from diffusers_fair.evaluation import batches
 from diffusers_fair.evaluation.evaluate import evaluate
 from diffusers_fair.evaluation.journal import Journal
 from diffusers_fair.prompts.groups import KeptPrompt, PromptGroup
@@ -96,6 +97,32 @@ def test_stopped_and_started_again_it_repeats_nothing(whole, tmp_path):
     assert without_origin(out) == without_origin(whole)
     origin = json.loads((out / "report.json").read_text())["provenance"]
     assert origin == state["provenance"]  # of the first start
+
+
+def test_an_evaluation_goes_on_on_another_device(whole, tmp_path, monkeypatch):
+    """Its batches stay; a report or a journal that names its device is one of an older version."""
+    out = tmp_path / "report"
+    with pytest.raises(KeyboardInterrupt):
+        judged(out, Counting(stop_after=2, how=interrupt))
+    state = out / ".partial" / "state.json"
+    root = json.loads(state.read_text())
+    assert "device" not in root["asked"]
+    state.write_text(json.dumps(root | {"asked": root["asked"] | {"device": "cuda:1"}}))
+    monkeypatch.setattr(batches, "default_batch_size", lambda *_: 7)  # of the other device
+    last = Counting()
+    report = judged(out, last, batch_size=None)
+    assert last.looks == 6 - 2
+    assert (out / "records.jsonl").read_bytes() == (whole / "records.jsonl").read_bytes()
+    file = out / "report.json"
+    root = json.loads(file.read_text())
+    root["provenance"]["model"]["device"] = "cuda:1"
+    file.write_text(json.dumps(root))
+    assert judged(out, batch_size=None).summary == report.summary
+
+
+def test_another_dtype_is_another_evaluation(whole):
+    with pytest.raises(ValueError, match="report' already holds another report"):
+        judged(whole, pipe=pipeline(torch.bfloat16))
 
 
 def test_a_finished_report_is_not_made_again(whole):

@@ -10,11 +10,13 @@ from pathlib import Path
 
 import pytest
 import torch
+from accelerate.state import AcceleratorState, PartialState
 
 import diffusers_fair.training.batch_gradient as gradient_module
 import diffusers_fair.training.trainer as trainer_module
 from diffusers_fair import FairnessFinetuner, atomic, testbed
 from diffusers_fair.adapters.folder import read_adapter
+from diffusers_fair.backends import registry
 from diffusers_fair.config.recipe import recipes
 from diffusers_fair.config.schema import RunConfig
 from diffusers_fair.diffusion.sampling import decode
@@ -50,6 +52,23 @@ def finetuner(folder, **overrides) -> FairnessFinetuner:
     return FairnessFinetuner.from_recipe(
         "testbed-gender", **SMALL | {"output": str(folder)} | overrides
     )
+
+
+@pytest.mark.slow
+def test_two_finetuners_in_one_process_have_their_own_devices(tmp_path, monkeypatch):
+    """Whatever accelerate says, whose state is one per process; `meta` stands for a GPU."""
+    choose = registry.choose_device
+    devices = {"cuda": torch.device("meta")}
+    monkeypatch.setattr(registry, "choose_device", lambda x: devices.get(x) or choose(x))
+    AcceleratorState._reset_state(reset_partial_state=True)
+    there = {"train": {"device": "cuda"}}
+    for expected, options in {"cpu": {}, "meta": there}.items():
+        trained = finetuner(tmp_path / expected, **options)
+        judges = trained.judges
+        places = [p.device.type for p in trained.parameters]
+        places += [trained.pipe.device.type, judges.device.type, judges.clip.model.device.type]
+        assert {*places, trained.device.type} == {expected}
+        assert PartialState._shared_state == {}  # not ours to decide
 
 
 @pytest.fixture(scope="module")

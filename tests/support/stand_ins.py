@@ -1,6 +1,7 @@
 """Small models with the structure and the files of the real ones: shared by tests, no network."""
 
 import json
+import shutil
 import sys
 from pathlib import Path
 from types import ModuleType
@@ -73,6 +74,69 @@ def stable_diffusion(folder: Path) -> Path:
             requires_safety_checker=False,
         ).save_pretrained(folder)
     return folder
+
+
+def single_file(folder: Path, file: Path) -> Path:
+    """The weights of `stable_diffusion` in one file, under the names of the original code."""
+    pipe = StableDiffusionPipeline.from_pretrained(folder)
+    layer = {"norm1": "in_layers.0", "conv1": "in_layers.2", "norm2": "out_layers.0"}
+    layer |= {"conv2": "out_layers.3", "time_emb_proj": "emb_layers.1"}
+    layer |= {"conv_shortcut": "skip_connection"}
+    unet = {"time_embedding.linear_1": "time_embed.0", "time_embedding.linear_2": "time_embed.2"}
+    unet |= {"conv_in": "input_blocks.0.0", "conv_norm_out": "out.0", "conv_out": "out.2"}
+    unet |= {"mid_block.attentions.0": "middle_block.1"}
+    vae = {"conv_norm_out": "norm_out", "mid_block.attentions.0": "mid.attn_1"}
+    attention = {
+        "group_norm": "norm",
+        "to_q": "q",
+        "to_k": "k",
+        "to_v": "v",
+        "to_out.0": "proj_out",
+    }
+    for i in range(4):
+        unet[f"down_blocks.{i}.downsamplers.0.conv"] = f"input_blocks.{3 * i + 3}.0.op"
+        unet[f"up_blocks.{i}.upsamplers.0"] = f"output_blocks.{3 * i + 2}.{1 if i == 0 else 2}"
+        unet[f"mid_block.resnets.{i}"] = f"middle_block.{2 * i}"
+        vae[f"down_blocks.{i}.downsamplers.0"] = f"down.{i}.downsample"
+        vae[f"up_blocks.{i}.upsamplers.0"] = f"up.{3 - i}.upsample"
+        vae[f"mid_block.resnets.{i}"] = f"mid.block_{i + 1}"
+        for j in range(3):
+            unet[f"down_blocks.{i}.resnets.{j}"] = f"input_blocks.{3 * i + j + 1}.0"
+            unet[f"down_blocks.{i}.attentions.{j}"] = f"input_blocks.{3 * i + j + 1}.1"
+            unet[f"up_blocks.{i}.resnets.{j}"] = f"output_blocks.{3 * i + j}.0"
+            unet[f"up_blocks.{i}.attentions.{j}"] = f"output_blocks.{3 * i + j}.1"
+            vae[f"down_blocks.{i}.resnets.{j}"] = f"down.{i}.block.{j}"
+            vae[f"up_blocks.{i}.resnets.{j}"] = f"up.{3 - i}.block.{j}"
+
+    def renamed(name: str, words: dict[str, str]) -> str:
+        for new, old in words.items():
+            name = name.replace(f"{new}.", f"{old}.")
+        return name
+
+    weights = {}
+    for name, weight in pipe.unet.state_dict().items():
+        inner = layer if ".resnets." in name else {}
+        weights[f"model.diffusion_model.{renamed(name, inner | unet)}"] = weight
+    for name, weight in pipe.vae.state_dict().items():
+        is_attention = ".attentions." in name
+        inner = attention if is_attention else {"conv_shortcut": "nin_shortcut"}
+        square = is_attention and weight.ndim == 2  # convolutions there
+        weight = weight[..., None, None] if square else weight
+        weights[f"first_stage_model.{renamed(name, vae | inner)}"] = weight
+    for name, weight in pipe.text_encoder.state_dict().items():
+        inner_name = name.removeprefix("text_model.")
+        weights[f"cond_stage_model.transformer.text_model.{inner_name}"] = weight
+    save_file({name: weight.contiguous() for name, weight in weights.items()}, file)
+    return file
+
+
+def hub_cache(cache: Path, model: str, folder: Path) -> None:
+    """Put a pipeline's configuration, without its weights, where the Hub's client caches it."""
+    place, commit = cache / f"models--{model.replace('/', '--')}", "a" * 40
+    (place / "refs").mkdir(parents=True)
+    (place / "refs" / "main").write_text(commit)
+    ignored = shutil.ignore_patterns("*.safetensors")
+    shutil.copytree(folder, place / "snapshots" / commit, ignore=ignored)
 
 
 def open_clip_folder(folder: Path) -> Path:
