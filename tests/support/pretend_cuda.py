@@ -79,6 +79,7 @@ def install() -> None:
         assert hasattr(torch.cuda, name), name
         setattr(torch.cuda, name, value)
     torch.Generator = Generator
+    torch.nn.Parameter.data = CudaTensor.data
     _Mode().__enter__()
 
 
@@ -89,10 +90,22 @@ def use_plain_kernels() -> None:
         getattr(torch.backends.cuda, f"enable_{fused}_sdp")(False)
 
 
-class CudaTensor(Tensor):
-    """A tensor on the GPU; `values` are on the CPU."""
+def _set_data(self: Tensor, other: Tensor) -> None:
+    if isinstance(self, CudaTensor) == isinstance(other, CudaTensor):
+        Tensor.data.__set__(self, other)
+        if isinstance(self, CudaTensor):
+            self.on_cpu = other.on_cpu
+    else:  # moves to the other device
+        is_parameter = isinstance(self, torch.nn.Parameter)
+        new = torch.nn.Parameter(other, self.requires_grad) if is_parameter else other.detach()
+        torch.utils.swap_tensors(self, new)
 
-    values: Tensor
+
+class CudaTensor(Tensor):
+    """A tensor on the GPU; its values are in `on_cpu`."""
+
+    on_cpu: Tensor
+    data = property(Tensor.data.__get__, _set_data)
 
     @staticmethod
     def __new__(cls, values: Tensor) -> "CudaTensor":
@@ -105,7 +118,7 @@ class CudaTensor(Tensor):
             layout=values.layout,
             device=CUDA,
         )
-        self.values = values
+        self.on_cpu = values
         return self
 
     __torch_function__ = torch._C._disabled_torch_function_impl
@@ -128,15 +141,6 @@ class CudaTensor(Tensor):
             memo[id(self)] = copy
         return memo[id(self)]
 
-    @property
-    def data(self) -> Tensor:
-        return Tensor.data.__get__(self)
-
-    @data.setter
-    def data(self, other: "CudaTensor") -> None:
-        Tensor.data.__set__(self, other)
-        self.values = other.values
-
     def numpy(self, *, force: bool = False) -> Any:
         if force:
             return self.cpu().numpy(force=True)
@@ -146,10 +150,10 @@ class CudaTensor(Tensor):
         return self.cpu().tolist()
 
     def untyped_storage(self) -> torch.UntypedStorage:
-        return self.values.untyped_storage()
+        return self.on_cpu.untyped_storage()
 
     def data_ptr(self) -> int:
-        return self.values.data_ptr()
+        return self.on_cpu.data_ptr()
 
 
 class Generator(torch.Generator):
@@ -204,7 +208,7 @@ def _run(func: Any, args: Any, kwargs: dict[str, Any]) -> Any:
         plain_kwargs["pin_memory"] = False
     if device == CUDA and "device" in kwargs:
         plain_kwargs["device"] = CPU
-    on_gpu = {id(x.values): x for x in operands if isinstance(x, CudaTensor)}
+    on_gpu = {id(x.on_cpu): x for x in operands if isinstance(x, CudaTensor)}
 
     def wrap(x: Any) -> Any:
         if isinstance(x, tuple | list):
@@ -225,7 +229,7 @@ def _plain(x: Any, operands: list[Any]) -> Any:
     """Replace tensors on the GPU by their values, in containers too; collect the operands."""
     if isinstance(x, Tensor):
         operands.append(x)
-        return x.values if isinstance(x, CudaTensor) else x
+        return x.on_cpu if isinstance(x, CudaTensor) else x
     if isinstance(x, tuple | list):
         return [_plain(y, operands) for y in x]
     if isinstance(x, dict):

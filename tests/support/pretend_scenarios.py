@@ -230,7 +230,7 @@ def evaluate_and_audit(device, folder):
     pipe, prompts = testbed_on(device), ["a photo of a chef", "a photo of a nurse"]
     judges = load_evaluation_judges(["gender", "age"], device)
     options = {"images_per_prompt": 3, "steps": 2, "guidance_scale": 3.0, "progress": False}
-    report = evaluate(pipe, prompts, [GENDER, AGE], judges=judges, **options)
+    report = evaluate(pipe, prompts, [GENDER, AGE], judges=judges, groups=(), **options)
     for batch in generate(pipe, prompts, seed=0, batch_size=4, **options):
         for image, i, j in zip(to_arrays(batch.images), batch.prompt, batch.image, strict=True):
             file = folder / "images" / prompts[int(i)] / f"{int(j)}.png"
