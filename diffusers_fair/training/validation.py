@@ -2,7 +2,6 @@
 
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
 
 import numpy as np
 
@@ -48,21 +47,12 @@ class Validation:
 
     def measure(self) -> Report:
         """Evaluate the pipeline as it is now, in training's micro-batches."""
-<<<<<<< HEAD
-=======
-        size = self.gradient.micro_batch
-        batch: dict[str, Any] = {} if size is None else {"batch_size": size}
->>>>>>> p37-memory
         return evaluate(
             self.gradient.pipe,
             self.prompts,
             self.attributes,
             judges=self.gradient.objective.judges,
-<<<<<<< HEAD
             batch_size=self.gradient.micro_batch,
-=======
-            **batch,
->>>>>>> p37-memory
             images_per_prompt=self.config.train.validation_images,
             steps=self.config.sampling.steps[1],
             guidance_scale=self.config.sampling.guidance_scale,
