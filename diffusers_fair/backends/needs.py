@@ -53,12 +53,15 @@ def pretrained(
     return Need(model, not missing, f"'{folder}' has no {', '.join(missing)}", sum(sizes), source)
 
 
-def file(source: UrlFile) -> Need:
-    """Check for a file of weights."""
-    path = source.path
+def file(path: Path, advice: str, source: UrlFile | None = None) -> Need:
+    """Check for a file of weights, which may have a source."""
     available = path.is_file()
-    size = path.stat().st_size if available else 0
-    return Need(path.name, available, f"download {source.url} to '{path}'", size, source)
+    return Need(path.name, available, advice, path.stat().st_size if available else 0, source)
+
+
+def url_file(source: UrlFile) -> Need:
+    """Check for a file of weights that can be downloaded."""
+    return file(source.path, f"download {source.url} to '{source.path}'", source)
 
 
 def _advice(model: str) -> str:

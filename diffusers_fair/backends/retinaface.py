@@ -14,7 +14,7 @@ import torch
 from torch import Tensor
 
 from diffusers_fair.backends.errors import loading
-from diffusers_fair.backends.needs import Need, file, package
+from diffusers_fair.backends.needs import Need, package, url_file
 from diffusers_fair.backends.sources import UrlFile
 from diffusers_fair.vision.faces import Faces, area, faces_of_images
 
@@ -109,7 +109,7 @@ def needs() -> list[Need]:
     return [
         package("torchvision"),
         package("retinaface", _INSTALL),
-        file(UrlFile(URL, _weights(), _SIZE, _LICENCE)),
+        url_file(UrlFile(URL, _weights(), _SIZE, _LICENCE)),
     ]
 
 
