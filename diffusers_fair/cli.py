@@ -110,7 +110,7 @@ BatchSize = Annotated[
     int | None,
     typer.Option(
         min=1,
-        metavar="INTEGER",
+        metavar="INT",
         help="Images processed together. Default: 24 or, on a GPU, fewer if so many do not fit its "
         "memory.",
     ),
@@ -139,7 +139,7 @@ Out = Annotated[Path, typer.Option(parser=_folder, metavar="DIRECTORY", help="Fo
 @app.command(cls=_Resumable)
 def demo(
     out: Out = Path("runs/demo"),
-    images: Annotated[int, typer.Option(min=1, help="Images per prompt.")] = 20,
+    images: Annotated[int, typer.Option(min=1, metavar="INT", help="Images per prompt.")] = 20,
     device: Device = "auto",
 ) -> None:
     """Train on the testbed, evaluate before and after, and write a report: minutes on a laptop.
@@ -399,15 +399,23 @@ def evaluate(
     ] = None,
     steps: Annotated[
         int | None,
-        typer.Option(min=1, help="Scheduler steps. Default: the recipe's number, or 20."),
+        typer.Option(
+            min=1, metavar="INT", help="Scheduler steps. Default: the recipe's number, or 20."
+        ),
     ] = None,
     guidance_scale: Annotated[
         float | None,
-        typer.Option(min=0, help="Guidance scale. Default: the recipe's, or 4.5 for the testbed."),
+        typer.Option(
+            min=0,
+            metavar="FLOAT",
+            help="Guidance scale. Default: the recipe's, or 4.5 for the testbed.",
+        ),
     ] = None,
     seed: Annotated[
         int | None,
-        typer.Option(min=0, help="Random seed of the noise. Default: the recipe's seed, or 0."),
+        typer.Option(
+            min=0, metavar="INT", help="Random seed of the noise. Default: the recipe's seed, or 0."
+        ),
     ] = None,
     reference: Annotated[
         Path | None,
@@ -522,13 +530,17 @@ def generate(
     base: Base = "testbed",
     adapter: Adapter = None,
     out: Out = Path("images"),
-    images: Annotated[int, typer.Option(min=1, help="Images per prompt.")] = 4,
-    steps: Annotated[int, typer.Option(min=1, help="Scheduler steps.")] = 20,
+    images: Annotated[int, typer.Option(min=1, metavar="INT", help="Images per prompt.")] = 4,
+    steps: Annotated[int, typer.Option(min=1, metavar="INT", help="Scheduler steps.")] = 20,
     guidance_scale: Annotated[
         float | None,
-        typer.Option(min=0, help="Guidance scale. Default: 4.5 for the testbed, 7.5 otherwise."),
+        typer.Option(
+            min=0,
+            metavar="FLOAT",
+            help="Guidance scale. Default: 4.5 for the testbed, 7.5 otherwise.",
+        ),
     ] = None,
-    seed: Annotated[int, typer.Option(min=0, help="Random seed of the noise.")] = 0,
+    seed: Annotated[int, typer.Option(min=0, metavar="INT", help="Random seed of the noise.")] = 0,
     respect_words: RespectWords = False,
     device: Device = "auto",
     dtype: Dtype = None,

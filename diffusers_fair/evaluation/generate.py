@@ -58,21 +58,17 @@ def prompt_key(text: str, negative: str = "") -> int:
     return int.from_bytes(sha256(f"{text}\n{negative}".encode()).digest()[:8], "big")
 
 
-def pairs_of(
-    images: Sequence[int], batch_size: int, skip: Container[tuple[int, int]] = ()
-) -> list[np.ndarray]:
+def pairs_of(images: Sequence[int], batch_size: int) -> list[np.ndarray]:
     """Split all images into batches of prompt and image indices, prompt by prompt.
 
     Args:
         images: number of images of each prompt.
         batch_size: images in a batch, of one prompt or several.
-        skip: pairs (i, j) to leave out.
 
     Returns:
         For each batch, integers (n, 2), n <= batch_size.
     """
-    every = [(i, j) for i, count in enumerate(images) for j in range(count)]
-    pairs = np.array([pair for pair in every if pair not in skip])
+    pairs = np.array([(i, j) for i, count in enumerate(images) for j in range(count)])
     return [pairs[start : start + batch_size] for start in range(0, len(pairs), batch_size)]
 
 
@@ -150,7 +146,8 @@ def generate(
         seed: random seed, >= 0.
         batch_size: images generated at once, of one prompt or several. Default: as
             `default_batch_size`.
-        skip: images to leave out, as pairs of prompt and image index.
+        skip: images that are not needed, as pairs of prompt and image index. A batch is left out
+            if it has no other images, so that the others stay the same bit for bit.
         progress: whether to show a progress bar on stderr.
 
     Raises:
@@ -169,7 +166,11 @@ def generate(
     if batch_size is None:
         first = pairs_of(counts, 1)[0]
         batch_size = default_batch_size(device_of(pipe), lambda: generate_pairs(first, 1))
-    batches = pairs_of(counts, batch_size, skip)
+    batches = [
+        pairs
+        for pairs in pairs_of(counts, batch_size)
+        if not all(pair in skip for pair in map(tuple, pairs.tolist()))
+    ]
     with progress_bar(sum(map(len, batches)), "images" if progress else None) as advance:
         for pairs in batches:
             yield generate_pairs(pairs, steps)

@@ -90,7 +90,7 @@ BAD = {
     "an adapter, too": (["--images", ".", "--adapter", "y"], "leave out --adapter"),
     "words, too": (
         ["--images", ".", "--respect-words"],
-        "--prompts and --respect-words, or give a",
+        "--adapter-revision and --respect-words, or give a number of images",
     ),
 }
 

@@ -90,7 +90,7 @@ def test_a_recipe_on_an_empty_machine(monkeypatch, capsys):
         "missing  face-embedder  (for models.face_embedder)\n",
         "  unknown to timm, or without weights: expected a name that timm knows, ",
         "missing  images in 'real-faces'  (for models.face_bank)\n",
-        "  put images with faces (.png, .jpg, .jpeg, .webp) into it, or name another face_bank\n",
+        "  put images with faces into it, or name another face_bank\n",
         "(for evaluation.models.classifiers.gender, evaluation.models.clip)\n",
         "ok       occupations  (for prompts)\n",
         "weights on this machine: 0.0 GB",

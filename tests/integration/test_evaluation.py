@@ -544,7 +544,7 @@ def test_folders_that_do_not_work(base, tmp_path):
         save_report(base, tmp_path / "report")
     assert sorted(p.name for p in (tmp_path / "report").iterdir()) == before
     (tmp_path / "file").write_text("")
-    with pytest.raises(ValueError, match="file' is a file: expected a folder"):
+    with pytest.raises(ValueError, match="file' is a file: choose another folder"):
         save_report(base, tmp_path / "file")
     with pytest.raises(ValueError, match=r"no report in '.*nowhere': expected a file report\.json"):
         load_report(tmp_path / "nowhere")

@@ -232,7 +232,7 @@ def test_unknown_row_to_test_against():
 
 def test_not_over_a_file(three, tmp_path):
     (tmp_path / "file").touch()
-    with pytest.raises(ValueError, match="is a file: expected a folder to write the comparison"):
+    with pytest.raises(ValueError, match="file' is a file: choose another folder"):
         save_comparison(three, tmp_path / "file")
 
 
