@@ -60,14 +60,16 @@ STAGES = {  # methods of `BatchGradient` -> what they do
     "_replay": "replay",
 }
 SEED = 0
-STEPS, IMAGES = 4, 4
 PROMPTS = ["a photo of the face of a chef, a person", "a photo of the face of a nurse, a person"]
 CLASSES = ["female", "male"]
 GB = 1e9  # bytes
 STABLE_DIFFUSION_1: dict[str, dict[str, Any]] = {
     "unet": {"sample_size": 64, "cross_attention_dim": 768},
     "vae": {"sample_size": 512, "block_out_channels": (128, 256, 512, 512)},
-    "text_encoder": {"hidden_size": 768, "intermediate_size": 3072, "num_attention_heads": 12},
+    "text_encoder": {
+        **{"hidden_size": 768, "intermediate_size": 3072},
+        **{"num_attention_heads": 12, "num_hidden_layers": 12},
+    },
 }
 SMALL: dict[str, dict[str, Any]] = {
     "unet": {
@@ -75,7 +77,10 @@ SMALL: dict[str, dict[str, Any]] = {
         **{"block_out_channels": (32, 32, 64, 64), "layers_per_block": 1},
     },
     "vae": {"sample_size": 64, "block_out_channels": (32,) * 4},
-    "text_encoder": {"hidden_size": 32, "intermediate_size": 64, "num_attention_heads": 4},
+    "text_encoder": {
+        **{"hidden_size": 32, "intermediate_size": 64},
+        **{"num_attention_heads": 4, "num_hidden_layers": 2},
+    },
 }
 
 
@@ -89,6 +94,11 @@ class Check:
     """A temporary folder."""
     figures: dict[str, dict[str, Any]] = field(default_factory=dict)
     """Part -> its figures, or its error."""
+
+    @property
+    def count(self) -> int:
+        """Number of steps, and of images per iteration."""
+        return 2 if self.small else 4
 
     @property
     def base(self) -> Path:
@@ -170,7 +180,6 @@ def make_base(check: Check) -> dict[str, Any]:
         text_encoder = CLIPTextModel(
             CLIPTextConfig(
                 vocab_size=len(tokens),
-                num_hidden_layers=12,
                 bos_token_id=len(tokens) - 2,
                 eos_token_id=len(tokens) - 1,
                 pad_token_id=len(tokens) - 1,
@@ -186,10 +195,19 @@ def make_base(check: Check) -> dict[str, Any]:
         feature_extractor=None,
         requires_safety_checker=False,
     ).save_pretrained(check.base)
-    classifier = trained_classifier.mobilenet(len(CLASSES))
-    torch.nn.init.normal_(classifier.classifier[-1].weight)  # as sure as a trained one
-    trained_classifier.write(check.classifier, classifier, {"classes": CLASSES, "size": 224})
+    facts = {"classes": CLASSES, "size": 224}
+    trained_classifier.write(check.classifier, _classifier(), facts)
     return {f"millions of parameters, {name}": _millions(x) for name, x in models.items()}
+
+
+def _classifier() -> torch.nn.Module:
+    """Make a classifier with random weights whose answer depends on the image."""
+    network = trained_classifier.mobilenet(len(CLASSES))
+    for layer in network.modules():
+        if isinstance(layer, torch.nn.BatchNorm2d):
+            layer.momentum = 1.0  # the statistics are those of the next images
+    network.train()(torch.randn(16, 3, 128, 128))
+    return network.eval()
 
 
 def _millions(model: torch.nn.Module) -> float:
@@ -204,16 +222,16 @@ def config(check: Check, folder: str, **overrides: Any) -> RunConfig:
     classifier = f"checkpoint:{check.classifier}"
     judges = {"face_detector": "none", "classifiers": classifier}  # the encoders are the testbed's
     train = {
-        **{"iterations": 2, "micro_batch": 2, "checkpoint_every": 1, "validate_every": None},
-        **{"device": str(check.device), "seed": SEED},
+        **{"iterations": 2, "checkpoint_every": 1, "validate_every": None},
+        **{"micro_batch": check.count // 2, "device": str(check.device), "seed": SEED},
     }
     values = {
         "base": {"model": str(check.base), "dtype": "bfloat16"},
         "attributes": [{"name": "gender", "classes": CLASSES, "region": "image"}],
-        "prompts": {"sets": ["occupations"], "images_per_prompt": IMAGES},
+        "prompts": {"sets": ["occupations"], "images_per_prompt": check.count},
         "models": judges,
         "evaluation": {"models": judges},
-        "sampling": {"steps": STEPS},
+        "sampling": {"steps": check.count},
         "output": str(check.folder / folder),
         **overrides,
     }
@@ -361,23 +379,23 @@ def compiled(check: Check) -> dict[str, Any]:
 def load(check: Check) -> dict[str, Any]:
     """Generate with the adapter of `resume`, without it, and once it is removed."""
     pipe = load_base(str(check.base), None, "bfloat16", check.device)
-    before = generate(pipe)
+    before = generate(pipe, check.count)
     start = time.perf_counter()
     load_fair_adapter(pipe, check.adapter)
     figures = {"seconds to load": round(time.perf_counter() - start, 2)}
-    figures["change of the images"] = (generate(pipe) - before).abs().mean().item()
+    figures["change of the images"] = (generate(pipe, check.count) - before).abs().mean().item()
     pipe.unload_fair_adapter()
-    left = (generate(pipe) - before).abs().mean().item()
+    left = (generate(pipe, check.count) - before).abs().mean().item()
     if left > 1 / 255:
         raise ArithmeticError(f"images differ by {left} on average once the adapter is removed")
     return figures | {"change once it is removed": left}
 
 
-def generate(pipe: Any) -> torch.Tensor:
+def generate(pipe: Any, steps: int) -> torch.Tensor:
     """(n, 3, h, w) in [0, 1], on the CPU."""
     pipe.set_progress_bar_config(disable=True)
     generators = [torch.Generator().manual_seed(SEED + i) for i in range(len(PROMPTS))]
-    options = {"num_inference_steps": STEPS, "output_type": "pt"}
+    options = {"num_inference_steps": steps, "output_type": "pt"}
     return pipe(PROMPTS, generator=generators, **options).images.float().cpu()
 
 
@@ -393,7 +411,7 @@ def evaluation(check: Check) -> dict[str, Any]:
         attributes,
         judges=judges,
         images_per_prompt=2,
-        steps=STEPS,
+        steps=check.count,
         groups=(),
         progress=False,
     )
