@@ -65,7 +65,10 @@ CLASSES = ["female", "male"]
 GB = 1e9  # bytes
 STABLE_DIFFUSION_1: dict[str, dict[str, Any]] = {
     "unet": {"sample_size": 64, "cross_attention_dim": 768},
-    "vae": {"sample_size": 512, "block_out_channels": (128, 256, 512, 512)},
+    "vae": {
+        **{"sample_size": 512, "block_out_channels": (128, 256, 512, 512)},
+        **{"layers_per_block": 2},
+    },
     "text_encoder": {
         **{"hidden_size": 768, "intermediate_size": 3072},
         **{"num_attention_heads": 12, "num_hidden_layers": 12},
@@ -73,10 +76,13 @@ STABLE_DIFFUSION_1: dict[str, dict[str, Any]] = {
 }
 SMALL: dict[str, dict[str, Any]] = {
     "unet": {
-        **{"sample_size": 8, "cross_attention_dim": 32},
-        **{"block_out_channels": (32, 32, 64, 64), "layers_per_block": 1},
+        **{"sample_size": 8, "cross_attention_dim": 32, "block_out_channels": (16, 16, 32, 32)},
+        **{"layers_per_block": 1, "attention_head_dim": 4, "norm_num_groups": 8},
     },
-    "vae": {"sample_size": 64, "block_out_channels": (32,) * 4},
+    "vae": {
+        **{"sample_size": 64, "block_out_channels": (8, 8, 16, 16)},
+        **{"layers_per_block": 1, "norm_num_groups": 4},
+    },
     "text_encoder": {
         **{"hidden_size": 32, "intermediate_size": 64},
         **{"num_attention_heads": 4, "num_hidden_layers": 2},
@@ -173,7 +179,6 @@ def make_base(check: Check) -> dict[str, Any]:
         vae = AutoencoderKL(
             down_block_types=("DownEncoderBlock2D",) * 4,
             up_block_types=("UpDecoderBlock2D",) * 4,
-            layers_per_block=2,
             **sizes["vae"],
         )
         unet = UNet2DConditionModel(**sizes["unet"])  # its default blocks are those of version 1
