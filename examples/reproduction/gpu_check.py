@@ -65,7 +65,10 @@ CLASSES = ["female", "male"]
 GB = 1e9  # bytes
 STABLE_DIFFUSION_1: dict[str, dict[str, Any]] = {
     "unet": {"sample_size": 64, "cross_attention_dim": 768},
-    "vae": {"sample_size": 512, "block_out_channels": (128, 256, 512, 512)},
+    "vae": {
+        **{"sample_size": 512, "block_out_channels": (128, 256, 512, 512)},
+        **{"layers_per_block": 2},
+    },
     "text_encoder": {
         **{"hidden_size": 768, "intermediate_size": 3072},
         **{"num_attention_heads": 12, "num_hidden_layers": 12},
@@ -73,10 +76,13 @@ STABLE_DIFFUSION_1: dict[str, dict[str, Any]] = {
 }
 SMALL: dict[str, dict[str, Any]] = {
     "unet": {
-        **{"sample_size": 8, "cross_attention_dim": 32},
-        **{"block_out_channels": (32, 32, 64, 64), "layers_per_block": 1},
+        **{"sample_size": 8, "cross_attention_dim": 32, "block_out_channels": (16, 16, 32, 32)},
+        **{"layers_per_block": 1, "attention_head_dim": 4, "norm_num_groups": 8},
     },
-    "vae": {"sample_size": 64, "block_out_channels": (32,) * 4},
+    "vae": {
+        **{"sample_size": 64, "block_out_channels": (8, 8, 16, 16)},
+        **{"layers_per_block": 1, "norm_num_groups": 4},
+    },
     "text_encoder": {
         **{"hidden_size": 32, "intermediate_size": 64},
         **{"num_attention_heads": 4, "num_hidden_layers": 2},
@@ -173,7 +179,6 @@ def make_base(check: Check) -> dict[str, Any]:
         vae = AutoencoderKL(
             down_block_types=("DownEncoderBlock2D",) * 4,
             up_block_types=("UpDecoderBlock2D",) * 4,
-            layers_per_block=2,
             **sizes["vae"],
         )
         unet = UNet2DConditionModel(**sizes["unet"])  # its default blocks are those of version 1
@@ -195,19 +200,9 @@ def make_base(check: Check) -> dict[str, Any]:
         feature_extractor=None,
         requires_safety_checker=False,
     ).save_pretrained(check.base)
-    facts = {"classes": CLASSES, "size": 224}
-    trained_classifier.write(check.classifier, _classifier(), facts)
+    classifier = trained_classifier.mobilenet(len(CLASSES))
+    trained_classifier.write(check.classifier, classifier, {"classes": CLASSES, "size": 224})
     return {f"millions of parameters, {name}": _millions(x) for name, x in models.items()}
-
-
-def _classifier() -> torch.nn.Module:
-    """Make a classifier with random weights whose answer depends on the image."""
-    network = trained_classifier.mobilenet(len(CLASSES))
-    for layer in network.modules():
-        if isinstance(layer, torch.nn.BatchNorm2d):
-            layer.momentum = 1.0  # the statistics are those of the next images
-    network.train()(torch.randn(16, 3, 128, 128))
-    return network.eval()
 
 
 def _millions(model: torch.nn.Module) -> float:
@@ -238,9 +233,19 @@ def config(check: Check, folder: str, **overrides: Any) -> RunConfig:
     return RunConfig.model_validate(values | {"train": train | overrides.get("train", {})})
 
 
+def start(recipe: RunConfig) -> FairnessFinetuner:
+    """Load a training, and change the adapter, so that there is a loss: a new one changes nothing."""
+    finetuner = FairnessFinetuner(recipe)
+    with torch.no_grad():
+        for parameter in finetuner.parameters:
+            noise = torch.randn(parameter.shape, generator=torch.Generator().manual_seed(SEED))
+            parameter.add_(0.05 * noise.to(parameter))
+    return finetuner
+
+
 def train(check: Check, component: str, dtype: str) -> dict[str, Any]:
     """Train for two iterations; the second is timed, as the first one chooses kernels."""
-    finetuner = FairnessFinetuner(
+    finetuner = start(
         config(
             check,
             f"{component}-{dtype}",
@@ -250,13 +255,13 @@ def train(check: Check, component: str, dtype: str) -> dict[str, Any]:
     )
     figures: dict[str, Any] = {"GB, models": _gigabytes(check.device)}
     with stages(check.device) as found:
-        iterate(finetuner, 0)
+        figures["gradient norm"] = round(iterate(finetuner, 0), 3)
     figures |= {f"GB, {stage}": found[method] for method, stage in STAGES.items()}
     return figures | {"seconds": seconds(finetuner, 1)}
 
 
-def iterate(finetuner: FairnessFinetuner, step: int) -> None:
-    """Make an update.
+def iterate(finetuner: FairnessFinetuner, step: int) -> float:
+    """Make an update, and return the norm of its gradient.
 
     Raises:
         ArithmeticError: there is nothing to learn from.
@@ -267,6 +272,7 @@ def iterate(finetuner: FairnessFinetuner, step: int) -> None:
             f"expected a finite gradient other than 0, got norm {statistics.gradient_norm}, and "
             f"{statistics.skipped} updates were skipped"
         )
+    return statistics.gradient_norm
 
 
 def seconds(finetuner: FairnessFinetuner, step: int) -> float:
@@ -309,7 +315,7 @@ def stages(device: torch.device) -> Iterator[dict[str, float]]:
 
 def resume(check: Check) -> dict[str, Any]:
     """Compare a training that was stopped after an iteration with one that was not."""
-    whole = FairnessFinetuner(config(check, "whole"))
+    whole = start(config(check, "whole"))
     whole.train(progress=False)
     update = FairnessFinetuner.iteration
 
@@ -319,8 +325,8 @@ def resume(check: Check) -> dict[str, Any]:
         return update(self, step)
 
     with patch.object(FairnessFinetuner, "iteration", stop), suppress(KeyboardInterrupt):
-        FairnessFinetuner(config(check, "resumed")).train(progress=False)
-    resumed = FairnessFinetuner(config(check, "resumed"))
+        start(config(check, "resumed")).train(progress=False)
+    resumed = start(config(check, "resumed"))
     resumed.train(progress=False)
     expected, parameters = (
         torch.cat([p.detach().flatten().float() for p in x.parameters]) for x in (whole, resumed)
@@ -334,7 +340,7 @@ def resume(check: Check) -> dict[str, Any]:
 def memory_budget(check: Check) -> dict[str, Any]:
     """Compare the memory that the choice of the micro-batch measured with that of an iteration."""
     options = {"micro_batch": None, "memory_budget": _budget(check.device)}
-    finetuner = FairnessFinetuner(config(check, "budget", train=options))
+    finetuner = start(config(check, "budget", train=options))
     measure, found = memory._measure, dict[int, float]()
 
     def spy(gradient: BatchGradient, batch: Batch, images: int) -> int:
@@ -360,14 +366,14 @@ def memory_budget(check: Check) -> dict[str, Any]:
 
 def channels_last(check: Check) -> dict[str, Any]:
     """Time an iteration with `train.channels_last`, to be compared with training in bfloat16."""
-    finetuner = FairnessFinetuner(config(check, "channels", train={"channels_last": True}))
+    finetuner = start(config(check, "channels", train={"channels_last": True}))
     return {"seconds, first": seconds(finetuner, 0), "seconds": seconds(finetuner, 1)}
 
 
 def compiled(check: Check) -> dict[str, Any]:
     """Time an iteration with `train.compile`, to be compared with training in bfloat16."""
     try:
-        finetuner = FairnessFinetuner(config(check, "compiled", train={"compile": True}))
+        finetuner = start(config(check, "compiled", train={"compile": True}))
         return {"seconds, first": seconds(finetuner, 0), "seconds": seconds(finetuner, 1)}
     finally:
         torch._dynamo.reset()

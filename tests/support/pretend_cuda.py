@@ -216,7 +216,8 @@ def _run(func: Any, args: Any, kwargs: dict[str, Any]) -> Any:
         if not isinstance(x, Tensor):
             return x
         if id(x) not in on_gpu:
-            return CudaTensor(x) if device == CUDA else x
+            # a lazy conjugate would not be seen by operations on its wrapper
+            return CudaTensor(x.resolve_conj().resolve_neg()) if device == CUDA else x
         same = on_gpu[id(x)]  # written to in place
         if (same.shape, same.stride()) != (x.shape, x.stride()):
             Tensor.data.__set__(same, CudaTensor(x))
