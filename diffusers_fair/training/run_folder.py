@@ -4,7 +4,7 @@ import math
 import shutil
 from pathlib import Path
 
-from diffusers_fair import atomic, strict_json
+from diffusers_fair import atomic, distributed, strict_json
 from diffusers_fair.config.schema import RunConfig
 from diffusers_fair.folder_lock import LOCK
 from diffusers_fair.paths import require_writable
@@ -54,16 +54,19 @@ class RunFolder:
 
 
 def claim_run_folder(config: RunConfig) -> RunFolder:
-    """Create the run folder, and write the recipe to it.
+    """Create the run folder, and write the recipe to it; the main process does, for all.
 
     Raises:
         ValueError: as `check_run_folder`.
     """
     folder = check_run_folder(config)
-    folder.path.mkdir(parents=True, exist_ok=True)
     recipe = folder.path / _RECIPE
-    if not recipe.exists() or config.differences(RunConfig.load(recipe)):
+    if distributed.is_main() and (
+        not recipe.exists() or config.differences(RunConfig.load(recipe))
+    ):
+        folder.path.mkdir(parents=True, exist_ok=True)
         atomic.write(recipe, config.to_yaml().encode())
+    distributed.barrier()
     return folder
 
 
