@@ -325,7 +325,6 @@ def _pipeline(
     from diffusers_fair.loading import load_fair_adapter, open_fair_adapter
 
     check_adapter_options(adapter, respect_words, adapter_revision)
-    registry.check_revision(base, revision)
     chosen = registry.choose_base_device(base, device)
     dtype = registry.base(base).usual_dtype if dtype is None else dtype
     opened = None if adapter is None else open_fair_adapter(adapter, revision=adapter_revision)
