@@ -67,7 +67,9 @@ def check_sampling(*, images_per_prompt: int, steps: int, guidance_scale: float,
         ValueError: one is out of range.
     """
     if positive(images_per_prompt, "images_per_prompt") > _MAX_IMAGES:
-        raise ValueError(f"images_per_prompt must be {_MAX_IMAGES} or less, got {images_per_prompt}")
+        raise ValueError(
+            f"images_per_prompt must be {_MAX_IMAGES} or less, got {images_per_prompt}"
+        )
     positive(steps, "steps")
     if not (math.isfinite(guidance_scale) and guidance_scale >= 0):
         raise ValueError(f"guidance_scale must be a finite number, 0 or more, got {guidance_scale}")
