@@ -1,5 +1,6 @@
 """`python -m diffusers_fair` and the command `diffusers-fair`."""
 
+import signal
 import sys
 
 
@@ -13,7 +14,12 @@ def main() -> None:
             "pip install 'diffusers-fair[train]'\n"
         )
         sys.exit(2)
-    run()
+    except KeyboardInterrupt:
+        sys.exit(128 + signal.SIGINT)
+    try:
+        run()
+    finally:  # another Ctrl-C has nothing left to stop, but would print a traceback
+        signal.signal(signal.SIGINT, lambda number, frame: None)
 
 
 if __name__ == "__main__":

@@ -204,7 +204,6 @@ def assess(
     """
     require_free(out)
     _check(adapter, baseline, reference, respect_words, adapter_revision)
-    registry.check_revision(base, revision)
     chosen = choose_base_device(base, device)
     method = None if baseline is None else find_baseline(baseline)
     defaults = EvaluationDefaults.of(base, recipe)

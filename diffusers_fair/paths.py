@@ -5,7 +5,13 @@ from pathlib import Path
 
 
 def expand(path: str | Path) -> Path:
-    """Replace a leading `~` by the home folder; that of an unknown user stays as it is."""
+    """Replace a leading `~` by the home folder; that of an unknown user stays as it is.
+
+    Raises:
+        ValueError: an empty text, which would be the current folder.
+    """
+    if path == "":
+        raise ValueError("expected the path of a file or folder, got an empty text")
     return Path(os.path.expanduser(path))
 
 

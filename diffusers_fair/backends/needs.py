@@ -27,7 +27,13 @@ class Need:
 
 def package(name: str, install: str = "pip install 'diffusers-fair[train]'") -> Need:
     """Check for a Python package, by the name under which it is imported."""
-    return Need(f"package {name}", find_spec(name) is not None, install)
+    return Need(f"package {name}", is_installed(name), install)
+
+
+def is_installed(name: str) -> bool:
+    """Whether a package can be imported; a mere folder of its name, as trackers make, is none."""
+    spec = find_spec(name)
+    return spec is not None and spec.origin is not None
 
 
 def pretrained(

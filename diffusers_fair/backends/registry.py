@@ -104,8 +104,9 @@ def load_base(
         device: device of the pipeline.
 
     Raises:
-        ValueError: the model does not exist, or cannot be reached.
+        ValueError: the model does not exist, or cannot be reached; or as `check_revision`.
     """
+    check_revision(model, revision)
     device = torch.device(device)
     pipe = base(model).load(expanduser(model), revision, choose_dtype(dtype, device))
     return pipe.to(device)

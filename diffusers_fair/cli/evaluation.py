@@ -17,6 +17,7 @@ from diffusers_fair.cli.options import (
     RespectWords,
     Revision,
     number_or_folder,
+    read_folder,
 )
 from diffusers_fair.paths import expand, require_writable
 
@@ -100,9 +101,11 @@ def evaluate(
     reference: Annotated[
         Path | None,
         typer.Option(
+            parser=read_folder,
+            metavar="DIRECTORY",
             help="Existing report of the base model, to be used instead of evaluating it again. It "
             "must have the same prompts, seed, steps and guidance scale, and at least as many "
-            "images. Only missing control prompts are added."
+            "images. Only missing control prompts are added.",
         ),
     ] = None,
     groups: Annotated[
@@ -136,12 +139,26 @@ def evaluate(
             "use --no-groups"
         )
     if isinstance(images, Path):
-        ignored = {adapter, baseline, reference, prompts, dtype, revision, adapter_revision}
-        if respect_words or ignored != {None}:
+        unused = {
+            "--base": base,
+            "--adapter": adapter,
+            "--baseline": baseline,
+            "--prompts": prompts,
+            "--split": split,
+            "--steps": steps,
+            "--guidance-scale": guidance_scale,
+            "--seed": seed,
+            "--reference": reference,
+            "--respect-words": respect_words or None,
+            "--dtype": dtype,
+            "--revision": revision,
+            "--adapter-revision": adapter_revision,
+        }
+        given = [option for option, value in unused.items() if value is not None]
+        if given:
             raise ValueError(
-                f"--images '{images}' is a folder of existing images: leave out --adapter, "
-                "--baseline, --reference, --prompts, --dtype, --revision, --adapter-revision and "
-                "--respect-words, or give a number of images"
+                f"--images '{images}' is a folder of existing images: leave out "
+                f"{', '.join(given)}, or give a number of images"
             )
         report = assess_images(
             images,
@@ -308,7 +325,6 @@ def _pipeline(
     from diffusers_fair.loading import load_fair_adapter, open_fair_adapter
 
     check_adapter_options(adapter, respect_words, adapter_revision)
-    registry.check_revision(base, revision)
     chosen = registry.choose_base_device(base, device)
     dtype = registry.base(base).usual_dtype if dtype is None else dtype
     opened = None if adapter is None else open_fair_adapter(adapter, revision=adapter_revision)

@@ -55,8 +55,9 @@ BatchSize = Annotated[
 ]
 
 
-def _folder(text: str) -> Path:
-    if not text:
+def read_folder(text: str) -> Path:
+    """Read the path of a folder."""
+    if not text:  # would be the current folder
         raise typer.BadParameter("expected a folder, got an empty text")
     return expand(text)
 
@@ -65,11 +66,13 @@ def number_or_folder(text: str) -> int | Path:
     """Read a number of images, or the path of a folder of images."""
     if re.fullmatch("[0-9]+", text) and int(text) > 0:
         return int(text)
-    if (folder := expand(text)).is_dir():
-        return folder
+    if text and (path := expand(text)).is_dir():
+        return path
     raise typer.BadParameter(
         f"expected a number of images, 1 or more, or a folder of images, got '{text}'"
     )
 
 
-Out = Annotated[Path, typer.Option(parser=_folder, metavar="DIRECTORY", help="Folder to write to.")]
+Out = Annotated[
+    Path, typer.Option(parser=read_folder, metavar="DIRECTORY", help="Folder to write to.")
+]

@@ -7,11 +7,14 @@ import typer
 
 from diffusers_fair import strict_json
 from diffusers_fair.cli.app import app, console, say
+from diffusers_fair.cli.options import read_folder
 
 
 @app.command()
 def push(
-    folder: Annotated[Path, typer.Argument(metavar="DIR", help="Adapter folder.")],
+    folder: Annotated[
+        Path, typer.Argument(parser=read_folder, metavar="DIR", help="Adapter folder.")
+    ],
     repo_id: Annotated[str, typer.Argument(help="`user-or-organisation/name`.")],
     private: Annotated[
         bool, typer.Option("--private", help="If the repository is new, make it private.")
@@ -80,10 +83,16 @@ def inspect(
 
 @app.command()
 def card(
-    adapter: Annotated[Path, typer.Argument(metavar="DIR", help="Adapter folder.")],
+    adapter: Annotated[
+        Path, typer.Argument(parser=read_folder, metavar="DIR", help="Adapter folder.")
+    ],
     report: Annotated[
         Path | None,
-        typer.Option(help="Report folder. Default: the summary stored with the adapter."),
+        typer.Option(
+            parser=read_folder,
+            metavar="DIRECTORY",
+            help="Report folder. Default: the summary stored with the adapter.",
+        ),
     ] = None,
 ) -> None:
     """Write the model card of an adapter, README.md in its folder, from its evaluation report."""

@@ -1,5 +1,6 @@
 """The commands that train, and those that prepare a training."""
 
+import shlex
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated
 
@@ -144,7 +145,7 @@ def setup(
             raise typer.Exit(1)
         planned.run()
     doctor(recipe, overrides)
-    say(f"ready: diffusers-fair train {' '.join([recipe, *(overrides or [])])}")
+    say(f"ready: diffusers-fair train {shlex.join([recipe, *(overrides or [])])}")
 
 
 def _show_plan(planned: "Plan") -> None:

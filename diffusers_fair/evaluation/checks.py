@@ -11,6 +11,8 @@ from diffusers_fair.reports.records import Settings
 from diffusers_fair.reports.report import Report
 from diffusers_fair.vision.judges import Judges
 
+_MAX_IMAGES = 10**6  # per prompt; a list of far more would take all memory
+
 
 def checked_prompts(prompts: Sequence[str]) -> tuple[str, ...]:
     """Return the prompts as a tuple.
@@ -64,7 +66,10 @@ def check_sampling(*, images_per_prompt: int, steps: int, guidance_scale: float,
     Raises:
         ValueError: one is out of range.
     """
-    positive(images_per_prompt, "images_per_prompt")
+    if positive(images_per_prompt, "images_per_prompt") > _MAX_IMAGES:
+        raise ValueError(
+            f"images_per_prompt must be {_MAX_IMAGES} or less, got {images_per_prompt}"
+        )
     positive(steps, "steps")
     if not (math.isfinite(guidance_scale) and guidance_scale >= 0):
         raise ValueError(f"guidance_scale must be a finite number, 0 or more, got {guidance_scale}")

@@ -30,7 +30,7 @@ from diffusers_fair.vision.encoders import Pixels
 from diffusers_fair.vision.images import from_bytes, image_files, is_hidden, read_image
 
 _TRIAL = 16  # images per update when the speed is measured
-_MAX_SEED = 2**63 - 1  # the largest that torch takes
+_MAX_INT = 2**63 - 1  # the largest that torch takes
 
 
 _Labelled = tuple[Sequence[Path | bytes], list[str], list[str]]
@@ -78,8 +78,8 @@ class Settings:
         ranges = {
             "size": (32, MAX_SIZE),
             "epochs": (1, math.inf),
-            "batch_size": (2, math.inf),
-            "seed": (0, _MAX_SEED),
+            "batch_size": (2, _MAX_INT),
+            "seed": (0, _MAX_INT),
         }
         for name, (low, high) in ranges.items():
             if not low <= (value := getattr(self, name)) <= high:
@@ -146,18 +146,30 @@ def _read_folder(source: Path) -> _Labelled:
 def _read_parquet(paths: Sequence[Path], source: str, label: str) -> _Labelled:
     try:
         import pyarrow.parquet as pq
+        from pyarrow import ArrowInvalid
     except ModuleNotFoundError as error:
         raise ModuleNotFoundError(
             "parquet files need the package 'pyarrow': pip install pyarrow", name=error.name
         ) from error
-    names = pq.read_schema(paths[0]).names
-    for column in ("image", label):
-        if column not in names:
-            raise ValueError(f"'{source}' has no column '{column}', it has {', '.join(names)}")
-    table = pq.read_table(list(map(str, paths)), columns=["image", label])
+    try:
+        names = pq.read_schema(paths[0]).names
+        for column in ("image", label):
+            if column not in names:
+                raise ValueError(f"'{source}' has no column '{column}', it has {', '.join(names)}")
+        table = pq.read_table(list(map(str, paths)), columns=["image", label])
+    except ArrowInvalid as error:
+        raise ValueError(f"'{source}' cannot be read as parquet: {error}") from error
     files = [x["bytes"] if isinstance(x, dict) else x for x in table["image"].to_pylist()]
     values = table[label].to_pylist()
     known = _named_labels(table.schema.metadata or {}, label)
+    for row, (file, value) in enumerate(zip(files, values, strict=True)):
+        # `datasets` marks images without a label by -1
+        is_labelled = value in range(len(known)) if known else value is not None
+        if not (isinstance(file, bytes) and is_labelled):
+            raise ValueError(
+                f"row {row} of '{source}' must have the contents of an image and a label, got the "
+                f"label {value} and {type(file).__name__} as the image: leave such rows out"
+            )
     if known:
         return files, [known[value] for value in values], known
     words = list(map(str, values))
@@ -226,6 +238,9 @@ def _train(
         )
         network.to(device)
         _fit(network, images, train, settings, dtype, g, checkpoint)
+    if not all(weight.isfinite().all() for weight in network.state_dict().values()):
+        checkpoint.file.unlink(missing_ok=True)
+        raise ValueError(f"the training diverged: choose a lower lr than {settings.lr:g}")
     predictions = _predict(network, images, held, settings)
     confusion = _confusion(images.labels[held], predictions, len(images.classes))
     facts = {
@@ -263,7 +278,7 @@ class _Checkpoint:
         }
         self.state: dict[str, Any] = {}
         if self.file.exists():
-            self.state = torch.load(self.file, weights_only=True, map_location="cpu")
+            self.state = self._read()
             if self.state["identity"] != self.identity:
                 raise ValueError(
                     f"'{folder}' holds a training that was stopped, with other images or options: "
@@ -271,6 +286,17 @@ class _Checkpoint:
                 )
         elif folder.exists() and (not folder.is_dir() or _has_files(folder)):
             raise ValueError(f"'{folder}' is not an empty folder: choose another folder")
+
+    def _read(self) -> dict[str, Any]:
+        try:
+            state = torch.load(self.file, weights_only=True, map_location="cpu")
+            assert "identity" in state
+        except Exception as error:  # whatever a damaged file may cause
+            raise ValueError(
+                f"'{self.file}' is damaged, or no training that was stopped "
+                f"({type(error).__name__}): remove it to start again, or choose another folder"
+            ) from error
+        return state
 
     def save(self, parts: Mapping[str, Any], epoch: int, done: int, order: Tensor) -> None:
         """Replace the state.

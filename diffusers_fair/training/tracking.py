@@ -2,12 +2,12 @@
 
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
-from importlib.util import find_spec
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 
+from diffusers_fair.backends.needs import is_installed
 from diffusers_fair.config.schema import RunConfig
 from diffusers_fair.paths import expand
 
@@ -21,7 +21,7 @@ def require_tracker(name: str) -> None:
     Raises:
         ModuleNotFoundError: it is not.
     """
-    if name != "none" and find_spec(name) is None:
+    if name != "none" and not is_installed(name):
         raise ModuleNotFoundError(
             f"tracker '{name}' needs the package '{name}': pip install {name}, or set tracker=none",
             name=name,

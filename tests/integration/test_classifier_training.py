@@ -97,6 +97,12 @@ def test_sources_that_will_not_do(tmp_path, folder):
         read_images("nowhere")
     with pytest.raises(ValueError, match=r"two or more classes .* got \{\}"):
         read_images(tmp_path)
+    with pytest.raises(ValueError, match="expected the path of a file or folder, got an empty"):
+        read_images("")
+    (tmp_path / "bad.parquet").write_text("no parquet")
+    with pytest.raises(ValueError, match=r"bad.parquet' cannot be read as parquet: Parquet magic"):
+        read_images(tmp_path / "bad.parquet")
+    (tmp_path / "bad.parquet").unlink()
     file = write(tmp_path / "x.parquet", ["red"] * 3, [b""] * 3)
     with pytest.raises(ValueError, match="has no column 'label', it has image, colour, other"):
         read_images(file)
@@ -109,6 +115,23 @@ def test_sources_that_will_not_do(tmp_path, folder):
             picture(colour, i).save(tmp_path / "one" / colour / f"{i}.png")
     with pytest.raises(ValueError, match="two or more images each"):
         read_images(tmp_path / "one")
+
+
+@pytest.mark.parametrize(
+    ("label", "image", "message"),
+    [
+        (-1, b"x", "row 2 of .* a label, got the label -1"),  # `datasets` says so of unknown ones
+        (2, b"x", "got the label 2"),
+        (None, b"x", "got the label None"),
+        (0, None, "the contents of an image .* NoneType as the image"),
+    ],
+)
+def test_rows_without_a_label_or_an_image(label, image, message, tmp_path):
+    names = {"info": {"features": {"colour": {"names": ["red", "green"]}}}}
+    labels, images = [0, 1, label], [b"x", b"x", image]
+    file = write(tmp_path / "x.parquet", labels, images, {"huggingface": json.dumps(names)})
+    with pytest.raises(ValueError, match=message):
+        read_images(file, "colour")
 
 
 def test_the_share_of_every_class_is_held_out():
@@ -194,6 +217,21 @@ def test_a_folder_that_holds_something_is_left_alone(trained, folder):
         train_classifier(read_images(folder), trained[0], SMALL)
 
 
+def test_a_damaged_state_of_a_stopped_training(folder, tmp_path):
+    (tmp_path / "training.pt").write_text("junk")
+    with pytest.raises(ValueError, match=r"training.pt' is damaged, or no training .*: remove it"):
+        train_classifier(read_images(folder), tmp_path, SMALL)
+    assert (tmp_path / "training.pt").read_text() == "junk"
+
+
+@pytest.mark.slow
+def test_a_training_that_diverges_leaves_nothing(folder, tmp_path):
+    settings = dataclasses.replace(SMALL, epochs=2, lr=1e30)
+    with pytest.raises(ValueError, match=r"diverged: choose a lower lr than 1e\+30"):
+        train_classifier(read_images(folder), tmp_path / "out", settings)
+    assert not (tmp_path / "out").exists()
+
+
 @pytest.mark.parametrize(
     ("setting", "message"),
     [
@@ -203,7 +241,7 @@ def test_a_folder_that_holds_something_is_left_alone(trained, folder):
         ({"lr": float("inf")}, "lr must be a finite number above 0, got inf"),
         ({"seed": -1}, r"seed must be 0 to \d+, got -1"),
         ({"epochs": 0}, "epochs must be 1 or more, got 0"),
-        ({"batch_size": 1}, "batch_size must be 2 or more, got 1"),
+        ({"batch_size": 1}, r"batch_size must be 2 to \d+, got 1"),
         ({"held_out": 1}, "held_out must be between 0 and 1, got 1"),
     ],
 )

@@ -412,6 +412,10 @@ BAD = {
     ),
     "a digit of another kind": (["evaluate", "--images", "\u00b2"], "got '\u00b2'"),
     "no images to draw": (["generate", "x", "--images", "0"], "Invalid value for '--images'"),
+    "endless images to draw": (
+        ["generate", "x", "--images", "9" * 22],
+        "images_per_prompt must be 1000000 or less, got 9999999999999999999999",
+    ),
     "no images of a demo": (["demo", "--images", "-1"], "Invalid value for '--images'"),
     "no steps": (["evaluate", "--steps", "0"], "Invalid value for '--steps'"),
     "no steps to draw": (["generate", "x", "--steps", "0"], "Invalid value for '--steps'"),

@@ -90,8 +90,18 @@ BAD = {
     "an adapter, too": (["--images", ".", "--adapter", "y"], "leave out --adapter"),
     "words, too": (
         ["--images", ".", "--respect-words"],
-        "--adapter-revision and --respect-words, or give a number of images",
+        "leave out --respect-words, or give a number of images",
     ),
+    "options of sampling, too": (
+        ["--images", ".", "--base", "x", "--split", "x", "--steps", "1", "--seed", "0"],
+        "leave out --base, --split, --steps, --seed, or give a number of images",
+    ),
+    "an empty name": (["--images", ""], "or a folder of images, got ''"),
+    "an empty reference": (
+        ["--reference", ""],
+        "Invalid value for '--reference': expected a folder, got an empty text",
+    ),
+    "an empty adapter": (["--adapter", ""], "path of a file or folder, got an empty text"),
 }
 
 

@@ -21,7 +21,7 @@ def test_every_tracker_of_accelerate_may_be_named():
 def test_a_tracker_that_is_not_installed_is_refused_before_anything_is_claimed(
     monkeypatch, tmp_path, capsys
 ):
-    monkeypatch.setattr(tracking, "find_spec", lambda name: None)
+    monkeypatch.setattr(tracking, "is_installed", lambda name: False)
     words = ["testbed-gender", "tracker=comet_ml", f"output={tmp_path / 'run'}"]
     monkeypatch.setattr("sys.argv", ["diffusers-fair", "train", *words])
     with pytest.raises(SystemExit) as stop:
@@ -40,3 +40,10 @@ def test_the_doctor_says_how_to_install_a_tracker(monkeypatch):
     monkeypatch.setattr("diffusers_fair.backends.needs.find_spec", lambda name: None)
     needs = {need.what: need.advice for need in examine(RunConfig.load("testbed-gender"))}
     assert needs["package tensorboard"] == "pip install tensorboard"
+
+
+def test_a_folder_is_not_a_package(tmp_path, monkeypatch):
+    (tmp_path / "comet_ml").mkdir()
+    monkeypatch.syspath_prepend(tmp_path)
+    with pytest.raises(ModuleNotFoundError, match="tracker 'comet_ml' needs the package"):
+        tracking.require_tracker("comet_ml")

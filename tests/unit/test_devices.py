@@ -202,6 +202,7 @@ def test_evaluate_loads_the_base_of_the_recipe(gpus, monkeypatch, tmp_path):
             "'v1' is for a repository on the Hub, but 'testbed'",
         ),
         (["evaluate", "--revision", "v1"], "'v1' is for a repository on the Hub, but 'testbed'"),
+        (["train", "testbed-gender", "base.revision=v1", "output=x"], "'v1' is for a repository"),
         (
             ["generate", "x", "--adapter-revision", "v1"],
             "--adapter-revision needs an adapter: name",

@@ -29,6 +29,11 @@ def test_home_folders(monkeypatch, tmp_path):
     assert expand("~nobody-has-this-name/a") == Path("~nobody-has-this-name/a")
 
 
+def test_an_empty_text_is_not_the_current_folder():
+    with pytest.raises(ValueError, match="path of a file or folder, got an empty text"):
+        expand("")
+
+
 def test_a_writable_folder_is_not_created(tmp_path):
     folder = tmp_path / "a" / "b"
     assert require_writable(folder) == folder

@@ -3,11 +3,13 @@
 import errno
 import os
 import signal
+import sys
 import threading
 import warnings
 
 import pytest
 
+from diffusers_fair import __main__
 from diffusers_fair.objective.statistics import BatchStatistics, ClassStatistics
 from diffusers_fair.training.monitor import _PATIENCE, TrainingMonitor
 from diffusers_fair.training.optimizer import NonFiniteGuard
@@ -164,3 +166,14 @@ def test_a_full_disk_is_reported_clearly(tmp_path, number):
 def test_other_errors_of_files_pass(tmp_path):
     with pytest.raises(PermissionError), explain_full_disk(tmp_path):
         raise PermissionError(errno.EACCES, "no")
+
+
+def test_another_ctrl_c_at_the_end_changes_nothing(monkeypatch):
+    monkeypatch.setattr("diffusers_fair.cli.main", lambda: sys.exit(exit_code(signal.SIGINT)))
+    previous = signal.getsignal(signal.SIGINT)
+    try:
+        with pytest.raises(SystemExit, match="130"):
+            __main__.main()
+        os.kill(os.getpid(), signal.SIGINT)
+    finally:
+        signal.signal(signal.SIGINT, previous)
