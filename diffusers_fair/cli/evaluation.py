@@ -136,12 +136,25 @@ def evaluate(
             "use --no-groups"
         )
     if isinstance(images, Path):
-        ignored = {adapter, baseline, reference, prompts, dtype, revision, adapter_revision}
-        if respect_words or ignored != {None}:
+        ignored = {
+            "--base": base,
+            "--adapter": adapter,
+            "--baseline": baseline,
+            "--prompts": prompts,
+            "--split": split,
+            "--steps": steps,
+            "--guidance-scale": guidance_scale,
+            "--seed": seed,
+            "--reference": reference,
+            "--respect-words": respect_words or None,
+            "--dtype": dtype,
+            "--revision": revision,
+            "--adapter-revision": adapter_revision,
+        }
+        if given := [option for option, value in ignored.items() if value is not None]:
             raise ValueError(
-                f"--images '{images}' is a folder of existing images: leave out --adapter, "
-                "--baseline, --reference, --prompts, --dtype, --revision, --adapter-revision and "
-                "--respect-words, or give a number of images"
+                f"--images '{images}' is a folder of existing images: leave out "
+                f"{', '.join(given)}, or give a number of images"
             )
         report = assess_images(
             images,
@@ -275,7 +288,8 @@ def generate(
         revision=revision,
         adapter_revision=adapter_revision,
     )
-    settings = [base, digest, steps, sampling["guidance_scale"], respect_words, dtype, revision]
+    scale, computed = sampling["guidance_scale"], str(pipe.dtype)  # auto differs between devices
+    settings = [base, digest, steps, scale, respect_words, computed, revision]
     stems = file_stems(prompt, seed=seed, adapter=adapter, settings=settings)
     files = {
         (i, j): out / f"{stem}-{j:03d}.png" for i, stem in enumerate(stems) for j in range(images)

@@ -88,9 +88,9 @@ BAD = {
     "no folder": (["--images", "nowhere"], "or a folder of images, got 'nowhere'"),
     "no models": (["--images", "."], "there are no models to judge the images in"),
     "an adapter, too": (["--images", ".", "--adapter", "y"], "leave out --adapter"),
-    "words, too": (
-        ["--images", ".", "--respect-words"],
-        "--adapter-revision and --respect-words, or give a number of images",
+    "options of generating, too": (
+        ["--images", ".", "--respect-words", "--steps", "5", "--seed", "0"],
+        "leave out --steps, --seed, --respect-words, or give a number of images",
     ),
 }
 
