@@ -12,6 +12,7 @@ from diffusers_fair.training.checkpoints import discard_checkpoints_after
 
 _RECIPE = "recipe.yaml"
 _SAME_RESULT = {  # keys that may change when a run is resumed
+    "tracker",
     "train.micro_batch",
     "train.memory_budget",
     *(f"train.{option}" for option in MEMORY_OPTIONS),
@@ -71,7 +72,7 @@ def check_run_folder(config: RunConfig) -> RunFolder:
     The folder may hold a run of the same recipe, with as many iterations or fewer; or a run without
     any iteration yet, of any recipe.
 
-    Memory options may differ, so that a run that is out of memory can be resumed.
+    The tracker may differ, and memory options, so that a run that is out of memory can be resumed.
 
     Raises:
         ValueError: the folder holds another run, or something else.
