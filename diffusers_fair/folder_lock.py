@@ -7,7 +7,7 @@ from contextlib import contextmanager, suppress
 from importlib import import_module
 from pathlib import Path
 
-from diffusers_fair import distributed
+from diffusers_fair import atomic, distributed
 
 LOCK = ".lock"  # file in the folder while it is locked
 _HELD = (errno.EAGAIN, errno.EACCES, errno.EDEADLK)  # the last two on Windows
@@ -47,6 +47,19 @@ def folder_lock(folder: Path) -> Iterator[None]:
             for path in created:
                 with suppress(OSError):  # not empty
                     path.rmdir()
+
+
+def has_files(folder: Path, *besides: str) -> bool:
+    """Whether a folder has files other than some, and those of launches that are starting in it.
+
+    Args:
+        folder: an existing folder.
+        besides: names of the files that do not count.
+    """
+    return any(
+        path.name not in (LOCK, *besides) and not path.name.startswith(atomic.PARTIAL)
+        for path in folder.iterdir()
+    )
 
 
 class _HeldError(Exception):

@@ -9,7 +9,6 @@ from collections.abc import Callable, Sequence
 from functools import cache
 from importlib import import_module
 from os.path import expanduser
-from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 import torch
@@ -29,6 +28,7 @@ from diffusers_fair.config.backends import (
     Kinds,
 )
 from diffusers_fair.devices import choose_device, choose_dtype
+from diffusers_fair.paths import expand
 
 if TYPE_CHECKING:
     from diffusers_fair.backends.needs import Need
@@ -118,7 +118,7 @@ def check_revision(model: str, revision: str | None) -> None:
     Raises:
         ValueError: the model is no Hub id, but a revision is given.
     """
-    if revision is not None and (model in SHIPPED_BASES or Path(expanduser(model)).exists()):
+    if revision is not None and (model in SHIPPED_BASES or expand(model).exists()):
         raise ValueError(
             f"revision '{revision}' is for a repository on the Hub, but '{model}' is none: leave "
             "the revision out, or name a Hub id"

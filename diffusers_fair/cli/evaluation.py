@@ -154,8 +154,7 @@ def evaluate(
             "--revision": revision,
             "--adapter-revision": adapter_revision,
         }
-        given = [option for option, value in unused.items() if value is not None]
-        if given:
+        if given := [option for option, value in unused.items() if value is not None]:
             raise ValueError(
                 f"--images '{images}' is a folder of existing images: leave out "
                 f"{', '.join(given)}, or give a number of images"
@@ -292,7 +291,8 @@ def generate(
         revision=revision,
         adapter_revision=adapter_revision,
     )
-    settings = [base, digest, steps, sampling["guidance_scale"], respect_words, dtype, revision]
+    scale, computed = sampling["guidance_scale"], str(pipe.dtype)  # auto differs between devices
+    settings = [base, digest, steps, scale, respect_words, computed, revision]
     stems = file_stems(prompt, seed=seed, adapter=adapter, settings=settings)
     files = {
         (i, j): out / f"{stem}-{j:03d}.png" for i, stem in enumerate(stems) for j in range(images)

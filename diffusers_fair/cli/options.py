@@ -8,6 +8,13 @@ import typer
 
 from diffusers_fair.paths import expand
 
+Recipe = Annotated[str, typer.Argument(help="A YAML file, or the name of a shipped recipe.")]
+Overrides = Annotated[
+    list[str] | None,
+    typer.Argument(
+        metavar="key=value", help="Recipe values to override; `recipes --keys` lists them."
+    ),
+]
 Base = Annotated[
     str, typer.Option(help="`testbed`, a Hub id, a folder or a single .safetensors file.")
 ]

@@ -7,8 +7,9 @@ from typing import TYPE_CHECKING, Annotated
 import typer
 
 from diffusers_fair.cli.app import Resumable, app, console, resumable, say, show_assessment
-from diffusers_fair.cli.options import Device, Out
+from diffusers_fair.cli.options import Device, Out, Overrides, Recipe
 from diffusers_fair.paths import expand
+from diffusers_fair.training.stopping import StoppedError
 
 if TYPE_CHECKING:
     from diffusers_fair.setup import Plan
@@ -50,13 +51,8 @@ def demo(
 
 @app.command()
 def train(
-    recipe: Annotated[str, typer.Argument(help="A YAML file, or the name of a shipped recipe.")],
-    overrides: Annotated[
-        list[str] | None,
-        typer.Argument(
-            metavar="key=value", help="Recipe values to override; `recipes --keys` lists them."
-        ),
-    ] = None,
+    recipe: Recipe,
+    overrides: Overrides = None,
 ) -> None:
     """Train an adapter from a recipe, or resume a run that was stopped."""
     _train(recipe, overrides or [])
@@ -82,13 +78,8 @@ def _train(recipe: str, overrides: list[str]) -> Path:
 
 @app.command()
 def doctor(
-    recipe: Annotated[str, typer.Argument(help="A YAML file, or the name of a shipped recipe.")],
-    overrides: Annotated[
-        list[str] | None,
-        typer.Argument(
-            metavar="key=value", help="Recipe values to override; `recipes --keys` lists them."
-        ),
-    ] = None,
+    recipe: Recipe,
+    overrides: Overrides = None,
 ) -> None:
     """List what a recipe requires, and what of it is missing; downloads nothing."""
     from diffusers_fair.config.schema import RunConfig
@@ -115,13 +106,8 @@ def doctor(
 
 @app.command()
 def setup(
-    recipe: Annotated[str, typer.Argument(help="A YAML file, or the name of a shipped recipe.")],
-    overrides: Annotated[
-        list[str] | None,
-        typer.Argument(
-            metavar="key=value", help="Recipe values to override; `recipes --keys` lists them."
-        ),
-    ] = None,
+    recipe: Recipe,
+    overrides: Overrides = None,
     yes: Annotated[bool, typer.Option("--yes", help="Do not ask before downloading.")] = False,
 ) -> None:
     """Download the models that a recipe requires, and train its classifiers on public data.
@@ -135,14 +121,13 @@ def setup(
 
     config = RunConfig.load(recipe, overrides or [])
     planned = plan(config)
-    for note in notes(config):
-        say(note)
     if planned.downloads or planned.trainings:
+        for note in notes(config):
+            say(note)
         _show_plan(planned)
         planned.check_disk()
         if not yes and not _confirm("Continue?"):
-            say("nothing was downloaded")
-            raise typer.Exit(1)
+            raise StoppedError("nothing was downloaded")
         planned.run()
     doctor(recipe, overrides)
     say(f"ready: diffusers-fair train {shlex.join([recipe, *(overrides or [])])}")

@@ -290,6 +290,10 @@ class OptimizerSection(Section):
     """Maximum gradient norm; null disables clipping."""
 
 
+MEMORY_OPTIONS = ("decoder_checkpointing", "split_guidance", "gradient_checkpointing")
+"""Keys of `train` that take less memory and more time, with the same result; the cheapest first."""
+
+
 class TrainSection(Section):
     """Length of the training, memory, validation and checkpoints."""
 

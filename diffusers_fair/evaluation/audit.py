@@ -7,7 +7,7 @@ from typing import Any
 from diffusers_fair.attributes import Attribute
 from diffusers_fair.evaluation.batch_size import device_of
 from diffusers_fair.evaluation.batches import Execution
-from diffusers_fair.evaluation.checks import checked_attributes, positive
+from diffusers_fair.evaluation.checks import checked_attributes
 from diffusers_fair.evaluation.evaluate import measure
 from diffusers_fair.evaluation.image_folder import image_folder
 from diffusers_fair.paths import expand
@@ -60,7 +60,7 @@ def audit(
         Execution(
             label,
             judges,
-            None if batch_size is None else positive(batch_size, "batch_size"),
+            batch_size,
             None if out is None else expand(out),
             progress,
             device_of(None, judges),

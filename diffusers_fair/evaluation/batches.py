@@ -12,6 +12,7 @@ import torch
 
 from diffusers_fair import distributed
 from diffusers_fair.evaluation.batch_size import default_batch_size
+from diffusers_fair.evaluation.checks import positive
 from diffusers_fair.evaluation.generate import pairs_of, progress_bar
 from diffusers_fair.evaluation.journal import BatchRecords, Journal, stored_batch_size
 from diffusers_fair.folder_lock import folder_lock
@@ -37,6 +38,11 @@ class Execution:
     progress: bool
     device: torch.device
     """Device that generates the images, or judges those that are read."""
+
+    def __post_init__(self) -> None:
+        """Refuse batches without images."""
+        if self.batch_size is not None:
+            positive(self.batch_size, "batch_size")
 
     @property
     def journal_folder(self) -> Path | None:

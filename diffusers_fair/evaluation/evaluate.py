@@ -17,7 +17,6 @@ from diffusers_fair.evaluation.checks import (
     check_sampling,
     checked_attributes,
     checked_prompts,
-    positive,
 )
 from diffusers_fair.evaluation.generate import ImageBatch, generate_batch
 from diffusers_fair.evaluation.groups import default_groups, measure_group, supported_groups
@@ -121,7 +120,7 @@ def evaluate(
         Execution(
             label or ("base" if reference is None else "adapter"),
             judges,
-            None if batch_size is None else positive(batch_size, "batch_size"),
+            batch_size,
             None if out is None else expand(out),
             progress,
             device_of(pipe),

@@ -14,7 +14,6 @@ from diffusers_fair.evaluation.checks import (
     check_people,
     checked_attributes,
     has_group,
-    positive,
 )
 from diffusers_fair.evaluation.generate import (
     generate_batch,
@@ -77,7 +76,7 @@ def with_groups(
     execution = Execution(
         reference.label,
         judges,
-        None if batch_size is None else positive(batch_size, "batch_size"),
+        batch_size,
         None if out is None else expand(out),
         progress,
         device_of(pipe, judges),

@@ -19,7 +19,7 @@ from torch import Tensor
 from diffusers_fair import distributed
 from diffusers_fair.adapters.trainable import TrainableAdapter
 from diffusers_fair.backends.registry import load_reference_faces
-from diffusers_fair.config.schema import RunConfig
+from diffusers_fair.config.schema import MEMORY_OPTIONS, RunConfig
 from diffusers_fair.diffusion.noise import initial_noise
 from diffusers_fair.diffusion.replay import replay, sample_steps
 from diffusers_fair.diffusion.sampling import Trajectory, decode, decode_backward, sample
@@ -45,11 +45,6 @@ Statistics = TypeVar("Statistics")
 Loss: TypeAlias = Callable[[Tensor, Originals], tuple[Tensor, Statistics]]
 """Images (n, 3, H, W) and judgements of the original images -> loss and statistics."""
 _LOSS_SCALE = 1024.0  # for float16, whose smallest number is 6e-8; powers of two change no digit
-MEMORY_OPTIONS = (  # the cheapest first
-    "decoder_checkpointing",
-    "split_guidance",
-    "gradient_checkpointing",
-)
 
 
 class NonFiniteImagesError(ArithmeticError):

@@ -7,6 +7,7 @@ import math
 import time
 from collections import Counter
 from collections.abc import Mapping, Sequence
+from contextlib import AbstractContextManager
 from dataclasses import asdict, dataclass, replace
 from io import BytesIO
 from pathlib import Path
@@ -23,7 +24,7 @@ from diffusers_fair.backends.errors import loading
 from diffusers_fair.backends.sources import HUB_DATASET, HubDataset, UrlFile
 from diffusers_fair.backends.trained_classifier import MAX_SIZE
 from diffusers_fair.devices import choose_device, choose_dtype
-from diffusers_fair.folder_lock import LOCK, folder_lock
+from diffusers_fair.folder_lock import folder_lock, has_files
 from diffusers_fair.paths import expand, require_writable
 from diffusers_fair.training.stopping import SignalHandler, StoppedError, exit_code
 from diffusers_fair.vision.encoders import Pixels
@@ -199,6 +200,8 @@ def train_classifier(
 ) -> dict[str, Any]:
     """Train a MobileNetV3-Large, measure it on held-out images, and write its folder.
 
+    The same call resumes a training that was stopped.
+
     Args:
         images: labelled images.
         folder: output folder; recipes refer to the classifier as `checkpoint:FOLDER`.
@@ -209,8 +212,6 @@ def train_classifier(
         The contents of `classifier.json`, with `accuracy` on the held-out images and `confusion`
         (rows are true classes, columns predicted classes).
 
-    A training that was stopped is resumed by the same call.
-
     Raises:
         StoppedError: stopped by Ctrl-C or SIGTERM; the message says how to resume.
         ValueError: the folder is not empty or cannot be written, another process is training in it,
@@ -219,25 +220,28 @@ def train_classifier(
     """
     chosen = choose_device(device)
     folder = require_writable(folder)
-    with folder_lock(folder):
-        return _train(images, folder, settings, chosen)
+    with folder_lock(folder), SignalHandler() as signals:
+        return _train(images, folder, settings, chosen, signals)
 
 
 def _train(
-    images: LabelledImages, folder: Path, settings: Settings, device: torch.device
+    images: LabelledImages,
+    folder: Path,
+    settings: Settings,
+    device: torch.device,
+    signals: SignalHandler,
 ) -> dict[str, Any]:
     dtype = choose_dtype(settings.dtype, device)
     checkpoint = _Checkpoint(folder, images, settings)
     g = torch.Generator().manual_seed(settings.seed)
     train, held = _hold_out(images.labels, settings.held_out, g)
-    gpus = [device] if device.type == "cuda" else []
-    with torch.random.fork_rng(gpus):  # initial weights, dropout and augmentation
+    with _fork_rng(device):  # initial weights, dropout and augmentation
         torch.manual_seed(settings.seed)
         network = _network(
             len(images.classes), settings.pretrained and not checkpoint.file.exists()
         )
         network.to(device)
-        _fit(network, images, train, settings, dtype, g, checkpoint)
+        _fit(network, images, train, settings, dtype, g, checkpoint, signals)
     if not all(weight.isfinite().all() for weight in network.state_dict().values()):
         checkpoint.file.unlink(missing_ok=True)
         raise ValueError(f"the training diverged: choose a lower lr than {settings.lr:g}")
@@ -255,6 +259,11 @@ def _train(
     trained_classifier.write(folder, network, facts)
     checkpoint.file.unlink(missing_ok=True)
     return facts
+
+
+def _fork_rng(device: torch.device) -> AbstractContextManager[None]:
+    """Keep torch's random state within a `with` block."""
+    return torch.random.fork_rng([device] if device.type == "cuda" else [])
 
 
 class _Checkpoint:
@@ -284,7 +293,7 @@ class _Checkpoint:
                     f"'{folder}' holds a training that was stopped, with other images or options: "
                     "give the same to resume it, or choose another folder"
                 )
-        elif folder.exists() and (not folder.is_dir() or _has_files(folder)):
+        elif folder.exists() and (not folder.is_dir() or has_files(folder)):
             raise ValueError(f"'{folder}' is not an empty folder: choose another folder")
 
     def _read(self) -> dict[str, Any]:
@@ -332,13 +341,6 @@ def _stopped(checkpoint: _Checkpoint, where: str, signals: SignalHandler) -> Sto
     )
 
 
-def _has_files(folder: Path) -> bool:
-    """Whether a folder has other files than those of a training that is starting."""
-    return any(
-        path.name != LOCK and not path.name.startswith(atomic.PARTIAL) for path in folder.iterdir()
-    )
-
-
 def imagenet_weights() -> UrlFile:
     """Return the file of the ImageNet weights that training starts from."""
     from torchvision.models import MobileNet_V3_Large_Weights
@@ -360,13 +362,13 @@ def seconds_per_image(settings: Settings) -> float:
     images = LabelledImages([_encoded(image) for image in noise], torch.arange(count) % 2, ("", ""))
     device = choose_device()
     dtype = choose_dtype(settings.dtype, device)
-    gpus = [device] if device.type == "cuda" else []
-    with TemporaryDirectory() as folder, torch.random.fork_rng(gpus):
-        unused = _Checkpoint(Path(folder), images, once)
+    with TemporaryDirectory() as folder, _fork_rng(device):
+        # a handler that is not entered leaves signals alone: nothing here is worth saving
+        unused = _Checkpoint(Path(folder), images, once), SignalHandler()
         network = _network(2, pretrained=False).to(device)
-        _fit(network, images, torch.arange(_TRIAL), once, dtype, g, unused)  # the first is slower
+        _fit(network, images, torch.arange(_TRIAL), once, dtype, g, *unused)  # the first is slower
         start = time.perf_counter()
-        _fit(network, images, torch.arange(count), once, dtype, g, unused)
+        _fit(network, images, torch.arange(count), once, dtype, g, *unused)
     return (time.perf_counter() - start) / count
 
 
@@ -399,6 +401,7 @@ def _fit(
     dtype: torch.dtype,
     g: torch.Generator,
     checkpoint: _Checkpoint,
+    signals: SignalHandler,
 ) -> None:
     """Minimize the cross-entropy of augmented images, from the checkpoint on if it has a state."""
     from rich.progress import track
@@ -425,32 +428,31 @@ def _fit(
     }
     first, done = checkpoint.restore(parts, g)
     network.train()
-    with SignalHandler() as signals:
-        for epoch in range(first, epochs):
-            order_state = g.get_state()  # from which a resumed epoch gets the same order
-            order = rows[torch.randperm(len(rows), generator=g)]
-            batches = [b for b in order.split(settings.batch_size) if len(b) > 1]  # for batch norms
-            title = f"epoch {epoch + 1} of {epochs}"
-            todo = track(batches[done:], title, len(batches), completed=done, transient=True)
-            for count, batch in enumerate(todo, done + 1):
-                colours = (_load(images, batch, size) + 1) / 2  # (n, 3, size, size) in [0, 1]
-                x = torch.stack([augment(image) for image in colours]).to(device) * 2 - 1
-                with torch.autocast(device.type, dtype, enabled=dtype != torch.float32):
-                    logits = network(pixels(x))
-                loss = F.cross_entropy(logits.float(), images.labels[batch].to(device))
-                optimizer.zero_grad()
-                scaler.scale(loss).backward()
-                scaler.step(optimizer)
-                scaler.update()
-                if signals.received and count < len(batches):
-                    checkpoint.save(parts, epoch, count, order_state)
-                    raise _stopped(checkpoint, f"after batch {count} of {title}", signals)
-            schedule.step()
-            done = 0
-            if epoch + 1 < epochs:
-                checkpoint.save(parts, epoch + 1, 0, g.get_state())
-                if signals.received:
-                    raise _stopped(checkpoint, f"after {title}", signals)
+    for epoch in range(first, epochs):
+        order_state = g.get_state()  # from which a resumed epoch gets the same order
+        order = rows[torch.randperm(len(rows), generator=g)]
+        batches = [b for b in order.split(settings.batch_size) if len(b) > 1]  # for batch norms
+        title = f"epoch {epoch + 1} of {epochs}"
+        todo = track(batches[done:], title, len(batches), completed=done, transient=True)
+        for count, batch in enumerate(todo, done + 1):
+            colours = (_load(images, batch, size) + 1) / 2  # (n, 3, size, size) in [0, 1]
+            x = torch.stack([augment(image) for image in colours]).to(device) * 2 - 1
+            with torch.autocast(device.type, dtype, enabled=dtype != torch.float32):
+                logits = network(pixels(x))
+            loss = F.cross_entropy(logits.float(), images.labels[batch].to(device))
+            optimizer.zero_grad()
+            scaler.scale(loss).backward()
+            scaler.step(optimizer)
+            scaler.update()
+            if signals.received and count < len(batches):
+                checkpoint.save(parts, epoch, count, order_state)
+                raise _stopped(checkpoint, f"after batch {count} of {title}", signals)
+        schedule.step()
+        done = 0
+        if epoch + 1 < epochs:
+            checkpoint.save(parts, epoch + 1, 0, g.get_state())
+            if signals.received:
+                raise _stopped(checkpoint, f"after {title}", signals)
     # recompute the statistics of the batch norms, whose momentum is too small for few images
     plain = (pixels(_load(images, batch, size)) for batch in batches)
     torch.optim.swa_utils.update_bn(plain, network, device)

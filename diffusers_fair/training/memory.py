@@ -11,7 +11,8 @@ from typing import Literal
 import torch
 
 from diffusers_fair import distributed
-from diffusers_fair.training.batch_gradient import MEMORY_OPTIONS, BatchGradient
+from diffusers_fair.config.schema import MEMORY_OPTIONS
+from diffusers_fair.training.batch_gradient import BatchGradient
 from diffusers_fair.training.batches import Batch
 from diffusers_fair.training.stopping import TrainingStoppedError
 
@@ -191,11 +192,16 @@ def how_to_save_memory(gradient: BatchGradient) -> str:
     if size > 1:
         budget = " train.memory_budget=null" if isinstance(train.memory_budget, float | int) else ""
         advice.insert(0, f"train.micro_batch={size // 2}{budget}")
-    smaller = f"base.dtype=bfloat16 (now {gradient.config.base.dtype}) or a smaller models.clip"
     now = gradient.micro_batch or "null"
+    if not advice:
+        return (
+            f"out of memory with train.micro_batch {now} and all memory options: start another "
+            "run, in a new output folder, with a smaller models.clip or base.dtype=bfloat16 (now "
+            f"{gradient.config.base.dtype})"
+        )
     return (
-        f"out of memory with train.micro_batch {now}: set {', then '.join(advice) or smaller}, and "
-        "give the same command again to resume from the last checkpoint"
+        f"out of memory with train.micro_batch {now}: set {', then '.join(advice)}, and give the "
+        "same command again to resume from the last checkpoint"
     )
 
 

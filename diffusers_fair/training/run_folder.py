@@ -5,18 +5,17 @@ import shutil
 from pathlib import Path
 
 from diffusers_fair import atomic, distributed, strict_json
-from diffusers_fair.config.schema import RunConfig
-from diffusers_fair.folder_lock import LOCK
+from diffusers_fair.config.schema import MEMORY_OPTIONS, RunConfig
+from diffusers_fair.folder_lock import has_files
 from diffusers_fair.paths import require_writable
 from diffusers_fair.training.checkpoints import discard_checkpoints_after
 
 _RECIPE = "recipe.yaml"
 _SAME_RESULT = {  # keys that may change when a run is resumed
+    "tracker",
     "train.micro_batch",
     "train.memory_budget",
-    "train.decoder_checkpointing",
-    "train.split_guidance",
-    "train.gradient_checkpointing",
+    *(f"train.{option}" for option in MEMORY_OPTIONS),
 }
 
 
@@ -76,7 +75,7 @@ def check_run_folder(config: RunConfig) -> RunFolder:
     The folder may hold a run of the same recipe, with as many iterations or fewer; or a run without
     any iteration yet, of any recipe.
 
-    Memory options may differ, so that a run that is out of memory can be resumed.
+    The tracker may differ, and memory options, so that a run that is out of memory can be resumed.
 
     Raises:
         ValueError: the folder holds another run, or something else.
@@ -84,7 +83,7 @@ def check_run_folder(config: RunConfig) -> RunFolder:
     folder = RunFolder(require_writable(config.output))
     recipe = folder.path / _RECIPE
     if not recipe.exists():
-        if folder.path.exists() and _has_other_files(folder.path):
+        if folder.path.exists() and has_files(folder.path, _RECIPE):
             raise ValueError(f"output '{folder.path}' holds something else: choose another folder")
         return folder
     different = config.differences(RunConfig.load(recipe))
@@ -99,14 +98,6 @@ def check_run_folder(config: RunConfig) -> RunFolder:
             "choose another folder, or use the same recipe to resume that run"
         )
     return folder
-
-
-def _has_other_files(folder: Path) -> bool:
-    """Whether a folder has other files than those that processes write while they claim it."""
-    return any(
-        path.name not in (_RECIPE, LOCK) and not path.name.startswith(atomic.PARTIAL)
-        for path in folder.iterdir()
-    )
 
 
 class Events:

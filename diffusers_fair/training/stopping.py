@@ -58,8 +58,9 @@ def raise_on_sigterm() -> Iterator[None]:
 class SignalHandler:
     """Defers SIGTERM and the first Ctrl-C until the work has been saved.
 
-    A second Ctrl-C interrupts at once. Python handles signals in the main thread only: in other
-    threads this does nothing.
+    A second Ctrl-C interrupts at once. A signal that the `with` block has not answered by an error
+    is raised at its end. Python handles signals in the main thread only: in other threads this does
+    nothing.
     """
 
     def __init__(self) -> None:
@@ -75,9 +76,11 @@ class SignalHandler:
                     self._previous[number] = signal.signal(number, self._defer)
         return self
 
-    def __exit__(self, *_: object) -> None:
+    def __exit__(self, error: object, *_: object) -> None:
         for number, handler in self._previous.items():
             signal.signal(number, handler)
+        if self.received and error is None:
+            raise Terminated if self.received == signal.SIGTERM else KeyboardInterrupt
 
     def _defer(self, number: int, frame: FrameType | None) -> None:
         if not self.received:

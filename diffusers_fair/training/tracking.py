@@ -9,7 +9,6 @@ import numpy as np
 
 from diffusers_fair.backends.needs import is_installed
 from diffusers_fair.config.schema import RunConfig
-from diffusers_fair.paths import expand
 
 _PROJECT = "diffusers-fair"
 _SAMPLES = "samples"  # name of the images
@@ -65,7 +64,7 @@ def tracking(accelerator: Any, config: RunConfig, step: int) -> Iterator[Tracker
     if accelerator is None:
         yield Tracker(None)
         return
-    logs = expand(config.output) / "logs"
+    logs = Path(accelerator.logging_dir)
     logs.mkdir(parents=True, exist_ok=True)
     project = "run" if config.tracker == "tensorboard" else _PROJECT  # a folder there
     options = _options(config.tracker, Path(config.output).name, str(logs), step)

@@ -348,6 +348,7 @@ class FairnessFinetuner:
             "base_clip_t": self.validation.base_clip_t,
             "seconds": self.seconds,
             "micro_batch": self.gradient.micro_batch,
+            "memory_budget": self.config.train.memory_budget,
             "memory_options": self.gradient.memory_options,
         }
 
@@ -369,7 +370,10 @@ class FairnessFinetuner:
         if "caution" in state:  # missing in checkpoints of the first version
             self.guard.load_state_dict(state["caution"])
             self.seconds = state["seconds"]
-            self.gradient.micro_batch = self.config.train.micro_batch or state["micro_batch"]
+            budget = self.config.train.memory_budget
+            is_same = state.get("memory_budget", budget) == budget  # else it is chosen anew
+            chosen = state["micro_batch"] if is_same else None
+            self.gradient.micro_batch = self.config.train.micro_batch or chosen
         self.gradient.objective.load_state_dict(state.get("steering", {}))
         for option in state.get("memory_options", ()):
             if option not in self.gradient.memory_options:

@@ -18,8 +18,9 @@ and in how much time and memory:
     compile         an iteration with `train.compile`, after one that compiles
 
 A part that fails does not stop the others. Writes gpu_check.json and gpu_check.md; the exit code is
-1 if a part failed. Please open an issue with both files: they hold the figures, the errors, the
-versions, and the names of your GPU and system, nothing else. `--only PART` repeats some parts.
+1 if a part failed. Please open an issue with both files: they hold the figures, the command, the
+versions, the names of your GPU and system, and errors with paths of your machine; nothing else.
+`--only PART` repeats some parts.
 
 `--device cpu --small` runs the same on a narrow model, in a minute and without a GPU.
 """

@@ -262,6 +262,14 @@ def test_imagenets_weights_that_cannot_be_had(folder, tmp_path, monkeypatch):
     assert not (tmp_path / "out").exists()
 
 
+def test_ctrl_c_while_the_speed_is_measured_stops_at_once(monkeypatch):
+    """There is nothing to save or to resume."""
+    interrupt = lambda *_: os.kill(os.getpid(), signal.SIGINT)  # noqa: E731
+    monkeypatch.setattr(classifier_training, "_load", interrupt)
+    with pytest.raises(KeyboardInterrupt):
+        classifier_training.seconds_per_image(SMALL)
+
+
 @pytest.mark.slow
 def test_the_command(folder, tmp_path, monkeypatch, capsys):
     out = tmp_path / "colour"

@@ -10,9 +10,10 @@ import signal
 
 import numpy as np
 import pytest
+from command import run
 from PIL import Image
 
-from diffusers_fair import FairnessFinetuner, assess, cli
+from diffusers_fair import FairnessFinetuner, assess
 from diffusers_fair.adapters.folder import read_adapter, write_info
 from diffusers_fair.assess import EvaluationDefaults, control_groups
 from diffusers_fair.backends import registry
@@ -32,16 +33,6 @@ TINY = [
     "train.validation_images=1",
     "tracker=none",
 ]
-
-
-def run(monkeypatch, *words) -> int:
-    """Type the words; the exit code."""
-    monkeypatch.setattr("sys.argv", ["diffusers-fair", *map(str, words)])
-    try:
-        cli.main()
-    except SystemExit as stop:
-        return stop.code or 0
-    return 0
 
 
 @pytest.fixture(scope="module")
@@ -274,6 +265,9 @@ def test_generate_overwrites_nothing(tmp_path, monkeypatch, capsys):
     assert re.search(r"5 images in \[/b\] images, [45] of them from before\n", said)
     assert run(monkeypatch, "generate", prompts[0], *common, "--seed", 1) == 0
     assert files == {file: file.read_bytes() for file in (tmp_path / "[/b] images").iterdir()}
+    for dtype, before in {"float32": ", 1 of them from before", "bfloat16": ""}.items():
+        assert run(monkeypatch, "generate", prompts[0], *common, "--seed", 1, "--dtype", dtype) == 0
+        assert capsys.readouterr().out.endswith(f"1 images in [/b] images{before}\n")
 
 
 def test_a_long_path_is_not_broken(tmp_path, monkeypatch, capsys):

@@ -6,9 +6,10 @@ import sys
 import pytest
 import stand_ins
 import torch
+from command import run
 from huggingface_hub import constants
 
-from diffusers_fair import cli, doctor
+from diffusers_fair import doctor
 from diffusers_fair.backends import open_clip, retinaface, timm
 from diffusers_fair.config.schema import RunConfig
 
@@ -45,15 +46,6 @@ def cached(home, model: str, *files: str) -> None:
         path.write_bytes(b"0123456789")
 
 
-def run(monkeypatch, *words) -> int:
-    monkeypatch.setattr("sys.argv", ["diffusers-fair", "doctor", *map(str, words)])
-    try:
-        cli.main()
-    except SystemExit as stop:
-        return stop.code or 0
-    return 0
-
-
 def gaps(*overrides: str) -> dict[str, str]:
     """What is missing for sd15-gender-paper, and the advice."""
     config = RunConfig.load("sd15-gender-paper", overrides)
@@ -61,7 +53,7 @@ def gaps(*overrides: str) -> dict[str, str]:
 
 
 def test_the_testbed_needs_nothing_that_is_not_shipped(monkeypatch, capsys):
-    assert run(monkeypatch, "testbed-gender") == 0
+    assert run(monkeypatch, "doctor", "testbed-gender") == 0
     said = capsys.readouterr().out
     assert "ok       package accelerate  (for training)" in said
     assert "ok       testbed-occupations  (for prompts)" in said
@@ -74,7 +66,7 @@ def test_a_device_that_is_not_there():
 
 
 def test_a_recipe_on_an_empty_machine(monkeypatch, capsys):
-    assert run(monkeypatch, "sd15-gender-paper") == 2
+    assert run(monkeypatch, "doctor", "sd15-gender-paper") == 2
     said = capsys.readouterr()
     base = "stable-diffusion-v1-5/stable-diffusion-v1-5"
     for expected in (
@@ -166,11 +158,11 @@ def test_open_clip_that_is_not_installed(monkeypatch):
 
 def test_real_faces_are_needed_only_if_they_have_a_weight(monkeypatch, capsys):
     assert not {"face-embedder", "images in 'real-faces'"} & {*gaps("losses.face=0")}
-    run(monkeypatch, "sd15-gender")
+    run(monkeypatch, "doctor", "sd15-gender")
     assert (
         "off      face realism loss (losses.face is 0): models.face_emb" in capsys.readouterr().out
     )
-    run(monkeypatch, "sd15-gender-paper")
+    run(monkeypatch, "doctor", "sd15-gender-paper")
     assert "face realism loss" not in capsys.readouterr().out
 
 
@@ -208,8 +200,8 @@ def test_prompts_that_are_not_there():
 
 
 def test_bad_recipes_are_bad_input(monkeypatch, capsys):
-    assert run(monkeypatch, "testbed-gendr") == 2
-    assert run(monkeypatch, "testbed-gender", "trian.seed=3") == 2
+    assert run(monkeypatch, "doctor", "testbed-gendr") == 2
+    assert run(monkeypatch, "doctor", "testbed-gender", "trian.seed=3") == 2
     said = capsys.readouterr().err
     assert "did you mean 'testbed-gender'" in said
     assert "did you mean 'train'" in said

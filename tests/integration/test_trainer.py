@@ -22,13 +22,12 @@ from diffusers_fair import FairnessFinetuner, TrainingCallback, atomic, testbed
 from diffusers_fair.adapters.folder import read_adapter
 from diffusers_fair.backends import registry
 from diffusers_fair.config.recipe import recipes
-from diffusers_fair.config.schema import RunConfig
+from diffusers_fair.config.schema import MEMORY_OPTIONS, RunConfig
 from diffusers_fair.diffusion.sampling import decode
 from diffusers_fair.folder_lock import folder_lock
 from diffusers_fair.objective.objective import Objective
 from diffusers_fair.objective.statistics import BatchStatistics
 from diffusers_fair.training import memory
-from diffusers_fair.training.batch_gradient import MEMORY_OPTIONS
 from diffusers_fair.training.batches import Shard, sample_batch
 from diffusers_fair.training.run_folder import RunFolder, claim_run_folder
 from diffusers_fair.training.stopping import TrainingStoppedError
@@ -329,7 +328,7 @@ def test_a_damaged_checkpoint_and_leftovers_are_no_hindrance(run, tmp_path):
 
 
 def same_outcome(expected, folder):
-    """The same files, adapters and events; only the time is another."""
+    """The same files, adapters and events, except the tracker's; only the time is another."""
     names = [
         {p.relative_to(f).as_posix() for p in f.rglob("*") if "step-000003" not in p.parts}
         for f in (expected, folder)
@@ -421,6 +420,9 @@ def test_the_micro_batch_is_chosen_from_a_memory_budget_and_kept(tmp_path, monke
     again = finetuner(tmp_path / "run", train=train)
     again.train(progress=False)  # measures nothing
     assert again.gradient.micro_batch == 2
+    other = finetuner(tmp_path / "run", train=train | {"memory_budget": 3.5})
+    other._resume(RunFolder(tmp_path / "run"))
+    assert other.gradient.micro_batch is None  # to be chosen for the other budget
     with pytest.raises(ValueError, match=r"memory_budget chooses micro_batch, got both"):
         finetuner(tmp_path / "x", train=train | {"micro_batch": 2})
 

@@ -4,10 +4,10 @@ import json
 
 import numpy as np
 import pytest
+from command import run
 from reports import HUE, PROMPTS, TONE, certain, group, report
 from scipy.stats import wilcoxon
 
-from diffusers_fair import cli
 from diffusers_fair.attributes import Attribute
 from diffusers_fair.prompts.groups import KeptPrompt
 from diffusers_fair.reports.columns import MeasureColumn
@@ -239,15 +239,6 @@ def test_not_over_a_file(three, tmp_path):
 # ---- the command ---------------------------------------------------------------------------------
 
 
-def run(monkeypatch, *words) -> int:
-    monkeypatch.setattr("sys.argv", ["diffusers-fair", "compare", *map(str, words)])
-    try:
-        cli.main()
-    except SystemExit as stop:
-        return stop.code or 0
-    return 0
-
-
 @pytest.fixture
 def folders(tmp_path, monkeypatch):
     monkeypatch.chdir(tmp_path)
@@ -257,7 +248,7 @@ def folders(tmp_path, monkeypatch):
 
 def test_the_command_names_rows_and_groups(folders, monkeypatch):
     words = ["plain=base", "hue x tone/ours=run=1", "run=1", "--against", "ours", "--out", "out"]
-    assert run(monkeypatch, *words) == 0
+    assert run(monkeypatch, "compare", *words) == 0
     with open("out/compare.json", encoding="utf-8") as file:
         root = json.load(file)
     assert [(row["group"], row["label"]) for row in root["rows"]] == [
@@ -276,6 +267,6 @@ def test_the_command_names_rows_and_groups(folders, monkeypatch):
     ],
 )
 def test_bad_input_of_the_command(words, message, folders, monkeypatch, capsys, tmp_path):
-    assert run(monkeypatch, *words, "--out", "out") == 2
+    assert run(monkeypatch, "compare", *words, "--out", "out") == 2
     assert message in capsys.readouterr().err
     assert not (tmp_path / "out").exists()

@@ -10,11 +10,10 @@ from together import together
 from torch.autograd.graph import saved_tensors_hooks
 
 from diffusers_fair import distributed
-from diffusers_fair.config.schema import RunConfig
+from diffusers_fair.config.schema import MEMORY_OPTIONS, RunConfig
 from diffusers_fair.diffusion.noise import Noise
 from diffusers_fair.diffusion.sampling import decode_backward
 from diffusers_fair.training import memory
-from diffusers_fair.training.batch_gradient import MEMORY_OPTIONS
 from diffusers_fair.training.batches import Batch
 from diffusers_fair.training.stopping import TrainingStoppedError
 
@@ -223,6 +222,9 @@ def test_other_errors_pass():
         raise RuntimeError("sizes do not match")
 
 
+RESUME = ", and give the same command again to resume from the last checkpoint"
+
+
 @pytest.mark.parametrize(
     ("overrides", "micro_batch", "options", "expected"),
     [
@@ -232,31 +234,28 @@ def test_other_errors_pass():
             [],
             "with train.micro_batch null: set train.micro_batch=12, then "
             "train.decoder_checkpointing=true, then train.split_guidance=true, then "
-            "train.gradient_checkpointing=true, and give",
+            "train.gradient_checkpointing=true" + RESUME,
         ),
         (
             ["train.memory_budget=8"],
             5,
             MEMORY_OPTIONS[:2],
             "with train.micro_batch 5: set train.micro_batch=2 train.memory_budget=null, then "
-            "train.gradient_checkpointing=true, and give",
+            "train.gradient_checkpointing=true" + RESUME,
         ),
         (
-            [],
+            ["base.dtype=float32"],
             1,
             MEMORY_OPTIONS,
-            "with train.micro_batch 1: set base.dtype=bfloat16 (now bfloat16) or a smaller "
-            "models.clip, and give",
+            "with train.micro_batch 1 and all memory options: start another run, in a new output "
+            "folder, with a smaller models.clip or base.dtype=bfloat16 (now float32)",
         ),
     ],
 )
 def test_the_advice_names_the_keys_and_their_values(overrides, micro_batch, options, expected):
     gradient = Gradient(config=RunConfig.load("sd15-gender", overrides))
     gradient.micro_batch, gradient.memory_options = micro_batch, list(options)
-    advice = memory.how_to_save_memory(gradient)
-    assert advice == (
-        f"out of memory {expected} the same command again to resume from the last checkpoint"
-    )
+    assert memory.how_to_save_memory(gradient) == f"out of memory {expected}"
 
 
 def test_a_checkpointed_decoder_keeps_less_for_the_same_gradient():

@@ -98,7 +98,8 @@ def test_a_clip_t_below_the_minimum_is_reported_once():
 @pytest.mark.parametrize(("number", "code"), [(signal.SIGINT, 130), (signal.SIGTERM, 143)])
 def test_a_signal_is_deferred_and_its_handler_restored(number, code, capfd):
     before = signal.getsignal(number)
-    with SignalHandler() as handler:
+    deferred = Terminated if number == signal.SIGTERM else KeyboardInterrupt
+    with pytest.raises(deferred), SignalHandler() as handler:  # noqa: PT012
         assert not handler.received
         os.kill(os.getpid(), number)
         assert exit_code(handler.received) == code
@@ -110,11 +111,12 @@ def test_a_signal_is_deferred_and_its_handler_restored(number, code, capfd):
 def test_a_second_ctrl_c_interrupts_at_once(monkeypatch):
     times = iter([0.0, 1.5, 1.6])
     monkeypatch.setattr("time.monotonic", lambda: next(times))
-    with SignalHandler() as handler:
+    with pytest.raises(ValueError, match="answer"), SignalHandler() as handler:  # noqa: PT012
         os.kill(os.getpid(), signal.SIGTERM)
         with pytest.raises(KeyboardInterrupt):
             os.kill(os.getpid(), signal.SIGINT)
         os.kill(os.getpid(), signal.SIGTERM)  # only Ctrl-C does
+        raise ValueError("an answer to the signal")
     assert handler.received == signal.SIGTERM
 
 
