@@ -441,7 +441,7 @@ class RunConfig(Section):
     def differences(self, other: "RunConfig") -> dict[str, tuple[Any, Any]]:
         """List the keys whose values differ: 'a.0.b' -> (ours, theirs).
 
-        Except those that say where a run is, computes and logs, and how `setup` trains classifiers.
+        Except those that say where a run is, where it computes and how `setup` trains classifiers.
         """
         ours, theirs = (_flatten(x.model_dump(exclude=_NOT_OF_RUN)) for x in (self, other))
         keys = sorted({*ours, *theirs})
@@ -520,7 +520,6 @@ class RunConfig(Section):
 _MODELS = {"classifiers": {"__all__": SETUP_KEYS}}
 _NOT_OF_RUN: Any = {
     "output": True,
-    "tracker": True,
     "train": {"device"},
     "models": _MODELS,
     "evaluation": {"models": _MODELS},

@@ -2,7 +2,7 @@
 
     python examples/reproduction/gpu_check.py --out gpu-check
 
-Takes less than 8 minutes, 16 GB of GPU memory and 3 GB of disk for a while. The base model has the
+An estimate: less than 8 minutes, 16 GB of GPU memory and 3 GB of disk for a while. The base model has the
 configurations of Stable Diffusion 1.5 and random weights, so its images are noise; the judges are
 small: a MobileNet, and the testbed's encoders. What is checked is that everything runs on the GPU,
 and in how much time and memory:
