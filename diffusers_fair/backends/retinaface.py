@@ -14,7 +14,7 @@ import torch
 from torch import Tensor
 
 from diffusers_fair.backends.errors import loading
-from diffusers_fair.backends.needs import Need, package, url_file
+from diffusers_fair.backends.needs import Need, file, package
 from diffusers_fair.backends.sources import UrlFile
 from diffusers_fair.vision.faces import Faces, area, faces_of_images
 
@@ -107,11 +107,9 @@ def load(device: torch.device | str = "cpu") -> RetinaFaceDetector:
 
 def needs() -> list[Need]:
     """List the requirements of `load`."""
-    return [
-        package("torchvision"),
-        package("retinaface", _INSTALL),
-        url_file(UrlFile(URL, _weights(), _SIZE, _LICENCE)),
-    ]
+    path = _weights()
+    weights = file(path, f"download {URL} to '{path}'", UrlFile(URL, path, _SIZE, _LICENCE))
+    return [package("torchvision"), package("retinaface", _INSTALL), weights]
 
 
 def _weights() -> Path:
