@@ -25,11 +25,10 @@ class PromptPrefix:
         self.pipe = pipe
         self.tokens = tokens
         self.adapter_name = adapter_name
-        self.is_enabled = True
 
     def is_on(self) -> bool:
         """Whether prompts get the prefix."""
-        return self.is_enabled
+        return True
 
     def before(self, prompt: str) -> str:
         """Return the prompt with the placeholder before it, unless it contains the placeholder."""
@@ -72,6 +71,8 @@ class LoadedPrefix(PromptPrefix):
     ):
         super().__init__(pipe, tokens, adapter_name)
         self.components = tuple(components)
+        self.is_enabled = True
+        """Whether an adapter without layers is on; otherwise its layers decide."""
 
     def is_on(self) -> bool:
         """Whether prompts get the prefix.
@@ -82,7 +83,7 @@ class LoadedPrefix(PromptPrefix):
         """
         if not self.components:
             return self.is_enabled and self._has_tokens()
-        factors = {1.0} if self.is_fused_for_good() else set().union(*self._strengths().values())
+        factors = set().union(*self._strengths().values())
         if not any(factors):  # removed, disabled or scaled to 0
             return False
         self.check_complete()
@@ -102,8 +103,8 @@ class LoadedPrefix(PromptPrefix):
             ValueError: layers or soft tokens are missing, or the text encoder and the tokenizer do
                 not belong together.
         """
-        lost = [name for name in self.components if name not in self._strengths()]
-        lost = [] if self.is_fused_for_good() else [f"layers of the {name}" for name in lost]
+        found = self._strengths()
+        lost = [f"layers of the {name}" for name in self.components if name not in found]
         if not self._has_tokens():
             lost.append("soft tokens")
         if lost:
@@ -112,15 +113,11 @@ class LoadedPrefix(PromptPrefix):
                 "the pipeline: call unload_fair_adapter, and load the adapter again"
             )
 
-    def is_fused_for_good(self) -> bool:
-        """Whether the layers were removed after they had been fused into the weights."""
-        has_layers = bool(self._strengths())
-        return (
-            bool(self.components) and not has_layers and is_fused_into(self.pipe, self.adapter_name)
-        )
-
     def _strengths(self) -> dict[str, set[float]]:
-        return strengths(self.pipe, self.adapter_name)
+        found = strengths(self.pipe, self.adapter_name)
+        if not found and is_fused_into(self.pipe, self.adapter_name):
+            return {name: {1.0} for name in self.components}  # removed after they had been fused
+        return found
 
     def _has_tokens(self) -> bool:
         """Whether the tokenizer knows the soft tokens."""

@@ -131,15 +131,15 @@ def prompt_prefix(pipe: Any) -> PromptPrefix | None:
 @contextmanager
 def without_prefix(pipe: Any) -> Iterator[None]:
     """Encode the pipeline's prompts without the prefix within a `with` block."""
-    prefix = prompt_prefix(pipe)
-    if prefix is None:
+    encoder = prompt_encoder(pipe)
+    if encoder is None:
         yield
         return
-    before, prefix.is_enabled = prefix.is_enabled, False
+    prefix, encoder.prefix = encoder.prefix, None
     try:
         yield
     finally:
-        prefix.is_enabled = before
+        encoder.prefix = prefix
 
 
 def _method(pipe: Any) -> str:

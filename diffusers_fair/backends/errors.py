@@ -1,8 +1,11 @@
 """One-sentence errors for third-party models that cannot be loaded."""
 
+import traceback
 from collections.abc import Iterator
 from contextlib import contextmanager
 from textwrap import shorten
+
+_BUGS = (AssertionError, AttributeError, LookupError, NameError, TypeError)  # if from this package
 
 
 @contextmanager
@@ -18,7 +21,8 @@ def loading(
 
     Raises:
         ModuleNotFoundError: a package is missing.
-        ValueError: any other error, such as an unknown model, no network or wrong files.
+        ValueError: any other error, such as an unknown model, no network or wrong files, except
+            programming errors of this package.
     """
     try:
         yield
@@ -27,6 +31,14 @@ def loading(
             f"{what} needs the package '{error.name}': {install}", name=error.name
         ) from error
     except Exception as error:  # the libraries' own classes of errors have no common base
+        if isinstance(error, _BUGS) and _is_from_this_package(error):
+            raise
         lines = [line.strip() for line in str(error).splitlines() if line.strip()]
         reason = shorten((lines or [type(error).__name__])[0], 250)
         raise ValueError(f"cannot load {what}: {reason}; expected {advice}") from error
+
+
+def _is_from_this_package(error: Exception) -> bool:
+    """Whether a line of this package raised the error, rather than a library, as of wrong files."""
+    *_, (frame, _) = traceback.walk_tb(error.__traceback__)
+    return frame.f_globals.get("__name__", "").partition(".")[0] == __name__.partition(".")[0]

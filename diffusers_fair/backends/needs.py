@@ -65,11 +65,6 @@ def file(path: Path, advice: str, source: UrlFile | None = None) -> Need:
     return Need(path.name, available, advice, path.stat().st_size if available else 0, source)
 
 
-def url_file(source: UrlFile) -> Need:
-    """Check for a file of weights that can be downloaded."""
-    return file(source.path, f"download {source.url} to '{source.path}'", source)
-
-
 def _advice(model: str) -> str:
     """Advise on a model that is neither a folder nor in the cache."""
     if model.count("/") > 1:  # no repository has such a name

@@ -11,6 +11,7 @@ from diffusers_fair.backends.needs import Need, file, pretrained
 from diffusers_fair.config.backends import SHIPPED_BASES
 from diffusers_fair.families import check_components
 from diffusers_fair.families.stable_diffusion import STABLE_DIFFUSION
+from diffusers_fair.paths import expand
 
 if TYPE_CHECKING:
     import torch
@@ -100,7 +101,8 @@ def _pipeline_class(path: Path) -> Any:
 
 def _needs(model: str, revision: str | None = None) -> list[Need]:
     if _is_single_file(model):
-        return [file(Path(model), "there is no such file: name another one, a folder or a Hub id")]
+        advice = "there is no such file: name another one, a folder or a Hub id"
+        return [file(expand(model), advice)]
     return [pretrained(model, revision, STABLE_DIFFUSION.components)]
 
 

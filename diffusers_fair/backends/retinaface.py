@@ -14,7 +14,7 @@ import torch
 from torch import Tensor
 
 from diffusers_fair.backends.errors import loading
-from diffusers_fair.backends.needs import Need, package, url_file
+from diffusers_fair.backends.needs import Need, file, package
 from diffusers_fair.backends.sources import UrlFile
 from diffusers_fair.vision.faces import Faces, area, faces_of_images
 
@@ -23,7 +23,8 @@ URL = (
     "https://github.com/ternaus/retinaface/releases/download/0.01/"
     "retinaface_resnet50_2020-07-20-f168fae3c.zip"
 )
-_SIZE = 105_000_000  # bytes
+_SIZE = 102_000_000  # bytes, of the release, rounded
+# that of the repository of URL; the weights state none of their own
 _LICENCE = "MIT; trained on WIDER FACE, whose images have terms of their own"
 MEAN, STD = (0.485, 0.456, 0.406), (0.229, 0.224, 0.225)  # per channel, of values in [0, 1]
 _ANCHORS = {"min_sizes": [[16, 32], [64, 128], [256, 512]], "steps": [8, 16, 32], "clip": False}
@@ -106,11 +107,9 @@ def load(device: torch.device | str = "cpu") -> RetinaFaceDetector:
 
 def needs() -> list[Need]:
     """List the requirements of `load`."""
-    return [
-        package("torchvision"),
-        package("retinaface", _INSTALL),
-        url_file(UrlFile(URL, _weights(), _SIZE, _LICENCE)),
-    ]
+    path = _weights()
+    weights = file(path, f"download {URL} to '{path}'", UrlFile(URL, path, _SIZE, _LICENCE))
+    return [package("torchvision"), package("retinaface", _INSTALL), weights]
 
 
 def _weights() -> Path:

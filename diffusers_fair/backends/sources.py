@@ -51,14 +51,15 @@ class Source(Protocol):
 
 @dataclass(frozen=True)
 class UrlFile:
-    """A file of weights at a URL."""
+    """A file of weights at a URL, whose size and licence its provider has looked up."""
 
     url: str
     path: Path
     """File to write."""
     size: int
-    """Bytes."""
+    """Bytes, for the estimate before the download."""
     licence: str
+    """Licence and terms, to be read before the download."""
 
     def download(self) -> Download:
         """Describe the download, without a request."""
@@ -314,7 +315,7 @@ def _hub(repo_id: str, revision: str | None = None, advice: str = _ONLINE) -> It
     except errors.RevisionNotFoundError as error:
         reason = f"its repository has no revision '{revision}': check the name"
         raise ValueError(f"cannot download '{repo_id}': {reason}") from error
-    except (errors.HTTPError, OSError, LookupError, TypeError) as error:
+    except (errors.HTTPError, OSError, LookupError, TypeError, ValueError) as error:
         raise ValueError(
             f"cannot download '{repo_id}' from the Hub: {_line(error)}; {advice}"
         ) from error

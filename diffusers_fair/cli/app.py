@@ -95,7 +95,8 @@ def main() -> None:
     sys.stdout.reconfigure(errors="backslashreplace")  # type: ignore[union-attr]
     try:
         with raise_on_sigterm():
-            app(standalone_mode=False)
+            if code := app(standalone_mode=False):  # that of `typer.Exit`
+                sys.exit(code)
     except typer.Abort:
         sys.exit(1)
     except StoppedError as stop:

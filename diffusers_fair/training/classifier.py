@@ -348,6 +348,7 @@ def imagenet_weights() -> UrlFile:
     weights = MobileNet_V3_Large_Weights.IMAGENET1K_V2
     path = Path(torch.hub.get_dir()) / "checkpoints" / weights.url.rpartition("/")[2]
     size = round(1e6 * weights.meta["_file_size"])
+    # that of torchvision; the weights state none of their own
     licence = "BSD-3-Clause; trained on ImageNet, whose images have terms of their own"
     return UrlFile(weights.url, path, size, licence)
 

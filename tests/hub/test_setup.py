@@ -240,6 +240,13 @@ def test_data_sets_are_named_by_configuration_and_split(machine, folders):
     assert HubDataset("org/plain").images() is None
 
 
+def test_an_answer_that_is_not_the_hubs(hub):  # noqa: F811
+    hub.fail("model_info", "garbage", times=99)
+    message = f"cannot download '{BASE}' from the Hub: .*; check the connection"
+    with pytest.raises(ValueError, match=message):
+        HubModel(BASE).download()
+
+
 def test_the_error_of_a_revision_names_it(machine):
     with pytest.raises(ValueError, match=f"'{BASE}': its repository has no revision 'v9'"):
         HubModel(BASE, "v9").download()

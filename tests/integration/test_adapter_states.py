@@ -17,7 +17,9 @@ from diffusers_fair import (
     unload_fair_adapter,
 )
 from diffusers_fair.adapters.format import SoftTokens
+from diffusers_fair.adapters.prompt_encoder import without_prefix
 
+pytestmark = pytest.mark.slow
 SOFT = {"soft_tokens": SoftTokens(count=2)}
 WORDS = {"shape": {"round": ("round",), "square": ("square",), "flat": ("flat",)}}
 NAMED = "a round chef"
@@ -160,6 +162,14 @@ def test_words_follow_the_layers(folders, base):
     assert "encode_prompt" not in vars(pipe)
 
 
+def test_prompts_without_the_prefix_for_a_while(folders):
+    pipe = loaded(folders, "whole")
+    call = ("a chef", "cpu", 1, False)
+    with without_prefix(pipe):
+        assert torch.equal(pipe.encode_prompt(*call)[0], type(pipe).encode_prompt(pipe, *call)[0])
+    assert not torch.equal(pipe.encode_prompt(*call)[0], type(pipe).encode_prompt(pipe, *call)[0])
+
+
 # ---- removed and replaced ------------------------------------------------------------------------
 
 
@@ -267,7 +277,6 @@ def blocks(model):
     return wrap(model)
 
 
-@pytest.mark.slow
 @pytest.mark.parametrize("load_first", [False, True])
 @pytest.mark.parametrize("compile_model", [wrap, in_place, blocks])
 def test_compiled_models(folders, base, full, compile_model, load_first):

@@ -3,6 +3,7 @@
 import json
 import sys
 from pathlib import Path
+from pickle import UnpicklingError
 
 import cost
 import open_clip
@@ -14,6 +15,7 @@ import yaml
 from huggingface_hub import constants
 from pictures import held_out
 from PIL import Image
+from safetensors import SafetensorError
 from safetensors.torch import save_file
 from torch.nn import functional as F
 from transformers import AutoImageProcessor, AutoModelForImageClassification, Dinov2Model
@@ -216,6 +218,31 @@ def test_models_that_are_not_there(load, name, message):
     with pytest.raises(ValueError, match=message) as caught:
         load(name)
     assert "\n" not in str(caught.value)
+
+
+@pytest.mark.parametrize(
+    "error", [SafetensorError("no header\nor"), UnpicklingError("no header"), KeyError("no header")]
+)
+def test_whatever_a_library_raises_is_one_sentence(error, monkeypatch):
+    def fail(*_, **__):
+        raise error
+
+    monkeypatch.setattr(timm, "create_model", fail)
+    with pytest.raises(ValueError, match=r"embedder 'x' of timm: '?no header'?; expected a name"):
+        embedders.load("x")
+
+
+def test_files_that_a_library_does_not_expect(tmp_path):
+    """It takes the list for a dictionary."""
+    (tmp_path / "model_index.json").write_text("[]")
+    with pytest.raises(ValueError, match=r"cannot load the base model .*; expected 'testbed'"):
+        load_base(str(tmp_path))
+
+
+def test_a_wrong_call_of_a_library_is_no_missing_model(monkeypatch):
+    monkeypatch.setattr(timm, "create_model", lambda: None)
+    with pytest.raises(TypeError, match="unexpected keyword argument"):
+        embedders.load("x")
 
 
 def test_a_folder_of_open_clip_without_weights(tmp_path, models):

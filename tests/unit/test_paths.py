@@ -8,7 +8,7 @@ import pytest
 
 from diffusers_fair.adapters.folder import open_adapter
 from diffusers_fair.backends.reference_faces import needs as reference_faces_needs
-from diffusers_fair.backends.registry import classifier_needs
+from diffusers_fair.backends.registry import base, classifier_needs
 from diffusers_fair.config.models import ClassifierSection
 from diffusers_fair.evaluation.image_folder import image_folder
 from diffusers_fair.loading import local_folder
@@ -79,8 +79,11 @@ def test_folders_of_models_are_expanded(tmp_path, monkeypatch):
     (tmp_path / "faces" / "a.png").write_bytes(b"x")
     assert reference_faces_needs("~/faces")[0].available
     assert local_folder("~/faces") == tmp_path / "faces"
+    single = "~/faces/model.safetensors"
+    assert not base(single).needs(single, None)[0].available
     for name in ("model.safetensors", "classifier.json"):
         (tmp_path / "faces" / name).write_text("{}")
     section = ClassifierSection(kind="checkpoint", model="~/faces")
     (attribute,) = list(world.ATTRIBUTES.values())[:1]
     assert classifier_needs(section, attribute)[1].available
+    assert base(single).needs(single, None)[0].available
