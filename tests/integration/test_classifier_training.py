@@ -146,6 +146,7 @@ def test_the_share_of_every_class_is_held_out():
 # ---- training ------------------------------------------------------------------------------------
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(("batch", "where"), [(2, "batch 2 of epoch 1 of 2"), (3, "epoch 1 of 2")])
 def test_a_stopped_training_goes_on_to_the_same_classifier(
     batch, where, folder, tmp_path, monkeypatch

@@ -250,6 +250,7 @@ def test_generate_respects_words(adapter, tmp_path, monkeypatch):
     assert woman["respecting"] == woman["base"] != woman["adapter"]
 
 
+@pytest.mark.slow
 def test_generate_overwrites_nothing(tmp_path, monkeypatch, capsys):
     monkeypatch.chdir(tmp_path)
     common = ["--images", 1, "--steps", 1, "--out", "[/b] images"]

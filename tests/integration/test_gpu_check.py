@@ -37,6 +37,7 @@ def test_every_part_runs_at_small_size(tmp_path, monkeypatch):
     assert "| train/soft_tokens/float16 |" in text
 
 
+@pytest.mark.slow
 def test_a_failing_part_fails_alone(tmp_path, monkeypatch):
     def fail(check):
         raise RuntimeError("no kernel | image")

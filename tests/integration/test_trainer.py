@@ -279,6 +279,7 @@ def test_what_refuses_to_start_leaves_no_folder(tmp_path):
     assert not list(tmp_path.iterdir())
 
 
+@pytest.mark.slow
 def test_two_trainings_do_not_share_a_folder(run):
     folder, trained = run
     message = "first' is being written by another process"
