@@ -36,8 +36,9 @@ WORDS = {  # metric -> group of control prompts and name in its summary
 KEPT = {"faces": 0.02, "context": 0.03, "CLIP-T": 0.01}  # maximum loss against the base model
 
 CAUSES = {  # (experiment, metric) -> cause, as trainings with other settings have shown
-    ("testbed-gender", "bias, gender"): "the text encoder alone: a higher rank, a longer "
-    "training or a lower weight of similarity do not help, training the U-Net as well does",
+    ("testbed-gender", "bias, gender"): "the text encoder alone has to tell neutral prompts from "
+    "kept ones: keeping four times as weakly gains little; without kept prompts the limit is "
+    "nearly met, but words that name a class are no longer obeyed",
     ("testbed-gender-race", "bias, gender x race"): "unseen occupations lean to male more than "
     "those of training; the gap is smaller than the difference between two trainings",
     ("testbed-prefix", "bias, gender"): "differences between prompts: a longer training or a "
