@@ -290,7 +290,7 @@ def retinaface(monkeypatch, folder: Path) -> None:
     for name, members in content.items():
         module = ModuleType(name)
         module.__dict__.update(members)
-        module.__spec__ = type(sys.__spec__)(name, None)
+        module.__spec__ = type(sys.__spec__)(name, None, origin="stand-in")
         monkeypatch.setitem(sys.modules, name, module)
     weights = folder / "hub" / "checkpoints" / URL.rpartition("/")[2]
     weights.parent.mkdir(parents=True)
