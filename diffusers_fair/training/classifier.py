@@ -405,7 +405,7 @@ def _fit(
     signals: SignalHandler,
 ) -> None:
     """Minimize the cross-entropy of augmented images, from the checkpoint on if it has a state."""
-    from rich.progress import track
+    from rich.progress import Progress
     from torchvision.transforms import v2
 
     size, epochs = settings.size, settings.epochs
@@ -429,31 +429,34 @@ def _fit(
     }
     first, done = checkpoint.restore(parts, g)
     network.train()
-    for epoch in range(first, epochs):
-        order_state = g.get_state()  # from which a resumed epoch gets the same order
-        order = rows[torch.randperm(len(rows), generator=g)]
-        batches = [b for b in order.split(settings.batch_size) if len(b) > 1]  # for batch norms
-        title = f"epoch {epoch + 1} of {epochs}"
-        todo = track(batches[done:], title, len(batches), completed=done, transient=True)
-        for count, batch in enumerate(todo, done + 1):
-            colours = (_load(images, batch, size) + 1) / 2  # (n, 3, size, size) in [0, 1]
-            x = torch.stack([augment(image) for image in colours]).to(device) * 2 - 1
-            with torch.autocast(device.type, dtype, enabled=dtype != torch.float32):
-                logits = network(pixels(x))
-            loss = F.cross_entropy(logits.float(), images.labels[batch].to(device))
-            optimizer.zero_grad()
-            scaler.scale(loss).backward()
-            scaler.step(optimizer)
-            scaler.update()
-            if signals.received and count < len(batches):
-                checkpoint.save(parts, epoch, count, order_state)
-                raise _stopped(checkpoint, f"after batch {count} of {title}", signals)
-        schedule.step()
-        done = 0
-        if epoch + 1 < epochs:
-            checkpoint.save(parts, epoch + 1, 0, g.get_state())
-            if signals.received:
-                raise _stopped(checkpoint, f"after {title}", signals)
+    with Progress(transient=True) as progress:
+        for epoch in range(first, epochs):
+            order_state = g.get_state()  # from which a resumed epoch gets the same order
+            order = rows[torch.randperm(len(rows), generator=g)]
+            batches = [b for b in order.split(settings.batch_size) if len(b) > 1]  # for batch norms
+            title = f"epoch {epoch + 1} of {epochs}"
+            task = progress.add_task(title, total=len(batches), completed=done)
+            for count, batch in enumerate(batches[done:], done + 1):
+                colours = (_load(images, batch, size) + 1) / 2  # (n, 3, size, size) in [0, 1]
+                x = torch.stack([augment(image) for image in colours]).to(device) * 2 - 1
+                with torch.autocast(device.type, dtype, enabled=dtype != torch.float32):
+                    logits = network(pixels(x))
+                loss = F.cross_entropy(logits.float(), images.labels[batch].to(device))
+                optimizer.zero_grad()
+                scaler.scale(loss).backward()
+                scaler.step(optimizer)
+                scaler.update()
+                progress.advance(task)
+                if signals.received and count < len(batches):
+                    checkpoint.save(parts, epoch, count, order_state)
+                    raise _stopped(checkpoint, f"after batch {count} of {title}", signals)
+            progress.remove_task(task)
+            schedule.step()
+            done = 0
+            if epoch + 1 < epochs:
+                checkpoint.save(parts, epoch + 1, 0, g.get_state())
+                if signals.received:
+                    raise _stopped(checkpoint, f"after {title}", signals)
     # recompute the statistics of the batch norms, whose momentum is too small for few images
     plain = (pixels(_load(images, batch, size)) for batch in batches)
     torch.optim.swa_utils.update_bn(plain, network, device)
