@@ -1,7 +1,7 @@
 """Tables of targets: prompt or subject -> target shares, for example from labour statistics."""
 
 import csv
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from pathlib import Path
 
 from diffusers_fair import strict_json
@@ -30,10 +30,9 @@ def read_table(path: str | Path, classes: Sequence[str]) -> dict[str, tuple[floa
     except OSError as error:
         raise ValueError(f"the table of targets '{path}' cannot be read: {error}") from None
     try:
-        table = strict_json.loads(text) if path.suffix == ".json" else _from_csv(text, classes)
-        return {
-            normalized(str(name)): tuple(map(float, shares)) for name, shares in dict(table).items()
-        }
+        is_json = path.suffix == ".json"
+        rows = dict(strict_json.loads(text)).items() if is_json else _from_csv(text, classes)
+        return _by_name((str(name), tuple(map(float, shares))) for name, shares in rows)
     except (ValueError, TypeError, KeyError) as error:
         raise ValueError(
             f"'{path}' is not a table of targets ({error}): expected a CSV file whose columns are "
@@ -42,17 +41,27 @@ def read_table(path: str | Path, classes: Sequence[str]) -> dict[str, tuple[floa
         ) from None
 
 
-def _from_csv(text: str, classes: Sequence[str]) -> dict[str, list[float]]:
+def _from_csv(text: str, classes: Sequence[str]) -> Iterator[tuple[str, list[float]]]:
     rows = csv.DictReader(text.splitlines())
     head = list(rows.fieldnames or ())
     if sorted(head[1:]) != sorted(classes):
         raise ValueError(f"its columns are {head}")
-    table: dict[str, list[float]] = {}
     for row in rows:
-        subject = normalized(row[head[0]].strip())
-        if subject in table:
-            raise ValueError(f"it has '{subject}' twice")
-        table[subject] = [float(row[name]) for name in classes]
+        yield row[head[0]].strip(), [float(row[name]) for name in classes]
+
+
+def _by_name(rows: Iterable[tuple[str, Sequence[float]]]) -> dict[str, tuple[float, ...]]:
+    """Return name -> shares; a name may have two Unicode forms, but only one row.
+
+    Raises:
+        ValueError: two rows have the same name.
+    """
+    table: dict[str, tuple[float, ...]] = {}
+    for name, shares in rows:
+        name = normalized(name)
+        if name in table:
+            raise ValueError(f"targets are given twice for '{name}'")
+        table[name] = tuple(shares)
     return table
 
 
@@ -64,7 +73,8 @@ def targets_by_prompt(table: Table, sets: Iterable[str]) -> dict[str, tuple[floa
         sets: names or paths of prompt sets; all their splits count.
 
     Raises:
-        ValueError: the table has something that is neither a prompt nor a subject of the sets.
+        ValueError: the table has something that is neither a prompt nor a subject of the sets, or
+            the same twice.
     """
     sets = list(sets)
     prompts: dict[str, list[str]] = {}  # prompt or subject -> the prompts that it stands for
@@ -73,12 +83,12 @@ def targets_by_prompt(table: Table, sets: Iterable[str]) -> dict[str, tuple[floa
             whole = [template.replace("{}", subject) for template in known.templates]
             prompts.setdefault(subject, []).extend(whole)
             prompts |= {prompt: [prompt] for prompt in whole}
-    table = {normalized(name): shares for name, shares in table.items()}
-    for name in table:
+    by_name = _by_name(table.items())
+    for name in by_name:
         if name not in prompts:
             raise ValueError(
                 f"targets are given for '{name}', which is neither a prompt nor a subject of "
                 f"{', '.join(map(str, sets))}: remove it, or add the prompt set that has it"
             )
-    subjects_first = sorted(table.items(), key=lambda row: prompts[row[0]] == [row[0]])
-    return {prompt: tuple(shares) for name, shares in subjects_first for prompt in prompts[name]}
+    subjects_first = sorted(by_name.items(), key=lambda row: prompts[row[0]] == [row[0]])
+    return {prompt: shares for name, shares in subjects_first for prompt in prompts[name]}

@@ -1,5 +1,7 @@
 """Targets of prompts' own: read, spread over prompts, aimed at in training, measured by."""
 
+import json
+
 import numpy as np
 import pytest
 import torch
@@ -52,6 +54,15 @@ def test_a_subject_stands_for_its_prompts():
     found = targets_by_prompt({"senator": (0.3, 0.7)}, ["testbed-occupations"])
     assert found == {SENATOR: (0.3, 0.7)}
     assert targets_by_prompt({SENATOR: (0.3, 0.7)}, ["testbed-occupations"]) == found
+
+
+def test_two_unicode_forms_of_a_name_are_one(tmp_path):
+    two = {"caf\u00e9 owner": [0.3, 0.7], "cafe\u0301 owner": [0.5, 0.5]}
+    (tmp_path / "a.json").write_text(json.dumps(two))
+    with pytest.raises(ValueError, match="targets are given twice for 'caf\u00e9 owner'"):
+        read_table(tmp_path / "a.json", CLASSES)
+    with pytest.raises(ValueError, match="targets are given twice for 'caf\u00e9 owner'"):
+        targets_by_prompt(two, ["testbed-occupations"])
 
 
 def test_targets_of_unknown_prompts_are_refused():
@@ -137,5 +148,5 @@ def test_a_whole_prompt_counts_more_than_its_subject():
 
 def test_a_subject_that_comes_twice_is_refused(tmp_path):
     (tmp_path / "a.csv").write_text("occupation,female,male\nsenator,.3,.7\nsenator,.4,.6\n")
-    with pytest.raises(ValueError, match="it has 'senator' twice"):
+    with pytest.raises(ValueError, match="given twice for 'senator'"):
         read_table(tmp_path / "a.csv", CLASSES)
