@@ -8,6 +8,7 @@ from typing import Any
 import torch
 
 from diffusers_fair.adapters.format import AdapterInfo
+from diffusers_fair.adapters.repository import open_fair_adapter
 from diffusers_fair.attributes import Attribute, People
 from diffusers_fair.backends import registry
 from diffusers_fair.backends.registry import choose_base_device, load_base, load_judges
@@ -19,7 +20,7 @@ from diffusers_fair.evaluation.audit import audit
 from diffusers_fair.evaluation.checks import check_sampling
 from diffusers_fair.evaluation.evaluate import evaluate
 from diffusers_fair.evaluation.groups import with_groups
-from diffusers_fair.loading import load_fair_adapter, open_fair_adapter, unload_fair_adapter
+from diffusers_fair.loading import load_fair_adapter, unload_fair_adapter
 from diffusers_fair.paths import expand
 from diffusers_fair.prompts import prompt_set
 from diffusers_fair.prompts.groups import PER_ATTRIBUTE, PromptGroup, evaluation_groups

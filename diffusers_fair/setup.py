@@ -21,10 +21,10 @@ from diffusers_fair.doctor import examine
 from diffusers_fair.training.classifier import (
     Settings,
     imagenet_weights,
-    read_images,
     seconds_per_image,
     train_classifier,
 )
+from diffusers_fair.training.labelled_images import read_images
 
 SETTINGS = Settings()
 """Settings of the classifiers, the defaults of `classifier train`."""

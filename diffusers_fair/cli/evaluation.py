@@ -320,9 +320,10 @@ def _pipeline(
     adapter_revision: str | None,
 ) -> tuple[Any, str | None]:
     """Load the pipeline; return it with the digest of its adapter, if it has one."""
+    from diffusers_fair.adapters.repository import open_fair_adapter
     from diffusers_fair.assess import check_adapter_options
     from diffusers_fair.backends import registry
-    from diffusers_fair.loading import load_fair_adapter, open_fair_adapter
+    from diffusers_fair.loading import load_fair_adapter
 
     check_adapter_options(adapter, respect_words, adapter_revision)
     chosen = registry.choose_base_device(base, device)

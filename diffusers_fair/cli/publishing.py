@@ -71,8 +71,8 @@ def inspect(
     from dataclasses import asdict
 
     from diffusers_fair.adapters.folder import read_adapter
+    from diffusers_fair.adapters.repository import local_folder
     from diffusers_fair.backends.registry import check_revision
-    from diffusers_fair.loading import local_folder
 
     check_revision(adapter, revision)
     info, weights = read_adapter(local_folder(adapter, revision))

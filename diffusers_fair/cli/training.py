@@ -208,7 +208,8 @@ def classifier_train(
     """Train a classifier of one attribute on labelled images of faces, and print its accuracy."""
     from rich.table import Table
 
-    from diffusers_fair.training.classifier import Settings, read_images, train_classifier
+    from diffusers_fair.training.classifier import Settings, train_classifier
+    from diffusers_fair.training.labelled_images import read_images
 
     settings = Settings(
         size=size,

@@ -4,8 +4,9 @@ from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
+import torch
+
 from diffusers_fair.attributes import Attribute
-from diffusers_fair.evaluation.batch_size import device_of
 from diffusers_fair.evaluation.batches import Execution
 from diffusers_fair.evaluation.checks import checked_attributes
 from diffusers_fair.evaluation.evaluate import measure
@@ -63,7 +64,7 @@ def audit(
             batch_size,
             None if out is None else expand(out),
             progress,
-            device_of(None, judges),
+            judges.device or torch.device("cpu"),
         ),
         model={"images": str(folder), "files": images.digest(), **(model or {})},
     )

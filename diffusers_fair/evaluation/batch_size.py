@@ -5,8 +5,6 @@ from typing import Any
 
 import torch
 
-from diffusers_fair.vision.judges import Judges
-
 _SIZES = (24, 16, 12, 8, 6, 4, 3, 2, 1)  # few, so that small differences in free memory do not show
 _ON_MPS = 4  # torch does not measure the peak memory there
 _SHARE = 0.8  # of the free memory; the rest is for fragmentation
@@ -37,13 +35,3 @@ def _free(device: torch.device) -> int:
     """Return the memory in bytes that can be allocated, including what torch has reserved."""
     unused = torch.cuda.memory_reserved(device) - torch.cuda.memory_allocated(device)
     return torch.cuda.mem_get_info(device)[0] + unused
-
-
-def device_of(pipe: Any, judges: Judges | None = None) -> torch.device:
-    """Return the device that a pipeline computes on, also if its weights are offloaded.
-
-    Without a pipeline, return the device of the judges.
-    """
-    if pipe is None:
-        return torch.device((judges and judges.device) or "cpu")
-    return torch.device(getattr(pipe, "_execution_device", pipe.device))

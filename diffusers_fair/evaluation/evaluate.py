@@ -9,7 +9,6 @@ import torch
 
 from diffusers_fair import strict_json
 from diffusers_fair.attributes import Attribute
-from diffusers_fair.evaluation.batch_size import device_of
 from diffusers_fair.evaluation.batches import Execution, judge_all, save_once
 from diffusers_fair.evaluation.checks import (
     check_groups,
@@ -23,6 +22,7 @@ from diffusers_fair.evaluation.groups import default_groups, measure_group, supp
 from diffusers_fair.evaluation.judge import judge_batch
 from diffusers_fair.evaluation.quality import prompt_features
 from diffusers_fair.families import check_components
+from diffusers_fair.families.base import execution_device
 from diffusers_fair.paths import expand
 from diffusers_fair.prompts.groups import PromptGroup
 from diffusers_fair.provenance import provenance
@@ -123,7 +123,7 @@ def evaluate(
             batch_size,
             None if out is None else expand(out),
             progress,
-            device_of(pipe),
+            execution_device(pipe),
         ),
         model={
             "pipeline": type(pipe).__name__,

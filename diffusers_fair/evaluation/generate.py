@@ -14,8 +14,9 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from diffusers_fair.evaluation.batch_size import default_batch_size, device_of
+from diffusers_fair.evaluation.batch_size import default_batch_size
 from diffusers_fair.evaluation.checks import check_sampling
+from diffusers_fair.families.base import execution_device
 
 
 @dataclass(frozen=True)
@@ -165,7 +166,7 @@ def generate(
     counts = [images_per_prompt] * len(prompts)
     if batch_size is None:
         first = pairs_of(counts, 1)[0]
-        batch_size = default_batch_size(device_of(pipe), lambda: generate_pairs(first, 1))
+        batch_size = default_batch_size(execution_device(pipe), lambda: generate_pairs(first, 1))
     batches = [
         pairs
         for pairs in pairs_of(counts, batch_size)

@@ -7,7 +7,6 @@ from typing import Any
 
 import numpy as np
 
-from diffusers_fair.evaluation.batch_size import device_of
 from diffusers_fair.evaluation.batches import Execution, judge_all
 from diffusers_fair.evaluation.checks import (
     check_groups,
@@ -23,6 +22,7 @@ from diffusers_fair.evaluation.generate import (
 from diffusers_fair.evaluation.journal import BatchRecords
 from diffusers_fair.evaluation.judge import judge_group_batch
 from diffusers_fair.evaluation.quality import prompt_features
+from diffusers_fair.families.base import execution_device
 from diffusers_fair.paths import expand
 from diffusers_fair.prompts.groups import PromptGroup, evaluation_groups
 from diffusers_fair.prompts.wording import Wording
@@ -79,7 +79,7 @@ def with_groups(
         batch_size,
         None if out is None else expand(out),
         progress,
-        device_of(pipe, judges),
+        execution_device(pipe),
     )
     journals = execution.journal_folder
     folder = None if journals is None else journals / "reference"

@@ -21,7 +21,7 @@ def execution_device(pipe: Any) -> torch.device:
 
     With `enable_model_cpu_offload`, this is the GPU, while `pipe.device` is the CPU.
     """
-    return pipe._execution_device
+    return torch.device(getattr(pipe, "_execution_device", pipe.device))
 
 
 class Family(Protocol):

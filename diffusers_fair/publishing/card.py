@@ -23,9 +23,10 @@ from diffusers_fair.adapters.folder import (
     write_info,
 )
 from diffusers_fair.adapters.format import EMBEDS_FILE, AdapterInfo
+from diffusers_fair.adapters.repository import REPOSITORY
 from diffusers_fair.attributes import Attribute
 from diffusers_fair.config.backends import SHIPPED_BASES
-from diffusers_fair.loading import MIRRORS, REPOSITORY
+from diffusers_fair.loading import MIRRORS
 from diffusers_fair.paths import expand
 from diffusers_fair.reports.estimate import DIGITS, GAP, Estimate, estimate_text
 from diffusers_fair.reports.folder import FILE, FORMAT, GROUPS_SHEET, PAIRS

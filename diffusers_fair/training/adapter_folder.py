@@ -4,10 +4,10 @@ from typing import Any
 
 from diffusers_fair.adapters.folder import read_adapter
 from diffusers_fair.adapters.format import AdapterInfo, Lora, SoftTokens
+from diffusers_fair.adapters.repository import local_folder
 from diffusers_fair.adapters.trainable import TrainableAdapter
 from diffusers_fair.attributes import Attribute
 from diffusers_fair.config.schema import RunConfig
-from diffusers_fair.loading import local_folder
 from diffusers_fair.prompts.groups import vocabulary
 
 

@@ -18,7 +18,8 @@ import numpy as np
 
 from diffusers_fair import FairnessFinetuner, testbed
 from diffusers_fair.prompts import prompt_set
-from diffusers_fair.training.classifier import Settings, read_images, train_classifier
+from diffusers_fair.training.classifier import Settings, train_classifier
+from diffusers_fair.training.labelled_images import read_images
 
 OUT = Path("runs/quickstart/lighting")
 IMAGES, CLASSIFIER = OUT / "labelled", OUT / "classifier"

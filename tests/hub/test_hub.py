@@ -18,7 +18,7 @@ from test_io import adapter_info, embeds, weights
 from diffusers_fair import FairnessFinetuner, RunConfig, cli, testbed
 from diffusers_fair.adapters.folder import read_adapter, write_adapter
 from diffusers_fair.adapters.format import SoftTokens
-from diffusers_fair.loading import local_folder
+from diffusers_fair.adapters.repository import local_folder
 from diffusers_fair.publishing.hub import push_adapter
 
 CARD = "---\nlibrary_name: diffusers\n---\n# Adapter\n"

@@ -20,7 +20,8 @@ from diffusers_fair.backends import retinaface
 from diffusers_fair.backends.registry import load_base
 from diffusers_fair.backends.sources import HubDataset, HubModel, UrlFile
 from diffusers_fair.config.schema import RunConfig
-from diffusers_fair.training.classifier import Settings, read_images
+from diffusers_fair.training.classifier import Settings
+from diffusers_fair.training.labelled_images import read_images
 
 BASE = "stable-diffusion-v1-5/stable-diffusion-v1-5"
 FACES = "datasets/HuggingFaceM4/FairFace"

@@ -16,7 +16,8 @@ from PIL import Image
 from diffusers_fair import cli
 from diffusers_fair.backends.trained_classifier import load as load_classifier
 from diffusers_fair.training import classifier as classifier_training
-from diffusers_fair.training.classifier import Settings, _hold_out, read_images, train_classifier
+from diffusers_fair.training.classifier import Settings, _hold_out, train_classifier
+from diffusers_fair.training.labelled_images import read_images
 from diffusers_fair.training.stopping import StoppedError
 
 COLOURS = {"green": (30, 200, 30), "red": (200, 30, 30)}

@@ -7,18 +7,18 @@ from pathlib import Path
 import pytest
 
 from diffusers_fair.adapters.folder import open_adapter
+from diffusers_fair.adapters.repository import local_folder
 from diffusers_fair.backends.reference_faces import needs as reference_faces_needs
 from diffusers_fair.backends.registry import base, classifier_needs
 from diffusers_fair.config.models import ClassifierSection
 from diffusers_fair.evaluation.image_folder import image_folder
-from diffusers_fair.loading import local_folder
 from diffusers_fair.paths import expand, require_writable
 from diffusers_fair.prompts.tables import read_table
 from diffusers_fair.publishing.card import write_card
 from diffusers_fair.publishing.hub import push_adapter
 from diffusers_fair.reports.folder import load_report, require_free
 from diffusers_fair.testbed import world
-from diffusers_fair.training.classifier import read_images
+from diffusers_fair.training.labelled_images import read_images
 
 
 def test_home_folders(monkeypatch, tmp_path):
