@@ -445,7 +445,7 @@ def test_what_a_reference_lacks_is_measured(base, other, tmp_path):
 def test_what_a_reference_has_is_not_measured_again(base):
     looks = Counting()
     some = dataclasses.replace(NAMED, prompts=NAMED.prompts[:1], images_per_prompt=1)
-    full = with_groups(base, None, [some], judges=judges(face_detector=looks))
+    full = with_groups(base, pipeline(), [some], judges=judges(face_detector=looks))
     assert looks.looks == 0
     assert full.groups["named"].group == some
 
