@@ -258,6 +258,7 @@ def test_import_is_light():
                 "layers",
                 "prefix",
                 "prompt_encoder",
+                "repository",
                 "soft_tokens",
                 "tensors",
                 "word_switch",
