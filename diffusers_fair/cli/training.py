@@ -41,6 +41,7 @@ def demo(
         "testbed",
         adapter=str(folder / "adapter"),
         out=out / "report",
+        recipe="testbed-demo",
         prompts=prompt_set("testbed-occupations").prompts("test")[::2],
         images_per_prompt=images,
         group_images=DEMO_IMAGES,
