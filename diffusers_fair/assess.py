@@ -88,10 +88,10 @@ class EvaluationDefaults:
                 f"there are no models to judge the images of '{base}': name a recipe that has them "
                 "with --recipe"
             )
-        shipped = usual()
-        guidance_scale = registry.usual_guidance(base)
+        shipped, sampling = usual(), registry.base(base).usual_sampling
+        assert sampling is not None
         return cls(
-            section=EvaluationSection(steps=shipped.steps, guidance_scale=guidance_scale),
+            section=EvaluationSection(steps=sampling.steps, guidance_scale=sampling.guidance_scale),
             attributes=shipped.attributes,
             counted=list(shipped.attributes)[:1],
             prompt_sets=[shipped.prompt_set],

@@ -37,7 +37,8 @@ def add_lora(
     """
     from peft import LoraConfig
 
-    targets = family_of(pipe).targets
+    family = family_of(pipe)
+    targets = family.targets
     if component not in targets:
         raise ValueError(f"LoRA goes into one of {sorted(targets)}, got {component!r}")
     module = getattr(pipe, component)
@@ -52,7 +53,13 @@ def add_lora(
         config = LoraConfig(
             r=rank,
             lora_alpha=alpha or rank,  # type: ignore[arg-type]  # peft accepts floats
-            target_modules=list(targets[component]),
+            target_modules=[
+                name
+                for name, layer in module.named_modules()
+                if isinstance(layer, nn.Linear)
+                and name.endswith(tuple(f".{target}" for target in targets[component]))
+                and family.has_effect(component, module, name)
+            ],
         )
         module.add_adapter(config, adapter_name=adapter_name)
     parameters = _trainable_parameters(module)

@@ -10,6 +10,7 @@ from diffusers_fair.backends.errors import loading
 from diffusers_fair.backends.needs import Need, file, pretrained
 from diffusers_fair.config.backends import SHIPPED_BASES
 from diffusers_fair.families import check_components
+from diffusers_fair.families.base import Usual
 from diffusers_fair.families.stable_diffusion import STABLE_DIFFUSION
 from diffusers_fair.paths import expand
 
@@ -30,8 +31,6 @@ class UsualEvaluation:
     """Class -> words that name it in a prompt."""
     prompt_set: str
     """Name of the prompt set."""
-    steps: int
-    """Scheduler steps."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -42,8 +41,8 @@ class Base:
     """Loads the pipeline on the CPU, given model, revision and data type."""
     needs: Callable[[str, str | None], list[Need]]
     """Lists the requirements of `load`, given model and revision."""
-    usual_guidance: float
-    """Usual guidance scale."""
+    usual_sampling: Usual | None = None
+    """Usual guidance scale and steps; None for those of the pipeline's family."""
     untouched_set: str
     """Prompt set of things and places without people that the model can generate."""
     usual_device: str = "auto"
@@ -109,6 +108,5 @@ def _needs(model: str, revision: str | None = None) -> list[Need]:
 pretrained_base = Base(
     load=_load,
     needs=_needs,
-    usual_guidance=STABLE_DIFFUSION.guidance_scale,
     untouched_set="untouched",
 )

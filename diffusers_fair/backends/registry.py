@@ -28,6 +28,8 @@ from diffusers_fair.config.backends import (
     Kinds,
 )
 from diffusers_fair.devices import choose_device, choose_dtype
+from diffusers_fair.families import family_of
+from diffusers_fair.families.base import Usual
 from diffusers_fair.paths import expand
 
 if TYPE_CHECKING:
@@ -134,9 +136,10 @@ def choose_base_device(model: str, device: str = "auto") -> torch.device:
     return choose_device(base(model).usual_device if device == "auto" else device)
 
 
-def usual_guidance(model: str) -> float:
-    """Return the usual guidance scale of a base model."""
-    return base(model).usual_guidance
+def usual_sampling(model: str, pipe: Any) -> Usual:
+    """Return the usual guidance scale and steps of a base model, given its pipeline."""
+    usual = base(model).usual_sampling
+    return family_of(pipe).usual(pipe) if usual is None else usual
 
 
 def untouched_set(model: str) -> str:

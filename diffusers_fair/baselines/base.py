@@ -6,7 +6,6 @@ from typing import Any, Protocol
 
 import torch
 
-from diffusers_fair.families.stable_diffusion import STABLE_DIFFUSION
 from diffusers_fair.prompts.wording import Wording
 from diffusers_fair.vision.judges import Judges
 
@@ -21,9 +20,9 @@ class Task:
     """Neutral prompts to fit a method on; none of them is evaluated."""
     judges: Callable[[], Judges]
     """Loads the judges that a method may be fitted with: those of training, not of evaluation."""
-    steps: int = STABLE_DIFFUSION.steps
+    steps: int = 20
     """Scheduler steps of the images that a method generates to be fitted."""
-    guidance_scale: float = STABLE_DIFFUSION.guidance_scale
+    guidance_scale: float = 7.5
     """Guidance scale of these images."""
     seed: int = 0
     """Random seed of these images."""

@@ -246,13 +246,16 @@ def generate(
     adapter: Adapter = None,
     out: Out = Path("images"),
     images: Annotated[int, typer.Option(min=1, metavar="INT", help="Images per prompt.")] = 4,
-    steps: Annotated[int, typer.Option(min=1, metavar="INT", help="Scheduler steps.")] = 20,
+    steps: Annotated[
+        int | None,
+        typer.Option(
+            min=1, metavar="INT", help="Scheduler steps. Default: usual for the base model."
+        ),
+    ] = None,
     guidance_scale: Annotated[
         float | None,
         typer.Option(
-            min=0,
-            metavar="FLOAT",
-            help="Guidance scale. Default: 4.5 for the testbed, 7.5 otherwise.",
+            min=0, metavar="FLOAT", help="Guidance scale. Default: usual for the base model."
         ),
     ] = None,
     seed: Annotated[int, typer.Option(min=0, metavar="INT", help="Random seed of the noise.")] = 0,
@@ -268,19 +271,11 @@ def generate(
     File names tell the prompt, the seed and the adapter. Images that the folder already has from
     the same command are kept, and not generated again.
     """
-    from diffusers_fair.backends.registry import usual_guidance
-    from diffusers_fair.evaluation.checks import check_sampling
+    from diffusers_fair.backends.registry import usual_sampling
     from diffusers_fair.evaluation.generate import generate as sample
     from diffusers_fair.evaluation.image_files import file_stems, write_image
     from diffusers_fair.vision.images import to_arrays
 
-    sampling: dict[str, Any] = {
-        "images_per_prompt": images,
-        "steps": steps,
-        "guidance_scale": usual_guidance(base) if guidance_scale is None else guidance_scale,
-        "seed": seed,
-    }
-    check_sampling(**sampling)
     require_writable(out)
     pipe, digest = _pipeline(
         base,
@@ -291,8 +286,16 @@ def generate(
         revision=revision,
         adapter_revision=adapter_revision,
     )
-    scale, computed = sampling["guidance_scale"], str(pipe.dtype)  # auto differs between devices
-    settings = [base, digest, steps, scale, respect_words, computed, revision]
+    usual = usual_sampling(base, pipe)
+    sampling: dict[str, Any] = {
+        "images_per_prompt": images,
+        "steps": usual.steps if steps is None else steps,
+        "guidance_scale": usual.guidance_scale if guidance_scale is None else guidance_scale,
+        "seed": seed,
+    }
+    computed = str(pipe.dtype)  # auto differs between devices
+    chosen = (sampling["steps"], sampling["guidance_scale"])
+    settings = [base, digest, *chosen, respect_words, computed, revision]
     stems = file_stems(prompt, seed=seed, adapter=adapter, settings=settings)
     files = {
         (i, j): out / f"{stem}-{j:03d}.png" for i, stem in enumerate(stems) for j in range(images)

@@ -218,8 +218,12 @@ class SamplingSection(Section):
     steps: _StepsRange = (19, 23)
     """K: scheduler steps, a number or a range `[low, high]` that is sampled from in each
     iteration."""
-    guidance_scale: Annotated[Number, Field(ge=1)] = 7.5
-    """s: scale of classifier-free guidance; 1 disables guidance."""
+    guidance_scale: NonNegativeFloat = 7.5
+    """s: scale of classifier-free guidance, or the scale that the denoiser embeds, as in FLUX.1
+    dev. 0 to 1 disables classifier-free guidance; distilled models are used with 0."""
+    size: PositiveInt | None = None
+    """Width and height of the images in pixels; null is the default of the pipeline. Training on
+    smaller images takes less memory and time."""
     antithetic: bool = False
     """Sample each prompt's noise in pairs z, -z; each is still standard normal. If the two images
     differ in class more often than by chance, as on the testbed, batch statistics and the loss have
@@ -372,8 +376,10 @@ class EvaluationSection(Section):
     """Images per prompt."""
     steps: PositiveInt = 25
     """Scheduler steps."""
-    guidance_scale: Annotated[Number, Field(ge=1)] = 7.5
-    """s: scale of classifier-free guidance."""
+    guidance_scale: NonNegativeFloat = 7.5
+    """s: scale of guidance, as for `sampling.guidance_scale`."""
+    size: PositiveInt | None = None
+    """Width and height of the images in pixels; null is the default of the pipeline."""
     seed: NonNegativeInt = 0
     """Random seed of the noise, which is the same with and without the adapter."""
     models: EvaluationModelsSection = EvaluationModelsSection()

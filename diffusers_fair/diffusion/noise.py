@@ -48,6 +48,23 @@ def initial_noise(
     return torch.cat([x.sign * _normal(shape, x.seed, dtype) for x in noise]).to(device)
 
 
+def noise_generators(
+    shape: Sequence[int], noise: Sequence[Noise], dtype: torch.dtype = torch.float32
+) -> list[torch.Generator]:
+    """Return the generators from which the initial noise of each image was sampled, after that.
+
+    A pipeline that is called with a generator for each image continues with them, too, when its
+    scheduler adds noise.
+    """
+    return [_after_start(shape, x.seed, dtype) for x in noise]
+
+
+def _after_start(shape: Sequence[int], seed: int, dtype: torch.dtype) -> torch.Generator:
+    generator = torch.Generator().manual_seed(seed)
+    torch.randn(1, *shape, generator=generator, dtype=dtype)
+    return generator
+
+
 def _normal(shape: Sequence[int], seed: int, dtype: torch.dtype) -> Tensor:
     """Sample the noise of one image. (1, c, h, w)."""
     return torch.randn(1, *shape, generator=torch.Generator().manual_seed(seed), dtype=dtype)

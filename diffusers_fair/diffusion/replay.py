@@ -17,8 +17,14 @@ import torch
 from torch import Tensor
 from torch.nn.attention import SDPBackend, sdpa_kernel
 
-from diffusers_fair.diffusion.sampling import NOTHING_TO_TRAIN, Trajectory, weighted_branches
+from diffusers_fair.diffusion.sampling import (
+    NOTHING_TO_TRAIN,
+    Trajectory,
+    shape_of,
+    weighted_branches,
+)
 from diffusers_fair.families import denoiser_of, family_of
+from diffusers_fair.families.base import Shape
 from diffusers_fair.families.conditioning import (
     Branches,
     Conditioning,
@@ -113,18 +119,20 @@ def replay(
         inverse_probabilities = torch.ones(steps.shape[-1])
     _check_fit(trajectory, grad_latents, step_weights, steps, inverse_probabilities)
     branches = {name: leaves(conditioning) for name, conditioning in branches.items()}
-    groups = trainable_branches(pipe, branches, trajectory.guidance_scale, split=split_guidance)
+    shape = shape_of(trajectory.latents)
+    scale = trajectory.guidance_scale
+    groups = trainable_branches(pipe, branches, shape, scale, split=split_guidance)
     if not groups:
         raise ValueError(NOTHING_TO_TRAIN)
     weights = inverse_probabilities * step_weights.cpu()[steps]  # (n, k), C_i a_i
     for column, weight in zip(steps.unbind(1), weights.unbind(1), strict=True):
         for part in torch.arange(len(grad_latents)).split(micro_batch or len(grad_latents)):
             inputs, timesteps = _evaluations(trajectory, column, part)
-            scale = weight[part].to(grad_latents)[:, None, None, None]
-            gradient = grad_latents[part] * scale  # C_i a_i v
+            influence = weight[part].to(grad_latents)[:, None, None, None]
+            gradient = grad_latents[part] * influence  # C_i a_i v
             for group in groups:
                 rows = [(select(expand(c, len(grad_latents)), part), share) for c, share in group]
-                backward_step(pipe, inputs, timesteps, rows, gradient)
+                backward_step(pipe, inputs, timesteps, rows, gradient, scale)
     return {
         name: collected
         for name, conditioning in branches.items()
@@ -133,25 +141,32 @@ def replay(
 
 
 def trainable_branches(
-    pipe: Any, branches: Branches, guidance_scale: float, *, split: bool = False
+    pipe: Any, branches: Branches, shape: Shape, guidance_scale: float, *, split: bool = False
 ) -> list[list[tuple[Conditioning, float]]]:
     """Return the branches with something trainable and their weights in the guided prediction.
+
+    With guidance that is not linear, the gradient of a branch depends on all of them: they form one
+    group.
 
     Args:
         pipe: a pipeline of a known family.
         branches: conditioning of each guidance branch.
+        shape: (c, h, w) of one image's latents.
         guidance_scale: 1 for no guidance.
-        split: whether each branch forms a group of its own.
+        split: whether each branch forms a group of its own, with linear guidance.
 
     Returns:
         Groups of branches that are evaluated together; empty if nothing is trainable.
     """
     denoiser_trains = any(parameter.requires_grad for parameter in denoiser_of(pipe).parameters())
+    weighted = weighted_branches(pipe, branches, shape, guidance_scale)
     trainable = [
         (conditioning, weight)
-        for conditioning, weight in weighted_branches(family_of(pipe), branches, guidance_scale)
+        for conditioning, weight in weighted
         if denoiser_trains or requires_grad(conditioning)
     ]
+    if trainable and not family_of(pipe).has_linear_guidance:
+        return [weighted]
     if split or not trainable:
         return [[branch] for branch in trainable]
     return [trainable]
@@ -171,6 +186,7 @@ def backward_step(
     timesteps: Tensor,
     branches: list[tuple[Conditioning, float]],
     grad_guided: Tensor,
+    guidance_scale: float,
 ) -> None:
     """Evaluate the denoiser for some branches and back-propagate d loss / d guided prediction.
 
@@ -180,12 +196,18 @@ def backward_step(
         timesteps: (m,).
         branches: conditioning with m rows, and weight in the guided prediction.
         grad_guided: (m, c, h, w).
+        guidance_scale: used if guidance is not linear.
     """
+    family = family_of(pipe)
     conditioning = cast(concatenate(c for c, _ in branches), inputs)
-    gradient = torch.cat([weight * grad_guided for _, weight in branches])
     inputs, timesteps = (torch.cat([x] * len(branches)) for x in (inputs, timesteps))
     with _attention(inputs):
-        outputs = family_of(pipe).predict(denoiser_of(pipe), inputs, timesteps, conditioning)
+        outputs = family.predict(denoiser_of(pipe), inputs, timesteps, conditioning)
+        if family.has_linear_guidance:
+            gradient = torch.cat([weight * grad_guided for _, weight in branches])
+        else:
+            outputs = family.combine(outputs.chunk(len(branches)), guidance_scale)
+            gradient = grad_guided
         outputs.backward(gradient.to(outputs.dtype))
 
 

@@ -1,15 +1,15 @@
 """Sampling and decoding, which keeps the denoiser inputs that replay needs."""
 
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from typing import Any
 
 import torch
 from torch import Tensor
 
-from diffusers_fair.diffusion.scheduler import scaled_input
+from diffusers_fair.diffusion.scheduler import scaled_input, takes_generator
 from diffusers_fair.families import denoiser_of, family_of
-from diffusers_fair.families.base import Family
+from diffusers_fair.families.base import Shape
 from diffusers_fair.families.conditioning import (
     Branches,
     Conditioning,
@@ -47,6 +47,7 @@ def sample(
     steps: int,
     guidance_scale: float,
     *,
+    generators: Sequence[torch.Generator] | None = None,
     keep: bool = True,
     micro_batch: int | None = None,
 ) -> Trajectory:
@@ -59,13 +60,15 @@ def sample(
         noise: (n, c, h, w), standard normal.
         steps: number of scheduler steps.
         guidance_scale: 1 for no guidance.
+        generators: n generators of the noise that a stochastic scheduler adds, from
+            `noise_generators`; None for torch's own.
         keep: whether to keep the inputs of the denoiser for replay.
         micro_batch: images per evaluation of the denoiser; None for all.
 
     Raises:
         ValueError: a missing branch, or a guidance scale that the family cannot use.
     """
-    guided = guided_prediction(pipe, branches, len(noise), guidance_scale, micro_batch)
+    guided = guided_prediction(pipe, branches, noise.shape, guidance_scale, micro_batch)
     inputs = []
 
     def evaluate(step: int, scaled: Tensor, t: Tensor) -> Tensor:
@@ -73,47 +76,73 @@ def sample(
             inputs.append(scaled)
         return guided(scaled, t)
 
-    latents = denoise(evaluate, scheduler, noise, steps)
+    latents = denoise(pipe, evaluate, scheduler, noise, steps, generators)
     return Trajectory(latents, tuple(inputs), scheduler.timesteps, guidance_scale)
 
 
 def denoise(
-    evaluate: Callable[[int, Tensor, Tensor], Tensor], scheduler: Any, noise: Tensor, steps: int
+    pipe: Any,
+    evaluate: Callable[[int, Tensor, Tensor], Tensor],
+    scheduler: Any,
+    noise: Tensor,
+    steps: int,
+    generators: Sequence[torch.Generator] | None = None,
 ) -> Tensor:
     """Run the sampling loop from noise to the final latents, with gradients if they are enabled.
 
     Args:
+        pipe: a pipeline of a known family.
         evaluate: (step from 0, scaled latents (n, c, h, w), timestep) -> guided prediction
             (n, c, h, w).
         scheduler: a diffusers scheduler, wrapped in `BiasedGradientScheduler` or not.
         noise: (n, c, h, w), standard normal.
         steps: number of scheduler steps.
+        generators: as for `sample`.
 
     Returns:
         (n, c, h, w), z_K.
     """
-    scheduler.set_timesteps(steps, device=noise.device)
+    options = family_of(pipe).timestep_options(scheduler, steps, shape_of(noise))
+    scheduler.set_timesteps(**options, device=noise.device)
+    step_options = {}
+    if generators is not None and takes_generator(scheduler):
+        step_options["generator"] = list(generators)
     latents = noise * getattr(scheduler, "init_noise_sigma", 1.0)  # flow matching has none
     for i, t in enumerate(scheduler.timesteps):
         output = evaluate(i, scaled_input(scheduler, latents, t), t)  # (n, c, h, w)
-        latents = scheduler.step(output, t, latents, return_dict=False)[0]
+        latents = scheduler.step(output, t, latents, return_dict=False, **step_options)[0]
     return latents
+
+
+def shape_of(latents: Tensor) -> Shape:
+    """Return the shape (c, h, w) of one image's latents."""
+    _, c, h, w = latents.shape
+    return c, h, w
 
 
 def guided_prediction(
     pipe: Any,
     branches: Branches,
-    count: int,
+    shape: Sequence[int],
     guidance_scale: float,
     micro_batch: int | None = None,
 ) -> Callable[[Tensor, Tensor], Tensor]:
-    """Return the guided prediction as a function of `count` scaled latents and a timestep.
+    """Return the guided prediction as a function of scaled latents and a timestep.
+
+    Args:
+        pipe: a pipeline of a known family.
+        branches: conditioning of each guidance branch.
+        shape: (n, c, h, w) of the latents.
+        guidance_scale: 1 for no guidance.
+        micro_batch: images per evaluation of the denoiser; None for all.
 
     Raises:
-        ValueError: as in `weighted_branches`, or conditioning with neither one row nor `count`.
+        ValueError: as in `weighted_branches`, or conditioning with neither one row nor n.
     """
     family, denoiser = family_of(pipe), denoiser_of(pipe)
-    rows = [expand(c, count) for c, _ in weighted_branches(family, branches, guidance_scale)]
+    count, *latents_shape = shape
+    weighted = weighted_branches(pipe, branches, latents_shape, guidance_scale)
+    rows = [expand(c, count) for c, _ in weighted]
     parts = torch.arange(count).split(micro_batch or count)
     inputs = [concatenate(select(branch, part) for branch in rows) for part in parts]
 
@@ -129,21 +158,32 @@ def guided_prediction(
 
 
 def weighted_branches(
-    family: Family, branches: Branches, guidance_scale: float
+    pipe: Any, branches: Branches, shape: Sequence[int], guidance_scale: float
 ) -> list[tuple[Conditioning, float]]:
     """Return the conditioning of each evaluated branch and its weight in the guided prediction.
+
+    Args:
+        pipe: a pipeline of a known family.
+        branches: conditioning of each guidance branch, as the family encodes it.
+        shape: (c, h, w) of one image's latents.
+        guidance_scale: 1 for no guidance.
 
     Raises:
         ValueError: guidance without "uncond", or a scale that the family cannot use.
     """
-    weights = family.guidance_branches(guidance_scale)
+    family = family_of(pipe)
+    c, h, w = shape
+    weights = family.guidance_branches(pipe, guidance_scale)
     for name, _ in weights:
         if name not in branches:
             raise ValueError(
                 f"guidance_scale {guidance_scale:g} needs the embeddings of the empty prompt: "
                 f"pass {name}, or guidance_scale=1"
             )
-    return [(branches[name], weight) for name, weight in weights]
+    return [
+        (family.complete(pipe, branches[name], (c, h, w), guidance_scale), weight)
+        for name, weight in weights
+    ]
 
 
 def decode(pipe: Any, latents: Tensor, micro_batch: int | None = None) -> Tensor:

@@ -11,6 +11,8 @@ omits the coupling between denoising steps on purpose (section 4.2).
 | model output | epsilon_t, the denoiser's prediction: noise, or velocity |
 """
 
+import inspect
+from collections.abc import Callable, Sequence
 from typing import Any, Literal
 
 import torch
@@ -30,7 +32,8 @@ class BiasedGradientScheduler:
     the wrapped scheduler.
 
     Args:
-        scheduler: any diffusers scheduler that is linear in the latents and in the model output.
+        scheduler: any diffusers scheduler that is linear in the latents and in the model output,
+            but for noise that it adds.
         standardize: choice of C_i; the geometric mean of |C_i| is always 1.
             `"paper"`: 1 / A_t, from the influence of the noise prediction in DDPM (equation 9).
             `"exact"`: 1 / a_i, from the influence of the model output in this very scheduler, so
@@ -49,8 +52,11 @@ class BiasedGradientScheduler:
             _require_noise_schedule(scheduler)
         self.scheduler = scheduler
         self.standardize = standardize
-        self._options = {"num_inference_steps": getattr(scheduler, "num_inference_steps", None)}
+        self.detaches_elsewhere = False  # whether something else detaches the model's input
+        steps = getattr(scheduler, "num_inference_steps", None)
+        self._options = {} if steps is None else {"num_inference_steps": steps}
         self._index = -1  # index of the last step taken
+        self._input_is_detached = False  # since the last step
         self._solved: dict[tuple[float, ...], tuple[Tensor, Tensor]] = {}  # timesteps -> a, C
 
     def __getattr__(self, name: str) -> Any:
@@ -59,34 +65,70 @@ class BiasedGradientScheduler:
         return getattr(self.scheduler, name)
 
     def set_timesteps(
-        self, num_inference_steps: int | None = None, device: Any = None, **kwargs: Any
+        self,
+        num_inference_steps: int | None = None,
+        device: Any = None,
+        timesteps: Sequence[float] | None = None,
+        sigmas: Sequence[float] | None = None,
+        mu: float | None = None,
+        **kwargs: Any,
     ) -> None:
         """Set the timesteps of the wrapped scheduler and compute the weights of its steps.
+
+        The arguments are those of diffusers' schedulers; only those that are given are passed on.
+        Pipelines look for their names.
 
         Raises:
             ValueError: the scheduler is not linear in the model output.
         """
-        self.scheduler.set_timesteps(num_inference_steps, device=device, **kwargs)
-        self._options = {"num_inference_steps": num_inference_steps, **kwargs}
+        named = {"timesteps": timesteps, "sigmas": sigmas, "mu": mu, **kwargs}
+        options = {name: value for name, value in named.items() if value is not None}
+        if num_inference_steps is not None:
+            options["num_inference_steps"] = num_inference_steps
+        self.scheduler.set_timesteps(**options, device=device)
+        self._options = options
         self._index = -1
+        self._input_is_detached = False
         self._solve()
 
     def scale_model_input(self, sample: Tensor, timestep: Any = None) -> Tensor:
         """Detach the latents, z'_i = detach(z_i), then scale them as the scheduler does."""
+        self._input_is_detached = True
         return scaled_input(self.scheduler, sample.detach(), timestep)
 
-    def step(self, model_output: Tensor, timestep: Any, sample: Tensor, **kwargs: Any) -> Any:
+    def step(
+        self,
+        model_output: Tensor,
+        timestep: Any,
+        sample: Tensor,
+        generator: Any = None,
+        **kwargs: Any,
+    ) -> Any:
         """Take the scheduler's step; the gradient of `model_output` is multiplied by C_i.
 
         Raises:
-            ValueError: `timestep` is not among `timesteps`.
+            ValueError: `timestep` is not among `timesteps`, or the model's input is attached.
         """
         self._index = self._index_of(timestep)
+        self._check_input(model_output, sample)
+        if generator is not None and takes_generator(self.scheduler):
+            kwargs["generator"] = generator
         if model_output.requires_grad:
             coefficient = self._solve()[1][self._index].item()
             model_output = model_output.view_as(model_output)  # the caller's tensor gets no hook
             model_output.register_hook(lambda gradient: gradient * coefficient)  # Algorithm 1
         return self.scheduler.step(model_output, timestep, sample, **kwargs)
+
+    def _check_input(self, model_output: Tensor, sample: Tensor) -> None:
+        """Refuse a loop in which the gradient also flows through the model's input."""
+        is_detached = self._input_is_detached or self.detaches_elsewhere
+        self._input_is_detached = False
+        if model_output.requires_grad and sample.requires_grad and not is_detached:
+            raise ValueError(
+                "the pipeline does not call scale_model_input, so the model's input is attached "
+                "and the gradient is not that of Algorithm 1: sample within `with "
+                "biased_gradient(pipe)` from diffusers_fair.diffusion.drop_in"
+            )
 
     def output_weights(self) -> Tensor:
         """Return a_i = d z_K / d output_i for the timesteps that are set.
@@ -127,7 +169,7 @@ class BiasedGradientScheduler:
 
     def _fresh(self, timesteps: Tensor) -> Any:
         """Build a scheduler like the wrapped one, whose state is not touched."""
-        if all(value is None for value in self._options.values()):
+        if not self._options:
             raise ValueError("no timesteps are set: call set_timesteps(number of steps) first")
         fresh = type(self.scheduler).from_config(self.scheduler.config)
         fresh.set_timesteps(**self._options)
@@ -161,6 +203,11 @@ class BiasedGradientScheduler:
         return next((i for i in indices if i > self._index), indices[0])
 
 
+def takes_generator(scheduler: Any) -> bool:
+    """Whether the steps of a scheduler take generators, of noise that it adds."""
+    return "generator" in inspect.signature(scheduler.step).parameters
+
+
 def scaled_input(scheduler: Any, sample: Tensor, timestep: Any) -> Tensor:
     """Scale latents for the model; flow-matching schedulers have no method for it."""
     if not hasattr(scheduler, "scale_model_input"):
@@ -169,10 +216,13 @@ def scaled_input(scheduler: Any, sample: Tensor, timestep: Any) -> Tensor:
 
 
 def _run(scheduler: Any, latents: Tensor, outputs: list[Tensor]) -> Tensor:
-    """Run the scheduler over given model outputs, from z_0 to z_K."""
+    """Run the scheduler over given model outputs, from z_0 to z_K, always with the same noise."""
+    options = {}
+    if takes_generator(scheduler):
+        options["generator"] = torch.Generator().manual_seed(0)
     for output, timestep in zip(outputs, scheduler.timesteps, strict=True):
         scaled_input(scheduler, latents, timestep)  # some schedulers require the call
-        latents = scheduler.step(output, timestep, latents, return_dict=False)[0]
+        latents = scheduler.step(output, timestep, latents, return_dict=False, **options)[0]
     return latents
 
 
@@ -195,23 +245,24 @@ def _measure(fresh: Any) -> Tensor:
         gradient = torch.autograd.grad(_run(scheduler, start, outputs).sum(), inputs)[0]
         gradient = gradient.flatten()  # (1 + K,): d z_K / d z_0, then a_i
         for scale in (1.0, 100.0):
-            if not _predicts(gradient, fresh(), scale):
+            if not _predicts(gradient, fresh, scale):
                 raise ValueError(
                     f"{type(scheduler).__name__} as configured is not linear in the model output, "
                     "so its steps have no fixed weights: switch off thresholding and clip_sample, "
-                    "and use a deterministic solver (DPM-Solver++, DDIM, Euler or UniPC, "
-                    "not an ancestral or sde one)"
+                    "or use another one, such as DPM-Solver++, DDIM, Euler or UniPC"
                 )
     return gradient[1:].detach()
 
 
 @torch.no_grad()
-def _predicts(gradient: Tensor, scheduler: Any, scale: float) -> bool:
-    """Return whether z_K = gradient . (z_0, outputs) for random inputs of this scale."""
+def _predicts(gradient: Tensor, fresh: Callable[[], Any], scale: float) -> bool:
+    """Return whether z_K = noise + gradient . (z_0, outputs) for random inputs of this scale."""
     generator = torch.Generator().manual_seed(0)
     shape = (len(gradient), 2, 4, 4, 4)
     inputs = scale * torch.randn(shape, generator=generator, dtype=torch.float64)
-    latents = _run(scheduler, inputs[0], list(inputs[1:]))
+    start, *outputs = inputs
+    zeros = torch.zeros_like(start)
+    latents = _run(fresh(), start, outputs) - _run(fresh(), zeros, [zeros] * len(outputs))
     terms = gradient.view(-1, 1, 1, 1, 1) * inputs
     return bool(((latents - terms.sum(0)).abs() <= _TOLERANCE * terms.abs().sum(0).max()).all())
 

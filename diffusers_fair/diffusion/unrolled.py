@@ -5,6 +5,7 @@ bit: a `BiasedGradientScheduler` gives Algorithm 1 of the paper as printed, a pl
 scheduler the exact gradient of the sampling process (equation 9).
 """
 
+from collections.abc import Sequence
 from typing import Any
 
 import torch
@@ -24,6 +25,7 @@ def unroll(
     steps: int,
     guidance_scale: float,
     *,
+    generators: Sequence[torch.Generator] | None = None,
     last: int | None = None,
 ) -> Tensor:
     """Sample latents as `sampling.sample` does, differentiably, with every step checkpointed.
@@ -36,6 +38,7 @@ def unroll(
         noise: (n, c, h, w), standard normal.
         steps: number of scheduler steps.
         guidance_scale: 1 for no guidance.
+        generators: as for `sampling.sample`.
         last: number of denoiser evaluations, counted from the end, that the gradient goes through;
             None for all. The output of earlier ones is treated as constant.
 
@@ -48,14 +51,14 @@ def unroll(
     """
     if last is not None and not 1 <= last <= steps:
         raise ValueError(f"last must be 1 to {steps}, the number of steps, got {last}")
-    guided = guided_prediction(pipe, branches, len(noise), guidance_scale)
+    guided = guided_prediction(pipe, branches, noise.shape, guidance_scale)
 
     def evaluate(i: int, scaled: Tensor, t: Tensor) -> Tensor:
         tracked = last is None or i >= len(scheduler.timesteps) - last
         with torch.set_grad_enabled(tracked):
             return checkpoint(guided, scaled, t, use_reentrant=False)
 
-    latents = denoise(evaluate, scheduler, noise, steps)
+    latents = denoise(pipe, evaluate, scheduler, noise, steps, generators)
     if not latents.requires_grad:
         raise ValueError(NOTHING_TO_TRAIN)
     return latents

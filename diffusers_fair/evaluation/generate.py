@@ -16,6 +16,7 @@ from torch import Tensor
 
 from diffusers_fair.evaluation.batch_size import default_batch_size
 from diffusers_fair.evaluation.checks import check_sampling
+from diffusers_fair.families import find_family
 from diffusers_fair.families.base import execution_device
 
 
@@ -74,7 +75,9 @@ def pairs_of(images: Sequence[int], batch_size: int) -> list[np.ndarray]:
 
 
 def takes_negative_prompts(pipe: Any) -> bool:
-    """Whether the pipeline can be called with `negative_prompt`."""
+    """Whether `negative_prompt` has an effect on the images of the pipeline."""
+    if (family := find_family(pipe)) is not None and not family.takes_negative_prompts:
+        return False
     parameters = signature(pipe.__call__).parameters
     return "negative_prompt" in parameters or any(
         parameter.kind is Parameter.VAR_KEYWORD for parameter in parameters.values()
@@ -110,13 +113,17 @@ def generate_batch(
     """
     seeds = [image_seed(seed, keys[i] if keys else int(i), int(j)) for i, j in pairs]
     negative = [negatives[i] if negatives else "" for i, _ in pairs]
-    options = {"negative_prompt": negative} if any(negative) else {}  # not every pipeline takes it
+    family = find_family(pipe)
+    options: dict[str, Any] = {"guidance_scale": guidance_scale}
+    if family is not None:
+        options = family.call_options(pipe, guidance_scale)
+    if any(negative):
+        options["negative_prompt"] = negative  # not every pipeline takes it
     with _silent(pipe):
         images = pipe(
             prompt=[prompts[i] for i, _ in pairs],
             generator=[torch.Generator().manual_seed(s) for s in seeds],
             num_inference_steps=steps,
-            guidance_scale=guidance_scale,
             output_type="pt",
             **options,
         ).images  # (n, 3, h, w) in [0, 1]

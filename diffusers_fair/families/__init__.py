@@ -1,13 +1,20 @@
 """Families of pipelines: the only modules that know how a pipeline is built."""
 
+from collections.abc import Sequence
 from typing import Any
 
-from diffusers_fair.families.base import Family
-from diffusers_fair.families.stable_diffusion import STABLE_DIFFUSION
+import torch
 
-_FAMILIES: tuple[Family, ...] = (STABLE_DIFFUSION,)
+from diffusers_fair.families.base import Family
+from diffusers_fair.families.conditioning import Conditioning, concatenate, select
+from diffusers_fair.families.flux import FLUX
+from diffusers_fair.families.stable_diffusion import STABLE_DIFFUSION
+from diffusers_fair.families.stable_diffusion_3 import STABLE_DIFFUSION_3
+from diffusers_fair.families.stable_diffusion_xl import STABLE_DIFFUSION_XL
+
+FAMILIES: tuple[Family, ...] = (STABLE_DIFFUSION, STABLE_DIFFUSION_XL, STABLE_DIFFUSION_3, FLUX)
 LORA_PREFIXES = {
-    component: prefix for family in _FAMILIES for component, prefix in family.lora_prefixes.items()
+    component: prefix for family in FAMILIES for component, prefix in family.lora_prefixes.items()
 }
 """Component of any family that can have LoRA layers -> prefix of its keys in the weights file."""
 
@@ -18,14 +25,18 @@ def family_of(pipe: Any) -> Family:
     Raises:
         ValueError: a pipeline of no known family.
     """
-    for family in _FAMILIES:
-        if family.matches(pipe):
-            return family
-    expected = " or ".join(family.name for family in _FAMILIES)
+    if (family := find_family(pipe)) is not None:
+        return family
+    expected = " or ".join(family.name for family in FAMILIES)
     raise ValueError(
         f"expected a pipeline of {expected}, got {type(pipe).__name__}: load a base model of this "
         "family, such as 'stable-diffusion-v1-5/stable-diffusion-v1-5'"
     )
+
+
+def find_family(pipe: Any) -> Family | None:
+    """Return the family of a pipeline; None if it is of no known family."""
+    return next((family for family in FAMILIES if family.matches(pipe)), None)
 
 
 def component(pipe: Any, name: str) -> Any:
@@ -47,6 +58,28 @@ def check_components(pipe: Any) -> None:
             f"this {type(pipe).__name__} has no {' and no '.join(missing)}: load the base model "
             "with all its components"
         )
+
+
+def encode_negatives(pipe: Any, texts: Sequence[str]) -> Conditioning:
+    """Encode negative prompts; the empty one is the unconditional branch, as without any.
+
+    Args:
+        pipe: a pipeline of a known family.
+        texts: n negative prompts.
+
+    Returns:
+        Tensors with n rows.
+
+    Raises:
+        ValueError: a pipeline of no known family.
+    """
+    family = family_of(pipe)
+    distinct = list(dict.fromkeys(text for text in texts if text))
+    parts = [family.unconditional(pipe)]
+    if distinct:
+        parts.append(family.encode(pipe, distinct, prefix=False))
+    rows = torch.tensor([distinct.index(text) + 1 if text else 0 for text in texts])
+    return select(concatenate(parts), rows)
 
 
 def denoiser_of(pipe: Any) -> Any:

@@ -7,6 +7,7 @@ from typing import TYPE_CHECKING, Any
 from diffusers_fair import testbed
 from diffusers_fair.backends.needs import Need
 from diffusers_fair.backends.pipelines import Base, UsualEvaluation
+from diffusers_fair.families.base import Usual
 from diffusers_fair.families.stable_diffusion import STABLE_DIFFUSION
 
 if TYPE_CHECKING:
@@ -28,14 +29,16 @@ def _usual_evaluation() -> UsualEvaluation:
     from diffusers_fair.testbed import world
 
     return UsualEvaluation(
-        attributes=world.ATTRIBUTES, words=world.WORDS, prompt_set="testbed-occupations", steps=20
+        attributes=world.ATTRIBUTES,
+        words=world.WORDS,
+        prompt_set="testbed-occupations",
     )
 
 
 base = Base(
     load=_load_base,
     needs=lambda model, revision: [],
-    usual_guidance=testbed.GUIDANCE,
+    usual_sampling=Usual(guidance_scale=testbed.GUIDANCE, steps=20),
     untouched_set="testbed-untouched",
     usual_device="cpu",  # fast enough, and the same figures everywhere
     usual_dtype="float32",

@@ -20,7 +20,7 @@ from diffusers_fair import distributed
 from diffusers_fair.adapters.trainable import TrainableAdapter
 from diffusers_fair.backends.registry import load_reference_faces
 from diffusers_fair.config.schema import MEMORY_OPTIONS, RunConfig
-from diffusers_fair.diffusion.noise import initial_noise
+from diffusers_fair.diffusion.noise import initial_noise, noise_generators
 from diffusers_fair.diffusion.replay import replay, sample_steps
 from diffusers_fair.diffusion.sampling import Trajectory, decode, decode_backward, sample
 from diffusers_fair.diffusion.scheduler import BiasedGradientScheduler
@@ -167,14 +167,14 @@ class BatchGradient:
         """Generate the images of a batch, and add the gradient of a loss on them."""
         shard = Shard(batch, distributed.shard(len(batch.noise)))
         originals = self.originals(shard, use_cache=use_cache)
-        noise = self._noise(shard)
+        noise, generators = self._noise(shard)
         branches = self._encode(shard)
         if self.config.gradient.method != "replay":
-            z = self._unroll(branches, noise, batch.steps)
+            z = self._unroll(branches, noise, generators, batch.steps)
             v, statistics = self._loss(z.detach(), originals, loss)
             z.backward(v)
             return statistics
-        trajectory = self._sample(branches, noise, batch.steps, keep=True)
+        trajectory = self._sample(branches, noise, generators, batch.steps, keep=True)
         v, statistics = self._loss(trajectory.latents, originals, loss)
         for branch, gradients in self._replay(trajectory, branches, v, step, shard).items():
             backward(branches[branch], gradients)  # each branch has a graph of its own
@@ -190,10 +190,10 @@ class BatchGradient:
 
         @torch.no_grad()
         def make() -> Originals:
-            noise = self._noise(shard)
+            noise, generators = self._noise(shard)
             with self.adapter.disabled():
                 branches = self._encode(shard)
-                z = self._sample(branches, noise, shard.batch.steps, keep=False).latents
+                z = self._sample(branches, noise, generators, shard.batch.steps, keep=False).latents
             images = decode(self.pipe, z, self.micro_batch).float()
             return self.objective.originals(images, self.micro_batch)
 
@@ -207,7 +207,15 @@ class BatchGradient:
         folder = claim_run_folder(self.config)
         return OriginalImageCache(folder.originals, run_cache_key(self.config))
 
-    def _sample(self, branches: Branches, noise: Tensor, steps: int, *, keep: bool) -> Trajectory:
+    def _sample(
+        self,
+        branches: Branches,
+        noise: Tensor,
+        generators: list[torch.Generator],
+        steps: int,
+        *,
+        keep: bool,
+    ) -> Trajectory:
         return sample(
             self.pipe,
             self.scheduler,
@@ -215,6 +223,7 @@ class BatchGradient:
             noise,
             steps,
             self.config.sampling.guidance_scale,
+            generators=generators,
             keep=keep,
             micro_batch=self.micro_batch,
         )
@@ -261,13 +270,17 @@ class BatchGradient:
             split_guidance="split_guidance" in self.memory_options,
         )
 
-    def _unroll(self, branches: Branches, noise: Tensor, steps: int) -> Tensor:
+    def _unroll(
+        self, branches: Branches, noise: Tensor, generators: list[torch.Generator], steps: int
+    ) -> Tensor:
         """(n, c, h, w), z_K with a graph for the recipe's gradient method, other than replay."""
         scale = self.config.sampling.guidance_scale
         biased = self.config.gradient.method == "autograd"
         scheduler = self.scheduler if biased else self.scheduler.scheduler
         last = self.config.gradient.truncated_steps
-        return unroll(self.pipe, scheduler, branches, noise, steps, scale, last=last)
+        return unroll(
+            self.pipe, scheduler, branches, noise, steps, scale, generators=generators, last=last
+        )
 
     def _encode(self, shard: Shard) -> Branches:
         """Encode each image's prompt and, with guidance, the empty prompt."""
@@ -275,15 +288,17 @@ class BatchGradient:
         cond = family.encode(self.pipe, shard.prompts)  # a row for each prompt
         cond = repeat_interleave(cond, shard.batch.images_per_prompt)
         cond = select(cond, slice(shard.skipped, shard.skipped + len(shard.noise)))
-        if "uncond" not in dict(family.guidance_branches(self.config.sampling.guidance_scale)):
+        scale = self.config.sampling.guidance_scale
+        if "uncond" not in dict(family.guidance_branches(self.pipe, scale)):
             return {"cond": cond}
         return {"cond": cond, "uncond": family.unconditional(self.pipe)}
 
-    def _noise(self, shard: Shard) -> Tensor:
-        """(n, c, h, w), standard normal."""
+    def _noise(self, shard: Shard) -> tuple[Tensor, list[torch.Generator]]:
+        """(n, c, h, w), standard normal, and the generators of noise that the scheduler adds."""
         denoiser = denoiser_of(self.pipe)
-        shape = family_of(self.pipe).noise_shape(self.pipe)
-        return initial_noise(shape, shard.noise, device=denoiser.device).to(denoiser.dtype)
+        shape = family_of(self.pipe).noise_shape(self.pipe, self.config.sampling.size)
+        noise = initial_noise(shape, shard.noise, device=denoiser.device).to(denoiser.dtype)
+        return noise, noise_generators(shape, shard.noise)
 
 
 def _objective(config: RunConfig, judges: Judges, device: torch.device) -> Objective:

@@ -28,17 +28,23 @@ from diffusers_fair import distributed
 from diffusers_fair.adapters.trainable import TrainableAdapter
 from diffusers_fair.backends.registry import untouched_set, untouched_sets
 from diffusers_fair.config.schema import KeepSection, RunConfig
-from diffusers_fair.diffusion.noise import Noise, initial_noise
+from diffusers_fair.diffusion.noise import Noise, initial_noise, noise_generators
 from diffusers_fair.diffusion.replay import backward_step, trainable_branches
-from diffusers_fair.diffusion.sampling import denoise, guided_prediction, weighted_branches
+from diffusers_fair.diffusion.sampling import (
+    denoise,
+    guided_prediction,
+    shape_of,
+    weighted_branches,
+)
 from diffusers_fair.diffusion.scheduler import BiasedGradientScheduler
-from diffusers_fair.families import denoiser_of, family_of
+from diffusers_fair.families import denoiser_of, encode_negatives, family_of
 from diffusers_fair.families.conditioning import (
     Branches,
     Conditioning,
     backward,
     cast,
     concatenate,
+    expand,
     gradients,
     leaves,
     select,
@@ -195,8 +201,10 @@ class KeptPrompts:
         residual = (self._predict(inputs, timesteps, branches) - original).float()
         weight = loss_scale * 2 * self.options.prediction / (count * original[0].numel())
         gradient = residual * weight
-        for group in trainable_branches(self.pipe, branches, scale, split=split):
-            backward_step(self.pipe, inputs, timesteps, group, gradient)
+        shape = shape_of(inputs)
+        for group in trainable_branches(self.pipe, branches, shape, scale, split=split):
+            rows = [(expand(conditioning, len(pairs)), share) for conditioning, share in group]
+            backward_step(self.pipe, inputs, timesteps, rows, gradient, scale)
         return residual.square().mean((1, 2, 3)).sum().item() / count
 
     @torch.no_grad()
@@ -204,8 +212,10 @@ class KeptPrompts:
         """Compute the guided prediction (m, c, h, w), one branch at a time."""
         family, scale = family_of(self.pipe), self.config.sampling.guidance_scale
         outputs = [
-            family.predict(denoiser_of(self.pipe), inputs, timesteps, cast(c, inputs))
-            for c, _ in weighted_branches(family, branches, scale)
+            family.predict(
+                denoiser_of(self.pipe), inputs, timesteps, cast(expand(c, len(inputs)), inputs)
+            )
+            for c, _ in weighted_branches(self.pipe, branches, shape_of(inputs), scale)
         ]
         return family.combine(outputs, scale)
 
@@ -213,10 +223,10 @@ class KeptPrompts:
         """Encode the prompts and, with guidance, the negative prompts."""
         cond = self._encode_texts([pair.prompt.text for pair in pairs])
         scale = self.config.sampling.guidance_scale
-        if "uncond" not in dict(family_of(self.pipe).guidance_branches(scale)):
+        if "uncond" not in dict(family_of(self.pipe).guidance_branches(self.pipe, scale)):
             return {"cond": cond}
         negatives = [pair.prompt.negative for pair in pairs]
-        return {"cond": cond, "uncond": self._encode_texts(negatives, prefix=False)}
+        return {"cond": cond, "uncond": encode_negatives(self.pipe, negatives)}
 
     def _encode_both(self, texts: list[str], negatives: list[str]) -> Conditioning:
         """Encode prompts, followed by negative prompts."""
@@ -249,14 +259,15 @@ class KeptPrompts:
         new = [self.prompts.prompt(step * count + i) for i in range(count)]
         family, denoiser = family_of(self.pipe), denoiser_of(self.pipe)
         starts = [Noise(self._seed(step) + 1 + i) for i in range(count)]
-        noise = initial_noise(family.noise_shape(self.pipe), starts, device=denoiser.device)
+        shape = family.noise_shape(self.pipe, self.config.sampling.size)
+        noise = initial_noise(shape, starts, device=denoiser.device)
         with self.adapter.disabled():
             branches = {
                 "cond": family.encode(self.pipe, [kept.text for kept in new]),
-                "uncond": family.encode(self.pipe, [kept.negative for kept in new], prefix=False),
+                "uncond": encode_negatives(self.pipe, [kept.negative for kept in new]),
             }
             scale = self.config.sampling.guidance_scale
-            guided = guided_prediction(self.pipe, branches, count, scale)
+            guided = guided_prediction(self.pipe, branches, noise.shape, scale)
 
             def evaluate(_: int, scaled: Tensor, t: Tensor) -> Tensor:
                 output = guided(scaled, t)
@@ -265,7 +276,9 @@ class KeptPrompts:
                 return output
 
             steps = self.config.sampling.steps[1]
-            denoise(evaluate, self.scheduler, noise.to(denoiser.dtype), steps)
+            noise = noise.to(denoiser.dtype)
+            generators = noise_generators(shape, starts)
+            denoise(self.pipe, evaluate, self.scheduler, noise, steps, generators)
         return pairs
 
     def _seed(self, step: int) -> int:
@@ -296,7 +309,7 @@ def _relative_change(before: Conditioning, after: Conditioning) -> Tensor:
     changes = []
     for name, old in before.items():
         change = (after[name] - old).float().square().sum(-1) / old.float().square().sum(-1)
-        changes.append(change.flatten(1).mean(1))  # (m, L) -> (m,)
+        changes.append(change.view(len(old), -1).mean(1))  # (m, L), or (m,) if pooled -> (m,)
     return torch.stack(changes).mean(0)
 
 

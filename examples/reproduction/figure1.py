@@ -169,14 +169,14 @@ def shares() -> dict[str, Any]:
     g = torch.Generator().manual_seed(SETTINGS["shares_seed"])
     r = SETTINGS["deviation_of_R"] * torch.randn(noise.shape, generator=g)  # (n, c, h, w)
 
-    guided = guided_prediction(pipe, branches, runs, testbed.GUIDANCE)
+    guided = guided_prediction(pipe, branches, noise.shape, testbed.GUIDANCE)
     outputs: list[Tensor] = []
 
     def evaluate(step: int, scaled: Tensor, t: Tensor) -> Tensor:
         outputs.append(checkpoint(guided, scaled, t, use_reentrant=False))
         return outputs[-1]
 
-    z = denoise(evaluate, pipe.scheduler, noise, steps)
+    z = denoise(pipe, evaluate, pipe.scheduler, noise, steps)
     coupled = torch.autograd.grad(z, outputs, r)  # R A_t B_t, through all later steps
     trajectory = sample(pipe, pipe.scheduler, branches, noise, steps, testbed.GUIDANCE)
 

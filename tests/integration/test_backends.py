@@ -17,6 +17,7 @@ from pictures import held_out
 from PIL import Image
 from safetensors import SafetensorError
 from safetensors.torch import save_file
+from tiny import pipeline
 from torch.nn import functional as F
 from transformers import AutoImageProcessor, AutoModelForImageClassification, Dinov2Model
 
@@ -41,7 +42,7 @@ from diffusers_fair.backends.registry import (
     provider,
     untouched_set,
     untouched_sets,
-    usual_guidance,
+    usual_sampling,
 )
 from diffusers_fair.backends.trained_classifier import load as load_classifier
 from diffusers_fair.backends.zero_shot import zero_shot
@@ -49,6 +50,7 @@ from diffusers_fair.config import backends
 from diffusers_fair.config.models import ClassifierSection, EvaluationModelsSection, ModelsSection
 from diffusers_fair.config.recipe import RECIPES, recipes
 from diffusers_fair.config.schema import RunConfig
+from diffusers_fair.families.base import Usual
 from diffusers_fair.testbed.backend import load_evaluation_judges
 from diffusers_fair.training import batch_gradient as gradient
 from diffusers_fair.training.original_images import run_cache_key
@@ -560,7 +562,9 @@ def test_every_kind_has_a_provider():
 def test_what_a_base_is_used_with():
     assert untouched_sets() == ("untouched", "testbed-untouched")
     assert [untouched_set(name) for name in ("org/model", "testbed")] == [*untouched_sets()]
-    assert (usual_guidance("org/model"), usual_guidance("testbed")) == (7.5, 4.5)
+    pipe = pipeline()
+    assert usual_sampling("org/model", pipe) == Usual(guidance_scale=7.5, steps=20)
+    assert usual_sampling("testbed", pipe) == Usual(guidance_scale=4.5, steps=20)
     usual = [(base(m).usual_device, base(m).usual_dtype) for m in ("org/model", "testbed")]
     assert usual == [("auto", "auto"), ("cpu", "float32")]
     assert base("org/model").usual_evaluation is None

@@ -6,11 +6,21 @@ import pytest
 import torch
 from accelerate import cpu_offload_with_hook
 from diffusers import StableDiffusionImg2ImgPipeline
+from families import PIPELINES, SIZE, TOKENS, flux, sdxl
 from tiny import LATENT, pipeline
 
 from diffusers_fair.baselines import ChangedPipeline
-from diffusers_fair.families import _FAMILIES, LORA_PREFIXES, conditioning, denoiser_of, family_of
-from diffusers_fair.families.base import execution_device
+from diffusers_fair.families import (
+    FAMILIES,
+    LORA_PREFIXES,
+    conditioning,
+    denoiser_of,
+    encode_negatives,
+    family_of,
+    find_family,
+)
+from diffusers_fair.families.base import Usual, execution_device
+from diffusers_fair.families.flux import FLUX
 from diffusers_fair.families.stable_diffusion import STABLE_DIFFUSION
 
 NAME = "encoder_hidden_states"
@@ -41,20 +51,34 @@ def test_an_offloaded_pipeline_computes_elsewhere_than_it_is():
 @pytest.mark.parametrize("parts", [(), ("unet", "text_encoder", "vae", "tokenizer")])
 def test_a_pipeline_of_no_known_family(parts):
     strange = SimpleNamespace(text_encoder_2=None, **dict.fromkeys(parts))
-    message = "expected a pipeline of Stable Diffusion 1 or 2, got SimpleNamespace: load a base"
+    assert find_family(strange) is None
+    message = (
+        r"expected a pipeline of Stable Diffusion 1 or 2 or .* FLUX.1, got SimpleNamespace: load"
+    )
     with pytest.raises(ValueError, match=message):
         family_of(strange)
 
 
-@pytest.mark.parametrize("family", _FAMILIES)
-def test_the_components_of_a_family_exist(family, pipe):
+@pytest.mark.parametrize("name", PIPELINES)
+def test_the_components_of_a_family_exist(name):
+    pipe = PIPELINES[name]()
+    family = family_of(pipe)
+    assert [each for each in FAMILIES if each.matches(pipe)] == [family]
     modules = {*family.components, *family.targets, *family.inversions, family.denoiser}
     assert all(isinstance(getattr(pipe, name), torch.nn.Module) for name in modules)
     assert all(hasattr(pipe, name) for name in (*family.inversions.values(), family.encode_method))
     assert family.lora_prefixes.keys() == family.targets.keys()
     assert all(LORA_PREFIXES[name] == key for name, key in family.lora_prefixes.items())
-    assert family.noise_shape(pipe) == LATENT
-    assert family.steps >= 1
+    assert family.noise_shape(pipe) == family.noise_shape(pipe, SIZE)
+    assert family.noise_shape(pipe, 2 * SIZE)[1:] == (16, 16)
+    assert family.usual(pipe).steps >= 1
+
+
+@pytest.mark.parametrize(("name", "multiple"), [("sd", 2), ("sdxl", 2), ("sd3", 4), ("flux", 4)])
+def test_sizes_that_do_not_fit_the_latents_are_refused(name, multiple):
+    pipe = PIPELINES[name]()
+    with pytest.raises(ValueError, match=f"multiple of {multiple} pixels for this .*, got 15"):
+        family_of(pipe).noise_shape(pipe, 15)
 
 
 def test_the_unconditional_branch_is_the_empty_prompt(pipe):
@@ -63,11 +87,40 @@ def test_the_unconditional_branch_is_the_empty_prompt(pipe):
 
 
 @pytest.mark.parametrize("scale", [1, 1.5, 7.5])
-def test_branch_weights_agree_with_combine(scale):
-    branches = STABLE_DIFFUSION.guidance_branches(scale)
+def test_branch_weights_agree_with_combine(pipe, scale):
+    branches = STABLE_DIFFUSION.guidance_branches(pipe, scale)
     predictions = torch.randn(len(branches), 2, *LATENT, dtype=torch.float64).unbind()
     expected = sum(w * p for (_, w), p in zip(branches, predictions, strict=True))
     torch.testing.assert_close(STABLE_DIFFUSION.combine(predictions, scale), expected)
+
+
+def test_negative_prompts_are_encoded_as_the_pipeline_does():
+    """SDXL's empty one is zeros, in most models."""
+    pipe = sdxl()
+    found = encode_negatives(pipe, ["a cat", "", "a cat"])
+    _, expected, _, pooled = pipe.encode_prompt(
+        ["a dog"], device="cpu", negative_prompt=["a cat"], do_classifier_free_guidance=True
+    )
+    torch.testing.assert_close(found[NAME][[0, 2]], expected.expand(2, -1, -1))
+    torch.testing.assert_close(found["text_embeds"][[0, 2]], pooled.expand(2, -1))
+    assert not found[NAME][1].any()
+    assert not found["text_embeds"][1].any()
+    encoded = encode_negatives(sdxl(zeros=False), [""])[NAME]
+    assert encoded.any()
+
+
+def test_flux_reads_as_much_of_a_prompt_as_its_tokenizer_does():
+    assert FLUX.call_options(flux(), 3.5)["max_sequence_length"] == TOKENS
+    long = flux()
+    long.tokenizer_2.model_max_length = 10**9
+    assert FLUX.call_options(long, 3.5)["max_sequence_length"] == 512
+    long.transformer.register_to_config(guidance_embeds=False)
+    assert FLUX.call_options(long, 0)["max_sequence_length"] == 256
+
+
+def test_usual_sampling_of_distilled_models():
+    assert FLUX.usual(flux(dev=False)) == Usual(guidance_scale=0.0, steps=4)
+    assert FLUX.usual(flux()) == Usual(guidance_scale=3.5, steps=28)
 
 
 # ---- conditioning --------------------------------------------------------------------------------

@@ -277,7 +277,7 @@ def test_missing_file(whole, name):
 @pytest.mark.parametrize(("name", "part"), [(EMBEDS_FILE, "soft_tokens"), (WEIGHTS_FILE, "")])
 def test_file_that_is_not_named(whole, name, part):
     named = [part] if part else list(LORA_PREFIXES)
-    edit(whole, lambda data: [data["components"].pop(key) for key in named])
+    edit(whole, lambda data: [data["components"].pop(key, None) for key in named])
     with pytest.raises(
         ValueError, match=f"has a '{name}', which its fair_adapter.json does not describe"
     ):

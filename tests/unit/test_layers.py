@@ -247,7 +247,15 @@ def test_import_is_light():
         *(f"{OWN}.prompts.{name}" for name in ("groups", "lexicon", "wording")),
         *(
             f"{OWN}.families.{name}"
-            for name in ("base", "conditioning", "fingerprint", "stable_diffusion")
+            for name in (
+                "base",
+                "conditioning",
+                "fingerprint",
+                "flux",
+                "stable_diffusion",
+                "stable_diffusion_3",
+                "stable_diffusion_xl",
+            )
         ),
         *(
             f"{OWN}.adapters.{name}"

@@ -560,7 +560,7 @@ def test_sampling_too_few_or_too_many_steps_is_refused(count):
 def test_sampling_refuses_bad_guidance(world):
     pipe, _ = world["text_encoder"]
     cond, _ = embed(pipe)
-    with pytest.raises(ValueError, match=r"must be 1 \(no guidance\) or more, got 0.5"):
-        sample(pipe, pipe.scheduler, branches(cond, cond), noise(), 2, 0.5)
+    with pytest.raises(ValueError, match=r"must be at least 0 \(0 to 1: no guidance\), got -0.5"):
+        sample(pipe, pipe.scheduler, branches(cond, cond), noise(), 2, -0.5)
     with pytest.raises(ValueError, match="pass uncond, or guidance_scale=1"):
         sample(pipe, pipe.scheduler, branches(cond), noise(), 2, 7.5)

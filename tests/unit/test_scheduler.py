@@ -1,4 +1,5 @@
 import copy
+import inspect
 import itertools
 
 import diffusers
@@ -25,6 +26,15 @@ LINEAR = {
     "pndm": lambda: diffusers.PNDMScheduler(**BETAS, skip_prk_steps=True),
     "flow matching": lambda: diffusers.FlowMatchEulerDiscreteScheduler(shift=3.0),
 }
+STOCHASTIC = {
+    "sde": lambda: DPM(**BETAS, algorithm_type="sde-dpmsolver++"),
+    "ancestral": lambda: diffusers.EulerAncestralDiscreteScheduler(**BETAS),
+    "ddpm": lambda: diffusers.DDPMScheduler(**BETAS, clip_sample=False),
+    "lcm": lambda: diffusers.LCMScheduler(**BETAS),
+    "tcd": lambda: diffusers.TCDScheduler(**BETAS),
+    "stochastic flow": lambda: diffusers.FlowMatchEulerDiscreteScheduler(stochastic_sampling=True),
+}
+LINEAR |= STOCHASTIC  # but for the noise that they add
 NOT_LINEAR = {
     "thresholding": lambda: DPM(**BETAS, thresholding=True),
     "thresholding, large": lambda: DPM(**BETAS, thresholding=True, sample_max_value=50.0),
@@ -32,20 +42,20 @@ NOT_LINEAR = {
         **BETAS, clip_sample=False, thresholding=True
     ),
     "clip_sample": lambda: diffusers.DDIMScheduler(**BETAS),
-    "sde": lambda: DPM(**BETAS, algorithm_type="sde-dpmsolver++"),
-    "ancestral": lambda: diffusers.EulerAncestralDiscreteScheduler(**BETAS),
-    "ddpm": lambda: diffusers.DDPMScheduler(**BETAS, clip_sample=False),
-    "lcm": lambda: diffusers.LCMScheduler(**BETAS),
+    "clip_sample, ddpm": lambda: diffusers.DDPMScheduler(**BETAS),
 }
 DRIFT = 1e-5  # relative; schedulers compute in float32
 
 
 def run(scheduler, latents, outputs):
-    """A diffusers-style loop over given model outputs."""
+    """A diffusers-style loop over given model outputs, with the same noise each time."""
+    options = {}
+    if "generator" in inspect.signature(scheduler.step).parameters:
+        options["generator"] = torch.Generator().manual_seed(0)
     for output, t in zip(outputs, scheduler.timesteps, strict=True):
         if hasattr(scheduler, "scale_model_input"):
             scheduler.scale_model_input(latents, t)
-        latents = scheduler.step(output, t, latents, return_dict=False)[0]
+        latents = scheduler.step(output, t, latents, return_dict=False, **options)[0]
     return latents
 
 
@@ -79,7 +89,11 @@ def test_output_weights_are_finite_differences_of_the_scheduler(name, steps):
         )
 
 
-REFUSED = {("flow matching", "paper"), ("pndm", "exact")}  # tested below
+REFUSED = {  # tested below
+    ("flow matching", "paper"),
+    ("stochastic flow", "paper"),
+    ("pndm", "exact"),
+}
 
 
 @pytest.mark.parametrize(
@@ -157,7 +171,9 @@ def test_what_the_paper_leaves_of_this_solver():
     torch.testing.assert_close(weights[-1].item(), -0.7125, rtol=0, atol=1e-3)
 
 
-@pytest.mark.parametrize("name", [name for name in LINEAR if name != "pndm"])
+@pytest.mark.parametrize(
+    "name", [name for name in LINEAR if name not in ("pndm", "stochastic flow")]
+)
 def test_exact_coefficients_make_all_steps_equal(name):
     weights = biased(name, "exact", 20).gradient_weights()
     torch.testing.assert_close(weights, weights[:1].expand_as(weights), rtol=1e-12, atol=0)
@@ -241,8 +257,7 @@ def test_random_numbers_of_the_program_are_not_touched():
     expected = torch.randn(3)
     torch.manual_seed(0)
     biased("dpm-solver++ 2M")
-    with pytest.raises(ValueError, match="not linear"):
-        BiasedGradientScheduler(NOT_LINEAR["sde"]()).set_timesteps(5)
+    biased("sde")
     assert torch.equal(torch.randn(3), expected)
 
 
@@ -275,7 +290,7 @@ def test_custom_timesteps_are_measured_as_given():
 @pytest.mark.parametrize("name", NOT_LINEAR)
 def test_nonlinear_schedulers_are_refused(name):
     scheduler = BiasedGradientScheduler(NOT_LINEAR[name](), "none")
-    with pytest.raises(ValueError, match=r"not linear .* thresholding and clip_sample, .* deter"):
+    with pytest.raises(ValueError, match=r"not linear .* thresholding and clip_sample, or "):
         scheduler.set_timesteps(20)
 
 
@@ -305,6 +320,12 @@ def test_timestep_that_is_not_set_is_refused():
     scheduler = biased("ddim")
     with pytest.raises(ValueError, match=r"timestep 999 is not one of the 5 that are set"):
         scheduler.step(draw(1)[0], 999, draw(1)[0])
+
+
+def test_noise_that_erases_the_first_steps_is_refused():
+    """Each stochastic flow step mixes what came before with fresh noise."""
+    with pytest.raises(ValueError, match=r"step 0 of 20 has no influence"):
+        biased("stochastic flow", "exact", 20)
 
 
 def test_exact_without_influence_is_refused():
