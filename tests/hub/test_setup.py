@@ -4,6 +4,7 @@ import io
 import json
 import shutil
 
+import families
 import numpy as np
 import pyarrow as pa
 import pyarrow.parquet as pq
@@ -15,7 +16,6 @@ from PIL import Image
 from test_hub import contents, hub, waits  # noqa: F401
 from torchvision.models import mobilenet_v3_large
 
-import families
 from diffusers_fair import setup
 from diffusers_fair.backends import retinaface
 from diffusers_fair.backends.registry import base, load_base

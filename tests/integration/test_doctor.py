@@ -53,7 +53,7 @@ INDEX = {  # as pipelines list their components
 
 
 def cached(home, model: str, *files: str, index: object = None) -> None:
-    """Put files of a repository into the Hub's cache, ten bytes each, and its `model_index.json`."""
+    """Put files into the Hub's cache, ten bytes each, and the `model_index.json` of a pipeline."""
     folder = home / "hub" / f"models--{model.replace('/', '--')}"
     (folder / "refs").mkdir(parents=True)
     (folder / "refs" / "main").write_text("abc")
