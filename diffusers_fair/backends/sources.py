@@ -22,6 +22,7 @@ _FORM = f"{HUB_DATASET}ORG/NAME, {HUB_DATASET}ORG/NAME/CONFIG or {HUB_DATASET}OR
 _METADATA = (".json", ".txt", ".model")  # configurations, vocabularies and merges
 _UNUSED = "safety_checker"  # a component of pipelines that is never loaded
 _WEIGHTLESS = ("Scheduler", "Tokenizer", "Processor", "Extractor")  # in names of classes
+_CARD = "README.md"  # states the licence
 INDEX = "model_index.json"  # lists the components of a pipeline
 _ONLINE = "check the connection, then give the same command again"
 _AGAIN = "what has arrived is kept, so give the same command again to continue"
@@ -274,7 +275,9 @@ def _as_list(value: str | list[str]) -> list[str]:
 
 
 def _is_metadata(name: PurePosixPath) -> bool:
-    """Whether a file is a configuration or vocabulary of the model, or of one of its components."""
+    """Whether a file is the card, or a configuration or vocabulary of the model or a component."""
+    if str(name) == _CARD:
+        return True
     return name.suffix in _METADATA and len(name.parts) <= 2 and name.parts[0] != _UNUSED
 
 
