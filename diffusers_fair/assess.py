@@ -1,6 +1,6 @@
 """Evaluate a base model, and an adapter or a baseline against it: `diffusers-fair evaluate`."""
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
@@ -29,6 +29,7 @@ from diffusers_fair.prompts.wording import attribute_sections, recipe_wording
 from diffusers_fair.reports.folder import load_report, require_free
 from diffusers_fair.reports.measures import warning
 from diffusers_fair.reports.report import Report
+from diffusers_fair.reports.summary import Summary
 
 
 @dataclass(frozen=True)
@@ -38,6 +39,8 @@ class Assessment:
     base: Report
     changed: Report | None
     """Report with the adapter or the baseline; None if there is neither."""
+    transfer: Sequence[str] = ()
+    """Sentences on how far the effect of an adapter carries over to another base model."""
 
     @property
     def warning(self) -> str:
@@ -162,6 +165,7 @@ def assess(
     reference: str | Path | None = None,
     group_images: int | None = 4,
     respect_words: bool = False,
+    other_base: bool = False,
     device: str = "auto",
     dtype: str | None = None,
     revision: str | None = None,
@@ -190,6 +194,7 @@ def assess(
             prompts are generated.
         group_images: images per control prompt; None skips the control prompts.
         respect_words: disable the adapter for prompts that name a class it balances.
+        other_base: accept a base model that the adapter was not trained on, if its layers fit.
         device: device of all models, as in `choose_device`; `auto` is the CPU for the testbed.
         dtype: data type of the base model, as in `choose_dtype`. Default: the recipe's or, without
             one, float32 for the testbed and auto otherwise. The judges use float32.
@@ -204,7 +209,7 @@ def assess(
             unknown; or as `evaluate`.
     """
     require_free(out)
-    _check(adapter, baseline, reference, respect_words, adapter_revision)
+    _check(adapter, baseline, reference, respect_words, adapter_revision, other_base)
     chosen = choose_base_device(base, device)
     method = None if baseline is None else find_baseline(baseline)
     defaults = EvaluationDefaults.of(base, recipe)
@@ -232,11 +237,14 @@ def assess(
     pipe = load_base(base, revision, defaults.dtype if dtype is None else dtype, chosen)
     model: dict[str, Any] = {"base": base, "recipe": recipe}
     model |= {} if revision is None else {"revision": revision}
+    if method is not None:
+        method.check(pipe)
     judges = load_judges(section.models, counted, chosen, defaults.people)
     options: dict[str, Any] = {"judges": judges, "batch_size": batch_size, **sampling}
     respect: dict[str, Any] = {"respect_words": True} if respect_words else {}
+    loading = respect | ({"other_base": True} if other_base else {})
     if opened is not None:  # refuse an adapter that does not fit before the base is evaluated
-        load_fair_adapter(pipe, opened, **respect)
+        load_fair_adapter(pipe, opened, **loading)
         unload_fair_adapter(pipe)
     is_base_alone = adapter is None and baseline is None
     if reference is None:
@@ -249,15 +257,52 @@ def assess(
     if is_base_alone:
         return Assessment(before, None)
     if opened is not None:
-        load_fair_adapter(pipe, opened, **respect)
+        load_fair_adapter(pipe, opened, **loading)
         model |= {"adapter": adapter, "adapter weights": opened.digest, **respect}
+        model |= {"adapter was trained on": opened.info.base_model} if other_base else {}
     else:
         assert method is not None
         pipe = _apply(method, pipe, counted, defaults, chosen, options)
         model |= {"baseline": baseline, "hyperparameters": dict(vars(method))}
     options |= {"reference": before, "label": baseline, "out": out}
     after = evaluate(pipe, texts, counted, groups=groups, model=model, **options)
-    return Assessment(before, after)
+    transfer = tuple(carried_over(info, before, after)) if other_base and info else ()
+    return Assessment(before, after, transfer)
+
+
+def carried_over(info: AdapterInfo, before: Report, after: Report) -> Iterator[str]:
+    """Yield a sentence per bias: how it changes here, and on the base that an adapter was made for.
+
+    Args:
+        info: the adapter, which may have the summary of its own evaluation.
+        before: report of this base model.
+        after: report of this base model with the adapter.
+    """
+    recorded = _recorded(info)
+    for name, bias in after.summary.bias.items():
+        here = [report.summary.bias[name] for report in (before, after)]
+        there = [summary.bias.get(name) for summary in recorded]
+        if bias is None or here[0] is None:
+            continue
+        text = f"bias, {name}: {here[0].mean:.3f} without and {bias.mean:.3f} with the adapter here"
+        own = f"on {info.base_model}, which it was trained on"
+        if not there or there[0] is None or there[1] is None:
+            yield f"{text}; nothing is recorded {own}"
+            continue
+        text += f"; {there[0].mean:.3f} and {there[1].mean:.3f} {own}"
+        reduction = there[0].mean - there[1].mean
+        if reduction > 0:
+            text += f": {(here[0].mean - bias.mean) / reduction:.0%} of the reduction carries over"
+        yield text
+
+
+def _recorded(info: AdapterInfo) -> list[Summary]:
+    """Return the summaries without and with an adapter that its folder has; empty without them."""
+    root = info.evaluation or {}
+    try:
+        return [Summary.from_json(root[side]) for side in ("before", "after")]
+    except (LookupError, TypeError, AttributeError, ValueError):  # none, or only a part of it
+        return []
 
 
 def assess_images(
@@ -359,6 +404,7 @@ def _check(
     reference: str | Path | None,
     respect_words: bool,
     adapter_revision: str | None,
+    other_base: bool,
 ) -> None:
     if adapter is not None and baseline is not None:
         raise ValueError(
@@ -368,11 +414,14 @@ def _check(
         raise ValueError(
             "a reference needs an adapter or a baseline to compare: give --adapter or --baseline"
         )
-    check_adapter_options(adapter, respect_words, adapter_revision)
+    check_adapter_options(adapter, respect_words, adapter_revision, other_base)
 
 
 def check_adapter_options(
-    adapter: str | None, respect_words: bool, adapter_revision: str | None
+    adapter: str | None,
+    respect_words: bool,
+    adapter_revision: str | None,
+    other_base: bool = False,
 ) -> None:
     """Refuse options that need an adapter, or an adapter on the Hub.
 
@@ -381,6 +430,7 @@ def check_adapter_options(
     """
     for option, is_given in {
         "--respect-words": respect_words,
+        "--other-base": other_base,
         "--adapter-revision": adapter_revision is not None,
     }.items():
         if is_given and adapter is None:

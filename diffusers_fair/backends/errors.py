@@ -33,9 +33,24 @@ def loading(
     except Exception as error:  # the libraries' own classes of errors have no common base
         if isinstance(error, _BUGS) and _is_from_this_package(error):
             raise
-        lines = [line.strip() for line in str(error).splitlines() if line.strip()]
-        reason = shorten((lines or [type(error).__name__])[0], 250)
+        reason = _reason(error)
         raise ValueError(f"cannot load {what}: {reason}; expected {advice}") from error
+
+
+def _reason(error: BaseException) -> str:
+    """Say on one line why a model cannot be loaded."""
+    from huggingface_hub.errors import GatedRepoError
+
+    cause: BaseException | None = error
+    while cause is not None:
+        if isinstance(cause, GatedRepoError):  # libraries call it a repository that does not exist
+            return (
+                "its publisher asks you to accept its licence: do so on its page on the Hub, then "
+                "run `hf auth login`"
+            )
+        cause = cause.__cause__ or cause.__context__
+    lines = [line.strip() for line in str(error).splitlines() if line.strip()]
+    return shorten((lines or [type(error).__name__])[0], 250)
 
 
 def _is_from_this_package(error: Exception) -> bool:

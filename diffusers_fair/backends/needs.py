@@ -5,7 +5,15 @@ from dataclasses import dataclass
 from importlib.util import find_spec
 from pathlib import Path
 
-from diffusers_fair.backends.sources import ClassifierTraining, HubModel, Source, UrlFile
+from diffusers_fair.backends.sources import (
+    INDEX,
+    ClassifierTraining,
+    HubModel,
+    HubPipeline,
+    Source,
+    UrlFile,
+    components_with_weights,
+)
 from diffusers_fair.paths import expand
 
 _SUFFIXES = (".safetensors", ".bin")  # of weights; if a folder has both, one is read
@@ -47,13 +55,35 @@ def pretrained(
         parts: subfolders that hold weights.
         prefix: beginning of the names of the files of weights.
     """
-    local = expand(model)
-    is_folder = local.is_dir()
-    can_be_on_hub = not is_folder and model.count("/") <= 1
-    source = HubModel(model, revision, tuple(parts), prefix) if can_be_on_hub else None
-    folder = local if is_folder else _cached(model, revision)
+    source = HubModel(model, revision, tuple(parts), prefix) if _can_be_on_hub(model) else None
+    folder = _find(model, revision)
     if folder is None:
         return Need(model, False, _advice(model), source=source)
+    return _weights_need(model, folder, parts, source)
+
+
+def pipeline(model: str, revision: str | None = None) -> Need:
+    """Check for the weights of a pipeline's components in a folder or in the Hub's cache.
+
+    Args:
+        model: folder or Hub id.
+        revision: commit, tag or branch on the Hub.
+    """
+    source = HubPipeline(model, revision) if _can_be_on_hub(model) else None
+    folder = _find(model, revision)
+    if folder is None:
+        return Need(model, False, _advice(model), source=source)
+    try:
+        parts = components_with_weights(folder / INDEX)
+    except FileNotFoundError:
+        return Need(model, False, f"'{folder}' is no pipeline: it has no {INDEX}", source=source)
+    except (OSError, ValueError) as error:
+        return Need(model, False, str(error), source=source)
+    return _weights_need(model, folder, parts, source)
+
+
+def _weights_need(model: str, folder: Path, parts: Sequence[str], source: Source | None) -> Need:
+    """Check for weights in subfolders."""
     sizes = [_weights(folder / part) for part in parts]
     missing = [part or "weights" for part, size in zip(parts, sizes, strict=True) if not size]
     return Need(model, not missing, f"'{folder}' has no {', '.join(missing)}", sum(sizes), source)
@@ -70,6 +100,16 @@ def _advice(model: str) -> str:
     if model.count("/") > 1:  # no repository has such a name
         return "there is no such folder: train it or put it there, or name another folder or Hub id"
     return f"neither a folder nor in the Hub's cache: hf download {model}"
+
+
+def _can_be_on_hub(model: str) -> bool:
+    return not expand(model).is_dir() and model.count("/") <= 1
+
+
+def _find(model: str, revision: str | None) -> Path | None:
+    """Find a folder, or that of a Hub repository in the cache."""
+    local = expand(model)
+    return local if local.is_dir() else _cached(model, revision)
 
 
 def _cached(model: str, revision: str | None) -> Path | None:

@@ -7,9 +7,9 @@ from typing import TYPE_CHECKING, Any
 
 from diffusers_fair.attributes import Attribute
 from diffusers_fair.backends.errors import loading
-from diffusers_fair.backends.needs import Need, file, pretrained
+from diffusers_fair.backends.needs import Need, file, pipeline
 from diffusers_fair.config.backends import SHIPPED_BASES
-from diffusers_fair.families import check_components
+from diffusers_fair.families import check_components, find_family
 from diffusers_fair.families.base import Usual
 from diffusers_fair.families.stable_diffusion import STABLE_DIFFUSION
 from diffusers_fair.paths import expand
@@ -69,11 +69,13 @@ def _load(model: str, revision: str | None, dtype: "torch.dtype") -> Any:
         if _is_single_file(model):
             pipe = _pipeline_class(Path(model)).from_single_file(model, torch_dtype=dtype)
         else:
+            index = DiffusionPipeline.load_config(model, revision=revision)
+            unused = {name: None for name in ("safety_checker",) if name in index}
             pipe = DiffusionPipeline.from_pretrained(
-                model, revision=revision, torch_dtype=dtype, safety_checker=None
+                model, revision=revision, torch_dtype=dtype, **unused
             )
     check_components(pipe)
-    if isinstance(pipe.scheduler, PNDMScheduler):
+    if find_family(pipe) is STABLE_DIFFUSION and isinstance(pipe.scheduler, PNDMScheduler):
         pipe.scheduler = DPMSolverMultistepScheduler.from_config(pipe.scheduler.config)
     return pipe
 
@@ -102,7 +104,7 @@ def _needs(model: str, revision: str | None = None) -> list[Need]:
     if _is_single_file(model):
         advice = "there is no such file: name another one, a folder or a Hub id"
         return [file(expand(model), advice)]
-    return [pretrained(model, revision, STABLE_DIFFUSION.components)]
+    return [pipeline(model, revision)]
 
 
 pretrained_base = Base(

@@ -1,6 +1,7 @@
 """Where `setup` gets what is missing from: the Hub, a URL, or labelled images to train on.
 
-Asking a source for its `Download` costs one small request to the Hub and downloads nothing.
+Asking a source for its `Download` costs a small request or two to the Hub and downloads nothing
+but the list of a pipeline's components.
 """
 
 from collections.abc import Callable, Iterator, Sequence
@@ -11,6 +12,8 @@ from functools import cached_property
 from pathlib import Path, PurePosixPath
 from typing import TYPE_CHECKING, Any, Protocol
 
+from diffusers_fair import strict_json
+
 if TYPE_CHECKING:
     from huggingface_hub import DatasetInfo, ModelInfo
 
@@ -18,6 +21,9 @@ HUB_DATASET = "hf:"  # prefix of the name of a data set on the Hub
 _FORM = f"{HUB_DATASET}ORG/NAME, {HUB_DATASET}ORG/NAME/CONFIG or {HUB_DATASET}ORG/NAME/CONFIG/SPLIT"
 _METADATA = (".json", ".txt", ".model")  # configurations, vocabularies and merges
 _UNUSED = "safety_checker"  # a component of pipelines that is never loaded
+_WEIGHTLESS = ("Scheduler", "Tokenizer", "Processor", "Extractor")  # in names of classes
+_CARD = "README.md"  # states the licence
+INDEX = "model_index.json"  # lists the components of a pipeline
 _ONLINE = "check the connection, then give the same command again"
 _AGAIN = "what has arrived is kept, so give the same command again to continue"
 
@@ -103,7 +109,7 @@ class HubModel:
     def _files(self, info: "ModelInfo") -> list[str]:
         names = [PurePosixPath(file.rfilename) for file in info.siblings or ()]
         files = [str(name) for name in names if _is_metadata(name)]
-        for part in self.parts:
+        for part in self._parts(names):
             weights = _weights(names, part, self.prefix)
             if not weights:
                 raise ValueError(
@@ -112,6 +118,43 @@ class HubModel:
                 )
             files += weights
         return files
+
+    def _parts(self, names: Sequence[PurePosixPath]) -> tuple[str, ...]:
+        """List the subfolders with weights, given the names of all files."""
+        return self.parts
+
+
+@dataclass(frozen=True)
+class HubPipeline(HubModel):
+    """The files of a diffusers pipeline's repository that are needed to load it."""
+
+    def _parts(self, names: Sequence[PurePosixPath]) -> tuple[str, ...]:
+        """Read the components with weights from the pipeline's list, which is downloaded."""
+        if PurePosixPath(INDEX) not in names:
+            raise ValueError(
+                f"'{self.repo_id}' on the Hub is no pipeline of diffusers, as it has no {INDEX}: "
+                "name another repository, or download its single file and name that"
+            )
+        [path] = _fetch("model", self.repo_id, self.revision, [INDEX])
+        return components_with_weights(path)
+
+
+def components_with_weights(index: Path) -> tuple[str, ...]:
+    """List the components of a pipeline that have weights, from its `model_index.json`.
+
+    Raises:
+        OSError: the file cannot be read.
+        ValueError: the file has another format.
+    """
+    root = strict_json.loads(index.read_text("utf-8"))
+    if not isinstance(root, dict):
+        raise ValueError(f"'{index}' must list the components of a pipeline: download it again")
+    classes = {name: value[1] for name, value in root.items() if isinstance(value, list)}
+    return tuple(
+        name
+        for name, kind in classes.items()
+        if kind and name != _UNUSED and not any(word in kind for word in _WEIGHTLESS)
+    )
 
 
 @dataclass(frozen=True)
@@ -232,7 +275,9 @@ def _as_list(value: str | list[str]) -> list[str]:
 
 
 def _is_metadata(name: PurePosixPath) -> bool:
-    """Whether a file is a configuration or vocabulary of the model, or of one of its components."""
+    """Whether a file is the card, or a configuration or vocabulary of the model or a component."""
+    if str(name) == _CARD:
+        return True
     return name.suffix in _METADATA and len(name.parts) <= 2 and name.parts[0] != _UNUSED
 
 
@@ -304,11 +349,7 @@ def _hub(repo_id: str, revision: str | None = None, advice: str = _ONLINE) -> It
     try:
         yield
     except errors.GatedRepoError as error:
-        reason = (
-            f"its publisher asks you to accept its terms: do so at https://huggingface.co/{repo_id}"
-            ", then run `hf auth login`"
-        )
-        raise ValueError(f"cannot download '{repo_id}': {reason}") from error
+        raise ValueError(f"cannot download '{repo_id}': {gated(repo_id)}") from error
     except (errors.RepositoryNotFoundError, errors.HFValidationError) as error:
         reason = "the Hub has no such repository, or it is private: check the name"
         raise ValueError(f"cannot download '{repo_id}': {reason}") from error
@@ -319,6 +360,14 @@ def _hub(repo_id: str, revision: str | None = None, advice: str = _ONLINE) -> It
         raise ValueError(
             f"cannot download '{repo_id}' from the Hub: {_line(error)}; {advice}"
         ) from error
+
+
+def gated(repo_id: str) -> str:
+    """Advise on a repository whose files are only for those who accept a licence."""
+    return (
+        "its publisher asks you to accept its licence: do so at "
+        f"https://huggingface.co/{repo_id}, then run `hf auth login`"
+    )
 
 
 def _line(error: BaseException) -> str:

@@ -3,12 +3,12 @@
 from dataclasses import dataclass
 from typing import Any
 
-from diffusers_fair.baselines.base import ChangedPipeline, Task
+from diffusers_fair.baselines.base import Baseline, ChangedPipeline, Task
 from diffusers_fair.prompts.wording import sample_terms, with_terms
 
 
 @dataclass(frozen=True)
-class AttributeWords:
+class AttributeWords(Baseline):
     """Adds one word per attribute, sampled from the target, to each image's prompt.
 
     The strongest simple baseline. The words are placed before the subject of the prompt. They have

@@ -38,7 +38,7 @@ class ChangedPipeline:
     As a context manager, it restores the pipeline on exit.
 
     Args:
-        pipe: a Stable Diffusion pipeline.
+        pipe: a pipeline of diffusers.
         generate: calls the pipeline for prompts and as many generators; None calls it directly.
         restore: undoes the changes to the pipeline itself.
     """
@@ -100,11 +100,35 @@ class ChangedPipeline:
 class Baseline(Protocol):
     """A published method: a dataclass of hyperparameters that can be applied to a pipeline."""
 
+    def check(self, pipe: Any) -> None:
+        """Check that the method works with a pipeline, before anything is computed.
+
+        Raises:
+            ValueError: it does not.
+        """
+        return None  # most methods work with every pipeline
+
     def apply(self, pipe: Any, task: Task) -> ChangedPipeline:
         """Return a pipeline that generates images with the method.
 
         Args:
-            pipe: a Stable Diffusion 1 or 2 pipeline. `restore` of the result undoes every change
-                to it.
+            pipe: a pipeline of a known family. `restore` of the result undoes every change to it.
             task: the attributes to balance.
+
+        Raises:
+            ValueError: as for `check`.
         """
+        ...
+
+
+def require(works: bool, method: str, needs: str, pipe: Any) -> None:
+    """Refuse a pipeline that a method does not work with.
+
+    Raises:
+        ValueError: it does not work.
+    """
+    if not works:
+        raise ValueError(
+            f"{method} {needs}, which this {type(pipe).__name__} does not have: choose another "
+            "baseline, such as attribute-words, or another base model"
+        )

@@ -10,21 +10,29 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from diffusers_fair.baselines.base import ChangedPipeline, Task
-from diffusers_fair.baselines.score import edited_score
+from diffusers_fair.baselines.base import Baseline, ChangedPipeline, Task
+from diffusers_fair.baselines.score import edited_score, require_unguided_score
 from diffusers_fair.families import family_of
 from diffusers_fair.prompts.wording import combinations, with_terms
 
 
 @dataclass(frozen=True)
-class ConceptAlgebra:
-    """Projects the score at every step, which takes a U-Net evaluation per combination of words."""
+class ConceptAlgebra(Baseline):
+    """Projects the score at every step, at the cost of an evaluation per combination of words.
+
+    A predicted velocity is an affine function of the score, so its projection is the same edit.
+    """
 
     phrase: str = "a photo of the face of a person"
     """Neutral prompt; with the attributes' words added, it spans the concept."""
 
+    def check(self, pipe: Any) -> None:
+        """Require classifier-free guidance; an embedded guidance scale changes the score."""
+        require_unguided_score("concept-algebra", pipe)
+
     def apply(self, pipe: Any, task: Task) -> ChangedPipeline:
         """Project the score at every step."""
+        self.check(pipe)
         terms, shares = zip(*combinations(task.wordings), strict=True)
         phrases = [with_terms(self.phrase, words) for words in terms]
         conditioning = family_of(pipe).encode(pipe, phrases)  # k rows

@@ -12,21 +12,32 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from diffusers_fair.baselines.base import ChangedPipeline, Task
-from diffusers_fair.families.stable_diffusion import guided_embeddings, token_embeddings
+from diffusers_fair.baselines.base import Baseline, ChangedPipeline, Task, require
+from diffusers_fair.families import family_of
+from diffusers_fair.families.stable_diffusion import (
+    STABLE_DIFFUSION,
+    guided_embeddings,
+    token_embeddings,
+)
 from diffusers_fair.prompts.wording import Wording, with_terms
 from diffusers_fair.prompts.wording import combinations as combined
 
 
 @dataclass(frozen=True)
-class DebiasVL:
+class DebiasVL(Baseline):
     """Makes the embeddings of prompts that differ only in the attributes similar."""
 
     strength: float = 500.0
     """lambda: weight of the similarity relative to staying near the identity."""
 
+    def check(self, pipe: Any) -> None:
+        """Require a single text encoder, as in the paper."""
+        works = family_of(pipe) is STABLE_DIFFUSION
+        require(works, "debias-vl", "projects the tokens of a single text encoder", pipe)
+
     def apply(self, pipe: Any, task: Task) -> ChangedPipeline:
         """Project the embeddings of all prompts except negative prompts."""
+        self.check(pipe)
         first, second = (
             F.normalize(_last_tokens(pipe, texts).cpu().double(), dim=-1)
             for texts in pairs(task.prompts, task.wordings)

@@ -7,12 +7,12 @@ natural language interventions? EMNLP 2022.
 from dataclasses import dataclass
 from typing import Any
 
-from diffusers_fair.baselines.base import ChangedPipeline, Task
+from diffusers_fair.baselines.base import Baseline, ChangedPipeline, Task
 from diffusers_fair.prompts.wording import subject
 
 
 @dataclass(frozen=True)
-class EthicalIntervention:
+class EthicalIntervention(Baseline):
     """Appends the clause in section 1 of the paper to every prompt."""
 
     clause: str = "if all individuals can be a {subject} irrespective of their {attributes}"

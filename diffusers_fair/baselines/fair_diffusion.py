@@ -11,14 +11,14 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from diffusers_fair.baselines.base import ChangedPipeline, Task
-from diffusers_fair.baselines.score import edited_score
+from diffusers_fair.baselines.base import Baseline, ChangedPipeline, Task
+from diffusers_fair.baselines.score import edited_score, require_unguided_score
 from diffusers_fair.families import family_of
 from diffusers_fair.prompts.wording import Term, Wording, sample_terms
 
 
 @dataclass(frozen=True)
-class FairDiffusion:
+class FairDiffusion(Baseline):
     """Guides each image towards the phrase of its sampled class and away from the other phrases."""
 
     phrase: str = "{} person"
@@ -34,8 +34,13 @@ class FairDiffusion:
     warmup: float = 0.1
     """delta: fraction of the steps that only build up momentum. Published: 5 of 50."""
 
+    def check(self, pipe: Any) -> None:
+        """Require classifier-free guidance, beside which the semantic guidance is added."""
+        require_unguided_score("fair-diffusion", pipe)
+
     def apply(self, pipe: Any, task: Task) -> ChangedPipeline:
         """Guide at every step after the warm-up."""
+        self.check(pipe)
         terms = [wording.terms for wording in task.wordings]
         phrases = [self.phrase.format(term.word) for group in terms for term in group]
         conditioning = family_of(pipe).encode(pipe, phrases)  # k rows

@@ -1,4 +1,4 @@
-"""Edit the U-Net's prediction for the prompt before the pipeline applies its guidance."""
+"""Edit the denoiser's prediction for the prompt before the pipeline applies its guidance."""
 
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
@@ -7,14 +7,25 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from diffusers_fair.baselines.base import require
 from diffusers_fair.families import denoiser_of, family_of
-from diffusers_fair.families.conditioning import Conditioning, cast, repeat_interleave
+from diffusers_fair.families.conditioning import Conditioning, cast, expand, repeat_interleave
 
 Predict = Callable[[Conditioning], Tensor]
-"""Conditioning with k rows -> the U-Net's predictions for the same latents, (k, n, c, h, w)."""
+"""Conditioning with k rows -> the denoiser's predictions for the same latents, (k, n, c, h, w)."""
 Edit = Callable[[Tensor | None, Tensor, Predict], Tensor]
 """Takes the predictions (n, c, h, w) for the negative prompt (None without guidance) and for the
 prompt, and returns a replacement for the latter."""
+
+
+def require_unguided_score(method: str, pipe: Any) -> None:
+    """Refuse a model that embeds the guidance scale: its prediction is not that of the prompt.
+
+    Raises:
+        ValueError: it does.
+    """
+    branches = family_of(pipe).guidance_branches(pipe, 2.0)
+    require(len(branches) > 1, method, "needs classifier-free guidance", pipe)
 
 
 @contextmanager
@@ -26,14 +37,18 @@ def edited_score(pipe: Any, edit: Edit) -> Iterator[None]:
     family = family_of(pipe)
 
     def hook(denoiser: Any, args: tuple, kwargs: dict, output: tuple[Tensor]) -> tuple[Tensor]:
-        inputs, t = args
+        arguments = dict(zip((family.latents_argument, "timestep"), args, strict=False)) | kwargs
+        inputs = arguments[family.latents_argument]
+        t = torch.as_tensor(arguments["timestep"]).flatten()[0]
         guided = pipe.do_classifier_free_guidance
         uncond, text = output[0].chunk(2) if guided else (None, output[0])
         n = len(text)
 
         def predict(conditioning: Conditioning) -> Tensor:
-            rows = repeat_interleave(cast(conditioning, text), n)  # k * n of them
-            k = len(next(iter(rows.values()))) // n
+            k = len(next(iter(conditioning.values())))
+            shape = text.shape[1], text.shape[2], text.shape[3]
+            complete = family.complete(pipe, conditioning, shape, pipe.guidance_scale)
+            rows = repeat_interleave(cast(expand(complete, k), text), n)  # k * n of them
             latents = inputs[-n:].repeat(k, 1, 1, 1)
             # `forward` itself: a call would run this hook again
             return family.predict(denoiser.forward, latents, t, rows).unflatten(0, (k, n))

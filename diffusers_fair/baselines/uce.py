@@ -14,15 +14,16 @@ import torch
 from torch import Tensor
 
 from diffusers_fair import metrics
-from diffusers_fair.baselines.base import ChangedPipeline, Task
+from diffusers_fair.baselines.base import Baseline, ChangedPipeline, Task, require
 from diffusers_fair.evaluation.generate import generate
-from diffusers_fair.families.stable_diffusion import cross_attention, token_embeddings
+from diffusers_fair.families import family_of
+from diffusers_fair.families.stable_diffusion import EMBEDDINGS, cross_attention
 from diffusers_fair.prompts.wording import Term, Wording, subject_start, with_terms
 from diffusers_fair.vision.judges import Judges
 
 
 @dataclass(frozen=True)
-class UCE:
+class UCE(Baseline):
     """Alternates between counting perceived classes and editing the U-Net's cross-attention."""
 
     concepts: int = 37
@@ -45,12 +46,18 @@ class UCE:
     phrase: str = "a photo of the face of a person"
     """Neutral prompt that is preserved with each of the words."""
 
+    def check(self, pipe: Any) -> None:
+        """Require keys and values that are computed from the prompt alone."""
+        works = bool(cross_attention(pipe))
+        require(works, "uce", "edits the keys and values of cross-attention", pipe)
+
     def apply(self, pipe: Any, task: Task) -> ChangedPipeline:
         """Edit the weights; `restore` restores the original weights bit for bit.
 
         Raises:
-            ValueError: the weights are offloaded layer by layer.
+            ValueError: the weights are offloaded layer by layer; or as for `check`.
         """
+        self.check(pipe)
         layers = cross_attention(pipe)
         if any(layer.weight.is_meta for layer in layers):
             raise ValueError(
@@ -192,7 +199,7 @@ def _kept(pipe: Any, phrase: str, wordings: Sequence[Wording]) -> Tensor:
 
 def _embed(pipe: Any, texts: list[str]) -> Tensor:
     """Return embeddings (n, L, d) in float64 on the CPU; not every other device has float64."""
-    return token_embeddings(pipe, texts).cpu().double()
+    return family_of(pipe).encode(pipe, texts)[EMBEDDINGS].cpu().double()
 
 
 def _ids(pipe: Any, text: str) -> list[int]:

@@ -3,7 +3,7 @@
 import errno
 import signal
 import sys
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -69,18 +69,21 @@ def say(text: str) -> None:
 
 
 def show_assessment(assessment: "Assessment", out: Path) -> None:
-    """Print the table of an assessment and its warning."""
+    """Print the table of an assessment, its notes and its warning."""
     from diffusers_fair.reports.table import table
 
-    show(table(assessment.base, assessment.changed), out, assessment.warning)
+    grid = table(assessment.base, assessment.changed)
+    show(grid, out, assessment.warning, assessment.transfer)
 
 
-def show(grid: Any, out: Path, warning: str = "") -> None:
-    """Print a report's table and a warning, from the main process."""
+def show(grid: Any, out: Path, warning: str = "", notes: Sequence[str] = ()) -> None:
+    """Print a report's table, notes and a warning, from the main process."""
     from diffusers_fair import distributed
 
     if distributed.is_main():
         console.print(grid)
+        for note in notes:
+            say(note)
         if warning:
             say(f"Warning: {warning}")
         say(f"report in {out}")

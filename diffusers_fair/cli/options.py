@@ -26,6 +26,14 @@ RespectWords = Annotated[
         help="Disable the adapter for prompts that name a class it balances.",
     ),
 ]
+OtherBase = Annotated[
+    bool,
+    typer.Option(
+        "--other-base",
+        help="Accept a base model that the adapter was not trained on, if its layers fit, and say "
+        "how far the adapter's effect carries over.",
+    ),
+]
 Device = Annotated[
     str,
     typer.Option(

@@ -7,7 +7,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from diffusers_fair.diffusion.scheduler import scaled_input, takes_generator
+from diffusers_fair.diffusion.scheduler import scaled_input, step_options
 from diffusers_fair.families import denoiser_of, family_of
 from diffusers_fair.families.base import Shape
 from diffusers_fair.families.conditioning import (
@@ -102,15 +102,13 @@ def denoise(
     Returns:
         (n, c, h, w), z_K.
     """
-    options = family_of(pipe).timestep_options(scheduler, steps, shape_of(noise))
-    scheduler.set_timesteps(**options, device=noise.device)
-    step_options = {}
-    if generators is not None and takes_generator(scheduler):
-        step_options["generator"] = list(generators)
+    timesteps = family_of(pipe).timestep_options(scheduler, steps, shape_of(noise))
+    scheduler.set_timesteps(**timesteps, device=noise.device)
+    options = step_options(scheduler, None if generators is None else list(generators))
     latents = noise * getattr(scheduler, "init_noise_sigma", 1.0)  # flow matching has none
     for i, t in enumerate(scheduler.timesteps):
         output = evaluate(i, scaled_input(scheduler, latents, t), t)  # (n, c, h, w)
-        latents = scheduler.step(output, t, latents, return_dict=False, **step_options)[0]
+        latents = scheduler.step(output, t, latents, return_dict=False, **options)[0]
     return latents
 
 

@@ -102,17 +102,19 @@ class BiasedGradientScheduler:
         timestep: Any,
         sample: Tensor,
         generator: Any = None,
+        eta: float = 0.0,
         **kwargs: Any,
     ) -> Any:
         """Take the scheduler's step; the gradient of `model_output` is multiplied by C_i.
+
+        As in diffusers' pipelines, eta is 0 by default for every scheduler that takes it.
 
         Raises:
             ValueError: `timestep` is not among `timesteps`, or the model's input is attached.
         """
         self._index = self._index_of(timestep)
         self._check_input(model_output, sample)
-        if generator is not None and takes_generator(self.scheduler):
-            kwargs["generator"] = generator
+        kwargs |= step_options(self.scheduler, generator, eta)
         if model_output.requires_grad:
             coefficient = self._solve()[1][self._index].item()
             model_output = model_output.view_as(model_output)  # the caller's tensor gets no hook
@@ -203,9 +205,17 @@ class BiasedGradientScheduler:
         return next((i for i in indices if i > self._index), indices[0])
 
 
-def takes_generator(scheduler: Any) -> bool:
-    """Whether the steps of a scheduler take generators, of noise that it adds."""
-    return "generator" in inspect.signature(scheduler.step).parameters
+def step_options(scheduler: Any, generator: Any = None, eta: float = 0.0) -> dict[str, Any]:
+    """Return the arguments on noise for a scheduler's step that the scheduler takes.
+
+    Args:
+        scheduler: a diffusers scheduler.
+        generator: one or several generators of the noise that it adds; None for torch's own.
+        eta: 0 is the default of diffusers' pipelines, though not of every scheduler.
+    """
+    options = {"eta": eta} if generator is None else {"eta": eta, "generator": generator}
+    parameters = inspect.signature(scheduler.step).parameters
+    return {name: value for name, value in options.items() if name in parameters}
 
 
 def scaled_input(scheduler: Any, sample: Tensor, timestep: Any) -> Tensor:
@@ -217,9 +227,7 @@ def scaled_input(scheduler: Any, sample: Tensor, timestep: Any) -> Tensor:
 
 def _run(scheduler: Any, latents: Tensor, outputs: list[Tensor]) -> Tensor:
     """Run the scheduler over given model outputs, from z_0 to z_K, always with the same noise."""
-    options = {}
-    if takes_generator(scheduler):
-        options["generator"] = torch.Generator().manual_seed(0)
+    options = step_options(scheduler, torch.Generator().manual_seed(0))
     for output, timestep in zip(outputs, scheduler.timesteps, strict=True):
         scaled_input(scheduler, latents, timestep)  # some schedulers require the call
         latents = scheduler.step(output, timestep, latents, return_dict=False, **options)[0]

@@ -100,7 +100,7 @@ class StableDiffusion(UNetFamily):
 STABLE_DIFFUSION = StableDiffusion()
 
 
-# ---- for baselines that only support this family -------------------------------------------------
+# ---- for baselines -------------------------------------------------------------------------------
 
 
 def token_embeddings(pipe: Any, texts: Sequence[str]) -> Tensor:
@@ -120,6 +120,8 @@ def guided_embeddings(
 
 
 def cross_attention(pipe: Any) -> list[nn.Linear]:
-    """Return the layers that compute keys and values of the prompt in the U-Net."""
+    """Return the layers that compute keys and values of the prompt; none without a U-Net."""
     ends = ("attn2.to_k", "attn2.to_v")
-    return [layer for name, layer in pipe.unet.named_modules() if name.endswith(ends)]
+    unet = getattr(pipe, UNetFamily.denoiser, None)
+    modules = [] if unet is None else unet.named_modules()
+    return [layer for name, layer in modules if name.endswith(ends)]

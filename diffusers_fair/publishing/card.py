@@ -26,8 +26,8 @@ from diffusers_fair.adapters.format import EMBEDS_FILE, AdapterInfo
 from diffusers_fair.adapters.repository import REPOSITORY
 from diffusers_fair.attributes import Attribute
 from diffusers_fair.config.backends import SHIPPED_BASES
-from diffusers_fair.loading import MIRRORS
 from diffusers_fair.paths import expand
+from diffusers_fair.publishing.licence import base_licence
 from diffusers_fair.reports.estimate import DIGITS, GAP, Estimate, estimate_text
 from diffusers_fair.reports.folder import FILE, FORMAT, GROUPS_SHEET, PAIRS
 from diffusers_fair.reports.groups import GroupSummary, summaries_from_json
@@ -46,15 +46,6 @@ _SUMMARY = (  # the keys of a report's summary that fair_adapter.json keeps
 )
 _NOT_EVALUATED = {"prompts": 0, "images": 0, "faces": 0, "bias": {}, "scores": {}}
 SETTINGS = ("images_per_prompt", "steps", "guidance_scale", "seed")
-_LICENCES = {  # base model -> its licence, as the Hub names it; adapters have the same
-    **dict.fromkeys(SHIPPED_BASES, "apache-2.0"),
-    "CompVis/stable-diffusion-v1-4": "creativeml-openrail-m",
-    "stable-diffusion-v1-5/stable-diffusion-v1-5": "creativeml-openrail-m",
-    "stabilityai/stable-diffusion-2": "openrail++",
-    "stabilityai/stable-diffusion-2-base": "openrail++",
-    "stabilityai/stable-diffusion-2-1": "openrail++",
-    "stabilityai/stable-diffusion-2-1-base": "openrail++",
-}
 
 
 def write_card(folder: str | Path | Adapter, report: str | Path | None = None) -> Path:
@@ -222,7 +213,7 @@ def _render(info: AdapterInfo, images: Sequence[str]) -> str:
             base=base,
             on_hub=_on_hub(info.base_model),
             on_testbed=info.base_model in SHIPPED_BASES,
-            licence=_licence(info.base_model),
+            licence=base_licence(info.base_model, info.base_revision),
             embeds=EMBEDS_FILE,
             shares=list(_shares(info, evaluation)),
             example=(info.evaluation or {}).get("example", _EXAMPLE),
@@ -246,12 +237,13 @@ def _metadata(info: AdapterInfo, evaluation: _Evaluation | None) -> ModelCardDat
     base: dict[str, Any] = {}
     if _on_hub(info.base_model):
         base = {"base_model": info.base_model, "base_model_relation": "adapter"}
+    licence = base_licence(info.base_model, info.base_revision)
     kinds = ["lora"] * bool(info.lora) + ["textual-inversion"] * bool(info.soft_tokens)
     return ModelCardData(
-        license=_licence(info.base_model),
+        **(asdict(licence) if licence else {}),
         library_name="diffusers",
         pipeline_tag="text-to-image",
-        tags=["diffusers-fair", "fairness", "bias-mitigation", "stable-diffusion", *kinds],
+        tags=["diffusers-fair", "fairness", "bias-mitigation", *kinds],
         model_name=f"fairness adapter for {info.base_model.rpartition('/')[2]}",
         eval_results=list(_results(evaluation)) or None,
         **base,
@@ -279,10 +271,6 @@ def _results(evaluation: _Evaluation | None) -> Iterator[EvalResult]:
 
 def _on_hub(base: str) -> bool:
     return REPOSITORY.fullmatch(base) is not None
-
-
-def _licence(base: str) -> str | None:
-    return _LICENCES.get(MIRRORS.get(base, base))
 
 
 # ---- its tables ----------------------------------------------------------------------------------
@@ -369,9 +357,9 @@ def _control(evaluation: _Evaluation) -> Iterator[list[str]]:
 
 
 def _sampling(info: AdapterInfo) -> str:
-    """Format the sampling arguments of the evaluation for a pipeline call."""
-    root = info.evaluation
-    if root is None:
+    """Format the sampling arguments of the evaluation, made or intended, for a pipeline call."""
+    root = info.evaluation or info.recipe.get("evaluation")
+    if not root:
         return ""
     return f", num_inference_steps={root['steps']}, guidance_scale={root['guidance_scale']}"
 

@@ -9,10 +9,11 @@ from pathlib import Path
 import numpy as np
 import preview_card
 import pytest
+import stand_ins
 import test_evaluation as evaluated
 import torch
 import yaml
-from huggingface_hub import ModelCard
+from huggingface_hub import ModelCard, constants
 from markdown_it import MarkdownIt
 from reports import group
 from test_io import BOTH, SOFT, adapter_info, edit, embeds, put, weights
@@ -242,6 +243,63 @@ def test_bases_that_are_not_on_the_hub_are_not_said_to_be(tmp_path, base):
     data = ModelCard.load(adapter / "README.md").data.to_dict()
     assert ("base_model" in data) == (base == "org/unknown")
     assert data.get("license") == ("apache-2.0" if base == "testbed" else None)
+
+
+@pytest.mark.parametrize(
+    ("base", "identifier", "name"),
+    [
+        ("stabilityai/stable-diffusion-xl-base-1.0", "openrail++", None),
+        ("stabilityai/stable-diffusion-3.5-medium", "other", "stabilityai-ai-community"),
+        ("black-forest-labs/FLUX.1-dev", "other", "flux-1-dev-non-commercial-license"),
+        ("black-forest-labs/FLUX.1-schnell", "apache-2.0", None),
+    ],
+)
+def test_adapters_carry_the_licence_of_their_base(base, identifier, name, tmp_path):
+    recipe = {"evaluation": {"steps": 4, "guidance_scale": 0.0}}
+    adapter = lora(tmp_path / "other", base_model=base, recipe=recipe, evaluation=None)
+    write_card(adapter)
+    data = ModelCard.load(adapter / "README.md").data
+    assert (data.base_model, data.license, data.license_name) == (base, identifier, name)
+    text = text_of(adapter)
+    link = f"https://huggingface.co/{base}/blob/main/LICENSE.md"
+    assert data.license_link == (link if name else None)
+    expected = f"[{name}]({link})" if name else identifier
+    assert f"The base model's licence, {expected}, with its use restrictions." in text
+    assert f'pipe = DiffusionPipeline.from_pretrained("{base}")' in text
+    assert "image = pipe(prompt, num_inference_steps=4, guidance_scale=0.0).images[0]" in text
+
+
+@pytest.mark.parametrize(
+    ("card", "licence"),
+    [
+        ("---\nlicense: mit\n---\n", "mit"),
+        ("---\nlicense: other\nlicense_name: ours\nlicense_link: https://x.y\n---\n", "ours"),
+        ("---\nlicense: other\nlicense_name: ours\nlicense_link: LICENSE\n---\n", "ours"),
+        ("---\nlicense: [\n---\n", None),
+        ("no metadata", None),
+    ],
+)
+def test_the_card_of_the_base_states_its_licence(card, licence, tmp_path):
+    (tmp_path / "base").mkdir()
+    (tmp_path / "base" / "README.md").write_text(card)
+    adapter = lora(tmp_path / "other", base_model=str(tmp_path / "base"))
+    write_card(adapter)
+    data = ModelCard.load(adapter / "README.md").data
+    assert (data.license_name or data.license) == licence
+    assert data.license_link == ("https://x.y" if "https" in card else None)
+
+
+def test_the_card_of_the_base_is_found_in_the_cache(tmp_path, monkeypatch):
+    base = "stabilityai/stable-diffusion-3.5-medium"
+    (tmp_path / "base").mkdir()
+    text = "---\nlicense: other\nlicense_name: newer\nlicense_link: LICENSE.md\n---\n"
+    (tmp_path / "base" / "README.md").write_text(text)
+    stand_ins.hub_cache(tmp_path / "cache", base, tmp_path / "base")
+    monkeypatch.setattr(constants, "HF_HUB_CACHE", str(tmp_path / "cache"))
+    write_card(lora(tmp_path / "other", base_model=base))
+    data = ModelCard.load(tmp_path / "other" / "README.md").data
+    assert data.license_name == "newer"
+    assert data.license_link == f"https://huggingface.co/{base}/blob/main/LICENSE.md"
 
 
 @pytest.mark.parametrize("components", [SOFT, BOTH])

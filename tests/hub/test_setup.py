@@ -4,6 +4,7 @@ import io
 import json
 import shutil
 
+import families
 import numpy as np
 import pyarrow as pa
 import pyarrow.parquet as pq
@@ -17,8 +18,8 @@ from torchvision.models import mobilenet_v3_large
 
 from diffusers_fair import setup
 from diffusers_fair.backends import retinaface
-from diffusers_fair.backends.registry import load_base
-from diffusers_fair.backends.sources import HubDataset, HubModel, UrlFile
+from diffusers_fair.backends.registry import base, load_base
+from diffusers_fair.backends.sources import HubDataset, HubModel, HubPipeline, UrlFile
 from diffusers_fair.config.schema import RunConfig
 from diffusers_fair.training.classifier import Settings
 from diffusers_fair.training.labelled_images import read_images
@@ -153,7 +154,8 @@ def test_a_machine_is_set_up_once(machine, monkeypatch, tmp_path, capsys):
         "min on this machine (an estimate)",
     ):
         assert line in said
-    assert set(machine.routes()) == {"model_info"}
+    asked = {path for route, path in machine.asked if route != "model_info"}
+    assert asked == {f"/{BASE}/resolve/main/model_index.json"}
     assert not (tmp_path / "classifiers").exists()
 
     assert run(monkeypatch, "setup", "sd15-gender", "--yes") == 0
@@ -177,7 +179,7 @@ def test_a_machine_is_set_up_once(machine, monkeypatch, tmp_path, capsys):
 @pytest.mark.slow
 def test_a_setup_that_broke_off_goes_on(machine, monkeypatch, capsys):
     monkeypatch.setattr(setup, "seconds_per_image", lambda settings: 0.01)
-    size = HubModel(BASE, parts=("unet", "vae", "text_encoder")).download().size
+    size = HubPipeline(BASE).download().size
     machine.fail("download", 500, times=99, skip=1)
     assert run(monkeypatch, "setup", "sd15-gender", "--yes") == 2
     said = capsys.readouterr().err
@@ -214,6 +216,54 @@ def test_what_cannot_be_fetched_is_said_before_anything_is(machine, monkeypatch,
     trained_on = "models.classifiers.gender.trained_on=nowhere"
     assert run(monkeypatch, "setup", "sd15-gender", trained_on, "--yes") == 2
     assert "should be trained on 'nowhere', which does not exist" in capsys.readouterr().err
+
+
+# ---- base models of every family -----------------------------------------------------------------
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("name", families.PIPELINES)
+def test_every_pipeline_is_fetched_whole(hub, name, tmp_path):  # noqa: F811
+    """Without what its repository holds for other programs; then diffusers needs no more."""
+    original = families.PIPELINES[name]()
+    original.save_pretrained(tmp_path / "base")
+    others = {
+        "base.safetensors": b"0" * 99,
+        "text_encoders/t5xxl_fp16.safetensors": b"0" * 99,
+        "vae/diffusion_pytorch_model.fp16.safetensors": b"0" * 99,
+        "vae_decoder/model.onnx": b"0" * 99,
+        "unet/openvino_model.bin": b"0" * 99,
+    }
+    hub.publish("org/base", contents(tmp_path / "base") | others)
+    [missing] = base("org/base").needs("org/base", None)
+    assert (missing.available, missing.source) == (False, HubPipeline("org/base"))
+    missing.source.download().fetch()
+    asked = [path for route, path in hub.asked if route == "resolve"]
+    assert not [path for path in asked for other in others if other in path]
+    [found] = base("org/base").needs("org/base", None)
+    assert found.available, found.advice
+    assert found.size > 0
+    hub.asked.clear()
+    loaded = load_base("org/base")
+    assert type(loaded) is type(original)
+    assert "download" not in hub.routes()
+
+
+def test_gated_repositories_say_how_to_get_access(hub):  # noqa: F811
+    files = {"model_index.json": b"{}", "README.md": card("other")}
+    hub.publish("org/gated", files, gated=True)
+    advice = "its publisher asks you to accept its licence: do so "
+    with pytest.raises(ValueError, match=f"'org/gated': {advice}at https://.*org/gated, then run"):
+        HubPipeline("org/gated").download()
+    with pytest.raises(ValueError, match=f"{advice}on its page on the Hub, then run `hf auth log"):
+        load_base("org/gated")
+
+
+def test_a_repository_of_no_pipeline(hub):  # noqa: F811
+    hub.publish("org/lora", {"model.safetensors": b"0"})
+    message = r"'org/lora' on the Hub is no pipeline of diffusers, as it has no model_index\.json: "
+    with pytest.raises(ValueError, match=message):
+        HubPipeline("org/lora").download()
 
 
 # ---- data sets -----------------------------------------------------------------------------------

@@ -6,12 +6,15 @@ from pathlib import Path
 from pickle import UnpicklingError
 
 import cost
+import families
 import open_clip
 import pytest
 import stand_ins
 import timm
+import tiny
 import torch
 import yaml
+from diffusers import EulerAncestralDiscreteScheduler
 from huggingface_hub import constants
 from pictures import held_out
 from PIL import Image
@@ -50,6 +53,7 @@ from diffusers_fair.config import backends
 from diffusers_fair.config.models import ClassifierSection, EvaluationModelsSection, ModelsSection
 from diffusers_fair.config.recipe import RECIPES, recipes
 from diffusers_fair.config.schema import RunConfig
+from diffusers_fair.families import family_of
 from diffusers_fair.families.base import Usual
 from diffusers_fair.testbed.backend import load_evaluation_judges
 from diffusers_fair.training import batch_gradient as gradient
@@ -822,6 +826,53 @@ def test_recipe_trains_one_iteration(name, models, stable_diffusion, monkeypatch
     assert figures["skipped"] == 0
     assert figures["gradient"] > 0
     assert any(not torch.equal(a, b) for a, b in zip(before, trained.parameters, strict=True))
+
+
+FAMILIES = {  # beginning of a recipe's name -> the pipeline of its base
+    "sdxl-turbo": lambda: families.sdxl(
+        scheduler=EulerAncestralDiscreteScheduler(**tiny.BETAS, timestep_spacing="trailing")
+    ),
+    "sdxl": families.sdxl,
+    "sd35": families.sd3,
+    "flux": families.flux,
+}
+NEWER = [name for name in recipes() if not name.startswith(("sd15-", "testbed"))]
+
+
+def base_of(recipe: str):
+    """A pipeline of the class, and with the scheduler, of a recipe's base."""
+    return next(make for name, make in FAMILIES.items() if recipe.startswith(name))()
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("name", NEWER)
+def test_recipe_trains_a_pipeline_of_its_family(name, models, monkeypatch, tmp_path):
+    stand_ins.retinaface(monkeypatch, tmp_path / "torch")
+    base_of(name).save_pretrained(tmp_path / "base")
+    recipe = RunConfig.load(name)
+    values = small(recipe, models, tmp_path / "base")
+    values |= {"optimizer.warmup": 0, "sampling.size": families.SIZE, "adapter.rank": 2}
+    trained = FairnessFinetuner.from_recipe(name, **values, output=str(tmp_path / "run"))
+    assert trained.pipe.dtype == torch.bfloat16
+    before = [p.detach().clone() for p in trained.parameters]
+    figures = trained.iteration(0).metrics()
+    assert figures["skipped"] == 0
+    assert figures["gradient"] > 0
+    assert any(not torch.equal(a, b) for a, b in zip(before, trained.parameters, strict=True))
+
+
+@pytest.mark.parametrize("name", NEWER)
+def test_recipe_samples_as_is_usual_in_its_family(name):
+    pipe, config = base_of(name), RunConfig.load(name)
+    usual = family_of(pipe).usual(pipe)
+    if name.startswith("sdxl-turbo"):
+        usual = Usual(guidance_scale=0, steps=4)
+    assert config.evaluation.guidance_scale == config.sampling.guidance_scale
+    assert Usual(config.evaluation.guidance_scale, config.evaluation.steps) == usual
+    assert set(config.adapter.components) <= set(family_of(pipe).targets)
+    header = (RECIPES / f"{name}.yaml").read_text("utf-8").partition("extends:")[0]
+    assert "# Memory: " in header
+    assert "# Licence of the base: " in header
 
 
 @pytest.mark.slow

@@ -340,6 +340,35 @@ def test_an_adapter_of_another_base_is_refused_before_anything_is_evaluated(
     assert not (tmp_path / "out").exists()
 
 
+@pytest.mark.slow
+def test_an_adapter_is_evaluated_on_another_base(adapter, lines, tmp_path, monkeypatch, capsys):
+    """What its card records on its own base stands beside what it does here: the same, here."""
+    few = ["--prompts", lines, "--images", 2, "--steps", 2, "--no-groups"]
+    other = shutil.copytree(adapter, tmp_path / "other")
+    assert run(monkeypatch, "evaluate", "--adapter", other, *few, "--out", tmp_path / "own") == 0
+    assert "trained on" not in capsys.readouterr().out
+    info = read_adapter(other)[0]
+    unknown = dataclasses.replace(info, fingerprint="0" * 64, base_model="org/own")
+    words = ["evaluate", "--adapter", other, "--other-base", *few]
+    write_info(other, unknown)
+    assert run(monkeypatch, *words, "--out", tmp_path / "first") == 0
+    said = " ".join(capsys.readouterr().out.split())
+    assert "with the adapter here; nothing is recorded on org/own, which it was trained on" in said
+    report = json.loads((tmp_path / "own" / "report.json").read_text())
+    sides = {"before": report["reference"]["summary"], "after": report["summary"]}
+    (before, after) = (side["bias"]["gender"] for side in sides.values())
+    before["mean"], after["mean"] = before["mean"] + 0.5, after["mean"] + 0.1
+    write_info(other, dataclasses.replace(unknown, evaluation=sides))
+    assert run(monkeypatch, *words, "--out", tmp_path / "second") == 0
+    said = " ".join(capsys.readouterr().out.split())
+    own = f"{before['mean']:.3f} and {after['mean']:.3f} on org/own, which it was trained on"
+    reduction = before["mean"] - after["mean"]
+    share = (reduction - 0.4) / reduction
+    assert f"{own}: {share:.0%} of the reduction carries over" in said
+    model = json.loads((tmp_path / "second" / "report.json").read_text())["provenance"]["model"]
+    assert model["adapter was trained on"] == "org/own"
+
+
 def test_inspect_says_what_an_adapter_is(adapter, monkeypatch, capsys):
     assert run(monkeypatch, "inspect", adapter) == 0
     facts = json.loads(capsys.readouterr().out)
@@ -393,6 +422,7 @@ BAD = {
     "missing base": (["generate", "x", "--base", "./nowhere"], "cannot load the base model"),
     "unknown prompts": (["evaluate", "--prompts", "testbed-ocupations"], "testbed-occupations"),
     "unknown attribute": (["evaluate", "--attribute", "height"], "unknown attribute 'height'"),
+    "another base of nothing": (["evaluate", "--other-base"], "--other-base needs an adapter"),
     "a reference for nothing": (["evaluate", "--reference", "x"], "give --adapter or --baseline"),
     "unknown baseline": (["evaluate", "--baseline", "USE"], "unknown baseline 'USE': expected"),
     "two at a time": (

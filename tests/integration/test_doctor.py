@@ -1,5 +1,6 @@
 """What a recipe needs: found where it is, named where it is not, and never fetched."""
 
+import json
 import socket
 import sys
 
@@ -35,8 +36,24 @@ def alone(monkeypatch, tmp_path):
     )
 
 
-def cached(home, model: str, *files: str) -> None:
-    """Put files of a repository into the Hub's cache, ten bytes each."""
+INDEX = {  # as pipelines list their components
+    "_class_name": "StableDiffusionXLPipeline",
+    "force_zeros_for_empty_prompt": True,
+    "image_encoder": [None, None],
+    "safety_checker": ["stable_diffusion", "StableDiffusionSafetyChecker"],
+    "feature_extractor": ["transformers", "CLIPImageProcessor"],
+    "scheduler": ["diffusers", "EulerDiscreteScheduler"],
+    "text_encoder": ["transformers", "CLIPTextModel"],
+    "text_encoder_2": ["transformers", "CLIPTextModelWithProjection"],
+    "tokenizer": ["transformers", "CLIPTokenizer"],
+    "tokenizer_2": ["transformers", "T5TokenizerFast"],
+    "unet": ["diffusers", "UNet2DConditionModel"],
+    "vae": ["diffusers", "AutoencoderKL"],
+}
+
+
+def cached(home, model: str, *files: str, index: object = None) -> None:
+    """Put files into the Hub's cache, ten bytes each, and the `model_index.json` of a pipeline."""
     folder = home / "hub" / f"models--{model.replace('/', '--')}"
     (folder / "refs").mkdir(parents=True)
     (folder / "refs" / "main").write_text("abc")
@@ -44,6 +61,8 @@ def cached(home, model: str, *files: str) -> None:
         path = folder / "snapshots" / "abc" / name
         path.parent.mkdir(parents=True, exist_ok=True)
         path.write_bytes(b"0123456789")
+    if index is not None:
+        (folder / "snapshots" / "abc" / "model_index.json").write_text(json.dumps(index))
 
 
 def gaps(*overrides: str) -> dict[str, str]:
@@ -98,21 +117,33 @@ def test_what_is_in_the_cache_is_found(tmp_path):
     cached(tmp_path, "facebook/dinov2-base", "config.json", "model.safetensors")
     assert "facebook/dinov2-base" not in gaps()
     base = "stable-diffusion-v1-5/stable-diffusion-v1-5"
-    cached(tmp_path, base, "unet/x.safetensors", "vae/x.bin")
-    assert gaps()[base].endswith("has no text_encoder")
+    cached(tmp_path, base, "unet/x.safetensors", "vae/x.bin", index=INDEX)
+    assert gaps()[base].endswith("has no text_encoder, text_encoder_2")
+
+
+@pytest.mark.parametrize(
+    ("index", "advice"),
+    [
+        (None, "/snapshots/abc' is no pipeline: it has no model_index.json"),
+        ([], "model_index.json' must list the components of a pipeline: download it again"),
+    ],
+)
+def test_a_folder_that_is_no_pipeline(index, advice, tmp_path):
+    cached(tmp_path, "org/base", "unet/x.safetensors", index=index)
+    assert gaps("base.model=org/base")["org/base"].endswith(advice)
 
 
 def test_weights_are_counted_once_as_stored(tmp_path):
     files = [
         f"{part}/model.{kind}"
-        for part in ("unet", "vae", "text_encoder")
+        for part in ("unet", "vae", "text_encoder", "text_encoder_2")
         for kind in ("bin", "safetensors")
     ]
-    cached(tmp_path, "org/base", *files)
+    cached(tmp_path, "org/base", *files, index=INDEX)
     cached(tmp_path, "org/dino", "model.safetensors")
     dino = ["models.dino=dinov2:org/dino", "evaluation.models.dino=dinov2:org/dino"]
     found = doctor.examine(RunConfig.load("sd15-gender", ["base.model=org/base", *dino]))
-    assert sum(need.size for need in found) == 40
+    assert sum(need.size for need in found) == 50
 
 
 def test_folders_are_found(tmp_path):

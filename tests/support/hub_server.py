@@ -52,6 +52,7 @@ Tree = dict[str, File]
 @dataclass
 class Repository:
     private: bool
+    gated: bool = False  # whether its files are for those who accept a licence; nobody here has
     commits: dict[str, Tree] = field(default_factory=dict)
     refs: dict[str, str] = field(default_factory=dict)  # main, v1, refs/pr/1 -> commit
     messages: dict[str, str] = field(default_factory=dict)
@@ -136,9 +137,9 @@ class HubServer:
             for name, repo in self.repos.items()
         }
 
-    def publish(self, name: str, files: dict[str, bytes]) -> None:
+    def publish(self, name: str, files: dict[str, bytes], *, gated: bool = False) -> None:
         """Make a public repository of these files; the name of a data set begins with datasets/."""
-        repo, tree = Repository(private=False), {}
+        repo, tree = Repository(private=False, gated=gated), {}
         for path, data in files.items():
             digest = hashlib.sha256(data).hexdigest() if path.endswith(LARGE) else None
             if digest:
@@ -486,6 +487,8 @@ class Call:
 
     def resolve(self, repo: str, ref: str, path: str) -> Answer:
         found = self._repo(repo)
+        if found.gated:
+            raise Refusal(403, "Access to this model is restricted", "GatedRepo")
         oid = self._oid(found, ref)
         if path not in found.commits[oid]:
             raise Refusal(404, "Entry not found", "EntryNotFound")

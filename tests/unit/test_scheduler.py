@@ -49,9 +49,9 @@ DRIFT = 1e-5  # relative; schedulers compute in float32
 
 def run(scheduler, latents, outputs):
     """A diffusers-style loop over given model outputs, with the same noise each time."""
-    options = {}
-    if "generator" in inspect.signature(scheduler.step).parameters:
-        options["generator"] = torch.Generator().manual_seed(0)
+    options = {"generator": torch.Generator().manual_seed(0), "eta": 0.0}
+    taken = inspect.signature(scheduler.step).parameters
+    options = {name: value for name, value in options.items() if name in taken}
     for output, t in zip(outputs, scheduler.timesteps, strict=True):
         if hasattr(scheduler, "scale_model_input"):
             scheduler.scale_model_input(latents, t)
@@ -119,6 +119,25 @@ def test_values_are_the_wrapped_schedulers_bit_for_bit(name):
     latents, *outputs = draw(len(plain.timesteps) + 1)
     outputs = [output.requires_grad_() for output in outputs]
     assert torch.equal(run(scheduler, latents, outputs), run(plain, latents, outputs))
+
+
+@pytest.mark.parametrize("steps", [1, 2, 4])
+@pytest.mark.parametrize("name", ["ancestral", "lcm", "tcd"])
+def test_every_step_of_a_few_step_sampler_has_influence(name, steps):
+    """So that `exact` can weigh them equally."""
+    scheduler = BiasedGradientScheduler(LINEAR[name](), "exact")
+    scheduler.set_timesteps(steps)
+    weights = scheduler.gradient_weights()
+    assert torch.allclose(weights, weights[0].expand(steps))
+
+
+def test_turbo_hardly_weighs_its_last_step_without_standardization():
+    scheduler = BiasedGradientScheduler(
+        diffusers.EulerAncestralDiscreteScheduler(**BETAS, timestep_spacing="trailing"), "none"
+    )
+    scheduler.set_timesteps(4)
+    weights = scheduler.gradient_weights()
+    assert (weights[0] / weights[-1]).round() == 19  # as sdxl-turbo-gender says
 
 
 def test_it_takes_a_schedulers_place_in_a_pipeline():
