@@ -6,7 +6,8 @@ import itertools
 import diffusers
 import pytest
 import torch
-from families import PIPELINES, flux, sd3, sdxl
+import families
+from families import PIPELINES, SIZE, SIZES, flux, sd3, sdxl
 from tiny import BETAS
 
 from diffusers_fair.adapters.lora import add_lora
@@ -42,9 +43,7 @@ SCHEDULERS = {
         "usual": lambda: None,
         "dynamic": lambda: FLOW(use_dynamic_shifting=True),
         "heun": lambda: diffusers.FlowMatchHeunDiscreteScheduler(),
-        "dpm": lambda: diffusers.DPMSolverMultistepScheduler(
-            prediction_type="flow_prediction", use_flow_sigmas=True, flow_shift=3.0
-        ),
+        "dpm": lambda: diffusers.DPMSolverMultistepScheduler(**families.FLOW),
         "stochastic": lambda: FLOW(shift=3.0, stochastic_sampling=True),
     },
     "flux": {
@@ -54,11 +53,32 @@ SCHEDULERS = {
             prediction_type="flow_prediction", use_flow_sigmas=True
         ),
     },  # not with noise in between, which the pipeline lays out in packed latents
+    "sana": {
+        "usual": lambda: None,
+        "euler": lambda: FLOW(shift=3.0),
+        "unipc": lambda: diffusers.UniPCMultistepScheduler(**families.FLOW),
+    },
+    "z_image": {
+        "usual": lambda: None,
+        "dynamic": lambda: FLOW(use_dynamic_shifting=True),
+        "karras": lambda: FLOW(use_karras_sigmas=True),
+    },
+    "lumina2": {
+        "usual": lambda: None,
+        "dynamic": lambda: FLOW(use_dynamic_shifting=True),
+        "stochastic": lambda: FLOW(shift=6.0, stochastic_sampling=True),
+    },
+    "aura_flow": {
+        "usual": lambda: None,
+        "heun": lambda: diffusers.FlowMatchHeunDiscreteScheduler(),
+        "dpm": lambda: diffusers.DPMSolverMultistepScheduler(**families.FLOW),
+    },
 }
+SCALES = {"flux": (3.5,), "z_image": (0, 5)}  # one without guidance and one with it
 CASES = [
     (name, scheduler, scale)
     for name, schedulers in SCHEDULERS.items()
-    for scheduler, scale in itertools.product(schedulers, (1, 5) if name != "flux" else (3.5,))
+    for scheduler, scale in itertools.product(schedulers, SCALES.get(name, (1, 5)))
 ]
 
 
@@ -101,7 +121,7 @@ def call(pipe, scale):
             num_inference_steps=STEPS,
             generator=[torch.Generator().manual_seed(i) for i in range(len(PROMPTS))],
             output_type="latent",
-            **family_of(pipe).call_options(pipe, scale),
+            **family_of(pipe).call_options(pipe, scale, size_of(pipe)),
         )
         .images
     )
@@ -112,7 +132,7 @@ def called(pipe, scale):
     """Latents of the pipeline's own call, with its graph."""
     latents = call(pipe, scale)
     if latents.ndim == 3:  # FLUX packs them
-        _, h, w = family_of(pipe).noise_shape(pipe)
+        _, h, w = family_of(pipe).noise_shape(pipe, SIZE)
         latents = diffusers.FluxPipeline._unpack_latents(latents, h, w, 1)
     return latents
 
@@ -121,7 +141,7 @@ def by_call(pipe, parameters, scale):
     """Algorithm 1 by autograd through the pipeline's own call: z_K and the gradient."""
     with biased_gradient(pipe) as scheduler:
         if pipe.scheduler.config.get("stochastic_sampling"):  # to which no pipeline passes them
-            generators = noise_generators(*start(pipe), dtype=torch.float64)
+            generators = noise_generators(*start(pipe), latents_dtype(pipe))
             scheduler.step = functools.partial(scheduler.step, generator=generators)
         latents = called(pipe, scale)
     loss_of(pipe, latents).backward()
@@ -130,7 +150,17 @@ def by_call(pipe, parameters, scale):
 
 def start(pipe):
     """Shape and seeds of the initial noise."""
-    return family_of(pipe).noise_shape(pipe), [Noise(i) for i in range(len(PROMPTS))]
+    shape = family_of(pipe).noise_shape(pipe, size_of(pipe))
+    return shape, [Noise(i) for i in range(len(PROMPTS))]
+
+
+def latents_dtype(pipe):
+    return family_of(pipe).latents_dtype(pipe)
+
+
+def size_of(pipe):
+    """Pixels of an image that the pipeline accepts."""
+    return next(SIZES.get(n, SIZE) for n in PIPELINES if family_of(PIPELINES[n]()) is family_of(pipe))
 
 
 def encoded(pipe, scale):
@@ -142,8 +172,8 @@ def encoded(pipe, scale):
 
 
 def sampled(pipe, scheduler, branches, scale):
-    noise = initial_noise(*start(pipe), dtype=torch.float64)
-    generators = noise_generators(*start(pipe), dtype=torch.float64)
+    noise = initial_noise(*start(pipe), dtype=latents_dtype(pipe))
+    generators = noise_generators(*start(pipe), latents_dtype(pipe))
     return sample(pipe, scheduler, branches, noise, STEPS, scale, generators=generators)
 
 
