@@ -9,6 +9,7 @@ from diffusers_fair.families.aura_flow import AURA_FLOW
 from diffusers_fair.families.base import Family
 from diffusers_fair.families.conditioning import Conditioning, concatenate, select
 from diffusers_fair.families.flux import FLUX
+from diffusers_fair.families.flux2_klein import FLUX2_KLEIN
 from diffusers_fair.families.lumina2 import LUMINA2
 from diffusers_fair.families.sana import SANA
 from diffusers_fair.families.stable_diffusion import STABLE_DIFFUSION
@@ -25,6 +26,7 @@ FAMILIES: tuple[Family, ...] = (
     Z_IMAGE,
     LUMINA2,
     AURA_FLOW,
+    FLUX2_KLEIN,
 )
 LORA_PREFIXES = {
     component: prefix for family in FAMILIES for component, prefix in family.lora_prefixes.items()

@@ -1,13 +1,13 @@
 """AuraFlow: a transformer with flow matching and T5."""
 
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from typing import Any
 
 from torch import Tensor
 
 from diffusers_fair.families.base import (
-    Denoise,
     JOINT_LAYERS,
+    Denoise,
     Shape,
     TransformerFamily,
     Usual,
@@ -25,7 +25,7 @@ class AuraFlow(TransformerFamily):
 
     name = "AuraFlow"
     transformer = "AuraFlowTransformer2DModel"
-    targets = {"transformer": JOINT_LAYERS}
+    targets: Mapping[str, tuple[str, ...]] = {"transformer": JOINT_LAYERS}
 
     def usual(self, pipe: Any) -> Usual:
         """Return the defaults of diffusers' pipeline."""
@@ -36,10 +36,6 @@ class AuraFlow(TransformerFamily):
         encode = encoder_of(pipe, self.encode_method, prefix=prefix)
         found = encode(list(prompts), None, False, device=execution_device(pipe))
         return {"encoder_hidden_states": found[0]}
-
-    def unconditional(self, pipe: Any) -> Conditioning:
-        """Encode the empty prompt."""
-        return self.encode(pipe, [""], prefix=False)
 
     def noise_shape(self, pipe: Any, size: int | None = None) -> Shape:
         """Return the shape (c, h, w) of one image's latents."""

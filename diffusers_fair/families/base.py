@@ -4,6 +4,7 @@ A family is a set of diffusers pipelines with the same components and calling co
 state: its methods take the pipeline as an argument.
 """
 
+from abc import abstractmethod
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from types import MethodType
@@ -64,6 +65,9 @@ class Family(Protocol):
     """Whether the guided prediction is the sum of the branches with fixed weights."""
     takes_negative_prompts: bool
     """Whether the pipeline applies `negative_prompt` at its usual guidance scale."""
+    evaluates_prompts_together: bool
+    """Whether the pipeline encodes its prompts and negative prompts in one call to tensors, and
+    evaluates the denoiser for both in one call."""
 
     def matches(self, pipe: Any) -> bool:
         """Whether a pipeline belongs to this family."""
@@ -177,6 +181,7 @@ class ClassifierFreeGuidance:
     encode_method = "encode_prompt"
     has_linear_guidance = True
     takes_negative_prompts = True
+    evaluates_prompts_together = True
     inversions: Mapping[str, str] = {}
     denoiser: str
 
@@ -255,6 +260,14 @@ class TransformerFamily(ClassifierFreeGuidance):
         """Return the prompt embeddings (m, L, d) among the arguments of a transformer call."""
         embeddings: Tensor = kwargs["encoder_hidden_states"]
         return embeddings
+
+    @abstractmethod
+    def encode(self, pipe: Any, prompts: Sequence[str], *, prefix: bool = True) -> Conditioning:
+        """Encode prompts by the pipeline's own method."""
+
+    def unconditional(self, pipe: Any) -> Conditioning:
+        """Encode the empty prompt."""
+        return self.encode(pipe, [""], prefix=False)
 
 
 class Float32Latents(TransformerFamily):
@@ -348,7 +361,6 @@ def normalised(guided: Tensor, prediction: Tensor) -> Tensor:
     return guided * (expected / torch.norm(guided, dim=-1, keepdim=True))
 
 
-def dtype_of(denoiser: Any) -> torch.dtype:
-    """Return the dtype of a denoiser, or of the denoiser that this is the `forward` of."""
-    dtype: torch.dtype = getattr(denoiser, "__self__", denoiser).dtype
-    return dtype
+def module_of(denoiser: Any) -> Any:
+    """Return a denoiser, given it or its `forward`."""
+    return getattr(denoiser, "__self__", denoiser)

@@ -27,7 +27,3 @@ class GemmaFamily(TransformerFamily):
     def encode_options(self, pipe: Any) -> dict[str, Any]:
         """Return further arguments with which the pipeline's call encodes prompts."""
         return {}
-
-    def unconditional(self, pipe: Any) -> Conditioning:
-        """Encode the empty prompt."""
-        return self.encode(pipe, [""], prefix=False)

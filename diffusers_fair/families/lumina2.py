@@ -17,6 +17,7 @@ class Lumina2(GemmaFamily):
     name = "Lumina 2"
     transformer = "Lumina2Transformer2DModel"
     has_linear_guidance = False
+    evaluates_prompts_together = False  # a call of the transformer for each branch
 
     def usual(self, pipe: Any) -> Usual:
         """Return the defaults of diffusers' pipeline."""

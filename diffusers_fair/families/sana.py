@@ -10,9 +10,8 @@ from diffusers_fair.families.base import (
     Float32Latents,
     Shape,
     Usual,
-    dtype_of,
+    module_of,
     side,
-    square,
 )
 from diffusers_fair.families.conditioning import Conditioning, cast
 from diffusers_fair.families.gemma import GemmaFamily
@@ -46,8 +45,8 @@ class Sana(Float32Latents, GemmaFamily):
         self, denoiser: Denoise, latents: Tensor, timesteps: Tensor, conditioning: Conditioning
     ) -> Tensor:
         """Evaluate the transformer in its own dtype: (m, c, h, w) in float32."""
-        latents = latents.to(dtype_of(denoiser))
-        model = getattr(denoiser, "__self__", denoiser)
+        model = module_of(denoiser)
+        latents = latents.to(model.dtype)
         output: Tensor = denoiser(
             latents,
             timestep=timesteps.expand(len(latents)) * model.config.timestep_scale,

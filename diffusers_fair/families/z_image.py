@@ -1,12 +1,11 @@
 """Z-Image and Z-Image-Turbo: a transformer with flow matching that takes lists of images."""
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Sequence
 from typing import Any
 
 import torch
 from torch import Tensor
 from torch.nn.functional import pad
-from torch.nn.utils.rnn import pad_sequence
 
 from diffusers_fair.families.base import (
     Denoise,
@@ -14,9 +13,9 @@ from diffusers_fair.families.base import (
     Shape,
     Usual,
     check_guidance_scale,
-    dtype_of,
     encoder_of,
     execution_device,
+    module_of,
     patches,
     resolution_shift,
     side,
@@ -33,6 +32,7 @@ class ZImage(Float32Latents):
     name = "Z-Image"
     transformer = "ZImageTransformer2DModel"
     latents_argument = "x"
+    evaluates_prompts_together = False  # lists, and two calls of the text encoder
 
     def usual(self, pipe: Any) -> Usual:
         """Return the defaults of diffusers' pipeline, or those of its documentation for Turbo."""
@@ -48,10 +48,6 @@ class ZImage(Float32Latents):
             "embeddings": torch.stack([pad(x, (0, 0, 0, _TOKENS - len(x))) for x in rows]),
             "mask": torch.stack([torch.arange(_TOKENS, device=x.device) < len(x) for x in rows]),
         }
-
-    def unconditional(self, pipe: Any) -> Conditioning:
-        """Encode the empty prompt."""
-        return self.encode(pipe, [""], prefix=False)
 
     def guidance_branches(self, pipe: Any, guidance_scale: float) -> list[tuple[str, float]]:
         """Return each branch and its weight; a scale of 0 disables guidance, one of 1 does not."""
@@ -81,7 +77,7 @@ class ZImage(Float32Latents):
         self, denoiser: Denoise, latents: Tensor, timesteps: Tensor, conditioning: Conditioning
     ) -> Tensor:
         """Evaluate the transformer, whose time and velocity have the opposite direction."""
-        dtype = dtype_of(denoiser)
+        dtype = module_of(denoiser).dtype
         images = latents.to(dtype).unsqueeze(2)  # (m, c, 1, h, w), videos of one frame
         rows = zip(conditioning["embeddings"].to(dtype), conditioning["mask"], strict=True)
         output = denoiser(
@@ -91,10 +87,6 @@ class ZImage(Float32Latents):
             return_dict=False,
         )[0]
         return -torch.stack(output).float().squeeze(2)
-
-    def prompt_embeddings(self, args: Sequence[Any], kwargs: Mapping[str, Any]) -> Tensor:
-        """Return the padded prompt embeddings (m, L, d) among the arguments of a call."""
-        return pad_sequence(args[2], batch_first=True)
 
     def vae_input(self, pipe: Any, latents: Tensor) -> Tensor:
         """Undo the scaling and the shift of the latents."""

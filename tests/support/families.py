@@ -15,6 +15,7 @@ from transformers import (
     Gemma2Model,
     PreTrainedTokenizerFast,
     Qwen3Config,
+    Qwen3ForCausalLM,
     Qwen3Model,
     T5Config,
     T5EncoderModel,
@@ -23,7 +24,6 @@ from transformers import (
 )
 
 SIZE = 16  # pixels of an image
-SIZES = {"sana": 32}  # that the pipeline insists on a multiple of
 TOKENS = 24  # that T5 reads
 FLOW = {"prediction_type": "flow_prediction", "use_flow_sigmas": True, "flow_shift": 3.0}
 
@@ -80,16 +80,14 @@ def word_tokenizer() -> PreTrainedTokenizerFast:
     )
 
 
-def language_model(
-    config: type[Gemma2Config | Qwen3Config], model: type[Gemma2Model | Qwen3Model]
-) -> Gemma2Model | Qwen3Model:
+def language_model(config: type[Any], model: type[Any], *, layers: int = 2) -> Any:
     """A language model whose states have 16 channels, for `word_tokenizer`."""
     return model(
         config(
             vocab_size=len(word_tokenizer()),
             hidden_size=16,
             intermediate_size=32,
-            num_hidden_layers=2,
+            num_hidden_layers=layers,
             num_attention_heads=2,
             num_key_value_heads=1,
             head_dim=8,
@@ -307,9 +305,7 @@ def z_image(dtype: torch.dtype = torch.float32, scheduler: Any = None) -> diffus
     )
 
 
-def lumina2(
-    dtype: torch.dtype = torch.float32, scheduler: Any = None
-) -> diffusers.Lumina2Pipeline:
+def lumina2(dtype: torch.dtype = torch.float32, scheduler: Any = None) -> diffusers.Lumina2Pipeline:
     """16x16 pixels, latents 16x8x8, guidance that is normalised."""
     pipe = _built(
         lambda: diffusers.Lumina2Pipeline(
@@ -346,9 +342,7 @@ def aura_flow(
         lambda: diffusers.AuraFlowPipeline(
             tokenizer=tokenizer,
             text_encoder=UMT5EncoderModel(
-                UMT5Config(
-                    vocab_size=64, d_model=16, d_kv=8, d_ff=32, num_layers=2, num_heads=2
-                )
+                UMT5Config(vocab_size=64, d_model=16, d_kv=8, d_ff=32, num_layers=2, num_heads=2)
             ),
             vae=vae(4),
             transformer=diffusers.AuraFlowTransformer2DModel(
@@ -369,6 +363,46 @@ def aura_flow(
     )
 
 
+def flux2_klein(
+    dtype: torch.dtype = torch.float32, scheduler: Any = None, *, distilled: bool = False
+) -> diffusers.Flux2KleinPipeline:
+    """16x16 pixels, latents 16x4x4, of which the autoencoder knows the mean and the variance."""
+    pipe = _built(
+        lambda: diffusers.Flux2KleinPipeline(
+            vae=diffusers.AutoencoderKLFlux2(
+                block_out_channels=(8, 16),
+                down_block_types=("DownEncoderBlock2D",) * 2,
+                up_block_types=("UpDecoderBlock2D",) * 2,
+                layers_per_block=1,
+                latent_channels=4,
+                norm_num_groups=4,
+                mid_block_add_attention=False,
+            ),
+            text_encoder=language_model(Qwen3Config, Qwen3ForCausalLM, layers=27),  # it reads 27
+            tokenizer=word_tokenizer(),
+            transformer=diffusers.Flux2Transformer2DModel(
+                in_channels=16,
+                num_layers=1,
+                num_single_layers=1,
+                attention_head_dim=8,
+                num_attention_heads=2,
+                joint_attention_dim=3 * 16,
+                timestep_guidance_channels=16,
+                axes_dims_rope=(2, 2, 2, 2),
+                guidance_embeds=False,
+            ),
+            scheduler=scheduler
+            or diffusers.FlowMatchEulerDiscreteScheduler(use_dynamic_shifting=True, shift=3.0),
+            is_distilled=distilled,
+        ),
+        dtype,
+    )
+    pipe.vae.bn.running_mean.copy_(torch.linspace(-1, 1, 16))
+    pipe.vae.bn.running_var.copy_(torch.linspace(1, 3, 16))
+    pipe.default_sample_size = SIZE // pipe.vae_scale_factor
+    return pipe
+
+
 PIPELINES: dict[str, Callable[..., Any]] = {
     "sd": tiny.pipeline,
     "sdxl": sdxl,
@@ -378,8 +412,14 @@ PIPELINES: dict[str, Callable[..., Any]] = {
     "z_image": z_image,
     "lumina2": lumina2,
     "aura_flow": aura_flow,
+    "flux2_klein": flux2_klein,
 }
 """Name -> makes a pipeline of this family, given the data type."""
+
+
+def size_of(pipe: Any) -> int:
+    """Width and height in pixels; Sana insists on a multiple of 32."""
+    return 32 if isinstance(pipe, diffusers.SanaPipeline) else SIZE
 
 
 def _built(make: Callable[[], Any], dtype: torch.dtype) -> Any:
