@@ -277,8 +277,14 @@ def _check_base(pipe: "DiffusionPipeline", info: AdapterInfo) -> None:
 
 
 def _check_words(pipe: "DiffusionPipeline") -> None:
-    """Check that the pipeline has the method that encodes prompts, and is not compiled."""
-    method = family_of(pipe).encode_method
+    """Check that the calls of the pipeline's models can be told apart by their prompts."""
+    family = family_of(pipe)
+    if not family.evaluates_prompts_together:
+        raise ValueError(
+            f"respect_words is not available for {family.name}, whose pipeline evaluates prompts "
+            "and negative prompts apart: load the adapter without respect_words"
+        )
+    method = family.encode_method
     if not hasattr(type(pipe), method):
         raise ValueError(
             f"respect_words needs a pipeline with {method}, which {type(pipe).__name__} lacks"

@@ -35,9 +35,8 @@ def biased_gradient(
 
     def detach(_: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
         if args:
-            return (args[0].detach(), *args[1:]), kwargs
-        latents: Tensor = kwargs[name]
-        return args, {**kwargs, name: latents.detach()}
+            return (_detached(args[0]), *args[1:]), kwargs
+        return args, {**kwargs, name: _detached(kwargs[name])}
 
     before = pipe.scheduler
     scheduler = BiasedGradientScheduler(before, standardize)
@@ -49,3 +48,8 @@ def biased_gradient(
     finally:
         pipe.scheduler = before
         handle.remove()
+
+
+def _detached(latents: Tensor | list[Tensor]) -> Tensor | list[Tensor]:
+    """Detach the latents of a batch, which some denoisers take as a list of images."""
+    return [x.detach() for x in latents] if isinstance(latents, list) else latents.detach()

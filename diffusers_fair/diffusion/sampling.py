@@ -188,8 +188,7 @@ def decode(pipe: Any, latents: Tensor, micro_batch: int | None = None) -> Tensor
     """Decode (n, c, h, w) latents to (n, 3, H, W) images in [-1, 1], differentiably."""
     family = family_of(pipe)
     parts = latents.split(micro_batch or len(latents))
-    images = [pipe.vae.decode(family.vae_input(pipe, z), return_dict=False)[0] for z in parts]
-    return torch.cat(images).clamp(-1, 1)
+    return torch.cat([family.decode(pipe, z) for z in parts]).clamp(-1, 1)
 
 
 @torch.enable_grad()

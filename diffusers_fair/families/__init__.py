@@ -5,14 +5,29 @@ from typing import Any
 
 import torch
 
+from diffusers_fair.families.aura_flow import AURA_FLOW
 from diffusers_fair.families.base import Family
 from diffusers_fair.families.conditioning import Conditioning, concatenate, select
 from diffusers_fair.families.flux import FLUX
+from diffusers_fair.families.flux2_klein import FLUX2_KLEIN
+from diffusers_fair.families.lumina2 import LUMINA2
+from diffusers_fair.families.sana import SANA
 from diffusers_fair.families.stable_diffusion import STABLE_DIFFUSION
 from diffusers_fair.families.stable_diffusion_3 import STABLE_DIFFUSION_3
 from diffusers_fair.families.stable_diffusion_xl import STABLE_DIFFUSION_XL
+from diffusers_fair.families.z_image import Z_IMAGE
 
-FAMILIES: tuple[Family, ...] = (STABLE_DIFFUSION, STABLE_DIFFUSION_XL, STABLE_DIFFUSION_3, FLUX)
+FAMILIES: tuple[Family, ...] = (
+    STABLE_DIFFUSION,
+    STABLE_DIFFUSION_XL,
+    STABLE_DIFFUSION_3,
+    FLUX,
+    SANA,
+    Z_IMAGE,
+    LUMINA2,
+    AURA_FLOW,
+    FLUX2_KLEIN,
+)
 LORA_PREFIXES = {
     component: prefix for family in FAMILIES for component, prefix in family.lora_prefixes.items()
 }

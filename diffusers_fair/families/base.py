@@ -4,6 +4,7 @@ A family is a set of diffusers pipelines with the same components and calling co
 state: its methods take the pipeline as an argument.
 """
 
+from abc import abstractmethod
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from types import MethodType
@@ -64,6 +65,9 @@ class Family(Protocol):
     """Whether the guided prediction is the sum of the branches with fixed weights."""
     takes_negative_prompts: bool
     """Whether the pipeline applies `negative_prompt` at its usual guidance scale."""
+    evaluates_prompts_together: bool
+    """Whether the pipeline encodes its prompts and negative prompts in one call to tensors, and
+    evaluates the denoiser for both in one call."""
 
     def matches(self, pipe: Any) -> bool:
         """Whether a pipeline belongs to this family."""
@@ -147,8 +151,14 @@ class Family(Protocol):
     def combine(self, predictions: Sequence[Tensor], guidance_scale: float) -> Tensor:
         """Combine the predictions of `guidance_branches`, in their order, (n, c, h, w) each."""
 
+    def latents_dtype(self, pipe: Any) -> torch.dtype:
+        """Return the dtype in which the pipeline keeps the latents between the steps."""
+
     def vae_input(self, pipe: Any, latents: Tensor) -> Tensor:
         """Undo the scaling and the shift of the latents: what the VAE decodes."""
+
+    def decode(self, pipe: Any, latents: Tensor) -> Tensor:
+        """Decode latents (n, c, h, w) to images (n, 3, H, W), not clamped to [-1, 1]."""
 
     def call_options(
         self, pipe: Any, guidance_scale: float, size: int | None = None
@@ -171,7 +181,9 @@ class ClassifierFreeGuidance:
     encode_method = "encode_prompt"
     has_linear_guidance = True
     takes_negative_prompts = True
+    evaluates_prompts_together = True
     inversions: Mapping[str, str] = {}
+    denoiser: str
 
     def has_effect(self, component: str, model: nn.Module, layer: str) -> bool:
         """Whether a layer affects images: all of them."""
@@ -205,15 +217,69 @@ class ClassifierFreeGuidance:
         uncond, cond = predictions
         return uncond + guidance_scale * (cond - uncond)
 
+    def latents_dtype(self, pipe: Any) -> torch.dtype:
+        """Return the denoiser's dtype."""
+        dtype: torch.dtype = getattr(pipe, self.denoiser).dtype
+        return dtype
+
     def vae_input(self, pipe: Any, latents: Tensor) -> Tensor:
         """Undo the scaling of the latents."""
         return latents / pipe.vae.config.scaling_factor
+
+    def decode(self, pipe: Any, latents: Tensor) -> Tensor:
+        """Decode latents (n, c, h, w) to images (n, 3, H, W), not clamped to [-1, 1]."""
+        images: Tensor = pipe.vae.decode(self.vae_input(pipe, latents), return_dict=False)[0]
+        return images
 
     def call_options(
         self, pipe: Any, guidance_scale: float, size: int | None = None
     ) -> dict[str, Any]:
         """Return the guidance scale and the size."""
         return {"guidance_scale": guidance_scale, **square(size)}
+
+
+class TransformerFamily(ClassifierFreeGuidance):
+    """What families share whose adapters are in the transformer alone.
+
+    Their text encoder is a large language model, or one that diffusers loads no LoRA weights into.
+    """
+
+    denoiser = "transformer"
+    latents_argument = "hidden_states"
+    components: tuple[str, ...] = ("transformer", "text_encoder", "vae")
+    targets: Mapping[str, tuple[str, ...]] = {"transformer": UNET_LAYERS}
+    lora_prefixes: Mapping[str, str] = {"transformer": "transformer."}
+    transformer: str
+    """Class name of the transformer."""
+
+    def matches(self, pipe: Any) -> bool:
+        """Whether the pipeline has this family's transformer."""
+        return component_type(pipe, "transformer") == self.transformer
+
+    def prompt_embeddings(self, args: Sequence[Any], kwargs: Mapping[str, Any]) -> Tensor:
+        """Return the prompt embeddings (m, L, d) among the arguments of a transformer call."""
+        embeddings: Tensor = kwargs["encoder_hidden_states"]
+        return embeddings
+
+    @abstractmethod
+    def encode(self, pipe: Any, prompts: Sequence[str], *, prefix: bool = True) -> Conditioning:
+        """Encode prompts by the pipeline's own method."""
+
+    def unconditional(self, pipe: Any) -> Conditioning:
+        """Encode the empty prompt."""
+        return self.encode(pipe, [""], prefix=False)
+
+
+class Float32Latents(TransformerFamily):
+    """Pipelines that keep the latents in float32, whatever the transformer's dtype is."""
+
+    def latents_dtype(self, pipe: Any) -> torch.dtype:
+        """Return float32."""
+        return torch.float32
+
+    def vae_input(self, pipe: Any, latents: Tensor) -> Tensor:
+        """Undo the scaling of the latents, in the dtype of the VAE."""
+        return super().vae_input(pipe, latents.to(pipe.vae.dtype))
 
 
 def check_guidance_scale(guidance_scale: float) -> None:
@@ -268,16 +334,33 @@ def component_type(pipe: Any, name: str) -> str | None:
     return None if model is None else type(model).__name__
 
 
-def resolution_shift(scheduler: Any, shape: Shape, *, max_shift: float) -> float:
+def patches(shape: Shape) -> int:
+    """Return the number of 2x2 patches in the latents (c, h, w) of one image."""
+    _, h, w = shape
+    return (h // 2) * (w // 2)
+
+
+def resolution_shift(scheduler: Any, tokens: int, *, max_shift: float = 1.15) -> float:
     """Return mu, by which flow-matching schedulers shift their timesteps for large images.
 
     Args:
         scheduler: its config may have a base and a maximum for length and shift.
-        shape: (c, h, w) of one image's latents, which are packed in 2x2 patches.
+        tokens: number of the image's tokens.
         max_shift: default of the maximum shift.
     """
-    config, tokens = scheduler.config, shape[1] * shape[2] // 4
+    config = scheduler.config
     shortest, longest = config.get("base_image_seq_len", 256), config.get("max_image_seq_len", 4096)
     least, most = config.get("base_shift", 0.5), config.get("max_shift", max_shift)
     slope = (most - least) / (longest - shortest)
     return tokens * slope + (least - slope * shortest)  # diffusers' order, for the same last bit
+
+
+def normalised(guided: Tensor, prediction: Tensor) -> Tensor:
+    """Give each vector along the last axis the norm that it has in the prompt's prediction."""
+    expected = torch.norm(prediction, dim=-1, keepdim=True)
+    return guided * (expected / torch.norm(guided, dim=-1, keepdim=True))
+
+
+def module_of(denoiser: Any) -> Any:
+    """Return a denoiser, given it or its `forward`."""
+    return getattr(denoiser, "__self__", denoiser)

@@ -21,6 +21,7 @@ from diffusers_fair.families.base import (
     component_type,
     encoder_of,
     execution_device,
+    patches,
     resolution_shift,
     side,
 )
@@ -93,7 +94,7 @@ class Flux(ClassifierFreeGuidance):
 
     def timestep_options(self, scheduler: Any, steps: int, shape: Shape) -> dict[str, Any]:
         """Return evenly spaced sigmas, as the pipeline's call, and the shift by resolution."""
-        options: dict[str, Any] = {"mu": resolution_shift(scheduler, shape, max_shift=1.15)}
+        options: dict[str, Any] = {"mu": resolution_shift(scheduler, patches(shape))}
         if scheduler.config.get("use_flow_sigmas"):
             return {**options, "num_inference_steps": steps}
         return {**options, "sigmas": np.linspace(1.0, 1 / steps, steps)}

@@ -15,6 +15,7 @@ from diffusers_fair.families.base import (
     component_type,
     encoder_of,
     execution_device,
+    patches,
     resolution_shift,
     side,
 )
@@ -88,7 +89,7 @@ class StableDiffusion3(ClassifierFreeGuidance):
         options = {"num_inference_steps": steps}
         if not scheduler.config.get("use_dynamic_shifting"):
             return options
-        return {**options, "mu": resolution_shift(scheduler, shape, max_shift=1.16)}
+        return {**options, "mu": resolution_shift(scheduler, patches(shape), max_shift=1.16)}
 
     def predict(
         self, denoiser: Denoise, latents: Tensor, timesteps: Tensor, conditioning: Conditioning

@@ -295,9 +295,10 @@ class BatchGradient:
 
     def _noise(self, shard: Shard) -> tuple[Tensor, list[torch.Generator]]:
         """(n, c, h, w), standard normal, and the generators of noise that the scheduler adds."""
-        denoiser = denoiser_of(self.pipe)
-        shape = family_of(self.pipe).noise_shape(self.pipe, self.config.sampling.size)
-        noise = initial_noise(shape, shard.noise, device=denoiser.device).to(denoiser.dtype)
+        family, device = family_of(self.pipe), denoiser_of(self.pipe).device
+        shape = family.noise_shape(self.pipe, self.config.sampling.size)
+        noise = initial_noise(shape, shard.noise, device=device)
+        noise = noise.to(family.latents_dtype(self.pipe))
         return noise, noise_generators(shape, shard.noise)
 
 

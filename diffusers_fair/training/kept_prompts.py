@@ -257,10 +257,10 @@ class KeptPrompts:
         """Sample with the original model for the new prompts of an iteration; return its steps."""
         count, pairs = self.options.new_prompts, list[_KeptStep]()
         new = [self.prompts.prompt(step * count + i) for i in range(count)]
-        family, denoiser = family_of(self.pipe), denoiser_of(self.pipe)
+        family, device = family_of(self.pipe), denoiser_of(self.pipe).device
         starts = [Noise(self._seed(step) + 1 + i) for i in range(count)]
         shape = family.noise_shape(self.pipe, self.config.sampling.size)
-        noise = initial_noise(shape, starts, device=denoiser.device)
+        noise = initial_noise(shape, starts, device=device)
         with self.adapter.disabled():
             branches = {
                 "cond": family.encode(self.pipe, [kept.text for kept in new]),
@@ -276,7 +276,7 @@ class KeptPrompts:
                 return output
 
             steps = self.config.sampling.steps[1]
-            noise = noise.to(denoiser.dtype)
+            noise = noise.to(family.latents_dtype(self.pipe))
             generators = noise_generators(shape, starts)
             denoise(self.pipe, evaluate, self.scheduler, noise, steps, generators)
         return pairs

@@ -6,7 +6,7 @@ import pytest
 import torch
 from accelerate import cpu_offload_with_hook
 from diffusers import StableDiffusionImg2ImgPipeline
-from families import PIPELINES, SIZE, TOKENS, flux, sdxl
+from families import PIPELINES, TOKENS, flux, flux2_klein, sdxl, size_of, z_image
 from tiny import LATENT, pipeline
 
 from diffusers_fair.baselines import ChangedPipeline
@@ -20,8 +20,12 @@ from diffusers_fair.families import (
     find_family,
 )
 from diffusers_fair.families.base import Usual, execution_device
+from diffusers_fair.families.fingerprint import base_fingerprint
 from diffusers_fair.families.flux import FLUX
+from diffusers_fair.families.flux2_klein import FLUX2_KLEIN
+from diffusers_fair.families.lumina2 import LUMINA2
 from diffusers_fair.families.stable_diffusion import STABLE_DIFFUSION
+from diffusers_fair.families.z_image import Z_IMAGE
 
 NAME = "encoder_hidden_states"
 
@@ -53,7 +57,7 @@ def test_a_pipeline_of_no_known_family(parts):
     strange = SimpleNamespace(text_encoder_2=None, **dict.fromkeys(parts))
     assert find_family(strange) is None
     message = (
-        r"expected a pipeline of Stable Diffusion 1 or 2 or .* FLUX.1, got SimpleNamespace: load"
+        r"expected a pipeline of Stable Diffusion 1 or 2 or .* klein, got SimpleNamespace: load"
     )
     with pytest.raises(ValueError, match=message):
         family_of(strange)
@@ -69,12 +73,20 @@ def test_the_components_of_a_family_exist(name):
     assert all(hasattr(pipe, name) for name in (*family.inversions.values(), family.encode_method))
     assert family.lora_prefixes.keys() == family.targets.keys()
     assert all(LORA_PREFIXES[name] == key for name, key in family.lora_prefixes.items())
-    assert family.noise_shape(pipe) == family.noise_shape(pipe, SIZE)
-    assert family.noise_shape(pipe, 2 * SIZE)[1:] == (16, 16)
+    size = size_of(pipe)
+    default = 1024 if name in ("z_image", "aura_flow") else size  # fixed in the pipeline's call
+    assert family.noise_shape(pipe) == family.noise_shape(pipe, default)
+    _, h, w = family.noise_shape(pipe, size)
+    assert family.noise_shape(pipe, 2 * size)[1:] == (2 * h, 2 * w)
     assert family.usual(pipe).steps >= 1
 
 
-@pytest.mark.parametrize(("name", "multiple"), [("sd", 2), ("sdxl", 2), ("sd3", 4), ("flux", 4)])
+MULTIPLES = {"sd": 2, "sdxl": 2, "sana": 4} | dict.fromkeys(
+    ("sd3", "flux", "z_image", "lumina2", "aura_flow", "flux2_klein"), 4
+)
+
+
+@pytest.mark.parametrize(("name", "multiple"), MULTIPLES.items())
 def test_sizes_that_do_not_fit_the_latents_are_refused(name, multiple):
     pipe = PIPELINES[name]()
     with pytest.raises(ValueError, match=f"multiple of {multiple} pixels for this .*, got 15"):
@@ -118,7 +130,49 @@ def test_flux_reads_as_much_of_a_prompt_as_its_tokenizer_does():
     assert FLUX.call_options(long, 0)["max_sequence_length"] == 256
 
 
+def test_families_have_different_fingerprints():
+    digests = {base_fingerprint(make()) for make in PIPELINES.values()}
+    assert len(digests) == len(PIPELINES)
+
+
+def test_z_image_is_guided_by_any_positive_scale():
+    pipe = z_image()
+    assert Z_IMAGE.guidance_branches(pipe, 0) == [("cond", 1.0)]
+    predictions = torch.randn(2, 3, 4, 2, 2, dtype=torch.float64).unbind()
+    weights = [w for _, w in Z_IMAGE.guidance_branches(pipe, 0.5)]
+    expected = weights[0] * predictions[0] + weights[1] * predictions[1]
+    torch.testing.assert_close(Z_IMAGE.combine(predictions, 0.5), expected)
+    with pytest.raises(ValueError, match=r"must be at least 0 .*, got -1"):
+        Z_IMAGE.guidance_branches(pipe, -1)
+
+
+def test_lumina_2_keeps_the_norm_of_the_prompts_prediction():
+    uncond, cond = torch.randn(2, 3, 4, 5, 5).unbind()
+    found = LUMINA2.combine([uncond, cond], 4)
+    torch.testing.assert_close(found.norm(dim=-1), cond.norm(dim=-1))
+    guided = uncond + 4 * (cond - uncond)
+    torch.testing.assert_close(torch.cosine_similarity(found, guided, -1), torch.ones(3, 4, 5))
+
+
+@pytest.mark.parametrize("name", ["sana", "lumina2"])
+def test_instructions_precede_prompts_but_not_negative_prompts(name):
+    pipe = PIPELINES[name]()
+    family = family_of(pipe)
+    mask = "encoder_attention_mask"
+    prompt, negative = (family.encode(pipe, ["a dog"], prefix=p)[mask] for p in (True, False))
+    assert negative.sum() == 3  # with the token that begins each text
+    assert prompt.sum() > 3
+
+
 def test_usual_sampling_of_distilled_models():
+    assert FLUX2_KLEIN.usual(flux2_klein(distilled=True)) == Usual(guidance_scale=1.0, steps=4)
+    assert FLUX2_KLEIN.usual(flux2_klein()) == Usual(guidance_scale=4.0, steps=50)
+    pipe = flux2_klein(distilled=True)
+    assert FLUX2_KLEIN.guidance_branches(pipe, 4) == [("cond", 1.0)]
+    pipe = z_image()
+    pipe.register_to_config(_name_or_path="Tongyi-MAI/Z-Image-Turbo")
+    assert Z_IMAGE.usual(pipe) == Usual(guidance_scale=0.0, steps=8)
+    assert Z_IMAGE.usual(z_image()) == Usual(guidance_scale=5.0, steps=50)
     assert FLUX.usual(flux(dev=False)) == Usual(guidance_scale=0.0, steps=4)
     assert FLUX.usual(flux()) == Usual(guidance_scale=3.5, steps=28)
 

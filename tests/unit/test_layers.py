@@ -248,13 +248,19 @@ def test_import_is_light():
         *(
             f"{OWN}.families.{name}"
             for name in (
+                "aura_flow",
                 "base",
                 "conditioning",
                 "fingerprint",
                 "flux",
+                "flux2_klein",
+                "gemma",
+                "lumina2",
+                "sana",
                 "stable_diffusion",
                 "stable_diffusion_3",
                 "stable_diffusion_xl",
+                "z_image",
             )
         ),
         *(
