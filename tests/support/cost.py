@@ -11,7 +11,8 @@ def evaluations(config: RunConfig) -> float:
     steps = sum(config.sampling.steps) / 2
     longest = config.sampling.steps[1]  # of kept prompts and validation
     replayed = 2 * config.gradient.replay_steps
-    total = train.iterations * images * (2 * steps + replayed)  # with the original images
+    total = train.iterations * images * (steps + replayed)
+    total += (train.distinct_iterations or train.iterations) * images * steps  # original images
     if keep:
         total += train.iterations * keep.images * (longest + replayed)
         total += min(keep.distinct, train.iterations * keep.images) * longest  # original images
