@@ -27,7 +27,13 @@ from diffusers_fair.adapters.format import (
     dump_info,
     load_info,
 )
-from diffusers_fair.adapters.tensors import Weights, read_lora, read_soft_tokens, write_tensors
+from diffusers_fair.adapters.tensors import (
+    Weights,
+    header_for_digest,
+    read_lora,
+    read_soft_tokens,
+    write_tensors,
+)
 from diffusers_fair.paths import expand
 
 README_FILE = "README.md"
@@ -203,8 +209,11 @@ def _hash(paths: Mapping[str, Path]) -> tuple[dict[str, str], str]:
     """SHA-256 of each file, and the digest of all in the order of their names."""
     checksums, together = dict.fromkeys(paths, ""), hashlib.sha256()
     for name, path in sorted(paths.items()):
-        alone = hashlib.sha256()
         with path.open("rb") as file:
+            together.update(header_for_digest(file))
+            start = file.tell()
+            file.seek(0)
+            alone = hashlib.sha256(file.read(start))
             while part := file.read(2**20):
                 alone.update(part)
                 together.update(part)
