@@ -6,6 +6,7 @@
 - `fair_adapter.json`: description of the adapter, `AdapterInfo`; its schema is
   `fair_adapter.schema.json`
 - `README.md`, `samples/*.png`, report files: for people; not read here
+- `exports/PROGRAM/*.safetensors`: the adapter for other programs; not read here
 """
 
 import hashlib
@@ -38,6 +39,7 @@ from diffusers_fair.paths import expand
 
 README_FILE = "README.md"
 SAMPLES_FOLDER = "samples"
+EXPORTS_FOLDER = "exports"
 REPORT_FILES = ("report.json", "report.html", "records.jsonl")
 _DIGEST_LENGTH = 16  # hexadecimal digits
 
@@ -156,7 +158,8 @@ def _refuse_foreign(folder: Path) -> None:
     if not folder.is_dir():
         raise ValueError(f"'{folder}' is a file: choose a folder for the adapter")
     names = {path.name for path in folder.iterdir()}
-    known = {INFO_FILE, WEIGHTS_FILE, EMBEDS_FILE, README_FILE, SAMPLES_FOLDER, *REPORT_FILES}
+    known = {INFO_FILE, WEIGHTS_FILE, EMBEDS_FILE, README_FILE, *REPORT_FILES}
+    known |= {SAMPLES_FOLDER, EXPORTS_FOLDER}
     foreign = sorted(names - known)
     if foreign or (names and INFO_FILE not in names):
         raise ValueError(

@@ -22,12 +22,13 @@ from diffusers_fair.adapters.folder import (
     open_adapter,
     write_info,
 )
-from diffusers_fair.adapters.format import EMBEDS_FILE, AdapterInfo
+from diffusers_fair.adapters.format import EMBEDS_FILE, WEIGHTS_FILE, AdapterInfo
 from diffusers_fair.adapters.repository import REPOSITORY
 from diffusers_fair.attributes import Attribute
 from diffusers_fair.config.backends import SHIPPED_BASES
-from diffusers_fair.loading import MIRRORS
 from diffusers_fair.paths import expand
+from diffusers_fair.publishing.export import usages
+from diffusers_fair.publishing.licences import licence_of
 from diffusers_fair.reports.estimate import DIGITS, GAP, Estimate, estimate_text
 from diffusers_fair.reports.folder import FILE, FORMAT, GROUPS_SHEET, PAIRS
 from diffusers_fair.reports.groups import GroupSummary, summaries_from_json
@@ -46,15 +47,6 @@ _SUMMARY = (  # the keys of a report's summary that fair_adapter.json keeps
 )
 _NOT_EVALUATED = {"prompts": 0, "images": 0, "faces": 0, "bias": {}, "scores": {}}
 SETTINGS = ("images_per_prompt", "steps", "guidance_scale", "seed")
-_LICENCES = {  # base model -> its licence, as the Hub names it; adapters have the same
-    **dict.fromkeys(SHIPPED_BASES, "apache-2.0"),
-    "CompVis/stable-diffusion-v1-4": "creativeml-openrail-m",
-    "stable-diffusion-v1-5/stable-diffusion-v1-5": "creativeml-openrail-m",
-    "stabilityai/stable-diffusion-2": "openrail++",
-    "stabilityai/stable-diffusion-2-base": "openrail++",
-    "stabilityai/stable-diffusion-2-1": "openrail++",
-    "stabilityai/stable-diffusion-2-1-base": "openrail++",
-}
 
 
 def write_card(folder: str | Path | Adapter, report: str | Path | None = None) -> Path:
@@ -224,6 +216,8 @@ def _render(info: AdapterInfo, images: Sequence[str]) -> str:
             on_testbed=info.base_model in SHIPPED_BASES,
             licence=_licence(info.base_model),
             embeds=EMBEDS_FILE,
+            weights=WEIGHTS_FILE,
+            programs=[] if info.base_model in SHIPPED_BASES else list(usages(info)),
             shares=list(_shares(info, evaluation)),
             example=(info.evaluation or {}).get("example", _EXAMPLE),
             sampling=_sampling(info),
@@ -282,7 +276,8 @@ def _on_hub(base: str) -> bool:
 
 
 def _licence(base: str) -> str | None:
-    return _LICENCES.get(MIRRORS.get(base, base))
+    """Return the licence of the base model, which is that of the adapter; None if not known."""
+    return "apache-2.0" if base in SHIPPED_BASES else licence_of(base)
 
 
 # ---- its tables ----------------------------------------------------------------------------------
