@@ -21,6 +21,7 @@ __all__ = [  # noqa: RUF022 (in the order of use)
     "load_fair_adapter",
     "unload_fair_adapter",
     "set_fair_adapter_scale",
+    "export_adapter",
     "evaluate",
     "testbed",
     "__version__",
@@ -32,6 +33,7 @@ _LAZY = {  # public name -> its module, which is imported on first use
     "RunConfig": "diffusers_fair.config.schema",
     "BiasedGradientScheduler": "diffusers_fair.diffusion.scheduler",
     "evaluate": "diffusers_fair.evaluation.evaluate",
+    "export_adapter": "diffusers_fair.publishing.export",
 }
 
 

@@ -7,10 +7,11 @@ from collections.abc import Sequence
 
 from diffusers_fair.attributes import Attribute
 from diffusers_fair.backends import registry
-from diffusers_fair.backends.needs import Need, package, pretrained
+from diffusers_fair.backends.needs import Need, file, package, pretrained
 from diffusers_fair.config.backends import CLIPS, DINOS, FACE_DETECTORS, FACE_EMBEDDERS
 from diffusers_fair.config.models import JudgesSection, ModelsSection
 from diffusers_fair.config.schema import RunConfig
+from diffusers_fair.paths import expand
 from diffusers_fair.prompts import prompt_set
 from diffusers_fair.training.kept_prompts import kept_prompts
 
@@ -32,7 +33,7 @@ def examine(config: RunConfig) -> dict[Need, list[str]]:
         "tracker": [package(tracker, f"pip install {tracker}")] if tracker != "none" else [],
         "train.device": [_device(config)] if config.train.device != "auto" else [],
         "base": registry.base(config.base.model).needs(config.base.model, config.base.revision),
-        "adapter.init_from": [pretrained(name)] if (name := config.adapter.init_from) else [],
+        "adapter.init_from": [_start(name)] if (name := config.adapter.init_from) else [],
         "prompts": [_prompts(name, splits) for name in config.prompts.sets],
         "prompts.keep": [_kept_prompts(config)] if config.prompts.keep else [],
         **_judges(config.models, attributes, "models"),
@@ -85,6 +86,12 @@ def _judges(models: JudgesSection, attributes: Sequence[Attribute], key: str) ->
         f"{key}.clip": registry.model_needs(CLIPS, models.clip),
         f"{key}.dino": registry.model_needs(DINOS, models.dino),
     }
+
+
+def _start(name: str) -> Need:
+    """Check the adapter or the LoRA file that training starts from."""
+    path = expand(name)
+    return file(path, "") if path.is_file() else pretrained(name)
 
 
 def _prompts(name: str, splits: Sequence[str]) -> Need:

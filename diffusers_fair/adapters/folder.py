@@ -6,6 +6,7 @@
 - `fair_adapter.json`: description of the adapter, `AdapterInfo`; its schema is
   `fair_adapter.schema.json`
 - `README.md`, `samples/*.png`, report files: for people; not read here
+- `exports/PROGRAM/*.safetensors`: the adapter for other programs; not read here
 """
 
 import hashlib
@@ -27,11 +28,18 @@ from diffusers_fair.adapters.format import (
     dump_info,
     load_info,
 )
-from diffusers_fair.adapters.tensors import Weights, read_lora, read_soft_tokens, write_tensors
+from diffusers_fair.adapters.tensors import (
+    Weights,
+    header_for_digest,
+    read_lora,
+    read_soft_tokens,
+    write_tensors,
+)
 from diffusers_fair.paths import expand
 
 README_FILE = "README.md"
 SAMPLES_FOLDER = "samples"
+EXPORTS_FOLDER = "exports"
 REPORT_FILES = ("report.json", "report.html", "records.jsonl")
 _DIGEST_LENGTH = 16  # hexadecimal digits
 
@@ -150,7 +158,8 @@ def _refuse_foreign(folder: Path) -> None:
     if not folder.is_dir():
         raise ValueError(f"'{folder}' is a file: choose a folder for the adapter")
     names = {path.name for path in folder.iterdir()}
-    known = {INFO_FILE, WEIGHTS_FILE, EMBEDS_FILE, README_FILE, SAMPLES_FOLDER, *REPORT_FILES}
+    known = {INFO_FILE, WEIGHTS_FILE, EMBEDS_FILE, README_FILE, *REPORT_FILES}
+    known |= {SAMPLES_FOLDER, EXPORTS_FOLDER}
     foreign = sorted(names - known)
     if foreign or (names and INFO_FILE not in names):
         raise ValueError(
@@ -203,8 +212,11 @@ def _hash(paths: Mapping[str, Path]) -> tuple[dict[str, str], str]:
     """SHA-256 of each file, and the digest of all in the order of their names."""
     checksums, together = dict.fromkeys(paths, ""), hashlib.sha256()
     for name, path in sorted(paths.items()):
-        alone = hashlib.sha256()
         with path.open("rb") as file:
+            together.update(header_for_digest(file))
+            start = file.tell()
+            file.seek(0)
+            alone = hashlib.sha256(file.read(start))
             while part := file.read(2**20):
                 alone.update(part)
                 together.update(part)

@@ -13,7 +13,8 @@ from typing import Any, get_args
 from diffusers_fair import strict_json
 from diffusers_fair.adapters.json_schema import ERROR, Schema, check, parse_json, printable, publish
 from diffusers_fair.attributes import Attribute, Region
-from diffusers_fair.families import LORA_PREFIXES
+from diffusers_fair.families import FAMILIES, LORA_PREFIXES
+from diffusers_fair.families.stable_diffusion import STABLE_DIFFUSION
 from diffusers_fair.version import __version__
 
 _FORMAT_VERSION = 1
@@ -147,7 +148,14 @@ SCHEMA: Schema = {
                     "format": "label",
                 },
                 "fingerprint": {"description": "SHA-256 of the shapes of its weights."} | _SHA256,
+                "family": {
+                    "description": f"Family of its pipeline. Default: {STABLE_DIFFUSION.name}.",
+                    "type": "string",
+                    "enum": [family.name for family in FAMILIES],
+                    ERROR: "the {key} of {owner} must be one of {enum}, got {got}",
+                },
             },
+            optional=("family",),
         ),
         "components": _object(
             "The parts of the adapter.",
@@ -251,6 +259,8 @@ class AdapterInfo:
     """Commit or branch of the base model, if it was pinned."""
     fingerprint: str
     """`base_fingerprint` of the base model."""
+    family: str = STABLE_DIFFUSION.name
+    """Name of the family of the base model's pipeline."""
     components: Mapping[str, Lora | SoftTokens]
     """Component of the pipeline, one of `LORA_PREFIXES` -> its LoRA layers; and `soft_tokens`."""
     attributes: tuple[Attribute, ...]
@@ -296,6 +306,8 @@ def dump_info(info: AdapterInfo) -> bytes:
             "id": info.base_model,
             "revision": info.base_revision,
             "fingerprint": info.fingerprint,
+            # older folders are all of this family, and do not change
+            **({} if info.family == STABLE_DIFFUSION.name else {"family": info.family}),
         },
         "components": {part: asdict(size) for part, size in info.components.items()},
         "attributes": [attribute.json() for attribute in info.attributes],
@@ -341,6 +353,7 @@ def _to_info(data: Mapping[str, Any]) -> AdapterInfo:
         base_model=base["id"],
         base_revision=base["revision"],
         fingerprint=base["fingerprint"],
+        family=base.get("family", STABLE_DIFFUSION.name),
         components={
             part: SoftTokens(**size) if part == SOFT_TOKENS else Lora(**size)
             for part, size in data["components"].items()

@@ -3,7 +3,7 @@
 import re
 from collections.abc import Callable, Iterable, Mapping
 from pathlib import Path
-from typing import Any
+from typing import Any, BinaryIO
 
 import torch
 from safetensors import SafetensorError, safe_open
@@ -27,6 +27,8 @@ Weights = dict[str, Tensor]
 ..., and the placeholder of the soft tokens (m, d)."""
 
 _METADATA_KEY = "lora_adapter_metadata"  # header key in which diffusers looks for rank and alpha
+_PATTERNS = ("rank_pattern", "alpha_pattern")
+"""Metadata that diffusers 0.34 to 0.39 requires; adapters of earlier versions lack it."""
 _DTYPES = ("F32", "F16", "BF16")
 _Slices = dict[str, Any]  # key -> tensor in a file, of which only the header has been read
 _Check = Callable[[_Slices, dict[str, str], AdapterInfo], None]
@@ -40,8 +42,8 @@ def write_tensors(folder: Path, weights: Mapping[str, Tensor], info: AdapterInfo
     # `save_file` of safetensors would create files that only their owner may read.
     if lora or info.lora:
         metadata = strict_json.dumps(_lora_metadata(lora, info), indent=2)
-        data = save(lora, metadata={"format": "pt", _METADATA_KEY: metadata})
-        (folder / WEIGHTS_FILE).write_bytes(_with_sorted_metadata(data))
+        content = serialize(lora, {"format": "pt", _METADATA_KEY: metadata})
+        (folder / WEIGHTS_FILE).write_bytes(content)
     if embeds or info.soft_tokens:
         (folder / EMBEDS_FILE).write_bytes(save(embeds, metadata={"format": "pt"}))
 
@@ -64,14 +66,53 @@ def read_soft_tokens(path: Path, info: AdapterInfo) -> Weights:
     return _read(path, info, _check_soft_tokens)
 
 
-def _with_sorted_metadata(data: bytes) -> bytes:
-    """Sort a file's metadata, which safetensors writes in an order that varies between runs."""
-    start = 8 + int.from_bytes(data[:8], "little")
+def serialize(tensors: Mapping[str, Tensor], metadata: Mapping[str, str]) -> bytes:
+    """Return the content of a safetensors file; the same tensors and metadata are the same bytes.
+
+    safetensors writes metadata in an order that varies between runs; here it is sorted.
+    """
+    data = save(dict(tensors), metadata=dict(metadata))
+    start = data_start(data)
     header = strict_json.loads(data[8:start])
+    return _header_bytes(header) + data[start:]
+
+
+def data_start(data: bytes) -> int:
+    """Return the offset of the tensors in a safetensors file, of which the start is given."""
+    return 8 + int.from_bytes(data[:8], "little")
+
+
+def header_for_digest(file: BinaryIO) -> bytes:
+    """Read the header of a checked safetensors file as it enters the adapter's digest.
+
+    The digest does not depend on `_PATTERNS`: an adapter keeps it when they are added to its file.
+    """
+    size = file.read(8)
+    data = size + file.read(data_start(size) - 8)
+    header = strict_json.loads(data[8:])
+    text = header.get("__metadata__", {}).get(_METADATA_KEY, "{}")
+    described = strict_json.loads(text)
+    kept = _without_patterns(described)
+    if kept == described:
+        return data
+    header["__metadata__"][_METADATA_KEY] = strict_json.dumps(kept, indent=2)
+    return _header_bytes(header)
+
+
+def _header_bytes(header: dict[str, Any]) -> bytes:
     header["__metadata__"] = dict(sorted(header["__metadata__"].items()))
     text = strict_json.dumps(header, separators=(",", ":")).encode()
     text = text.ljust(-(-len(text) // 8) * 8)  # tensors start at a multiple of 8 bytes
-    return len(text).to_bytes(8, "little") + text + data[start:]
+    return len(text).to_bytes(8, "little") + text
+
+
+def _without_patterns(metadata: Mapping[str, Any]) -> dict[str, Any]:
+    """Drop the patterns that are empty, which say no more than none."""
+    return {
+        key: value
+        for key, value in metadata.items()
+        if value != {} or key.rpartition(".")[2] not in _PATTERNS
+    }
 
 
 def _read(path: Path, info: AdapterInfo, check: _Check) -> Weights:
@@ -95,7 +136,9 @@ def _read(path: Path, info: AdapterInfo, check: _Check) -> Weights:
 def _check_lora(slices: _Slices, metadata: dict[str, str], info: AdapterInfo) -> None:
     _check_shapes({key: tuple(part.get_shape()) for key, part in slices.items()}, info.lora)
     text = metadata.get(_METADATA_KEY, "{}")
-    if parse_json(text, _METADATA_KEY, MAX_BYTES[INFO_FILE]) != _lora_metadata(slices, info):
+    described = parse_json(text, _METADATA_KEY, MAX_BYTES[INFO_FILE])
+    expected = _without_patterns(_lora_metadata(slices, info))
+    if not isinstance(described, dict) or _without_patterns(described) != expected:
         raise ValueError(f"'{_METADATA_KEY}' does not agree with {INFO_FILE}")
 
 
@@ -122,6 +165,7 @@ def _lora_metadata(keys: Iterable[str], info: AdapterInfo) -> dict[str, Any]:
         metadata[f"{part}.r"] = lora.rank
         metadata[f"{part}.lora_alpha"] = lora.alpha
         metadata[f"{part}.target_modules"] = sorted(modules)
+        metadata |= {f"{part}.{name}": {} for name in _PATTERNS}
     return metadata
 
 

@@ -7,7 +7,7 @@ import typer
 
 from diffusers_fair import strict_json
 from diffusers_fair.cli.app import app, console, say
-from diffusers_fair.cli.options import read_folder
+from diffusers_fair.cli.options import AdapterRevision, read_folder
 
 
 @app.command()
@@ -30,6 +30,15 @@ def push(
         bool,
         typer.Option("--dry-run", help="List what would be uploaded; do not contact the Hub."),
     ] = False,
+    export_to: Annotated[
+        list[str] | None,
+        typer.Option(
+            "--export",
+            metavar="PROGRAM",
+            help="Also publish the adapter for this program: comfyui, a1111, kohya or invokeai. "
+            "May be repeated.",
+        ),
+    ] = None,
     token: Annotated[
         str | None,
         typer.Option(help="Access token. Default: HF_TOKEN, or the token of `hf auth login`."),
@@ -47,6 +56,7 @@ def push(
         message=message,
         token=token,
         dry_run=dry_run,
+        export=export_to or (),
     )
     for name, size in done.files.items():
         say(f"{size:>12,} bytes  {name}")
@@ -59,13 +69,36 @@ def push(
 
 
 @app.command()
+def export(
+    adapter: Annotated[
+        str, typer.Argument(metavar="DIR_OR_REPO", help="Adapter folder or Hub id.")
+    ],
+    to: Annotated[str, typer.Option(metavar="PROGRAM", help="comfyui, a1111, kohya or invokeai.")],
+    out: Annotated[
+        Path,
+        typer.Option(
+            parser=read_folder,
+            metavar="FILE_OR_DIRECTORY",
+            help="Folder to write to, or a new .safetensors file.",
+        ),
+    ] = Path(),
+    revision: AdapterRevision = None,
+) -> None:
+    """Write an adapter as files that another program reads, such as ComfyUI."""
+    from diffusers_fair.backends.registry import check_revision
+    from diffusers_fair.publishing.export import export_adapter
+
+    check_revision(adapter, revision)
+    for file, usage in export_adapter(adapter, to, out, revision=revision).items():
+        say(f"{file}: {usage}")
+
+
+@app.command()
 def inspect(
     adapter: Annotated[
         str, typer.Argument(metavar="DIR_OR_REPO", help="Adapter folder or Hub id.")
     ],
-    revision: Annotated[
-        str | None, typer.Option(help="Commit, tag or branch of the adapter on the Hub.")
-    ] = None,
+    revision: AdapterRevision = None,
 ) -> None:
     """Print an adapter's metadata and number of parameters, without loading a model."""
     from dataclasses import asdict

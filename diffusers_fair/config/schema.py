@@ -209,7 +209,8 @@ class AdapterSection(Section):
     soft_tokens: Annotated[int, Field(ge=1, le=75, strict=True)] = 5
     """Number of soft tokens."""
     init_from: str | None = None
-    """Adapter of the same base and components to start from: a folder or a Hub id."""
+    """Adapter of the same base and components to start from: a folder or a Hub id; or a LoRA file
+    in the layout of kohya's sd-scripts, of which the layers that fit are used."""
 
 
 class SamplingSection(Section):

@@ -22,11 +22,12 @@ from diffusers_fair.adapters.folder import (
     open_adapter,
     write_info,
 )
-from diffusers_fair.adapters.format import EMBEDS_FILE, AdapterInfo
+from diffusers_fair.adapters.format import EMBEDS_FILE, WEIGHTS_FILE, AdapterInfo
 from diffusers_fair.adapters.repository import REPOSITORY
 from diffusers_fair.attributes import Attribute
 from diffusers_fair.config.backends import SHIPPED_BASES
 from diffusers_fair.paths import expand
+from diffusers_fair.publishing.export import usages
 from diffusers_fair.publishing.licence import base_licence
 from diffusers_fair.reports.estimate import DIGITS, GAP, Estimate, estimate_text
 from diffusers_fair.reports.folder import FILE, FORMAT, GROUPS_SHEET, PAIRS
@@ -215,6 +216,8 @@ def _render(info: AdapterInfo, images: Sequence[str]) -> str:
             on_testbed=info.base_model in SHIPPED_BASES,
             licence=base_licence(info.base_model, info.base_revision),
             embeds=EMBEDS_FILE,
+            weights=WEIGHTS_FILE,
+            programs=[] if info.base_model in SHIPPED_BASES else list(usages(info)),
             shares=list(_shares(info, evaluation)),
             example=(info.evaluation or {}).get("example", _EXAMPLE),
             sampling=_sampling(info),

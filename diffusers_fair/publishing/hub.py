@@ -7,10 +7,10 @@ repeated.
 import hashlib
 import json
 import re
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
-from pathlib import Path
+from pathlib import Path, PurePosixPath
 
 from huggingface_hub import (
     CommitInfo,
@@ -24,10 +24,20 @@ from huggingface_hub import (
 from huggingface_hub.hf_api import RepoSibling
 from huggingface_hub.utils import validate_repo_id
 
-from diffusers_fair.adapters.folder import README_FILE, REPORT_FILES, SAMPLES_FOLDER, open_adapter
+from diffusers_fair import atomic
+from diffusers_fair.adapters.folder import (
+    EXPORTS_FOLDER,
+    README_FILE,
+    REPORT_FILES,
+    SAMPLES_FOLDER,
+    Adapter,
+    open_adapter,
+)
 from diffusers_fair.adapters.format import EMBEDS_FILE, INFO_FILE, WEIGHTS_FILE
+from diffusers_fair.families.other_programs import PROGRAMS
 from diffusers_fair.paths import expand
-from diffusers_fair.publishing.card import card_text, write_card
+from diffusers_fair.publishing.card import card_text
+from diffusers_fair.publishing.export import exported_files
 
 _MAIN = "main"
 _NAMES = (INFO_FILE, WEIGHTS_FILE, EMBEDS_FILE, README_FILE, *REPORT_FILES)
@@ -57,8 +67,9 @@ def push_adapter(
     message: str | None = None,
     token: str | None = None,
     dry_run: bool = False,
+    export: Sequence[str] = (),
 ) -> Push:
-    """Publish an adapter folder: weights, card, samples and report in one commit.
+    """Publish an adapter folder: weights, card, samples, report and exports in one commit.
 
     Pushing the same files again makes no commit. If anything fails, a repository or branch that was
     created for the push is deleted again.
@@ -75,6 +86,8 @@ def push_adapter(
         token: Hub token, neither printed nor stored. Default: `HF_TOKEN`, or the token of
             `hf auth login`.
         dry_run: check the folder and list what would be pushed, without any request or file.
+        export: programs, as in `export_adapter`, for which the adapter is written to
+            `exports/PROGRAM` in its folder first.
 
     Raises:
         KeyboardInterrupt: Ctrl-C; the message says in what state the repository is.
@@ -87,19 +100,31 @@ def push_adapter(
     _check_repo_id(repo_id)
     if create_pr and revision not in (None, _MAIN):
         raise ValueError(f"a pull request goes to {_MAIN}: leave out the revision '{revision}'")
-    sizes = {name: path.stat().st_size for name, path in files.items()}
+    added = _exports(adapter, export)
     if README_FILE not in files:
-        sizes = dict(sorted({**sizes, README_FILE: len(card_text(adapter).encode())}.items()))
+        added[README_FILE] = card_text(adapter).encode()
+    sizes = {name: path.stat().st_size for name, path in files.items()}
+    sizes = dict(sorted((sizes | {name: len(data) for name, data in added.items()}).items()))
     if dry_run:
         return Push(repo_id=repo_id, files=sizes)
-    if README_FILE not in files:
-        write_card(adapter)
-        files = _folder_files(folder)
+    for name, data in added.items():
+        (folder / name).parent.mkdir(parents=True, exist_ok=True)
+        atomic.write(folder / name, data)
+    files = _folder_files(folder)
     info = adapter.info
     message = message or f"Adapter of {', '.join(info.components)} for {info.base_model}"
     attempt = _Attempt(_api(token), repo_id, revision or _MAIN, files)
     url = attempt.run(private, create_pr, message)
     return Push(repo_id=repo_id, files=sizes, removed=attempt.removed if url else (), url=url)
+
+
+def _exports(adapter: Adapter, programs: Sequence[str]) -> dict[str, bytes]:
+    """Map names in the repository to the contents of files for other programs."""
+    return {
+        f"{EXPORTS_FOLDER}/{program}/{file.name}": file.content
+        for program in programs
+        for file in exported_files(adapter, program)
+    }
 
 
 def _folder_files(folder: str | Path) -> dict[str, Path]:
@@ -110,9 +135,13 @@ def _folder_files(folder: str | Path) -> dict[str, Path]:
     """
     folder = Path(folder)
     paths = {path.relative_to(folder).as_posix(): path for path in sorted(folder.glob("*"))}
-    paths |= {f"{SAMPLES_FOLDER}/{p.name}": p for p in sorted(folder.glob(f"{SAMPLES_FOLDER}/*"))}
+    for pattern in (f"{SAMPLES_FOLDER}/*", f"{EXPORTS_FOLDER}/*/*"):
+        paths |= {
+            path.relative_to(folder).as_posix(): path for path in sorted(folder.glob(pattern))
+        }
     files = {name: path for name, path in paths.items() if _is_published(name)}
-    for name in (*files, SAMPLES_FOLDER):
+    folders = {str(parent) for name in files for parent in PurePosixPath(name).parents}
+    for name in (*files, SAMPLES_FOLDER, *folders - {"."}):
         if (folder / name).is_symlink():
             raise ValueError(
                 f"'{folder / name}' is a link, which is not published: replace it with the file"
@@ -123,7 +152,8 @@ def _folder_files(folder: str | Path) -> dict[str, Path]:
 def _is_published(name: str) -> bool:
     """Whether a file of this name is published."""
     images = rf"({SAMPLES_FOLDER}/)?[^/]+\.png"
-    return name in _NAMES or re.fullmatch(images, name) is not None
+    exports = rf"{EXPORTS_FOLDER}/({'|'.join(PROGRAMS)})/[^/]+\.safetensors"
+    return name in _NAMES or re.fullmatch(f"{images}|{exports}", name) is not None
 
 
 def _check_repo_id(repo_id: str) -> None:

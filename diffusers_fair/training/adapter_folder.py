@@ -1,13 +1,19 @@
 """The adapter folders that training starts from and writes."""
 
+import warnings
+from pathlib import Path
 from typing import Any
 
+from diffusers_fair.adapters.export import read_exported_lora
 from diffusers_fair.adapters.folder import read_adapter
 from diffusers_fair.adapters.format import AdapterInfo, Lora, SoftTokens
 from diffusers_fair.adapters.repository import local_folder
+from diffusers_fair.adapters.tensors import Weights
 from diffusers_fair.adapters.trainable import TrainableAdapter
 from diffusers_fair.attributes import Attribute
 from diffusers_fair.config.schema import RunConfig
+from diffusers_fair.families import family_of
+from diffusers_fair.paths import expand
 from diffusers_fair.prompts.groups import vocabulary
 
 
@@ -28,10 +34,14 @@ def load_initial_adapter(config: RunConfig, adapter: TrainableAdapter, fingerpri
         fingerprint: fingerprint of the base model.
 
     Raises:
-        ValueError: the adapter cannot be read, or has another base model or other components.
+        ValueError: the adapter cannot be read, or has another base model or other components; or
+            the LoRA file has no layers that fit.
     """
     name = config.adapter.init_from
     if name is None:
+        return
+    if (path := expand(name)).is_file():
+        adapter.load(_read_file(path, adapter))
         return
     try:
         info, weights = read_adapter(local_folder(name))
@@ -54,6 +64,22 @@ def load_initial_adapter(config: RunConfig, adapter: TrainableAdapter, fingerpri
     adapter.load(weights)
 
 
+def _read_file(path: Path, adapter: TrainableAdapter) -> Weights:
+    """Read the layers that fit an adapter from a LoRA file of another program."""
+    family = family_of(adapter.pipe).name
+    try:
+        weights, unused = read_exported_lora(path, family, adapter.weights())
+    except ValueError as error:
+        raise ValueError(f"adapter.init_from: {error}") from error
+    if unused:
+        warnings.warn(
+            f"adapter.init_from: {unused} layers of '{path}' are not used, as the adapter does not "
+            "have them",
+            stacklevel=2,
+        )
+    return weights
+
+
 def adapter_info(
     config: RunConfig,
     adapter: TrainableAdapter,
@@ -74,6 +100,7 @@ def adapter_info(
         base_model=config.base.model,
         base_revision=config.base.revision,
         fingerprint=fingerprint,
+        family=family_of(adapter.pipe).name,
         components=adapter.components,
         attributes=tuple(attributes),
         words=vocabulary([section.wording() for section in config.attributes]),

@@ -315,6 +315,24 @@ def test_the_prompt_to_type_for_soft_tokens(tmp_path, components):
     assert "`pipe.set_fair_adapter_scale(0)` turns it off, and a scale of 1 on" in text
 
 
+@pytest.mark.parametrize("components", [SOFT, BOTH])
+def test_how_other_programs_are_told_to_use_it(tmp_path, components):
+    tensors = embeds() | (weights() if components == BOTH else {})
+    info = adapter_info(components=components, evaluation=None, base_model="org/base")
+    write_adapter(tmp_path / "a", tensors, info)
+    write_card(tmp_path / "a")
+    rows = re.findall(r"^\| .* \| `(\w+)` \| (.*) \|$", text_of(tmp_path / "a"), re.MULTILINE)
+    assert [program for program, _ in rows] == ["comfyui", "a1111", "kohya", "invokeai"]
+    assert "type `embedding:fair-shape-prefix` once before each prompt" in rows[0][1]
+    assert ("type `<lora:fair-shape-base:1>`" in rows[1][1]) == (components == BOTH)
+
+
+def test_other_programs_do_not_have_the_testbed(adapter):
+    write_card(adapter)
+    assert "In other programs" not in text_of(adapter)
+    assert 'load_lora_weights("path/of/this/folder", weight_name="pytorch_lora_' in text_of(adapter)
+
+
 def test_what_is_corrected_stands_below_its_bias(adapter, report):
     hue = json.loads((report / "report.json").read_text("utf-8"))["summary"]["corrected"]["hue"]
     edit_report(report, put(["summary", "corrected", "tone"], hue))

@@ -184,6 +184,24 @@ def test_a_card_is_written_if_there_is_none(hub, tmp_path):
     assert hub.files("org/fair") == contents(folder)
 
 
+def test_exports_go_up_beside_the_adapter(hub, folder):
+    before = contents(folder)
+    planned = push_adapter(folder, "org/fair", dry_run=True, export=["comfyui", "kohya"])
+    assert contents(folder) == before
+    done = push_adapter(folder, "org/fair", export=["comfyui", "kohya"])
+    files = contents(folder)
+    exports = sorted(files.keys() - before.keys())
+    assert [name.split("/")[:2] for name in exports] == [
+        ["exports", "comfyui"],
+        ["exports", "kohya"],
+    ]
+    assert planned.files == done.files == {name: len(data) for name, data in files.items()}
+    assert hub.files("org/fair") == files
+    assert push_adapter(folder, "org/fair").url is None  # they stay
+    (folder / exports[0]).unlink()
+    assert push_adapter(folder, "org/fair").removed == (exports[0],)
+
+
 # ---- what it refuses -----------------------------------------------------------------------------
 
 
@@ -227,6 +245,27 @@ def test_links_are_not_followed(hub, folder, tmp_path, name):
         (folder / "samples").rmdir()
     (folder / name).symlink_to(tmp_path / "outside" / ("" if name == "samples" else "secret.png"))
     refused(hub, "link", folder)
+    assert not hub.asked
+
+
+@pytest.mark.parametrize("link", ["exports", "exports/kohya", "exports/kohya/x.safetensors"])
+def test_links_to_exports_are_not_followed(hub, folder, tmp_path, link):
+    (outside := tmp_path / "outside" / "kohya").mkdir(parents=True)
+    (outside / "x.safetensors").write_text("secret")
+    (folder / link).parent.mkdir(parents=True, exist_ok=True)
+    (folder / link).symlink_to(
+        {"exports": outside.parent, "kohya": outside}.get(
+            Path(link).name, outside / "x.safetensors"
+        )
+    )
+    refused(hub, "link", folder)
+    assert not hub.asked
+
+
+def test_a_program_that_does_not_exist(hub, folder):
+    before = contents(folder)
+    refused(hub, "expected one of the programs comfyui", folder, export=["midjourney"])
+    assert contents(folder) == before
     assert not hub.asked
 
 

@@ -378,6 +378,18 @@ def test_inspect_says_what_an_adapter_is(adapter, monkeypatch, capsys):
     assert facts["parameters"] == 4 * 2 * (4 * 256 + 2 * 640)
 
 
+def test_export_says_how_to_use_the_file(adapter, tmp_path, monkeypatch, capsys):
+    words = ["export", adapter, "--to", "comfyui", "--out", str(tmp_path / "out")]
+    assert run(monkeypatch, *words) == 0
+    (file,) = (tmp_path / "out").iterdir()
+    assert capsys.readouterr().out == (
+        f"{file}: put the file in `models/loras` and select it in a Load LoRA node, with strength "
+        "1 for model and clip\n"
+    )
+    assert run(monkeypatch, *words) == 2
+    assert "exists already: remove it, or choose another --out" in capsys.readouterr().err
+
+
 def test_recipes_lists_every_key_with_its_documentation_and_default(monkeypatch, capsys):
     assert run(monkeypatch, "recipes", "--keys") == 0
     listed = capsys.readouterr().out
@@ -419,6 +431,11 @@ BAD = {
         ["generate", "x", "--adapter", "nowhere"],
         "no adapter folder at 'nowhere'",
     ),
+    "nothing to export": (
+        ["export", "nowhere", "--to", "comfyui"],
+        "no adapter folder at 'nowhere'",
+    ),
+    "no program to export to": (["export", "x"], "Missing option '--to'"),
     "missing base": (["generate", "x", "--base", "./nowhere"], "cannot load the base model"),
     "unknown prompts": (["evaluate", "--prompts", "testbed-ocupations"], "testbed-occupations"),
     "unknown attribute": (["evaluate", "--attribute", "height"], "unknown attribute 'height'"),

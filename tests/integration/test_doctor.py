@@ -164,6 +164,8 @@ def test_the_adapter_to_start_from_is_looked_up(tmp_path):
     assert "org/fair" not in gaps(asked("org/fair"))
     (tmp_path / "empty").mkdir()
     assert gaps(asked(tmp_path / "empty"))[str(tmp_path / "empty")].endswith("has no weights")
+    (tmp_path / "style.safetensors").write_bytes(b"1")
+    assert "style.safetensors" not in str(gaps(asked(tmp_path / "style.safetensors")))
 
 
 def test_a_checkpoint_with_other_classes_is_noticed(tmp_path):

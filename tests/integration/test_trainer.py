@@ -14,11 +14,13 @@ import pytest
 import torch
 from accelerate.state import AcceleratorState, PartialState
 from PIL import Image
+from safetensors import safe_open
+from safetensors.torch import save_file
 
 import diffusers_fair.training.batch_gradient as gradient_module
 import diffusers_fair.training.trainer as trainer_module
 import diffusers_fair.training.validation as validation_module
-from diffusers_fair import FairnessFinetuner, TrainingCallback, atomic, testbed
+from diffusers_fair import FairnessFinetuner, TrainingCallback, atomic, export_adapter, testbed
 from diffusers_fair.adapters.folder import read_adapter
 from diffusers_fair.backends import registry
 from diffusers_fair.config.recipe import recipes
@@ -382,6 +384,23 @@ def test_an_adapter_is_trained_further(run, tmp_path):
     further.save_adapter(tmp_path / "saved")  # the moving average starts there, too
     saved = read_adapter(tmp_path / "saved")[1]
     assert all(torch.equal(saved[key], expected[key]) for key in expected)
+
+
+@pytest.mark.slow
+def test_training_starts_from_a_file_of_another_program(run, tmp_path):
+    (path,) = export_adapter(run[0] / "adapter", "kohya", tmp_path)
+    adapter = {"rank": 2, "init_from": str(path)}
+    weights = finetuner(tmp_path / "further", adapter=adapter).adapter.weights()
+    expected = read_adapter(run[0] / "adapter")[1]
+    assert all(torch.equal(weights[key], expected[key]) for key in expected)
+    with safe_open(path, framework="pt") as file:
+        tensors = {key: file.get_tensor(key) for key in file.keys()}  # noqa: SIM118
+    layer = {f"lora_unet_extra.lora_{half}.weight": torch.ones(2, 2) for half in ("down", "up")}
+    save_file(tensors | layer, path)
+    with pytest.warns(UserWarning, match=r"init_from: 1 layers of '.*' are not used, as the"):
+        finetuner(tmp_path / "more", adapter=adapter)
+    with pytest.raises(ValueError, match=r"adapter.init_from: expected '.*set adapter.rank to the"):
+        finetuner(tmp_path / "other", adapter=adapter | {"rank": 3})
 
 
 @pytest.mark.slow

@@ -150,7 +150,6 @@ def sdxl(
                 block_out_channels=(8, 16),
                 down_block_types=("DownBlock2D", "CrossAttnDownBlock2D"),
                 up_block_types=("CrossAttnUpBlock2D", "UpBlock2D"),
-                layers_per_block=1,
                 cross_attention_dim=16 + 24,
                 attention_head_dim=2,
                 norm_num_groups=4,
@@ -159,7 +158,7 @@ def sdxl(
                 transformer_layers_per_block=(1, 2),
                 projection_class_embeddings_input_dim=6 * 8 + 20,
                 use_linear_projection=True,
-                **unet,
+                **{"layers_per_block": 1} | unet,
             ),
             scheduler=scheduler
             or diffusers.EulerDiscreteScheduler(

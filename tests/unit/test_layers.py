@@ -178,6 +178,11 @@ def test_loading_knows_nothing_of_training(module):
     )
 
 
+def test_export_needs_the_core_installation_only():
+    packages = {name.partition(".")[0] for name in reach("publishing.export")}
+    assert packages <= CORE | {OWN} | set(sys.stdlib_module_names)
+
+
 @pytest.mark.parametrize("module", [m for m in BELOW if m != "training.trainer"])
 def test_only_the_trainer_knows_accelerate(module):
     assert "accelerate" not in {name.partition(".")[0] for name in imports(module)}
