@@ -1,13 +1,15 @@
 """The prompt prefix: an adapter's soft tokens, placed before the prompts of a pipeline."""
 
+import logging
 import re
-import warnings
 from collections.abc import Collection
 from typing import Any
 
 from diffusers_fair.adapters.format import SoftTokens
 from diffusers_fair.adapters.layers import check_projections, is_fused_into, strengths
 from diffusers_fair.families import component, family_of
+
+logger = logging.getLogger(__name__)
 
 
 class PromptPrefix:
@@ -25,6 +27,7 @@ class PromptPrefix:
         self.pipe = pipe
         self.tokens = tokens
         self.adapter_name = adapter_name
+        self._cut_off: set[str] = set()  # prompts, of which a warning has been logged
 
     def is_on(self) -> bool:
         """Whether prompts get the prefix."""
@@ -44,12 +47,12 @@ class PromptPrefix:
         text = self.pipe.maybe_convert_prompt(prompt, tokenizer)
         length = len(tokenizer(text).input_ids)  # with start and end
         limit, count = tokenizer.model_max_length, self.tokens.count
-        if length <= limit < length + count:
-            warnings.warn(
+        if length <= limit < length + count and prompt not in self._cut_off:
+            self._cut_off.add(prompt)
+            logger.warning(
                 f"with the {count} soft tokens of the adapter '{self.adapter_name}' before it, the "
                 f"prompt has {length + count} tokens, more than the {limit} that the text encoder "
-                f"reads, and its end is cut off: '{prompt.strip()}'",
-                stacklevel=6,
+                f"reads, and its end is cut off: '{prompt.strip()}'"
             )
 
 

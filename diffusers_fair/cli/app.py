@@ -1,18 +1,21 @@
 """The command-line application: its output, how it is stopped, and its exit codes."""
 
 import errno
+import logging
 import signal
 import sys
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
 from rich.console import Console
 from typer.core import TyperCommand, TyperGroup
 
 from diffusers_fair.training.stopping import StoppedError, Terminated, exit_code, raise_on_sigterm
+from diffusers_fair.verbosity import log_to_stderr
+from diffusers_fair.version import __version__
 
 if TYPE_CHECKING:
     from diffusers_fair.assess import Assessment
@@ -55,12 +58,40 @@ def resumable(folder: Path) -> Iterator[None]:
 
 app = typer.Typer(
     cls=_Commands,
-    add_completion=False,
+    context_settings={"help_option_names": ["-h", "--help"]},
     no_args_is_help=True,
     pretty_exceptions_enable=False,
     help="Train, evaluate, share and load fairness adapters for Hugging Face diffusers.",
 )
+logger = logging.getLogger(__name__)
 console = Console(markup=False, highlight=False)  # what it prints is data
+
+
+def _print_version(asked: bool) -> None:
+    if asked:
+        say(f"diffusers-fair {__version__}")
+        raise typer.Exit
+
+
+@app.callback()
+def _configure(
+    quiet: Annotated[
+        bool, typer.Option("--quiet", "-q", help="Log only errors, and show no progress bars.")
+    ] = False,
+    verbose: Annotated[
+        bool,
+        typer.Option("--verbose", "-v", help="Log more, and print the traceback of every error."),
+    ] = False,
+    version: Annotated[
+        bool,
+        typer.Option(
+            "--version", callback=_print_version, is_eager=True, help="Print the version and exit."
+        ),
+    ] = False,
+) -> None:
+    if quiet and verbose:
+        raise typer.BadParameter("expected --quiet or --verbose, got both: choose one of them")
+    log_to_stderr(logging.ERROR if quiet else logging.DEBUG if verbose else logging.INFO)
 
 
 def say(text: str) -> None:
@@ -109,6 +140,7 @@ def main() -> None:
         sentence = _sentence(error)
         if sentence is None:
             raise
+        logger.debug("traceback of the error below", exc_info=True)
         if sentence:  # empty after the help that a command without arguments prints
             sys.stderr.write(f"diffusers-fair: {sentence}\n")
         sys.exit(2)

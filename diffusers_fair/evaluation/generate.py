@@ -18,6 +18,7 @@ from diffusers_fair.evaluation.batch_size import default_batch_size
 from diffusers_fair.evaluation.checks import check_sampling
 from diffusers_fair.families import find_family
 from diffusers_fair.families.base import execution_device
+from diffusers_fair.verbosity import shows_progress
 
 
 @dataclass(frozen=True)
@@ -199,7 +200,7 @@ def _silent(pipe):
 @contextmanager
 def progress_bar(total: int, title: str | None):
     """Show a progress bar over images, unless it has no title; yield what advances it."""
-    if title is None:
+    if title is None or not shows_progress():
         yield lambda images: None
         return
     try:

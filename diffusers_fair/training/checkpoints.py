@@ -2,14 +2,16 @@
 
 import hashlib
 import io
+import logging
 import shutil
-import warnings
 from pathlib import Path
 from typing import Any
 
 import torch
 
 from diffusers_fair import atomic
+
+logger = logging.getLogger(__name__)
 
 _STATE = "state.pt"
 _DIGEST = "state.sha256"
@@ -54,10 +56,9 @@ def load_checkpoint(folder: Path) -> dict[str, Any] | None:
         try:
             return _read(path)
         except Exception as error:  # whatever a damaged file may cause
-            warnings.warn(
+            logger.warning(
                 f"checkpoint '{path}' is damaged ({type(error).__name__}: {error}): resuming from "
-                "an older one",
-                stacklevel=2,
+                "an older one"
             )
     return None
 

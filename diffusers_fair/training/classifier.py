@@ -27,6 +27,7 @@ from diffusers_fair.folder_lock import folder_lock, has_files
 from diffusers_fair.paths import require_writable
 from diffusers_fair.training.labelled_images import LabelledImages
 from diffusers_fair.training.stopping import SignalHandler, StoppedError, exit_code
+from diffusers_fair.verbosity import shows_progress
 from diffusers_fair.vision.encoders import Pixels
 from diffusers_fair.vision.images import from_bytes, read_image
 
@@ -323,7 +324,7 @@ def _fit(
     }
     first, done = checkpoint.restore(parts, g)
     network.train()
-    with Progress(transient=True) as progress:
+    with Progress(transient=True, disable=not shows_progress()) as progress:
         for epoch in range(first, epochs):
             order_state = g.get_state()  # from which a resumed epoch gets the same order
             order = rows[torch.randperm(len(rows), generator=g)]

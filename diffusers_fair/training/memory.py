@@ -1,8 +1,8 @@
 """Measures the memory that training takes, chooses the micro-batch that fits, and gives advice."""
 
+import logging
 import sys
 import traceback
-import warnings
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from pathlib import Path
@@ -15,6 +15,8 @@ from diffusers_fair.config.schema import MEMORY_OPTIONS
 from diffusers_fair.training.batch_gradient import BatchGradient
 from diffusers_fair.training.batches import Batch
 from diffusers_fair.training.stopping import TrainingStoppedError
+
+logger = logging.getLogger(__name__)
 
 GB = 1e9  # bytes
 _OUT_OF_MEMORY = sys.maxsize  # bytes; stands for a measurement that ran out of memory
@@ -67,10 +69,10 @@ def choose_micro_batch(
             enabled += f" train.{unused[0]}=true"
             gradient.save_memory(unused.pop(0))
     if distributed.is_main():
-        warnings.warn(
+        logger.log(
+            logging.WARNING if enabled else logging.INFO,  # the options make training slower
             f"{gradient.micro_batch} images at a time fit train.memory_budget, {limit:.3g} GB: the "
             f"same as train.micro_batch={gradient.micro_batch}{enabled}",
-            stacklevel=3,
         )
 
 
@@ -88,10 +90,9 @@ def _limit(budget: float | Literal["auto"], device: torch.device) -> float | Non
     if budget != "auto" and budget * GB <= usable:
         return budget
     if budget != "auto" and distributed.is_main():
-        warnings.warn(
+        logger.warning(
             f"train.memory_budget is {budget:g} GB, but only {usable / GB:.3g} GB of the GPU are "
-            "usable: they are the budget instead",
-            stacklevel=4,
+            "usable: they are the budget instead"
         )
     return usable / GB
 

@@ -1,10 +1,11 @@
 """Warns about training that makes no progress."""
 
-import warnings
+import logging
 from dataclasses import dataclass, field
 
 from diffusers_fair.objective.statistics import BatchStatistics
 
+logger = logging.getLogger(__name__)
 _PATIENCE = 20  # successive iterations before a warning
 
 
@@ -52,4 +53,4 @@ class TrainingMonitor:
     def _warn_once(self, problem: str, occurs: bool, message: str) -> None:
         if occurs and problem not in self.warned:
             self.warned.add(problem)
-            warnings.warn(message, stacklevel=4)
+            logger.warning(message)

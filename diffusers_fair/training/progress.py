@@ -5,6 +5,7 @@ from contextlib import contextmanager
 from dataclasses import dataclass
 
 from diffusers_fair.objective.statistics import BatchStatistics
+from diffusers_fair.verbosity import shows_progress
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -54,7 +55,7 @@ def progress_bar(
         TimeRemainingColumn(),
         TextColumn("{task.description}", markup=False),
     )
-    with Progress(*columns, disable=not is_shown) as progress:
+    with Progress(*columns, disable=not (is_shown and shows_progress())) as progress:
         task = progress.add_task("", completed=step, total=total)
         yield advance
 

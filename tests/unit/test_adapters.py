@@ -80,7 +80,6 @@ def test_without_adapter_restores_the_original_model_temporarily(component):
 
 
 @pytest.mark.parametrize("prompt", [PROMPT, "", "a very long story " * 9, "x" * 70, "x" * 75])
-@pytest.mark.filterwarnings("ignore:with the 5 soft tokens")
 def test_soft_tokens_encode_as_a_textual_inversion_does(prompt):
     pipe, by_hand = pipeline(), pipeline()
     plain = by_hand.encode_prompt(prompt, "cpu", 1, False)[0]

@@ -1,5 +1,6 @@
 """The memory that training takes: what is measured, what is chosen, and what is advised."""
 
+import logging
 import sys
 from types import SimpleNamespace
 
@@ -99,14 +100,17 @@ def test_memory_of_mps_is_what_its_driver_has_allocated(monkeypatch):
         (3.8, 1, 3),
     ],
 )
-def test_what_fits_a_gpu_is_chosen(monkeypatch, total, micro_batch, options):
+def test_what_fits_a_gpu_is_chosen(monkeypatch, caplog, total, micro_batch, options):
+    caplog.set_level(logging.INFO)
     gradient = Gradient(Gpu(monkeypatch, total))
-    with pytest.warns(UserWarning, match=r"at a time fit train\.memory_budget") as told:
-        memory.choose_micro_batch(gradient, BATCH, "auto")
+    memory.choose_micro_batch(gradient, BATCH, "auto")
     assert gradient.micro_batch == micro_batch
     assert gradient.memory_options == list(MEMORY_OPTIONS[:options])
     enabled = "".join(f" train.{option}=true" for option in MEMORY_OPTIONS[:options])
-    assert str(told[0].message).endswith(f"train.micro_batch={micro_batch}{enabled}")
+    (record,) = caplog.records
+    assert "at a time fit train.memory_budget" in record.message
+    assert record.message.endswith(f"train.micro_batch={micro_batch}{enabled}")
+    assert record.levelno == (logging.WARNING if options else logging.INFO)
 
 
 def test_without_room_for_one_image_auto_is_refused(monkeypatch):
@@ -118,14 +122,15 @@ def test_without_room_for_one_image_auto_is_refused(monkeypatch):
         memory.choose_micro_batch(Gradient(Gpu(monkeypatch, 2.9)), BATCH, "auto")
 
 
-def test_a_budget_above_what_the_gpu_has_is_said_and_reduced(monkeypatch):
+def test_a_budget_above_what_the_gpu_has_is_said_and_reduced(monkeypatch, caplog):
+    caplog.set_level(logging.INFO)
     gradient = Gradient(Gpu(monkeypatch, 8))
-    message = r"train\.memory_budget is 40 GB, but only 7\.5 GB of the GPU are usable: they are"
-    with (
-        pytest.warns(UserWarning, match=message),
-        pytest.warns(UserWarning, match=r"^2 images at a time fit train\.memory_budget, 7\.5 GB"),
-    ):
-        memory.choose_micro_batch(gradient, BATCH, 40)
+    memory.choose_micro_batch(gradient, BATCH, 40)
+    reduced, chosen = caplog.messages
+    assert reduced.startswith(
+        "train.memory_budget is 40 GB, but only 7.5 GB of the GPU are usable: they are"
+    )
+    assert chosen.startswith("2 images at a time fit train.memory_budget, 7.5 GB")
     assert gradient.micro_batch == 2
 
 
