@@ -22,7 +22,9 @@ from torch import Tensor
 
 _MASS = 0.999  # probability mass of the multinomial that an enumeration covers
 _ENUMERATED = 20_000  # largest number of count vectors that are enumerated
-_SAMPLES = 512  # count vectors to sample if there are more; 2 % of labels differ from 16,384 samples'
+_SAMPLES = (
+    512  # count vectors to sample if there are more; 2 % of labels differ from 16,384 samples'
+)
 
 
 @dataclass(frozen=True)
