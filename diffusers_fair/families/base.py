@@ -150,6 +150,9 @@ class Family(Protocol):
     def vae_input(self, pipe: Any, latents: Tensor) -> Tensor:
         """Undo the scaling and the shift of the latents: what the VAE decodes."""
 
+    def decoder_dtype(self, pipe: Any) -> torch.dtype:
+        """Return the data type in which the pipeline decodes images."""
+
     def call_options(
         self, pipe: Any, guidance_scale: float, size: int | None = None
     ) -> dict[str, Any]:
@@ -208,6 +211,10 @@ class ClassifierFreeGuidance:
     def vae_input(self, pipe: Any, latents: Tensor) -> Tensor:
         """Undo the scaling of the latents."""
         return latents / pipe.vae.config.scaling_factor
+
+    def decoder_dtype(self, pipe: Any) -> torch.dtype:
+        """Return the data type of the VAE."""
+        return pipe.vae.dtype
 
     def call_options(
         self, pipe: Any, guidance_scale: float, size: int | None = None
