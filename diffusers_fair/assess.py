@@ -19,6 +19,7 @@ from diffusers_fair.config.schema import EvaluationSection, RunConfig
 from diffusers_fair.evaluation.audit import audit
 from diffusers_fair.evaluation.checks import check_sampling
 from diffusers_fair.evaluation.evaluate import evaluate
+from diffusers_fair.evaluation.generate import checked_size
 from diffusers_fair.evaluation.groups import with_groups
 from diffusers_fair.loading import load_fair_adapter, unload_fair_adapter
 from diffusers_fair.paths import expand
@@ -159,6 +160,7 @@ def assess(
     steps: int | None = None,
     guidance_scale: float | None = None,
     seed: int | None = None,
+    size: int | None = None,
     reference: str | Path | None = None,
     group_images: int | None = 4,
     respect_words: bool = False,
@@ -185,6 +187,7 @@ def assess(
         steps: scheduler steps.
         guidance_scale: scale of classifier-free guidance.
         seed: random seed of the noise.
+        size: width and height of the images in pixels.
         reference: existing report of the base model, used instead of evaluating it again. It must
             have the same prompts and sampling, and at least as many images. Missing control
             prompts are generated.
@@ -233,6 +236,7 @@ def assess(
     model: dict[str, Any] = {"base": base, "recipe": recipe}
     model |= {} if revision is None else {"revision": revision}
     judges = load_judges(section.models, counted, chosen, defaults.people)
+    sampling["size"] = checked_size(pipe, section.size if size is None else size)
     options: dict[str, Any] = {"judges": judges, "batch_size": batch_size, **sampling}
     respect: dict[str, Any] = {"respect_words": True} if respect_words else {}
     if opened is not None:  # refuse an adapter that does not fit before the base is evaluated
@@ -410,5 +414,5 @@ def _apply(
     device: torch.device,
     options: Mapping[str, Any],
 ) -> Any:
-    sampling = {name: options[name] for name in ("steps", "guidance_scale", "seed")}
+    sampling = {name: options[name] for name in ("steps", "guidance_scale", "seed", "size")}
     return method.apply(pipe, baseline_task(attributes, defaults, device, **sampling))
