@@ -19,6 +19,7 @@ from diffusers_fair.config.schema import EvaluationSection, RunConfig
 from diffusers_fair.evaluation.audit import audit
 from diffusers_fair.evaluation.checks import check_sampling
 from diffusers_fair.evaluation.evaluate import evaluate
+from diffusers_fair.evaluation.generate import checked_size
 from diffusers_fair.evaluation.groups import with_groups
 from diffusers_fair.loading import load_fair_adapter, unload_fair_adapter
 from diffusers_fair.paths import expand
@@ -162,6 +163,7 @@ def assess(
     steps: int | None = None,
     guidance_scale: float | None = None,
     seed: int | None = None,
+    size: int | None = None,
     reference: str | Path | None = None,
     group_images: int | None = 4,
     respect_words: bool = False,
@@ -189,6 +191,7 @@ def assess(
         steps: scheduler steps.
         guidance_scale: scale of classifier-free guidance.
         seed: random seed of the noise.
+        size: width and height of the images in pixels.
         reference: existing report of the base model, used instead of evaluating it again. It must
             have the same prompts and sampling, and at least as many images. Missing control
             prompts are generated.
@@ -240,6 +243,7 @@ def assess(
     if method is not None:
         method.check(pipe)
     judges = load_judges(section.models, counted, chosen, defaults.people)
+    sampling["size"] = checked_size(pipe, section.size if size is None else size)
     options: dict[str, Any] = {"judges": judges, "batch_size": batch_size, **sampling}
     respect: dict[str, Any] = {"respect_words": True} if respect_words else {}
     loading = respect | ({"other_base": True} if other_base else {})
@@ -460,5 +464,5 @@ def _apply(
     device: torch.device,
     options: Mapping[str, Any],
 ) -> Any:
-    sampling = {name: options[name] for name in ("steps", "guidance_scale", "seed")}
+    sampling = {name: options[name] for name in ("steps", "guidance_scale", "seed", "size")}
     return method.apply(pipe, baseline_task(attributes, defaults, device, **sampling))

@@ -26,6 +26,8 @@ class Task:
     """Guidance scale of these images."""
     seed: int = 0
     """Random seed of these images."""
+    size: int | None = None
+    """Width and height of these images in pixels; None for the pipeline's default."""
 
 
 Generate = Callable[..., Any]

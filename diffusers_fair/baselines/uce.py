@@ -162,6 +162,7 @@ def _class_shares(
         steps=task.steps,
         guidance_scale=task.guidance_scale,
         seed=task.seed,
+        size=task.size,
         progress=False,
     ):
         shown = judges.on_device(batch.images)

@@ -17,6 +17,7 @@ from diffusers_fair.cli.options import (
     Out,
     RespectWords,
     Revision,
+    Size,
     number_or_folder,
     read_folder,
 )
@@ -99,14 +100,15 @@ def evaluate(
             min=0, metavar="INT", help="Random seed of the noise. Default: the recipe's seed, or 0."
         ),
     ] = None,
+    size: Size = None,
     reference: Annotated[
         Path | None,
         typer.Option(
             parser=read_folder,
             metavar="DIRECTORY",
             help="Existing report of the base model, to be used instead of evaluating it again. It "
-            "must have the same prompts, seed, steps and guidance scale, and at least as many "
-            "images. Only missing control prompts are added.",
+            "must have the same prompts, seed, steps, guidance scale and size, and at least as "
+            "many images. Only missing control prompts are added.",
         ),
     ] = None,
     groups: Annotated[
@@ -150,6 +152,7 @@ def evaluate(
             "--steps": steps,
             "--guidance-scale": guidance_scale,
             "--seed": seed,
+            "--size": size,
             "--reference": reference,
             "--respect-words": respect_words or None,
             "--other-base": other_base or None,
@@ -185,6 +188,7 @@ def evaluate(
         steps=steps,
         guidance_scale=guidance_scale,
         seed=seed,
+        size=size,
         reference=reference,
         group_images=group_images if groups else None,
         respect_words=respect_words,
@@ -263,6 +267,7 @@ def generate(
         ),
     ] = None,
     seed: Annotated[int, typer.Option(min=0, metavar="INT", help="Random seed of the noise.")] = 0,
+    size: Size = None,
     respect_words: RespectWords = False,
     device: Device = "auto",
     dtype: Dtype = None,
@@ -276,6 +281,7 @@ def generate(
     the same command are kept, and not generated again.
     """
     from diffusers_fair.backends.registry import usual_sampling
+    from diffusers_fair.evaluation.generate import checked_size
     from diffusers_fair.evaluation.generate import generate as sample
     from diffusers_fair.evaluation.image_files import file_stems, write_image
     from diffusers_fair.vision.images import to_arrays
@@ -296,10 +302,12 @@ def generate(
         "steps": usual.steps if steps is None else steps,
         "guidance_scale": usual.guidance_scale if guidance_scale is None else guidance_scale,
         "seed": seed,
+        "size": checked_size(pipe, size),
     }
     computed = str(pipe.dtype)  # auto differs between devices
     chosen = (sampling["steps"], sampling["guidance_scale"])
     settings = [base, digest, *chosen, respect_words, computed, revision]
+    settings += [] if sampling["size"] is None else [sampling["size"]]  # as in earlier versions
     stems = file_stems(prompt, seed=seed, adapter=adapter, settings=settings)
     files = {
         (i, j): out / f"{stem}-{j:03d}.png" for i, stem in enumerate(stems) for j in range(images)

@@ -70,6 +70,17 @@ BatchSize = Annotated[
 ]
 
 
+Size = Annotated[
+    int | None,
+    typer.Option(
+        min=1,
+        metavar="INT",
+        help="Width and height of the images in pixels. Default: the recipe's, if there is one, or "
+        "the default of the base model.",
+    ),
+]
+
+
 def read_folder(text: str) -> Path:
     """Read the path of a folder."""
     if not text:  # would be the current folder

@@ -470,7 +470,7 @@ class RunConfig(Section):
         It cannot with soft tokens, which shift all embeddings.
         """
         trained = self.adapter.components
-        return "text_encoder" in trained and "soft_tokens" not in trained
+        return any("text_encoder" in x for x in trained) and "soft_tokens" not in trained
 
     @model_validator(mode="after")
     def _check_steps(self) -> "RunConfig":
@@ -487,9 +487,9 @@ class RunConfig(Section):
 
     @model_validator(mode="after")
     def _check_learning_rates(self) -> "RunConfig":
-        if self.optimizer.text_encoder_lr and set(self.adapter.components) == {"unet"}:
+        if self.optimizer.text_encoder_lr and {*self.adapter.components} <= {"unet", "transformer"}:
             raise ValueError(
-                "optimizer.text_encoder_lr applies to text_encoder and soft_tokens, but "
+                "optimizer.text_encoder_lr applies to text encoders and soft_tokens, but "
                 "adapter.components has neither: add one, or set optimizer.lr only"
             )
         return self

@@ -1,6 +1,7 @@
 """Sampling and decoding, which keeps the denoiser inputs that replay needs."""
 
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager
 from dataclasses import dataclass
 from typing import Any
 
@@ -185,10 +186,26 @@ def weighted_branches(
 
 
 def decode(pipe: Any, latents: Tensor, micro_batch: int | None = None) -> Tensor:
-    """Decode (n, c, h, w) latents to (n, 3, H, W) images in [-1, 1], differentiably."""
+    """Decode (n, c, h, w) latents to (n, 3, H, W) images in [-1, 1], differentiably.
+
+    For a gradient with a VAE that overflows in float16, use `decode_backward`.
+    """
     family = family_of(pipe)
-    parts = latents.split(micro_batch or len(latents))
-    return torch.cat([family.decode(pipe, z) for z in parts]).clamp(-1, 1)
+    with _decoder_dtype(pipe) as dtype:
+        parts = latents.to(dtype).split(micro_batch or len(latents))
+        return torch.cat([family.decode(pipe, z) for z in parts]).clamp(-1, 1)
+
+
+@contextmanager
+def _decoder_dtype(pipe: Any) -> Iterator[torch.dtype]:
+    """Convert the VAE to the data type in which it decodes, within a `with` block."""
+    before = pipe.vae.dtype
+    dtype = family_of(pipe).decoder_dtype(pipe)
+    pipe.vae.to(dtype)
+    try:
+        yield dtype
+    finally:
+        pipe.vae.to(before)
 
 
 @torch.enable_grad()
@@ -203,6 +220,7 @@ def decode_backward(
     gradients = []
     for part, grad in zip(latents.split(size), grad_images.split(size), strict=True):
         z = part.detach().requires_grad_()
-        images = decode(pipe, z)
-        gradients += torch.autograd.grad(images, z, grad.to(images.dtype))
+        with _decoder_dtype(pipe):  # the backward pass needs the same weights
+            images = decode(pipe, z)
+            gradients += torch.autograd.grad(images, z, grad.to(images.dtype))
     return torch.cat(gradients)

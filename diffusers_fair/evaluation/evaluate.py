@@ -17,7 +17,7 @@ from diffusers_fair.evaluation.checks import (
     checked_attributes,
     checked_prompts,
 )
-from diffusers_fair.evaluation.generate import ImageBatch, generate_batch
+from diffusers_fair.evaluation.generate import ImageBatch, checked_size, generate_batch
 from diffusers_fair.evaluation.groups import default_groups, measure_group, supported_groups
 from diffusers_fair.evaluation.judge import judge_batch
 from diffusers_fair.evaluation.quality import prompt_features
@@ -43,6 +43,7 @@ def evaluate(
     steps: int = 25,
     guidance_scale: float = 7.5,
     seed: int = 0,
+    size: int | None = None,
     batch_size: int | None = None,
     groups: Sequence[PromptGroup] | None = None,
     reference: Report | None = None,
@@ -71,6 +72,7 @@ def evaluate(
         steps: scheduler steps.
         guidance_scale: scale of classifier-free guidance.
         seed: random seed of the noise. The images do not depend on the batch size.
+        size: width and height of the images in pixels. Default: the pipeline's.
         batch_size: images generated and judged together. Default: 24 or, on a GPU, fewer if so many
             do not fit its memory.
         groups: groups of control prompts, as `prompts.groups.evaluation_groups` builds them; () for
@@ -88,10 +90,10 @@ def evaluate(
 
     Raises:
         ValueError: the pipeline lacks a component; there are no prompts, attributes or images; a
-            prompt is given twice; the steps, the guidance scale or the seed is out of range; a
-            classifier is missing or has other classes than its attribute; a group of prompts cannot
-            be measured; the reference has other noise, counts other faces or lacks a group; the
-            folder holds another report.
+            prompt is given twice; the steps, the guidance scale, the seed or the size is out of
+            range; a classifier is missing or has other classes than its attribute; a group of
+            prompts cannot be measured; the reference has other noise, counts other faces or lacks a
+            group; the folder holds another report.
     """
     check_components(pipe)
     check_sampling(
@@ -104,6 +106,7 @@ def evaluate(
         steps=steps,
         guidance_scale=float(guidance_scale),
         seed=seed,
+        size=checked_size(pipe, size),
         people=judges.people,
     )
     if groups is None:
@@ -112,7 +115,12 @@ def evaluate(
     check_groups(groups, settings.attributes)
     if reference is not None:
         check_reference(reference, settings, groups)
-    sampling = {"steps": steps, "guidance_scale": settings.guidance_scale, "seed": seed}
+    sampling = {
+        "steps": steps,
+        "guidance_scale": settings.guidance_scale,
+        "seed": seed,
+        "size": settings.size,
+    }
     return measure(
         settings,
         [settings.images_per_prompt] * len(settings.prompts),

@@ -15,9 +15,9 @@ import torch
 from torch import Tensor
 
 from diffusers_fair.evaluation.batch_size import default_batch_size
-from diffusers_fair.evaluation.checks import check_sampling
+from diffusers_fair.evaluation.checks import check_sampling, positive
 from diffusers_fair.families import find_family
-from diffusers_fair.families.base import execution_device
+from diffusers_fair.families.base import execution_device, square
 from diffusers_fair.verbosity import shows_progress
 
 
@@ -93,6 +93,7 @@ def generate_batch(
     steps: int,
     guidance_scale: float,
     seed: int,
+    size: int | None = None,
     negatives: Sequence[str] = (),
     keys: Sequence[int] = (),
 ) -> ImageBatch:
@@ -108,28 +109,50 @@ def generate_batch(
         steps: number of scheduler steps.
         guidance_scale: scale of classifier-free guidance.
         seed: random seed, >= 0.
+        size: width and height in pixels; None for the pipeline's default.
         negatives: negative prompt of each prompt; empty for none. Only for a pipeline that
             `takes_negative_prompts`.
         keys: integer that identifies each prompt in `image_seed`; empty for its index.
     """
     seeds = [image_seed(seed, keys[i] if keys else int(i), int(j)) for i, j in pairs]
-    negative = [negatives[i] if negatives else "" for i, _ in pairs]
-    family = find_family(pipe)
-    options: dict[str, Any] = {"guidance_scale": guidance_scale}
-    if family is not None:
-        options = family.call_options(pipe, guidance_scale)
-    if any(negative):
-        options["negative_prompt"] = negative  # not every pipeline takes it
-    with _silent(pipe):
-        images = pipe(
-            prompt=[prompts[i] for i, _ in pairs],
-            generator=[torch.Generator().manual_seed(s) for s in seeds],
-            num_inference_steps=steps,
-            output_type="pt",
-            **options,
-        ).images  # (n, 3, h, w) in [0, 1]
+    negative = np.array([negatives[i] if negatives else "" for i, _ in pairs])
+    options = {"num_inference_steps": steps, **_call_options(pipe, guidance_scale, size)}
+    images: dict[int, Tensor] = {}  # (3, h, w) in [0, 1] each
+    # SDXL takes zeros for no negative prompt, but encodes an empty one: one call for each kind
+    for rows in (np.flatnonzero(negative == ""), np.flatnonzero(negative != "")):
+        if not len(rows):
+            continue
+        if negative[rows[0]]:
+            options["negative_prompt"] = negative[rows].tolist()  # not every pipeline takes it
+        with _silent(pipe):
+            made = pipe(
+                prompt=[prompts[i] for i, _ in pairs[rows]],
+                generator=[torch.Generator().manual_seed(seeds[row]) for row in rows],
+                output_type="pt",
+                **options,
+            ).images
+        images |= zip(rows.tolist(), made, strict=True)
+    stacked = torch.stack([images[row] for row in range(len(pairs))]).float() * 2 - 1
     prompt, image = pairs.T  # (n,) each
-    return ImageBatch(images.float() * 2 - 1, prompt, image, seed=np.array(seeds))
+    return ImageBatch(stacked, prompt, image, seed=np.array(seeds))
+
+
+def _call_options(pipe: Any, guidance_scale: float, size: int | None) -> dict[str, Any]:
+    family = find_family(pipe)
+    if family is None:
+        return {"guidance_scale": guidance_scale, **square(size)}
+    return family.call_options(pipe, guidance_scale, size)
+
+
+def checked_size(pipe: Any, size: int | None) -> int | None:
+    """Return the size of the images; None if it is the pipeline's default.
+
+    Raises:
+        ValueError: the pipeline cannot generate images of this size.
+    """
+    if size is None or (family := find_family(pipe)) is None:
+        return None if size is None else positive(size, "size")
+    return None if family.noise_shape(pipe, size) == family.noise_shape(pipe) else size
 
 
 def generate(
@@ -140,6 +163,7 @@ def generate(
     steps: int,
     guidance_scale: float,
     seed: int,
+    size: int | None = None,
     batch_size: int | None = None,
     skip: Container[tuple[int, int]] = (),
     progress: bool = True,
@@ -153,6 +177,7 @@ def generate(
         steps: number of scheduler steps.
         guidance_scale: scale of classifier-free guidance.
         seed: random seed, >= 0.
+        size: width and height in pixels. Default: the pipeline's.
         batch_size: images generated at once, of one prompt or several. Default: as
             `default_batch_size`.
         skip: images that are not needed, as pairs of prompt and image index. A batch is left out
@@ -162,13 +187,14 @@ def generate(
     Raises:
         ValueError: a number is out of range.
     """
+    size = checked_size(pipe, size)
     check_sampling(
         images_per_prompt=images_per_prompt, steps=steps, guidance_scale=guidance_scale, seed=seed
     )
 
     def generate_pairs(pairs: np.ndarray, steps: int) -> ImageBatch:
         return generate_batch(
-            pipe, prompts, pairs, steps=steps, guidance_scale=guidance_scale, seed=seed
+            pipe, prompts, pairs, steps=steps, guidance_scale=guidance_scale, seed=seed, size=size
         )
 
     counts = [images_per_prompt] * len(prompts)

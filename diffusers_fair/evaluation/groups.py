@@ -123,6 +123,7 @@ def measure_group(
         "steps": group_settings.steps,
         "guidance_scale": group_settings.guidance_scale,
         "seed": group_settings.seed,
+        "size": group_settings.size,
         "negatives": [prompt.negative for prompt in group.prompts],
         "keys": [prompt_key(prompt.text, prompt.negative) for prompt in group.prompts],
     }

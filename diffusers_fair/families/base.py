@@ -160,6 +160,9 @@ class Family(Protocol):
     def decode(self, pipe: Any, latents: Tensor) -> Tensor:
         """Decode latents (n, c, h, w) to images (n, 3, H, W), not clamped to [-1, 1]."""
 
+    def decoder_dtype(self, pipe: Any) -> torch.dtype:
+        """Return the data type in which the pipeline decodes images."""
+
     def call_options(
         self, pipe: Any, guidance_scale: float, size: int | None = None
     ) -> dict[str, Any]:
@@ -230,6 +233,10 @@ class ClassifierFreeGuidance:
         """Decode latents (n, c, h, w) to images (n, 3, H, W), not clamped to [-1, 1]."""
         images: Tensor = pipe.vae.decode(self.vae_input(pipe, latents), return_dict=False)[0]
         return images
+
+    def decoder_dtype(self, pipe: Any) -> torch.dtype:
+        """Return the data type of the VAE."""
+        return pipe.vae.dtype
 
     def call_options(
         self, pipe: Any, guidance_scale: float, size: int | None = None

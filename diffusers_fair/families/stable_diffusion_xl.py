@@ -99,5 +99,11 @@ class StableDiffusionXL(UNetFamily):
         )
         return latents * std / config.scaling_factor + mean
 
+    def decoder_dtype(self, pipe: Any) -> torch.dtype:
+        """Return the data type of the VAE, or float32 if the VAE overflows in float16."""
+        dtype = super().decoder_dtype(pipe)
+        overflows = dtype == torch.float16 and pipe.vae.config.force_upcast
+        return torch.float32 if overflows else dtype
+
 
 STABLE_DIFFUSION_XL = StableDiffusionXL()

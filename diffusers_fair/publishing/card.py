@@ -121,6 +121,7 @@ def _kept(root: Mapping[str, Any]) -> dict[str, Any]:
         "commit": origin.get("commit"),
         "example": settings["prompts"][0],
         **{name: settings[name] for name in SETTINGS},
+        **({"size": settings["size"]} if settings.get("size") else {}),
         "confusion": root.get("confusion"),
         "before": reference and _summary(reference["summary"]),
         "after": _summary(root["summary"]),
@@ -364,7 +365,8 @@ def _sampling(info: AdapterInfo) -> str:
     root = info.evaluation or info.recipe.get("evaluation")
     if not root:
         return ""
-    return f", num_inference_steps={root['steps']}, guidance_scale={root['guidance_scale']}"
+    size = f", height={root['size']}, width={root['size']}" if "size" in root else ""
+    return f", num_inference_steps={root['steps']}, guidance_scale={root['guidance_scale']}{size}"
 
 
 def _accuracies(evaluation: _Evaluation) -> Iterator[tuple[str, str]]:

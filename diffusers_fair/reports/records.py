@@ -11,7 +11,8 @@ import numpy as np
 from diffusers_fair import metrics
 from diffusers_fair.attributes import Attribute, People
 
-_SAME_NOISE = ("prompts", "images_per_prompt", "steps", "guidance_scale", "seed")
+_SAME_NOISE = ("prompts", "images_per_prompt", "steps", "guidance_scale", "seed", "size")
+_DEFAULTS = {"people": "largest", "size": None}  # left out of report.json, as in older reports
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -26,13 +27,15 @@ class Settings:
     """Scheduler steps. None for images from a folder, like `guidance_scale` and `seed`."""
     guidance_scale: float | None = None
     seed: int | None = None
+    size: int | None = None
+    """Width and height of the images in pixels; None for the pipeline's default."""
     people: People = "largest"
     """Which faces of an image count."""
 
     def json(self) -> dict[str, Any]:
-        """Return the JSON object in report.json, without the default of `people`."""
+        """Return the JSON object in report.json, without what has its default in `_DEFAULTS`."""
         root = asdict(self) | {"attributes": [a.json() for a in self.attributes]}
-        return {k: v for k, v in root.items() if k != "people" or v != "largest"}
+        return {k: v for k, v in root.items() if k not in _DEFAULTS or v != _DEFAULTS[k]}
 
     def check_same_noise(self, other: "Settings") -> None:
         """Check that images of two evaluations started from the same noise.

@@ -59,6 +59,9 @@ class BatchGradient:
         pipe: the base model with the adapter.
         adapter: the adapter in training.
         judges: face detector, classifiers and encoders.
+
+    Raises:
+        ValueError: `sampling.size` does not suit the base model.
     """
 
     def __init__(self, config: RunConfig, pipe: Any, adapter: TrainableAdapter, judges: Judges):
@@ -68,6 +71,7 @@ class BatchGradient:
         self.scheduler = BiasedGradientScheduler(
             pipe.scheduler, standardize=config.gradient.standardize
         )
+        self.shape = family_of(pipe).noise_shape(pipe, config.sampling.size)  # (c, h, w)
         self.objective = _objective(config, judges, pipe.device)
         self.loss_scale = _LOSS_SCALE if denoiser_of(pipe).dtype == torch.float16 else 1.0
         self.kept: KeptPrompts | None = None
@@ -296,10 +300,9 @@ class BatchGradient:
     def _noise(self, shard: Shard) -> tuple[Tensor, list[torch.Generator]]:
         """(n, c, h, w), standard normal, and the generators of noise that the scheduler adds."""
         family, device = family_of(self.pipe), denoiser_of(self.pipe).device
-        shape = family.noise_shape(self.pipe, self.config.sampling.size)
-        noise = initial_noise(shape, shard.noise, device=device)
+        noise = initial_noise(self.shape, shard.noise, device=device)
         noise = noise.to(family.latents_dtype(self.pipe))
-        return noise, noise_generators(shape, shard.noise)
+        return noise, noise_generators(self.shape, shard.noise)
 
 
 def _objective(config: RunConfig, judges: Judges, device: torch.device) -> Objective:

@@ -72,6 +72,8 @@ def run_cache_key(config: RunConfig) -> Any:
     # newer options are included only if they are used, so that older caches stay valid
     whole = [section.name for section in config.attributes if section.region == "image"]
     key |= {"face": config.losses.face > 0} | ({"whole": whole} if whole else {})
+    if key["sampling"]["size"] is None:
+        del key["sampling"]["size"]
     return key | ({"people": config.people} if config.people != "largest" else {})
 
 

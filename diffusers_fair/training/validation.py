@@ -57,6 +57,7 @@ class Validation:
             steps=self.config.sampling.steps[1],
             guidance_scale=self.config.sampling.guidance_scale,
             seed=self.config.train.seed,
+            size=self.config.sampling.size,
             groups=(),
             progress=False,
         )

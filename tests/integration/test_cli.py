@@ -233,6 +233,23 @@ def test_generate_draws_the_same_images_again(adapter, tmp_path, monkeypatch):
     assert (first == second).all()
 
 
+def test_images_of_another_size(lines, tmp_path, monkeypatch, capsys):
+    words = ["generate", "x", "--images", 1, "--steps", 1, "--out", tmp_path / "images"]
+    for size in (["--size", 32], ["--size", 64], []):
+        assert run(monkeypatch, *words, *size) == 0
+    assert "1 images in" in (said := capsys.readouterr().out)
+    assert said.count("1 of them from before") == 1  # 64 pixels are the default
+    sizes = {Image.open(file).size for file in (tmp_path / "images").iterdir()}
+    assert sizes == {(32, 32), (64, 64)}
+    words = ["--prompts", lines, "--images", 2, "--steps", 1, "--no-groups"]
+    for size, code in ((64, 0), (33, 2)):
+        out = ["--out", tmp_path / str(size)]
+        assert run(monkeypatch, "evaluate", *words, *out, "--size", size) == code
+    assert "the image size must be a multiple of" in capsys.readouterr().err
+    assert not (tmp_path / "33").exists()
+    assert load_report(tmp_path / "64").settings.size is None
+
+
 def test_generate_respects_words(adapter, tmp_path, monkeypatch):
     words = ["a photo of a chef", "a photo of a woman", "--images", 1, "--steps", 2]
     folders = {

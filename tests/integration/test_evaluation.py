@@ -519,6 +519,7 @@ def test_bad_input(pipe, changes, message):
     [
         ({"seed": 1}, r"other seed \(0 instead of 1\)"),
         ({"steps": 3}, r"other steps \(2 instead of 3\)"),
+        ({"size": 8}, r"other size \(None instead of 8\)"),
         ({"prompts": PROMPTS[:2]}, "other prompts: images can be compared only if"),
     ],
 )
@@ -526,6 +527,17 @@ def test_reference_from_other_noise(pipe, base, changes, message):
     asked = {"prompts": PROMPTS} | QUICK | changes
     with pytest.raises(ValueError, match=message):
         evaluate(pipe, asked.pop("prompts"), [HUE], judges=judges(), reference=base, **asked)
+
+
+def test_images_of_another_size(pipe, base, tmp_path):
+    options = {"judges": judges(), "groups": (), "out": tmp_path / "x"} | QUICK
+    with pytest.raises(ValueError, match=r"image size must be a multiple of 2 pixels .* got 33"):
+        evaluate(pipe, PROMPTS, [HUE], size=33, **options)
+    assert not (tmp_path / "x").exists()
+    report = evaluate(pipe, PROMPTS, [HUE], size=32, **options)
+    assert report.samples[0].shape[1:] == (32, 32, 3)
+    assert load_report(tmp_path / "x").settings.size == report.settings.size == 32
+    assert "size" not in base.settings.json()  # as in reports of earlier versions
 
 
 def test_models_that_are_not_finite(pipe):

@@ -10,6 +10,7 @@ from families import PIPELINES, TOKENS, flux, flux2_klein, sdxl, size_of, z_imag
 from tiny import LATENT, pipeline
 
 from diffusers_fair.baselines import ChangedPipeline
+from diffusers_fair.diffusion.sampling import decode, decode_backward
 from diffusers_fair.families import (
     FAMILIES,
     LORA_PREFIXES,
@@ -230,3 +231,48 @@ def test_tensors_that_share_a_graph_are_back_propagated_together():
     expected = (two(2)["tokens"].sum((0, 1)) + 2 * two(2)["tokens"][:, 0].sum(0)) * torch.e
     torch.testing.assert_close(weight.grad, expected)
     conditioning.backward(encoded, {})  # nothing to send
+
+
+def overflowing(dtype, **config):
+    """SDXL, whose VAE has activations above the largest number of float16, 65504."""
+    pipe = sdxl()
+    pipe.vae.register_to_config(**config)
+    pipe.vae.decoder.conv_in.weight.mul_(1e5)
+    return pipe.to(torch.float16).to(dtype)  # the same weights in every dtype
+
+
+def test_a_vae_that_overflows_in_float16_is_used_in_float32():
+    """Forward and backward, as the pipeline does, and in float16 again afterwards."""
+    latents = torch.randn(3, 4, 8, 8, generator=torch.Generator().manual_seed(0)).half()
+    upcast, plain = overflowing(torch.float16), overflowing(torch.float32)
+    images = decode(plain, latents.float())
+    torch.testing.assert_close(decode(upcast, latents, 2), images)
+    gradient = decode_backward(upcast, latents, torch.ones_like(images), 2)
+    expected = decode_backward(plain, latents.float(), torch.ones_like(images))
+    assert gradient.dtype == torch.float16
+    torch.testing.assert_close(gradient, expected.half())
+    assert gradient.any()
+    assert upcast.vae.dtype == torch.float16
+    broken = overflowing(torch.float16, force_upcast=False)
+    assert not decode(broken, latents).isfinite().all()
+
+
+def test_sdxl_in_float16_decodes_the_images_of_its_pipeline():
+    pipe = overflowing(torch.float16)
+    options = {"num_inference_steps": 2, "guidance_scale": 1.0}
+    images, latents = (
+        pipe(
+            ["a dog"], generator=torch.Generator().manual_seed(0), output_type=kind, **options
+        ).images
+        for kind in ("pt", "latent")
+    )
+    with torch.no_grad():
+        torch.testing.assert_close((decode(pipe, latents) + 1) / 2, images)
+
+
+def test_latents_and_vae_may_have_other_dtypes():
+    pipe = sdxl()
+    latents = torch.randn(1, 4, 8, 8)
+    pipe.vae.to(torch.bfloat16)
+    assert decode(pipe, latents).dtype == torch.bfloat16
+    assert decode_backward(pipe, latents, torch.ones(1, 3, 16, 16)).dtype == torch.float32

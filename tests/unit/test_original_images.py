@@ -95,3 +95,11 @@ def test_words_are_not_what_originals_depend_on():
     plain = RunConfig.load("testbed-gender")
     changes = {"attributes.0.words": {"female": ["lady"]}, "attributes.0.nouns": {"male": ["man"]}}
     assert run_cache_key(RunConfig.load("testbed-gender", changes)) == run_cache_key(plain)
+
+
+def test_the_key_depends_on_the_size_of_the_images_and_older_caches_stay_valid():
+    values = {"output": "x"}
+    default = run_cache_key(RunConfig.load("testbed-gender", values))
+    small = run_cache_key(RunConfig.load("testbed-gender", values | {"sampling.size": 32}))
+    assert "size" not in default["sampling"]
+    assert small["sampling"] == default["sampling"] | {"size": 32}
