@@ -27,6 +27,7 @@ from diffusers_fair.families.flux2_klein import FLUX2_KLEIN
 from diffusers_fair.families.lumina2 import LUMINA2
 from diffusers_fair.families.stable_diffusion import STABLE_DIFFUSION
 from diffusers_fair.families.z_image import Z_IMAGE
+from diffusers_fair.loading import _check_words
 
 NAME = "encoder_hidden_states"
 
@@ -129,6 +130,14 @@ def test_flux_reads_as_much_of_a_prompt_as_its_tokenizer_does():
     assert FLUX.call_options(long, 3.5)["max_sequence_length"] == 512
     long.transformer.register_to_config(guidance_embeds=False)
     assert FLUX.call_options(long, 0)["max_sequence_length"] == 256
+
+
+@pytest.mark.parametrize("name", ["z_image", "lumina2", "flux2_klein"])
+def test_prompts_that_are_evaluated_apart_cannot_be_told_apart(name):
+    with pytest.raises(
+        ValueError, match=r"respect_words is not available for .*: load the adapter"
+    ):
+        _check_words(PIPELINES[name]())
 
 
 def test_families_have_different_fingerprints():
