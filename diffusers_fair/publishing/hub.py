@@ -256,9 +256,10 @@ class _Attempt:
     def _get(self, revision: str) -> _Info | None:
         """Get a revision; None if it does not exist or the token may not read it."""
         try:
-            return self.api.repo_info(**self.repo, revision=revision, files_metadata=True)
+            info: Any = self.api.repo_info(**self.repo, revision=revision, files_metadata=True)
         except (errors.RepositoryNotFoundError, errors.RevisionNotFoundError):
             return None
+        return info
 
     def _check(self, remote: _Info | None, private: bool, create_pr: bool) -> None:
         """Refuse to write to a repository that the caller cannot have meant."""

@@ -185,13 +185,13 @@ def _usual(info: AdapterInfo) -> Usual | None:
     """Return the sampling of the evaluation, or the usual one; None for that of the family."""
     if info.evaluation is None:
         return base(info.base_model).usual_sampling
-    numbers = [info.evaluation.get(name) for name in ("guidance_scale", "steps")]
-    if not all(isinstance(number, int | float) for number in numbers):
+    guidance_scale, steps = map(info.evaluation.get, ("guidance_scale", "steps"))
+    if not isinstance(guidance_scale, int | float) or not isinstance(steps, int):
         raise ValueError(
             "the evaluation stored in the adapter is damaged: expected numbers as guidance_scale "
-            f"and steps, got {numbers}; write the card again with --report"
+            f"and steps, got {guidance_scale!r} and {steps!r}; write the card again with --report"
         )
-    return Usual(*numbers)
+    return Usual(guidance_scale, steps)
 
 
 def _absolute(model: str) -> str:
@@ -208,7 +208,9 @@ def _is_on_hub(model: str) -> bool:
 def _metadata(info: AdapterInfo, columns: Sequence[_Column], title: str) -> SpaceCardData:
     """Build the metadata by which the Hub runs the Space."""
     models = [info.base_model, *(column.source for column in columns)]
-    hardware = {} if info.base_model in SHIPPED_BASES else {"suggested_hardware": _HARDWARE}
+    more: dict[str, Any] = {"emoji": "⚖️", "colorFrom": "blue", "colorTo": "gray"}
+    if info.base_model not in SHIPPED_BASES:
+        more["suggested_hardware"] = _HARDWARE
     return SpaceCardData(
         title=title,
         sdk="gradio",
@@ -217,10 +219,7 @@ def _metadata(info: AdapterInfo, columns: Sequence[_Column], title: str) -> Spac
         license=licence_of(info.base_model),
         models=[model for model in models if _is_on_hub(model)] or None,
         tags=["diffusers-fair", "fairness", "bias-mitigation"],
-        emoji="⚖️",
-        colorFrom="blue",
-        colorTo="gray",
-        **hardware,
+        **more,
     )
 
 
