@@ -1,5 +1,8 @@
 """The commands that generate and evaluate images."""
 
+import os
+import sys
+import webbrowser
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any
 
@@ -245,6 +248,34 @@ def _entry(word: str) -> "Entry":
     report = load_report(folder)
     group, _, label = name.rpartition("/")
     return Entry(label=label or report.label, report=report, group=group)
+
+
+@app.command()
+def view(
+    report: Annotated[
+        Path,
+        typer.Argument(
+            parser=read_folder, metavar="REPORT", help="Folder of a report or a comparison."
+        ),
+    ],
+    opens: Annotated[
+        bool, typer.Option("--open/--no-open", help="Open a browser, or only print the path.")
+    ] = True,
+) -> None:
+    """Open the page of a report or a comparison in the browser, and print its path."""
+    from diffusers_fair.reports.folder import page_of
+
+    page = page_of(report).resolve()
+    say(str(page))
+    if opens and has_display() and not webbrowser.open(page.as_uri()):
+        say("no browser was found: open the file yourself")
+
+
+def has_display() -> bool:
+    """Whether this session can show windows; text browsers would take over the terminal."""
+    if sys.platform in ("win32", "darwin"):
+        return True
+    return bool(os.environ.get("DISPLAY") or os.environ.get("WAYLAND_DISPLAY"))
 
 
 @app.command(cls=Resumable)

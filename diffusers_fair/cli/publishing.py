@@ -1,13 +1,16 @@
 """The commands that describe and publish adapters."""
 
 from pathlib import Path
-from typing import Annotated, Any
+from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
 
 from diffusers_fair import strict_json
 from diffusers_fair.cli.app import app, console, say
 from diffusers_fair.cli.options import AdapterRevision, read_folder
+
+if TYPE_CHECKING:
+    from diffusers_fair.publishing.hub import Push
 
 
 @app.command()
@@ -58,14 +61,23 @@ def push(
         dry_run=dry_run,
         export=export_to or (),
     )
-    for name, size in done.files.items():
-        say(f"{size:>12,} bytes  {name}")
-    for name in done.removed:
-        say(f"     removed        {name}")
+    _show_push(done)
     if dry_run:
         say(f"dry run: nothing was pushed to {repo_id}")
     else:
-        say(done.url or f"nothing to push: {repo_id} is up to date")
+        _show_url(done)
+
+
+def _show_push(push: "Push") -> None:
+    """Print the files of a push and its URL."""
+    for name, size in push.files.items():
+        say(f"{size:>12,} bytes  {name}")
+    for name in push.removed:
+        say(f"     removed        {name}")
+
+
+def _show_url(push: "Push") -> None:
+    say(push.url or f"nothing to push: {push.repo_id} is up to date")
 
 
 @app.command()
@@ -132,3 +144,50 @@ def card(
     from diffusers_fair.publishing.card import write_card
 
     say(f"card in {write_card(adapter, report)}")
+
+
+@app.command()
+def space(
+    adapter: Annotated[
+        str, typer.Argument(metavar="DIR_OR_REPO", help="Adapter folder or Hub id.")
+    ],
+    out: Annotated[
+        Path,
+        typer.Argument(parser=read_folder, metavar="OUT", help="Folder to write the Space to."),
+    ],
+    other: Annotated[
+        str | None,
+        typer.Option(help="Adapter folder or Hub id to show beside it; for the same base model."),
+    ] = None,
+    push: Annotated[
+        str | None,
+        typer.Option(
+            metavar="REPO", help="Push the Space to the Hub: `user-or-organisation/name`."
+        ),
+    ] = None,
+    private: Annotated[
+        bool, typer.Option("--private", help="If the Space is new on the Hub, make it private.")
+    ] = False,
+    token: Annotated[
+        str | None,
+        typer.Option(help="Access token. Default: HF_TOKEN, or the token of `hf auth login`."),
+    ] = None,
+) -> None:
+    """Write a Gradio Space: images from the same noise without and with the adapter, and its table.
+
+    The Space needs gradio, which its requirements.txt lists; run it with `python app.py`.
+    """
+    from diffusers_fair.publishing.hub import check_push, push_space
+    from diffusers_fair.publishing.space import check_base_on_hub, write_space
+
+    if private and push is None:
+        raise ValueError("--private is for a Space on the Hub: add --push REPO")
+    if push is not None:
+        check_push(push, token)
+        check_base_on_hub(adapter)
+    files = write_space(adapter, out, other=other)
+    say(f"Space in {out}: pip install -r requirements.txt, then python app.py, in this folder")
+    if push is not None:
+        done = push_space(files, push, private=private, token=token)
+        _show_push(done)
+        _show_url(done)

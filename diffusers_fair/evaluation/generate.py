@@ -14,6 +14,7 @@ import numpy as np
 import torch
 from torch import Tensor
 
+from diffusers_fair.console import progress_console
 from diffusers_fair.evaluation.batch_size import default_batch_size
 from diffusers_fair.evaluation.checks import check_sampling, positive
 from diffusers_fair.families import find_family
@@ -231,7 +232,6 @@ def progress_bar(total: int, title: str | None):
         return
     try:
         from rich import progress as rich
-        from rich.console import Console
     except ModuleNotFoundError:
         raise ModuleNotFoundError(
             "the progress bar needs rich: pip install 'diffusers-fair[train]', or progress=False"
@@ -239,6 +239,6 @@ def progress_bar(total: int, title: str | None):
     text = rich.TextColumn("{task.description}", markup=False)
     count = text, rich.BarColumn(), rich.MofNCompleteColumn()
     times = rich.TimeElapsedColumn(), rich.TextColumn("left"), rich.TimeRemainingColumn()
-    with rich.Progress(*count, *times, console=Console(stderr=True)) as bar:
+    with rich.Progress(*count, *times, console=progress_console(stderr=True)) as bar:
         task = bar.add_task(title, total=total)
         yield lambda images: bar.update(task, advance=images)

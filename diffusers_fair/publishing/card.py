@@ -6,6 +6,7 @@ sheets in `samples/`.
 
 import re
 from collections.abc import Iterator, Mapping, Sequence
+from contextlib import contextmanager
 from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 from typing import Any
@@ -35,7 +36,7 @@ from diffusers_fair.reports.groups import GroupSummary, summaries_from_json
 from diffusers_fair.reports.measures import attribute_measures, measures, shortfalls, warning
 from diffusers_fair.reports.summary import SCORE_NAMES, BiasEstimate, Summary
 
-TEMPLATE = Path(__file__).with_name("card.md.jinja")
+_TEMPLATES = Path(__file__).parent
 _EXAMPLE = "a photo of the face of a teacher, a person"
 _SHEETS = {  # sample sheets of a report folder -> their captions
     PAIRS: "The same noise, above without and below with the adapter",
@@ -198,21 +199,48 @@ class _Evaluation:
 
 def _render(info: AdapterInfo, images: Sequence[str]) -> str:
     """Render the text of the card."""
+    with _is_shown():
+        body = fill("card.md.jinja", info, images=images).rstrip("\n")
+        metadata = _metadata(info, _Evaluation.of(info)).to_yaml()
+    return str(ModelCard(f"---\n{metadata}\n---\n\n{body}"))
+
+
+@contextmanager
+def _is_shown() -> Iterator[None]:
+    """Describe the error if a stored evaluation, which may come from anybody, is damaged."""
     import jinja2
 
-    names = _joined([_plain(attribute.name) for attribute in info.attributes])
-    base = info.base_model.rpartition("/")[2]
-    environment = jinja2.Environment(
-        trim_blocks=True, lstrip_blocks=True, undefined=jinja2.StrictUndefined
-    )
-    environment.filters |= {"plain": _plain, "code": strict_json.dumps}
-    template = environment.from_string(TEMPLATE.read_text("utf-8"))
     try:
+        yield
+    except (LookupError, TypeError, AttributeError, jinja2.TemplateError) as error:
+        raise ValueError(
+            f"the evaluation stored in the adapter cannot be shown ({error}): write the card again "
+            "with --report"
+        ) from error
+
+
+def fill(template: str, info: AdapterInfo, **values: Any) -> str:
+    """Fill a template of this folder with the description of an adapter.
+
+    Raises:
+        ValueError: the evaluation stored in the adapter is damaged.
+    """
+    import jinja2
+
+    environment = jinja2.Environment(
+        loader=jinja2.FileSystemLoader(_TEMPLATES),
+        trim_blocks=True,
+        lstrip_blocks=True,
+        keep_trailing_newline=True,
+        undefined=jinja2.StrictUndefined,
+    )
+    environment.filters |= {"plain": _plain, "code": strict_json.dumps, "literal": repr}
+    with _is_shown():
         evaluation = _Evaluation.of(info)
-        body = template.render(
+        return environment.get_template(template).render(
             info=info,
-            names=names,
-            base=base,
+            names=_joined([_plain(attribute.name) for attribute in info.attributes]),
+            base=info.base_model.rpartition("/")[2],
             on_hub=_on_hub(info.base_model),
             on_testbed=info.base_model in SHIPPED_BASES,
             licence=base_licence(info.base_model, info.base_revision),
@@ -222,18 +250,11 @@ def _render(info: AdapterInfo, images: Sequence[str]) -> str:
             shares=list(_shares(info, evaluation)),
             example=(info.evaluation or {}).get("example", _EXAMPLE),
             sampling=_sampling(info),
-            images=images,
             sheets=_SHEETS,
             recipe=yaml.safe_dump(info.recipe, sort_keys=False, allow_unicode=True),
             **_measured(info, evaluation),
+            **values,
         )
-        metadata = _metadata(info, evaluation).to_yaml()
-    except (LookupError, TypeError, AttributeError, jinja2.TemplateError) as error:
-        raise ValueError(
-            f"the evaluation stored in the adapter cannot be shown ({error}): write the card again "
-            "with --report"
-        ) from error
-    return str(ModelCard(f"---\n{metadata}\n---\n\n{body}"))
 
 
 def _metadata(info: AdapterInfo, evaluation: _Evaluation | None) -> ModelCardData:

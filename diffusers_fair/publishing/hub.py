@@ -1,4 +1,4 @@
-"""Pushes an adapter folder to the Hub: checks it first, then makes one commit or none at all.
+"""Pushes adapter folders and Spaces to the Hub, after checking them, in one commit or none at all.
 
 Only the Hub's client retries requests. A failed push leaves the Hub unchanged, says so, and can be
 repeated.
@@ -7,10 +7,11 @@ repeated.
 import hashlib
 import json
 import re
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from pathlib import Path, PurePosixPath
+from typing import Any, TypeAlias
 
 from huggingface_hub import (
     CommitInfo,
@@ -18,6 +19,7 @@ from huggingface_hub import (
     CommitOperationDelete,
     HfApi,
     ModelInfo,
+    SpaceInfo,
     errors,
     get_token,
 )
@@ -38,10 +40,34 @@ from diffusers_fair.families.other_programs import PROGRAMS
 from diffusers_fair.paths import expand
 from diffusers_fair.publishing.card import card_text
 from diffusers_fair.publishing.export import exported_files
+from diffusers_fair.publishing.space import SPACE_FILES, SPACE_FOLDERS
 
 _MAIN = "main"
 _NAMES = (INFO_FILE, WEIGHTS_FILE, EMBEDS_FILE, README_FILE, *REPORT_FILES)
 _HUB_NAMES = {".gitattributes", "LICENSE", README_FILE}  # files of a new repository
+
+
+_Info: TypeAlias = ModelInfo | SpaceInfo
+
+
+@dataclass(frozen=True, kw_only=True)
+class _Kind:
+    """A kind of repository."""
+
+    name: str
+    """What it holds, in words."""
+    repo_type: str
+    mark: str
+    """File that every repository of this kind has."""
+    is_published: Callable[[str], bool]
+    """Whether a file of this name belongs to it."""
+    creation: Mapping[str, Any] = field(default_factory=dict)
+    """Arguments that create it."""
+
+    @property
+    def path(self) -> str:
+        """Path of its repositories in URLs."""
+        return "" if self.repo_type == "model" else f"{self.repo_type}s/"
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -113,7 +139,7 @@ def push_adapter(
     files = _folder_files(folder)
     info = adapter.info
     message = message or f"Adapter of {', '.join(info.components)} for {info.base_model}"
-    attempt = _Attempt(_api(token), repo_id, revision or _MAIN, files)
+    attempt = _Attempt(_ADAPTER, _api(token), repo_id, revision or _MAIN, files)
     url = attempt.run(private, create_pr, message)
     return Push(repo_id=repo_id, files=sizes, removed=attempt.removed if url else (), url=url)
 
@@ -156,6 +182,53 @@ def _is_published(name: str) -> bool:
     return name in _NAMES or re.fullmatch(f"{images}|{exports}", name) is not None
 
 
+_ADAPTER = _Kind(name="an adapter", repo_type="model", mark=INFO_FILE, is_published=_is_published)
+
+
+def push_space(
+    files: Mapping[str, Path], repo_id: str, *, private: bool = False, token: str | None = None
+) -> Push:
+    """Publish the files of a Space in one commit, as `push_adapter` does those of an adapter.
+
+    Args:
+        files: name in the repository -> file, as `write_space` returns them.
+        repo_id: `user-or-organisation/name`; created if it does not exist.
+        private: whether a new repository is private.
+        token: Hub token, as in `push_adapter`.
+
+    Raises:
+        KeyboardInterrupt: as in `push_adapter`.
+        ValueError: as in `push_adapter`.
+    """
+    attempt = _Attempt(_SPACE, _api(token), repo_id, _MAIN, dict(files))
+    url = attempt.run(private, False, "Space of a fairness adapter")
+    sizes = {name: path.stat().st_size for name, path in files.items()}
+    return Push(repo_id=repo_id, files=sizes, removed=attempt.removed if url else (), url=url)
+
+
+def check_push(repo_id: str, token: str | None) -> None:
+    """Check what a push needs before there is anything to push, without any request.
+
+    Raises:
+        ValueError: the repository's id is invalid, or there is no token.
+    """
+    _check_repo_id(repo_id)
+    _api(token)
+
+
+def _is_of_space(name: str) -> bool:
+    return name in SPACE_FILES or name.partition("/")[0] in SPACE_FOLDERS
+
+
+_SPACE = _Kind(
+    name="the Space of an adapter",
+    repo_type="space",
+    mark=f"{SPACE_FOLDERS[0]}/{INFO_FILE}",
+    is_published=_is_of_space,
+    creation={"space_sdk": "gradio"},
+)
+
+
 def _check_repo_id(repo_id: str) -> None:
     if repo_id.count("/") != 1:
         raise ValueError(f"expected a repository as 'user-or-organisation/name', got '{repo_id}'")
@@ -179,9 +252,11 @@ def _api(token: str | None) -> HfApi:
 class _Attempt:
     """One push: remembers the state of the Hub, and undoes what it created if it fails."""
 
-    def __init__(self, api: HfApi, repo_id: str, branch: str, files: dict[str, Path]):
-        self.api, self.repo_id, self.branch, self.files = api, repo_id, branch, files
-        self.main: ModelInfo | None = None  # the main branch before the push
+    def __init__(self, kind: _Kind, api: HfApi, repo_id: str, branch: str, files: dict[str, Path]):
+        self.kind, self.api, self.files = kind, api, files
+        self.repo_id, self.branch = repo_id, branch
+        self.repo: dict[str, Any] = {"repo_id": repo_id, "repo_type": kind.repo_type}
+        self.main: _Info | None = None  # the main branch before the push
         self.requested: list[str] = []  # not refused: "repository", "branch", "commit"
         self.removed: tuple[str, ...] = ()
 
@@ -208,14 +283,15 @@ class _Attempt:
             return url
         return commit and (commit.pr_url or commit.commit_url)
 
-    def _get(self, revision: str) -> ModelInfo | None:
+    def _get(self, revision: str) -> _Info | None:
         """Get a revision; None if it does not exist or the token may not read it."""
         try:
-            return self.api.model_info(self.repo_id, revision=revision, files_metadata=True)
+            info: Any = self.api.repo_info(**self.repo, revision=revision, files_metadata=True)
         except (errors.RepositoryNotFoundError, errors.RevisionNotFoundError):
             return None
+        return info
 
-    def _check(self, remote: ModelInfo | None, private: bool, create_pr: bool) -> None:
+    def _check(self, remote: _Info | None, private: bool, create_pr: bool) -> None:
         """Refuse to write to a repository that the caller cannot have meant."""
         if self.main is None and create_pr:
             raise ValueError(f"there is no repository '{self.repo_id}' to open a pull request in")
@@ -227,23 +303,23 @@ class _Attempt:
                 "push without private"
             )
         names = set(_siblings(remote or self.main))
-        if INFO_FILE not in names and (foreign := sorted(names - _HUB_NAMES)):
+        if self.kind.mark not in names and (foreign := sorted(names - _HUB_NAMES)):
             raise ValueError(
-                f"'{self.repo_id}' holds something other than an adapter ('{foreign[0]}'): choose "
-                "another repository"
+                f"'{self.repo_id}' holds something other than {self.kind.name} ('{foreign[0]}'): "
+                "choose another repository"
             )
 
-    def _make(self, private: bool) -> ModelInfo | None:
+    def _make(self, private: bool) -> _Info | None:
         """Create the repository or branch that is missing; return its content."""
         if self.main is None:
             with self._requesting("repository"):
-                self.api.create_repo(self.repo_id, private=private)
+                self.api.create_repo(**self.repo, private=private, **self.kind.creation)
         if self.branch != _MAIN:
             with self._requesting("branch"):
-                self.api.create_branch(self.repo_id, branch=self.branch)
+                self.api.create_branch(**self.repo, branch=self.branch)
         return self._get(self.branch)
 
-    def _commit(self, remote: ModelInfo | None, create_pr: bool, message: str) -> CommitInfo | None:
+    def _commit(self, remote: _Info | None, create_pr: bool, message: str) -> CommitInfo | None:
         """Commit on top of a revision; return None if nothing has changed."""
         changes = self._changes(remote)
         if not changes:
@@ -253,17 +329,15 @@ class _Attempt:
         )
         with self._requesting("commit"):
             return self.api.create_commit(
-                self.repo_id,
-                changes,
+                **self.repo,
+                operations=changes,
                 commit_message=message,
                 revision=self.branch,
                 create_pr=create_pr,
                 parent_commit=remote.sha if remote else None,
             )
 
-    def _changes(
-        self, remote: ModelInfo | None
-    ) -> list[CommitOperationAdd | CommitOperationDelete]:
+    def _changes(self, remote: _Info | None) -> list[CommitOperationAdd | CommitOperationDelete]:
         """List the operations after which the repository has the files of the folder."""
         theirs = _siblings(remote)
         added = [
@@ -271,7 +345,7 @@ class _Attempt:
             for name, path in self.files.items()
             if name not in theirs or not _same(path, theirs[name])
         ]
-        gone = [name for name in theirs if _is_published(name) and name not in self.files]
+        gone = [x for x in theirs if self.kind.is_published(x) and x not in self.files]
         return [*added, *map(CommitOperationDelete, gone)]
 
     # ---- when something fails
@@ -311,11 +385,11 @@ class _Attempt:
         if remote is None or self._changes(remote):
             return None
         kind = f"discussions/{branch.rpartition('/')[2]}" if create_pr else f"commit/{remote.sha}"
-        return f"{self.api.endpoint}/{self.repo_id}/{kind}"
+        return f"{self.api.endpoint}/{self.kind.path}{self.repo_id}/{kind}"
 
     def _newest_pull_request(self) -> str:
         """Return the revision `refs/pr/N` of the newest pull request; empty if there is none."""
-        refs = self.api.list_repo_refs(self.repo_id, include_pull_requests=True)
+        refs = self.api.list_repo_refs(**self.repo, include_pull_requests=True)
         numbers = [int(pull.ref.rpartition("/")[2]) for pull in refs.pull_requests or ()]
         return f"refs/pr/{max(numbers)}" if numbers else ""
 
@@ -324,17 +398,17 @@ class _Attempt:
         if "repository" in self.requested:
             remote = self._get(_MAIN)
             if remote is not None and not set(_siblings(remote)) - _HUB_NAMES:
-                self.api.delete_repo(self.repo_id)
+                self.api.delete_repo(**self.repo)
         elif "branch" in self.requested and self.main is not None:
             remote = self._get(self.branch)
             if remote is not None and remote.sha == self.main.sha:
-                self.api.delete_branch(self.repo_id, branch=self.branch)
+                self.api.delete_branch(**self.repo, branch=self.branch)
 
     def _failure(self, error: BaseException, state: str) -> str:
         return f"'{self.repo_id}' was not pushed: {_reason(error)}; {state}"
 
 
-def _siblings(remote: ModelInfo | None) -> dict[str, RepoSibling]:
+def _siblings(remote: _Info | None) -> dict[str, RepoSibling]:
     """Map the file names of a repository to their metadata."""
     return {file.rfilename: file for file in (remote.siblings if remote else None) or ()}
 

@@ -26,7 +26,7 @@ from diffusers_fair.reports.report import Report
 
 FORMAT = 1
 FILE, _RECORDS, _FEATURES = "report.json", "records.jsonl", "features.npz"
-PAGE = "report.html"
+PAGE, COMPARISON_PAGE = "report.html", "compare.html"
 PAIRS, GROUPS_SHEET = "pairs.png", "groups.png"  # the same noise without and with the adapter
 
 
@@ -156,6 +156,22 @@ def load_report(folder: str | Path) -> Report:
     )
 
 
+def page_of(folder: str | Path) -> Path:
+    """Return the page of a report or a comparison.
+
+    Raises:
+        ValueError: the folder has none.
+    """
+    pages = [expand(folder) / name for name in (PAGE, COMPARISON_PAGE)]
+    for page in pages:
+        if page.is_file():
+            return page
+    raise ValueError(
+        f"there is no page in '{folder}': expected a folder with {PAGE} or {COMPARISON_PAGE}, as "
+        "`diffusers-fair evaluate` and `compare` write them"
+    )
+
+
 def _report(folder: Path, root: dict[str, Any]) -> Report:
     settings = _settings(root["settings"])
     lines = [strict_json.loads(x) for x in (folder / _RECORDS).read_text("utf-8").splitlines()]
@@ -237,7 +253,7 @@ def save_comparison(comparison: Comparison, folder: str | Path) -> None:
     """
     folder = require_writable(folder)
     texts = {
-        "compare.html": comparison_page(comparison),
+        COMPARISON_PAGE: comparison_page(comparison),
         "compare.json": strict_json.dumps(comparison.json(), indent=1, ensure_ascii=False),
         "compare.md": comparison_markdown(comparison),
     }

@@ -22,6 +22,7 @@ from diffusers_fair.backends import trained_classifier
 from diffusers_fair.backends.errors import loading
 from diffusers_fair.backends.sources import UrlFile
 from diffusers_fair.backends.trained_classifier import MAX_SIZE
+from diffusers_fair.console import progress_console
 from diffusers_fair.devices import choose_device, choose_dtype
 from diffusers_fair.folder_lock import folder_lock, has_files
 from diffusers_fair.paths import require_writable
@@ -324,7 +325,9 @@ def _fit(
     }
     first, done = checkpoint.restore(parts, g)
     network.train()
-    with Progress(transient=True, disable=not shows_progress()) as progress:
+    with Progress(
+        transient=True, console=progress_console(), disable=not shows_progress()
+    ) as progress:
         for epoch in range(first, epochs):
             order_state = g.get_state()  # from which a resumed epoch gets the same order
             order = rows[torch.randperm(len(rows), generator=g)]

@@ -4,6 +4,7 @@ from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
 
+from diffusers_fair.console import progress_console
 from diffusers_fair.objective.statistics import BatchStatistics
 from diffusers_fair.verbosity import shows_progress
 
@@ -55,7 +56,8 @@ def progress_bar(
         TimeRemainingColumn(),
         TextColumn("{task.description}", markup=False),
     )
-    with Progress(*columns, disable=not (is_shown and shows_progress())) as progress:
+    is_shown = is_shown and shows_progress()
+    with Progress(*columns, console=progress_console(), disable=not is_shown) as progress:
         task = progress.add_task("", completed=step, total=total)
         yield advance
 

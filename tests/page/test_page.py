@@ -2,13 +2,10 @@
 
 import base64
 import io
-import os
 import re
-import shutil
 from collections.abc import Iterator, Sequence
 from html.parser import HTMLParser
 from itertools import pairwise
-from pathlib import Path
 from typing import Any
 
 import numpy as np
@@ -435,21 +432,6 @@ def test_contrast(scheme):
 
 
 # ---- in a browser --------------------------------------------------------------------------------
-
-NAMES = ("chromium", "chromium-browser", "google-chrome", "google-chrome-stable", "chrome")
-
-
-@pytest.fixture(scope="module")
-def browser():
-    api = pytest.importorskip("playwright.sync_api")
-    with api.sync_playwright() as driver:
-        found = next(filter(None, map(shutil.which, NAMES)), driver.chromium.executable_path)
-        if not Path(found).exists():
-            leave = pytest.fail if "CI" in os.environ else pytest.skip
-            leave(f"no browser: install one of {', '.join(NAMES)}, or `playwright install`")
-        opened = driver.chromium.launch(executable_path=found)
-        yield opened
-        opened.close()
 
 
 @pytest.mark.slow

@@ -248,20 +248,21 @@ def _route(method: str, path: str) -> tuple[str, dict[str, str]]:
     raise AssertionError(f"the Hub has no {method} {path}")
 
 
-REPO = r"(?P<repo>[^/]+/[^/]+)"
+REPO = r"(?P<repo>(?:spaces/)?[^/]+/[^/]+)"  # "spaces/" belongs to its name in `repos`
+API = rf"/api/(?:models/|(?=spaces/)){REPO}"
 DATASET = r"(?P<repo>datasets/[^/]+/[^/]+)"  # its name in `repos`, too
 ROUTES = [  # method, path, name of the method of `Call`
     ("POST", "/api/repos/create", "create"),
     ("DELETE", "/api/repos/delete", "delete"),
     ("POST", "/api/validate-yaml", "validate_yaml"),
-    ("GET", rf"/api/models/{REPO}(/revision/(?P<ref>.+))?", "model_info"),
+    ("GET", rf"{API}(/revision/(?P<ref>.+))?", "model_info"),
     ("GET", rf"/api/{DATASET}(/revision/(?P<ref>.+))?", "model_info"),
-    ("GET", rf"/api/models/{REPO}/tree/(?P<ref>.+)", "tree"),
-    ("GET", rf"/api/models/{REPO}/refs", "refs"),
-    ("POST", rf"/api/models/{REPO}/branch/(?P<ref>.+)", "create_branch"),
-    ("DELETE", rf"/api/models/{REPO}/branch/(?P<ref>.+)", "delete_branch"),
-    ("POST", rf"/api/models/{REPO}/preupload/(?P<ref>.+)", "preupload"),
-    ("POST", rf"/api/models/{REPO}/commit/(?P<ref>.+)", "commit"),
+    ("GET", rf"{API}/tree/(?P<ref>.+)", "tree"),
+    ("GET", rf"{API}/refs", "refs"),
+    ("POST", rf"{API}/branch/(?P<ref>.+)", "create_branch"),
+    ("DELETE", rf"{API}/branch/(?P<ref>.+)", "delete_branch"),
+    ("POST", rf"{API}/preupload/(?P<ref>.+)", "preupload"),
+    ("POST", rf"{API}/commit/(?P<ref>.+)", "commit"),
     ("POST", rf"/{REPO}\.git/info/lfs/objects/batch", "batch"),
     ("POST", rf"/{REPO}\.git/info/lfs/objects/verify", "verify"),
     ("PUT", r"/large/(?P<oid>[0-9a-f]{64})", "upload"),
@@ -308,7 +309,7 @@ class Call:
         self._check_token()
         if not self.token:
             raise Refusal(401, "Invalid username or password.")
-        if self.token != self.hub.TOKEN or not name.startswith("org/"):
+        if self.token != self.hub.TOKEN or not name.removeprefix("spaces/").startswith("org/"):
             raise Refusal(403, "You don't have the rights to write there")
 
     def _repo(self, name: str) -> Repository:
@@ -330,7 +331,8 @@ class Call:
     # ---- repositories
 
     def create(self) -> Answer:
-        name = f"{self.json['organization']}/{self.json['name']}"
+        name = self._named()
+        assert name.startswith("spaces/") == ("sdk" in self.json)  # a Space needs one
         if name in self.hub.repos:
             raise Refusal(409, "You already created this model repo")
         self._check_writer(name)
@@ -339,8 +341,13 @@ class Call:
         self.hub.repos[name] = repo
         return reply({"url": f"{self.hub.url}/{name}", "name": name})
 
+    def _named(self) -> str:
+        """Name in `repos` of the repository that is created or deleted."""
+        kind = "spaces/" if self.json.get("type") == "space" else ""
+        return f"{kind}{self.json['organization']}/{self.json['name']}"
+
     def delete(self) -> Answer:
-        name = f"{self.json['organization']}/{self.json['name']}"
+        name = self._named()
         self._repo(name)
         self._check_writer(name)
         del self.hub.repos[name]

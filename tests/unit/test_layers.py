@@ -20,6 +20,7 @@ LAYERS = (  # rooms; imports go to the same layer or down, never in a circle
         "attributes",
         "atomic",
         "config",
+        "console",
         "devices",
         "distributed",
         "environment",
