@@ -67,6 +67,7 @@ def test_the_examples_are_complete():
 @pytest.mark.parametrize("page", [README, EXAMPLES], ids=["README", "examples"])
 def test_its_commands_exist(page):
     known = get_command(cli.app).commands
+    used = list(commands_of(page))
     assert {name for name, _ in used} >= {"demo", "train", "evaluate", "recipes"}
     for name, rest in used:
         command = known[name]
