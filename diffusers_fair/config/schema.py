@@ -198,7 +198,7 @@ class AdapterSection(Section):
     """The adapter to train."""
 
     components: Annotated[
-        tuple[Literal["text_encoder", "unet", "soft_tokens"], ...],
+        tuple[Literal["text_encoder", "text_encoder_2", "unet", "transformer", "soft_tokens"], ...],
         Field(min_length=1),
         AfterValidator(require_distinct),
     ] = ("text_encoder",)

@@ -1,6 +1,7 @@
 """Families of pipelines: the only modules that know how a pipeline is built."""
 
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
+from types import SimpleNamespace
 from typing import Any
 
 import torch
@@ -13,6 +14,10 @@ from diffusers_fair.families.stable_diffusion_3 import STABLE_DIFFUSION_3
 from diffusers_fair.families.stable_diffusion_xl import STABLE_DIFFUSION_XL
 
 FAMILIES: tuple[Family, ...] = (STABLE_DIFFUSION, STABLE_DIFFUSION_XL, STABLE_DIFFUSION_3, FLUX)
+EMBEDDING_KEYS = [
+    keys for family in FAMILIES if (keys := [key for key in family.embedding_keys.values() if key])
+]
+"""Keys of the tensors of soft tokens in families that have several text encoders for them."""
 LORA_PREFIXES = {
     component: prefix for family in FAMILIES for component, prefix in family.lora_prefixes.items()
 }
@@ -39,10 +44,52 @@ def find_family(pipe: Any) -> Family | None:
     return next((family for family in FAMILIES if family.matches(pipe)), None)
 
 
+def find_family_by_classes(classes: Mapping[str, str]) -> Family | None:
+    """Return the family of a pipeline that is not loaded.
+
+    Args:
+        classes: name of a component -> name of its class, as in `model_index.json`.
+    """
+    components = {name: type(class_name, (), {})() for name, class_name in classes.items()}
+    return find_family(SimpleNamespace(**components))
+
+
 def component(pipe: Any, name: str) -> Any:
     """Return a component of a pipeline without the wrapper that `torch.compile` puts around it."""
     model = getattr(pipe, name, None)
     return getattr(model, "_orig_mod", model)
+
+
+def soft_token_encoders(pipe: Any) -> dict[str, tuple[Any, Any]]:
+    """Return the text encoders that soft tokens are trained for.
+
+    Returns:
+        Name of the text encoder -> the text encoder and its tokenizer.
+    """
+    family = family_of(pipe)
+    return {
+        name: (component(pipe, name), getattr(pipe, family.inversions[name]))
+        for name in family.embedding_keys
+    }
+
+
+def embedding_keys(pipe: Any, token: str) -> dict[str, str]:
+    """Return the text encoders that soft tokens are trained for, and the keys of their tensors.
+
+    Args:
+        pipe: a pipeline of a known family.
+        token: placeholder of the soft tokens, which is the key if there is one text encoder.
+    """
+    return {name: key or token for name, key in family_of(pipe).embedding_keys.items()}
+
+
+def module_prefix(model: Any, lora_prefix: str) -> str:
+    """Return the level of a weights file's keys that a model has too, such as `text_model.`.
+
+    CLIP's text encoder with a projection has it, the one without lost it in transformers 5.
+    """
+    level = lora_prefix.partition(".")[2]
+    return level if level.removesuffix(".") in dict(model.named_children()) else ""
 
 
 def check_components(pipe: Any) -> None:
