@@ -51,7 +51,7 @@ def pretrained(
     is_folder = local.is_dir()
     can_be_on_hub = not is_folder and model.count("/") <= 1
     source = HubModel(model, revision, tuple(parts), prefix) if can_be_on_hub else None
-    folder = local if is_folder else _cached(model, revision)
+    folder = local if is_folder else cached(model, revision)
     if folder is None:
         return Need(model, False, _advice(model), source=source)
     sizes = [_weights(folder / part) for part in parts]
@@ -72,7 +72,7 @@ def _advice(model: str) -> str:
     return f"neither a folder nor in the Hub's cache: hf download {model}"
 
 
-def _cached(model: str, revision: str | None) -> Path | None:
+def cached(model: str, revision: str | None) -> Path | None:
     """Find the folder of a Hub repository in the cache."""
     from huggingface_hub import snapshot_download
     from huggingface_hub.errors import HFValidationError, LocalEntryNotFoundError
