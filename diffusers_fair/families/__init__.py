@@ -1,6 +1,6 @@
 """Families of pipelines: the only modules that know how a pipeline is built."""
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from types import SimpleNamespace
 from typing import Any
 
@@ -81,6 +81,21 @@ def embedding_keys(pipe: Any, token: str) -> dict[str, str]:
         token: placeholder of the soft tokens, which is the key if there is one text encoder.
     """
     return {name: key or token for name, key in family_of(pipe).embedding_keys.items()}
+
+
+def encoders_of_keys(keys: Iterable[str]) -> list[tuple[str, str, str]]:
+    """Return where soft tokens belong whose tensors have these of `EMBEDDING_KEYS`.
+
+    Returns:
+        Key, text encoder and tokenizer; empty for a placeholder, which needs no explanation.
+    """
+    found = {*keys}
+    return [
+        (key, encoder, family.inversions[encoder])
+        for family in FAMILIES
+        for encoder, key in family.embedding_keys.items()
+        if key in found and {*family.embedding_keys.values()} <= found
+    ]
 
 
 def module_prefix(model: Any, lora_prefix: str) -> str:

@@ -43,7 +43,7 @@ def saved(
 ) -> Any:
     """Write the folder of such an adapter of a family; return the pipeline it was trained in."""
     pipe = PIPELINES[name]()
-    info = {"words": options.pop("words", {})}
+    info = {"words": options.pop("words", {}), "evaluation": None}
     components = everything(pipe) if components is None else components
     adapter = trained(pipe, components, **options)
     info |= {"fingerprint": base_fingerprint(pipe), "components": components}
