@@ -5,6 +5,7 @@ Downloads nothing and loads no model.
 
 from collections.abc import Sequence
 
+from diffusers_fair.adapters.trainable import check_component_names
 from diffusers_fair.attributes import Attribute
 from diffusers_fair.backends import registry
 from diffusers_fair.backends.needs import Need, file, package, pretrained
@@ -33,6 +34,7 @@ def examine(config: RunConfig) -> dict[Need, list[str]]:
         "tracker": [package(tracker, f"pip install {tracker}")] if tracker != "none" else [],
         "train.device": [_device(config)] if config.train.device != "auto" else [],
         "base": registry.base(config.base.model).needs(config.base.model, config.base.revision),
+        "adapter.components": _components(config),
         "adapter.init_from": [_start(name)] if (name := config.adapter.init_from) else [],
         "prompts": [_prompts(name, splits) for name in config.prompts.sets],
         "prompts.keep": [_kept_prompts(config)] if config.prompts.keep else [],
@@ -45,6 +47,20 @@ def examine(config: RunConfig) -> dict[Need, list[str]]:
         for need in needs:
             found.setdefault(need, []).append(part)
     return found
+
+
+def _components(config: RunConfig) -> list[Need]:
+    """Check that the base model has the adapter's components, if the base is available."""
+    model, revision = config.base.model, config.base.revision
+    family = registry.base(model).family(model, revision)
+    if family is None:
+        return []
+    what = f"components {', '.join(config.adapter.components)}"
+    try:
+        check_component_names(config.adapter.components, family)
+    except ValueError as error:
+        return [Need(what, False, str(error))]
+    return [Need(what, True)]
 
 
 def _device(config: RunConfig) -> Need:

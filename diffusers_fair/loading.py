@@ -32,14 +32,14 @@ from diffusers_fair.adapters.prompt_encoder import (
 )
 from diffusers_fair.adapters.repository import REPOSITORY, open_fair_adapter
 from diffusers_fair.adapters.soft_tokens import (
+    check_embeddings,
     check_soft_tokens,
-    embedding_width,
     load_soft_tokens,
     unload_soft_tokens,
 )
 from diffusers_fair.adapters.tensors import Weights
 from diffusers_fair.adapters.word_switch import WordSwitch, adapter_words, check_not_compiled
-from diffusers_fair.families import LORA_PREFIXES, family_of
+from diffusers_fair.families import LORA_PREFIXES, family_of, module_prefix
 from diffusers_fair.families.fingerprint import base_fingerprint
 
 if TYPE_CHECKING:
@@ -124,10 +124,10 @@ def load_fair_adapter(
         _check_words(pipe)
     try:
         if info.soft_tokens:
-            embeds = weights[info.soft_tokens.token]
-            load_soft_tokens(pipe, info.soft_tokens, embeds, adapter_name, info.lora)
+            load_soft_tokens(pipe, info.soft_tokens, weights, adapter_name, info.lora)
         for part, lora in info.lora.items():
-            _insert(lora_models(pipe)[part], lora, _state(weights, part), adapter_name)
+            model = lora_models(pipe)[part]
+            _insert(model, lora, _state(weights, part, model), adapter_name)
         if respect_words:
             switch = WordSwitch(adapter_name, adapter_words(info), family_of(pipe))
             ensure_prompt_encoder(pipe).switches[adapter_name] = switch
@@ -252,8 +252,10 @@ def _check_parts(pipe: "DiffusionPipeline", info: AdapterInfo, needs_base: bool)
     """Check that the pipeline has the components that the adapter or its fingerprint needs."""
     family = family_of(pipe)
     targets = {*family.targets} if needs_base else {*info.lora}
+    if info.soft_tokens:
+        targets |= {*family.embedding_keys}
     if needs_base or info.soft_tokens:
-        targets |= {*family.inversions} | {*family.inversions.values()}
+        targets |= {family.inversions[name] for name in targets if name in family.inversions}
     if missing := sorted(name for name in targets if getattr(pipe, name, None) is None):
         raise ValueError(
             f"this {type(pipe).__name__} has no {' and no '.join(missing)}, which the adapter "
@@ -265,7 +267,7 @@ def _check_base(pipe: "DiffusionPipeline", info: AdapterInfo) -> None:
     """Check that the pipeline is the adapter's base, by Hub id if both have one, and by shapes."""
     mismatch = None
     if base_fingerprint(pipe) != info.fingerprint:
-        mismatch = f"the layers of this {type(pipe).__name__} have other shapes"
+        mismatch = f"the layers of this {family_of(pipe).kind(pipe)} have other shapes"
     ids = [MIRRORS.get(name, name) for name in (info.base_model, pipe.name_or_path or "")]
     if all(map(REPOSITORY.fullmatch, ids)) and not Path(ids[1]).is_dir() and ids[0] != ids[1]:
         mismatch = f"this pipeline is '{ids[1]}'"
@@ -296,27 +298,29 @@ def _check_fit(pipe: "DiffusionPipeline", info: AdapterInfo, weights: Weights) -
     """Check that every weight fits a layer, and that soft tokens fit the text encoder."""
     if info.soft_tokens:
         check_soft_tokens(pipe, info.soft_tokens)
-        width = embedding_width(pipe)
-        if (got := weights[info.soft_tokens.token].shape[1]) != width:
-            raise ValueError(
-                f"the adapter's soft tokens have {got} dimensions, but the embeddings of this text "
-                f"encoder have {width}"
-            )
+        check_embeddings(pipe, info.soft_tokens, weights)
     for part in info.lora:
-        modules = dict(lora_models(pipe)[part].named_modules())
-        for key, tensor in _state(weights, part).items():
+        model = lora_models(pipe)[part]
+        modules = dict(model.named_modules())
+        for key, tensor in _state(weights, part, model).items():
             name, _, half = key.removesuffix(".weight").rpartition(".lora_")
             layer = modules.get(name)
             base = getattr(layer, "base_layer", layer)  # if another adapter wraps it
-            axis = 1 if half == "A" else 0  # A is (rank, in), B is (out, rank); the base (out, in)
-            if not isinstance(base, nn.Linear) or tensor.shape[axis] != base.weight.shape[axis]:
+            # A is (rank, in), B is (out, rank); the weight may be packed in 4 bits
+            axis, size = (1, "in_features") if half == "A" else (0, "out_features")
+            if not isinstance(base, nn.Linear) or tensor.shape[axis] != getattr(base, size):
                 raise ValueError(f"the adapter's weight '{key}' fits no layer of the {part}")
 
 
-def _state(weights: Weights, part: str) -> dict[str, Tensor]:
+def _state(weights: Weights, part: str, model: nn.Module) -> dict[str, Tensor]:
     """Weights of one component under peft's names: `module.lora_A.weight`."""
     prefix = LORA_PREFIXES[part]
-    return {key[len(prefix) :]: value for key, value in weights.items() if key.startswith(prefix)}
+    level = module_prefix(model, prefix)
+    return {
+        level + key.removeprefix(prefix): value
+        for key, value in weights.items()
+        if key.startswith(prefix)
+    }
 
 
 def _in_float32(state: dict[str, Tensor]) -> dict[str, Tensor]:

@@ -2,7 +2,8 @@
 
 - `pytorch_lora_weights.safetensors`: LoRA weights; plain `pipe.load_lora_weights(folder)` works
 - `learned_embeds.safetensors`: soft tokens; plain `pipe.load_textual_inversion(folder, weight_name=
-  "learned_embeds.safetensors")` works, with the placeholder typed before the prompt
+  "learned_embeds.safetensors")` works, with the placeholder typed before the prompt; for families
+  with several text encoders it has a tensor for each, such as `clip_l` and `clip_g`
 - `fair_adapter.json`: description of the adapter, `AdapterInfo`; its schema is
   `fair_adapter.schema.json`
 - `README.md`, `samples/*.png`, report files: for people; not read here

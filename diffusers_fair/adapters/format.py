@@ -17,7 +17,8 @@ from diffusers_fair.families import FAMILIES, LORA_PREFIXES
 from diffusers_fair.families.stable_diffusion import STABLE_DIFFUSION
 from diffusers_fair.version import __version__
 
-_FORMAT_VERSION = 1
+_FORMAT_VERSIONS = (1, 2)
+"""Version 2 is that of adapters with LoRA layers in components that Stable Diffusion lacks."""
 INFO_FILE = "fair_adapter.json"
 WEIGHTS_FILE = "pytorch_lora_weights.safetensors"
 EMBEDS_FILE = "learned_embeds.safetensors"
@@ -134,9 +135,9 @@ SCHEMA: Schema = {
     "$schema": "https://json-schema.org/draft/2020-12/schema",
     "title": INFO_FILE,
 } | _object(
-    f"Describes the fairness adapter in its folder. Format version {_FORMAT_VERSION}.",
+    "Describes the fairness adapter in its folder.",
     {
-        "format_version": {"type": "integer", "const": _FORMAT_VERSION},
+        "format_version": {"type": "integer", "minimum": 1, "maximum": _FORMAT_VERSIONS[-1]},
         "base_model": _object(
             "The model that the adapter was trained on.",
             {
@@ -301,7 +302,7 @@ def dump_info(info: AdapterInfo) -> bytes:
         ValueError: a number is not finite.
     """
     data = {
-        "format_version": _FORMAT_VERSION,
+        "format_version": 1 if info.lora.keys() <= STABLE_DIFFUSION.targets.keys() else 2,
         "base_model": {
             "id": info.base_model,
             "revision": info.base_revision,
@@ -333,10 +334,11 @@ def load_info(content: bytes, where: str) -> AdapterInfo:
         ValueError: it is truncated, of another format version, or not what `SCHEMA` describes.
     """
     data = parse_json(content, where, MAX_BYTES[INFO_FILE])
-    if isinstance(data, dict) and data.get("format_version", _FORMAT_VERSION) != _FORMAT_VERSION:
+    version = data.get("format_version", 1) if isinstance(data, dict) else 1
+    if version not in _FORMAT_VERSIONS:
         raise ValueError(
-            f"'{where}' is of format version {str(data['format_version'])[:40]}, and this package "
-            f"reads version {_FORMAT_VERSION}: use the diffusers-fair that wrote it, or a newer one"
+            f"'{where}' is of format version {str(version)[:40]}, and this package reads the "
+            f"versions {_FORMAT_VERSIONS}: use the diffusers-fair that wrote it, or a newer one"
         )
     try:
         check(data, SCHEMA, "the file")

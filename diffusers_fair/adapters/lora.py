@@ -7,7 +7,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from diffusers_fair.families import family_of
+from diffusers_fair.families import family_of, module_prefix
 
 
 def add_lora(
@@ -110,6 +110,7 @@ def lora_tensors(pipe: Any, *, adapter_name: str = "fair") -> dict[str, Tensor]:
         if adapter_name not in getattr(module, "peft_config", {}):
             continue
         state = get_peft_model_state_dict(module, adapter_name=adapter_name)
-        for key, weight in state.items():  # transformers 5 dropped the level `text_model.`
-            weights[prefix + key.removeprefix("text_model.")] = weight.detach()
+        level = module_prefix(module, prefix)
+        for key, weight in state.items():
+            weights[prefix + key.removeprefix(level)] = weight.detach()
     return weights

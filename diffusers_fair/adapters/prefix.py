@@ -7,7 +7,7 @@ from typing import Any
 
 from diffusers_fair.adapters.format import SoftTokens
 from diffusers_fair.adapters.layers import check_projections, is_fused_into, strengths
-from diffusers_fair.families import component, family_of
+from diffusers_fair.families import soft_token_encoders
 
 logger = logging.getLogger(__name__)
 
@@ -42,8 +42,8 @@ class PromptPrefix:
 
     def _warn_if_cut_off(self, prompt: str) -> None:
         """Warn if the prompt is truncated only because of the prefix."""
-        (name,) = family_of(self.pipe).inversions.values()
-        tokenizer = getattr(self.pipe, name)
+        # the tokenizers of several text encoders split prompts in the same way
+        _, tokenizer = next(iter(soft_token_encoders(self.pipe).values()))
         text = self.pipe.maybe_convert_prompt(prompt, tokenizer)
         length = len(tokenizer(text).input_ids)  # with start and end
         limit, count = tokenizer.model_max_length, self.tokens.count
@@ -123,14 +123,15 @@ class LoadedPrefix(PromptPrefix):
         return found
 
     def _has_tokens(self) -> bool:
-        """Whether the tokenizer knows the soft tokens."""
-        ((encoder, tokenizer),) = family_of(self.pipe).inversions.items()
-        known = getattr(self.pipe, tokenizer)
-        rows = component(self.pipe, encoder).get_input_embeddings().num_embeddings
-        if rows != len(known):
-            raise ValueError(
-                f"the {encoder} has {rows} embeddings for the {len(known)} tokens of the "
-                f"{tokenizer}, as one of them was replaced after the adapter "
-                f"'{self.adapter_name}' was loaded: call unload_fair_adapter, and load it again"
-            )
-        return set(self.tokens.names) <= known.get_added_vocab().keys()
+        """Whether all tokenizers know the soft tokens."""
+        encoders = soft_token_encoders(self.pipe)
+        for name, (encoder, tokenizer) in encoders.items():
+            rows = encoder.get_input_embeddings().num_embeddings
+            if rows != len(tokenizer):
+                raise ValueError(
+                    f"the {name} has {rows} embeddings for the {len(tokenizer)} tokens of its "
+                    "tokenizer, as one of them was replaced after the adapter "
+                    f"'{self.adapter_name}' was loaded: call unload_fair_adapter, and load it again"
+                )
+        names = {*self.tokens.names}
+        return all(names <= known.get_added_vocab().keys() for _, known in encoders.values())

@@ -3,12 +3,15 @@
 import inspect
 from collections.abc import Iterator
 from contextlib import ExitStack, contextmanager
+from itertools import zip_longest
 from typing import Any
 
 from diffusers_fair.adapters.layers import is_fused_into, strengths
 from diffusers_fair.adapters.prefix import PromptPrefix
 from diffusers_fair.adapters.word_switch import WordSwitch
 from diffusers_fair.families import family_of
+
+_PROMPTS = ("prompt", "prompt_2", "prompt_3")  # by text encoder, where a pipeline takes several
 
 
 class PromptEncoder:
@@ -40,12 +43,18 @@ class PromptEncoder:
         if call.arguments.get("prompt_embeds") is not None:
             self._check_needs_no_text()
             return encode(*call.args, **call.kwargs)
-        prompt = call.arguments["prompt"]
-        is_list = isinstance(prompt, list)
-        prompts = prompt if is_list else [prompt]
+        texts = {
+            name: prompt if isinstance(prompt, list) else [prompt]
+            for name in _PROMPTS
+            if (prompt := call.arguments.get(name)) is not None
+        }
+        # a word in one of the texts for several text encoders names a class, too
+        prompts = ["\n".join(parts) for parts in zip_longest(*texts.values(), fillvalue="")]
         named = {name: self._named(name, prompts) for name in self.switches}
-        prompts = self._with_prefix(prompts, named)
-        call.arguments["prompt"] = prompts if is_list else prompts[0]
+        for name, listed in texts.items():
+            prefixed = self._with_prefix(listed, named)
+            is_list = isinstance(call.arguments[name], list)
+            call.arguments[name] = prefixed if is_list else prefixed[0]
         with ExitStack() as stack:
             for name, switch in self.switches.items():
                 stack.enter_context(switch.encoding(named[name]))

@@ -20,11 +20,11 @@ from diffusers_fair.adapters.format import (
     Lora,
 )
 from diffusers_fair.adapters.json_schema import parse_json
-from diffusers_fair.families import LORA_PREFIXES
+from diffusers_fair.families import EMBEDDING_KEYS, LORA_PREFIXES
 
 Weights = dict[str, Tensor]
 """All weights of an adapter: `COMPONENT.module.lora_A.weight` (rank, in), `.lora_B.` (out, rank),
-..., and the placeholder of the soft tokens (m, d)."""
+..., and the soft tokens (m, d): their placeholder, or one of `EMBEDDING_KEYS` per text encoder."""
 
 _METADATA_KEY = "lora_adapter_metadata"  # header key in which diffusers looks for rank and alpha
 _PATTERNS = ("rank_pattern", "alpha_pattern")
@@ -37,7 +37,7 @@ _Check = Callable[[_Slices, dict[str, str], AdapterInfo], None]
 def write_tensors(folder: Path, weights: Mapping[str, Tensor], info: AdapterInfo) -> None:
     """Write each tensor to its file. Invalid tensors are refused when the folder is read back."""
     tensors = {key: tensor.detach().cpu().contiguous() for key, tensor in weights.items()}
-    embeds = {key: tensor for key, tensor in tensors.items() if key.startswith("<")}
+    embeds = {key: tensor for key, tensor in tensors.items() if _is_embedding(key)}
     lora = {key: tensor for key, tensor in tensors.items() if key not in embeds}
     # `save_file` of safetensors would create files that only their owner may read.
     if lora or info.lora:
@@ -143,14 +143,21 @@ def _check_lora(slices: _Slices, metadata: dict[str, str], info: AdapterInfo) ->
 
 
 def _check_soft_tokens(slices: _Slices, metadata: dict[str, str], info: AdapterInfo) -> None:
-    """Check that the only key is the placeholder, with a tensor of shape (m, d)."""
+    """Check for the placeholder or the keys of several text encoders; tensors of shape (m, d)."""
     assert info.soft_tokens is not None
     count, token = info.soft_tokens.count, info.soft_tokens.token
-    if list(slices) != [token]:
-        raise ValueError(f"expected only '{token}' in it, got {str(list(slices))[:200]}")
-    shape = slices[token].get_shape()
-    if len(shape) != 2 or shape[0] != count or shape[1] < 1:
-        raise ValueError(f"expected {count} rows of '{token}', got the shape {list(shape)}")
+    if sorted(slices) not in ([token], *map(sorted, EMBEDDING_KEYS)):
+        raise ValueError(
+            f"expected only '{token}' in it, or {EMBEDDING_KEYS}, got {str(list(slices))[:200]}"
+        )
+    for key, part in slices.items():
+        shape = part.get_shape()
+        if len(shape) != 2 or shape[0] != count or shape[1] < 1:
+            raise ValueError(f"expected {count} rows of '{key}', got the shape {list(shape)}")
+
+
+def _is_embedding(key: str) -> bool:
+    return key.startswith("<") or any(key in keys for keys in EMBEDDING_KEYS)
 
 
 def _lora_metadata(keys: Iterable[str], info: AdapterInfo) -> dict[str, Any]:

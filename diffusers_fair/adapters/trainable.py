@@ -1,6 +1,6 @@
 """An adapter in training: LoRA layers and soft tokens behind one interface."""
 
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterable, Iterator, Mapping
 from contextlib import contextmanager
 from typing import Any
 
@@ -13,6 +13,7 @@ from diffusers_fair.adapters.prompt_encoder import without_prefix
 from diffusers_fair.adapters.soft_tokens import add_soft_tokens, soft_tokens
 from diffusers_fair.adapters.tensors import Weights
 from diffusers_fair.families import family_of
+from diffusers_fair.families.base import Family
 
 
 class TrainableAdapter:
@@ -31,7 +32,7 @@ class TrainableAdapter:
     """
 
     def __init__(self, pipe: Any, components: Mapping[str, Lora | SoftTokens], seed: int = 0):
-        _check_components(components, list(family_of(pipe).targets))
+        _check_components(components, family_of(pipe))
         self.pipe = pipe
         self.components = dict(components)
         self.parts: dict[str, list[nn.Parameter]] = {}
@@ -87,17 +88,37 @@ class TrainableAdapter:
         tensors = lora_tensors(self.pipe)
         soft = self.components.get(SOFT_TOKENS)
         if isinstance(soft, SoftTokens):
-            tensors[soft.token] = soft_tokens(self.pipe).detach()  # (m, d)
+            for key, tokens in soft_tokens(self.pipe, soft.token).items():
+                tensors[key] = tokens.detach()  # (m, d)
         return tensors
 
 
-def _check_components(components: Mapping[str, Lora | SoftTokens], targets: list[str]) -> None:
-    kinds = {**dict.fromkeys(targets, Lora), SOFT_TOKENS: SoftTokens}
-    fitting = [isinstance(size, kinds.get(name, ())) for name, size in components.items()]
+def _check_components(components: Mapping[str, Lora | SoftTokens], family: Family) -> None:
+    check_component_names(components, family)
+    kinds = {**dict.fromkeys(family.targets, Lora), SOFT_TOKENS: SoftTokens}
+    fitting = [isinstance(size, kinds[name]) for name, size in components.items()]
     if not fitting or not all(fitting):
         raise ValueError(
-            f"an adapter is made of Lora for {targets} and SoftTokens for '{SOFT_TOKENS}', "
-            f"got {dict(components)}"
+            f"an adapter is made of Lora for {[*family.targets]} and SoftTokens for "
+            f"'{SOFT_TOKENS}', got {dict(components)}"
+        )
+
+
+def check_component_names(names: Iterable[str], family: Family) -> None:
+    """Refuse components that adapters of a family cannot have.
+
+    Args:
+        names: components of an adapter.
+        family: family of its base model.
+
+    Raises:
+        ValueError: a component that the family lacks.
+    """
+    possible = [*family.targets, *[SOFT_TOKENS] * bool(family.embedding_keys)]
+    if lacking := [name for name in names if name not in possible]:
+        raise ValueError(
+            f"adapter.components: an adapter for {family.name} can have {', '.join(possible)}, "
+            f"got {', '.join(lacking)}: choose among those"
         )
 
 
@@ -106,7 +127,8 @@ def _add(pipe: Any, name: str, component: Lora | SoftTokens, seed: int) -> list[
     if isinstance(component, Lora):
         return add_lora(pipe, name, component.rank, alpha=component.alpha, seed=seed)
     generator = torch.Generator().manual_seed(seed)
-    return [add_soft_tokens(pipe, component.count, generator, token=component.token)]
+    tokens = add_soft_tokens(pipe, component.count, generator, token=component.token)
+    return [*tokens.values()]
 
 
 def _shape(tensor: Tensor | None) -> str:

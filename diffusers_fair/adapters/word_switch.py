@@ -7,6 +7,7 @@ affect other adapters or other rows.
 
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
+from dataclasses import dataclass
 from typing import Any
 
 import torch
@@ -37,6 +38,24 @@ class _RowMask:
         return output.masked_fill(rows.view(-1, *[1] * (output.ndim - 1)), 0)
 
 
+@dataclass(frozen=True)
+class _Prompts:
+    """The prompts of a batch of images."""
+
+    named: Tensor | None
+    """(m,), whether the prompt names a class; None if no prompt does."""
+    embeds: Tensor
+    """Embeddings of the prompts, (m, L, d)."""
+
+    def are_named_in(self, given: Tensor) -> bool:
+        """Whether a prompt names a class, and a call of the denoiser has these embeddings."""
+        if self.named is None or len(given) % len(self.embeds):
+            return False
+        embeds = self.embeds.to(given)
+        # [negative prompts, prompts] under guidance
+        return any(torch.equal(block, embeds) for block in given.split(len(embeds)))
+
+
 class _DenoiserRowMask(_RowMask):
     """A mask for a denoiser, which recognises its rows by the prompt embeddings of the call.
 
@@ -47,28 +66,41 @@ class _DenoiserRowMask(_RowMask):
         family: the pipeline's family, which finds the embeddings in a call of the denoiser.
     """
 
-    named: Tensor | None = None
-    """(m,), whether the prompt names a class; None if no prompt does."""
-    embeds: Tensor
-    """Embeddings of the prompts, (m, L, d)."""
+    prompts: _Prompts | None = None
+    """The prompts that were encoded last."""
+    earlier: _Prompts | None = None
+    """Those that were encoded before them."""
 
     def __init__(self, family: Family):
         self.family = family
 
     def set_prompts(self, named: Tensor | None, embeds: Tensor) -> None:
         """Remember the prompts of the next images."""
-        self.named, self.embeds = named, embeds.detach()
+        self.prompts, self.earlier = _Prompts(named, embeds.detach()), self.prompts
 
     def find_rows(self, _module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
-        """Forward pre-hook of the denoiser; under guidance each prompt has several rows."""
+        """Forward pre-hook of the denoiser; under guidance each prompt has several rows.
+
+        Raises:
+            ValueError: a prompt names a class, and its negative prompt was encoded apart from it.
+        """
         self.rows = None
-        if self.named is None:
+        if self.prompts is None:
             return
         given = self.family.prompt_embeddings(args, kwargs)
-        embeds = self.embeds.to(given)
-        blocks = given.split(len(embeds))  # [negative prompts, prompts] under guidance
-        if len(given) % len(embeds) == 0 and any(torch.equal(block, embeds) for block in blocks):
-            self.rows = self.named.to(given.device)
+        if self.prompts.are_named_in(given):
+            assert self.prompts.named is not None
+            self.rows = self.prompts.named.to(given.device)
+        elif (
+            not self.family.takes_negative_prompts
+            and self.earlier is not None
+            and self.earlier.are_named_in(given)
+        ):
+            raise ValueError(
+                f"respect_words cannot switch the adapter off for the negative prompts of "
+                f"{self.family.name}, which the pipeline encodes after the prompts: leave out "
+                "negative_prompt, or load the adapter without respect_words"
+            )
 
 
 class WordSwitch:

@@ -109,10 +109,10 @@ def _can_be_on_hub(model: str) -> bool:
 def _find(model: str, revision: str | None) -> Path | None:
     """Find a folder, or that of a Hub repository in the cache."""
     local = expand(model)
-    return local if local.is_dir() else _cached(model, revision)
+    return local if local.is_dir() else cached(model, revision)
 
 
-def _cached(model: str, revision: str | None) -> Path | None:
+def cached(model: str, revision: str | None) -> Path | None:
     """Find the folder of a Hub repository in the cache."""
     from huggingface_hub import snapshot_download
     from huggingface_hub.errors import HFValidationError, LocalEntryNotFoundError

@@ -5,12 +5,13 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
+from diffusers_fair import strict_json
 from diffusers_fair.attributes import Attribute
 from diffusers_fair.backends.errors import loading
-from diffusers_fair.backends.needs import Need, file, pipeline
+from diffusers_fair.backends.needs import Need, cached, file, pipeline
 from diffusers_fair.config.backends import SHIPPED_BASES
-from diffusers_fair.families import check_components, find_family
-from diffusers_fair.families.base import Usual
+from diffusers_fair.families import check_components, find_family, find_family_by_classes
+from diffusers_fair.families.base import Family, Usual
 from diffusers_fair.families.stable_diffusion import STABLE_DIFFUSION
 from diffusers_fair.paths import expand
 
@@ -41,6 +42,8 @@ class Base:
     """Loads the pipeline on the CPU, given model, revision and data type."""
     needs: Callable[[str, str | None], list[Need]]
     """Lists the requirements of `load`, given model and revision."""
+    family: Callable[[str, str | None], Family | None]
+    """Returns the family without loading the model, given model and revision; None if unknown."""
     usual_sampling: Usual | None = None
     """Usual guidance scale and steps; None for those of the pipeline's family."""
     untouched_set: str
@@ -107,8 +110,23 @@ def _needs(model: str, revision: str | None = None) -> list[Need]:
     return [pipeline(model, revision)]
 
 
+def _family(model: str, revision: str | None = None) -> Family | None:
+    """Find the family in a pipeline's list of components, in a folder or in the Hub's cache."""
+    local = expand(model)
+    folder = local if local.is_dir() else cached(model, revision)
+    try:
+        index = strict_json.loads((folder / "model_index.json").read_bytes()) if folder else {}
+    except (OSError, ValueError):  # `load` says what is wrong with it
+        return None
+    if not isinstance(index, dict):
+        return None
+    classes = {name: x[1] for name, x in index.items() if isinstance(x, list) and x[1:] and x[1]}
+    return find_family_by_classes(classes, index)
+
+
 pretrained_base = Base(
     load=_load,
     needs=_needs,
+    family=_family,
     untouched_set="untouched",
 )

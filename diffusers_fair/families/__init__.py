@@ -1,6 +1,7 @@
 """Families of pipelines: the only modules that know how a pipeline is built."""
 
-from collections.abc import Sequence
+from collections.abc import Iterable, Mapping, Sequence
+from types import SimpleNamespace
 from typing import Any
 
 import torch
@@ -28,6 +29,10 @@ FAMILIES: tuple[Family, ...] = (
     AURA_FLOW,
     FLUX2_KLEIN,
 )
+EMBEDDING_KEYS = [
+    keys for family in FAMILIES if (keys := [key for key in family.embedding_keys.values() if key])
+]
+"""Keys of the tensors of soft tokens in families that have several text encoders for them."""
 LORA_PREFIXES = {
     component: prefix for family in FAMILIES for component, prefix in family.lora_prefixes.items()
 }
@@ -54,10 +59,71 @@ def find_family(pipe: Any) -> Family | None:
     return next((family for family in FAMILIES if family.matches(pipe)), None)
 
 
+def find_family_by_classes(
+    classes: Mapping[str, str], config: Mapping[str, Any] | None = None
+) -> Family | None:
+    """Return the family of a pipeline that is not loaded.
+
+    Args:
+        classes: name of a component -> name of its class, as in `model_index.json`.
+        config: the other entries of that file.
+    """
+    unknown = {"config": SimpleNamespace(guidance_embeds=None)}  # in the component's own folder
+    components = {name: type(class_name, (), unknown)() for name, class_name in classes.items()}
+    return find_family(SimpleNamespace(**components, config=config or {}))
+
+
 def component(pipe: Any, name: str) -> Any:
     """Return a component of a pipeline without the wrapper that `torch.compile` puts around it."""
     model = getattr(pipe, name, None)
     return getattr(model, "_orig_mod", model)
+
+
+def soft_token_encoders(pipe: Any) -> dict[str, tuple[Any, Any]]:
+    """Return the text encoders that soft tokens are trained for.
+
+    Returns:
+        Name of the text encoder -> the text encoder and its tokenizer.
+    """
+    family = family_of(pipe)
+    return {
+        name: (component(pipe, name), getattr(pipe, family.inversions[name]))
+        for name in family.embedding_keys
+    }
+
+
+def embedding_keys(pipe: Any, token: str) -> dict[str, str]:
+    """Return the text encoders that soft tokens are trained for, and the keys of their tensors.
+
+    Args:
+        pipe: a pipeline of a known family.
+        token: placeholder of the soft tokens, which is the key if there is one text encoder.
+    """
+    return {name: key or token for name, key in family_of(pipe).embedding_keys.items()}
+
+
+def encoders_of_keys(keys: Iterable[str]) -> list[tuple[str, str, str]]:
+    """Return where soft tokens belong whose tensors have these of `EMBEDDING_KEYS`.
+
+    Returns:
+        Key, text encoder and tokenizer; empty for a placeholder, which needs no explanation.
+    """
+    found = {*keys}
+    return [
+        (key, encoder, family.inversions[encoder])
+        for family in FAMILIES
+        for encoder, key in family.embedding_keys.items()
+        if key in found and {*family.embedding_keys.values()} <= found
+    ]
+
+
+def module_prefix(model: Any, lora_prefix: str) -> str:
+    """Return the level of a weights file's keys that a model has too, such as `text_model.`.
+
+    CLIP's text encoder with a projection has it, the one without lost it in transformers 5.
+    """
+    level = lora_prefix.partition(".")[2]
+    return level if level.removesuffix(".") in dict(model.named_children()) else ""
 
 
 def check_components(pipe: Any) -> None:

@@ -58,7 +58,12 @@ class Family(Protocol):
     lora_prefixes: Mapping[str, str]
     """Component that can have LoRA layers -> prefix of its keys in the weights file."""
     inversions: Mapping[str, str]
-    """Text encoder that can have soft tokens -> its tokenizer."""
+    """Text encoder that can have textual inversions -> its tokenizer."""
+    embedding_keys: Mapping[str, str | None]
+    """Text encoder that soft tokens are trained for -> key of their tensor in the file; None for
+    their placeholder. Empty if the family cannot have soft tokens."""
+    pooled: tuple[str, ...]
+    """Text encoders whose pooled embedding is read."""
     encode_method: str
     """Method of the pipeline that encodes prompts; adapters wrap it on the instance."""
     has_linear_guidance: bool
@@ -71,6 +76,9 @@ class Family(Protocol):
 
     def matches(self, pipe: Any) -> bool:
         """Whether a pipeline belongs to this family."""
+
+    def kind(self, pipe: Any) -> str:
+        """Describe the pipeline in error messages, with what sets it apart in its family."""
 
     def usual(self, pipe: Any) -> Usual:
         """Return the usual guidance scale and number of scheduler steps."""
@@ -186,7 +194,13 @@ class ClassifierFreeGuidance:
     takes_negative_prompts = True
     evaluates_prompts_together = True
     inversions: Mapping[str, str] = {}
+    embedding_keys: Mapping[str, str | None] = {}
+    pooled: tuple[str, ...] = ()
     denoiser: str
+
+    def kind(self, pipe: Any) -> str:
+        """Return the class of the pipeline."""
+        return type(pipe).__name__
 
     def has_effect(self, component: str, model: nn.Module, layer: str) -> bool:
         """Whether a layer affects images: all of them."""

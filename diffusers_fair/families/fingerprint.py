@@ -4,6 +4,8 @@ import hashlib
 from collections.abc import Iterator
 from typing import Any
 
+from torch import nn
+
 from diffusers_fair.families import family_of
 
 _ADDED = (".lora_", ".to_qkv.", ".to_kv.")  # diffusers keeps fused projections after unfusing
@@ -13,8 +15,8 @@ def base_fingerprint(pipe: Any) -> str:
     """Hash the parameter shapes of the components that can have an adapter.
 
     It does not depend on LoRA layers, soft tokens, textual inversions or fused projections in the
-    pipeline, on the dtype, or on how a library version names the parameters. Models of one
-    architecture share it.
+    pipeline, on the dtype, on quantization, or on how a library version names the parameters.
+    Models of one architecture share it.
 
     Raises:
         ValueError: a pipeline of no known family.
@@ -39,4 +41,13 @@ def _base_shapes(pipe: Any, component: str, tokenizer: str | None) -> Iterator[t
     for name, parameter in model.named_parameters():
         is_added = any(part in name for part in _ADDED)
         if not is_added and not any(parameter is other for other in embeddings):
-            yield tuple(parameter.shape)
+            yield _shape(model, name)
+
+
+def _shape(model: nn.Module, name: str) -> tuple[int, ...]:
+    """Shape of a parameter; that of a linear layer's weight before it was packed in 4 bits."""
+    path, _, leaf = name.rpartition(".")
+    layer = model.get_submodule(path)
+    if isinstance(layer, nn.Linear) and leaf == "weight":
+        return layer.out_features, layer.in_features
+    return tuple(model.get_parameter(name).shape)

@@ -48,11 +48,18 @@ class Flux(ClassifierFreeGuidance):
         "transformer": "transformer.",
     }
     inversions: Mapping[str, str] = {"text_encoder": "tokenizer", "text_encoder_2": "tokenizer_2"}
+    pooled: tuple[str, ...] = ("text_encoder",)
     takes_negative_prompts = False  # only with `true_cfg_scale`
 
     def matches(self, pipe: Any) -> bool:
         """Whether the pipeline has the transformer of FLUX.1."""
         return component_type(pipe, "transformer") == "FluxTransformer2DModel"
+
+    def kind(self, pipe: Any) -> str:
+        """Return the class of the pipeline, and whether the transformer has guidance layers."""
+        if pipe.transformer.config.guidance_embeds:
+            return f"{type(pipe).__name__} with guidance layers, as FLUX.1-dev has them,"
+        return f"{type(pipe).__name__} without guidance layers, as FLUX.1-schnell,"
 
     def usual(self, pipe: Any) -> Usual:
         """Return the defaults of diffusers' documentation for dev and schnell."""

@@ -71,6 +71,7 @@ class StableDiffusion(UNetFamily):
         "unet": "unet.",
     }
     inversions: Mapping[str, str] = {"text_encoder": "tokenizer"}
+    embedding_keys: Mapping[str, str | None] = {"text_encoder": None}
 
     def matches(self, pipe: Any) -> bool:
         """Whether a pipeline has these components, and no second text encoder."""

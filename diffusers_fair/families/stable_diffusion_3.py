@@ -49,6 +49,8 @@ class StableDiffusion3(ClassifierFreeGuidance):
         "transformer": "transformer.",
     }
 
+    pooled: tuple[str, ...] = ("text_encoder", "text_encoder_2")
+
     def matches(self, pipe: Any) -> bool:
         """Whether the pipeline has the transformer of Stable Diffusion 3."""
         return component_type(pipe, "transformer") == "SD3Transformer2DModel"

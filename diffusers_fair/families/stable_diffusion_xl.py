@@ -38,6 +38,11 @@ class StableDiffusionXL(UNetFamily):
         "unet": "unet.",
     }
     inversions: Mapping[str, str] = {"text_encoder": "tokenizer", "text_encoder_2": "tokenizer_2"}
+    embedding_keys: Mapping[str, str | None] = {
+        "text_encoder": "clip_l",
+        "text_encoder_2": "clip_g",
+    }
+    pooled: tuple[str, ...] = ("text_encoder_2",)
 
     def matches(self, pipe: Any) -> bool:
         """Whether a pipeline has these components."""

@@ -1,11 +1,11 @@
 """Writes the model card of an adapter folder, README.md. Every number comes from a report.
 
-A card depends only on `fair_adapter.json`, which holds the report's summary, and on the sample
-sheets in `samples/`.
+A card depends only on `fair_adapter.json`, which holds the report's summary, on the names of the
+weights, and on the sample sheets in `samples/`.
 """
 
 import re
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import asdict, dataclass, replace
 from pathlib import Path
@@ -27,6 +27,7 @@ from diffusers_fair.adapters.format import EMBEDS_FILE, WEIGHTS_FILE, AdapterInf
 from diffusers_fair.adapters.repository import REPOSITORY
 from diffusers_fair.attributes import Attribute
 from diffusers_fair.config.backends import SHIPPED_BASES
+from diffusers_fair.families import encoders_of_keys
 from diffusers_fair.paths import expand
 from diffusers_fair.publishing.export import usages
 from diffusers_fair.publishing.licence import base_licence
@@ -69,7 +70,7 @@ def write_card(folder: str | Path | Adapter, report: str | Path | None = None) -
     report = None if report is None else expand(report)
     if report is not None:
         info = replace(info, evaluation=_evaluation(report, info.attributes))
-    text = _render(info, _images(folder, report))
+    text = _render(info, _images(folder, report), adapter.weights)
     if report is not None:
         write_info(adapter, info)
         _copy(report, folder)
@@ -79,7 +80,7 @@ def write_card(folder: str | Path | Adapter, report: str | Path | None = None) -
 
 def card_text(adapter: Adapter) -> str:
     """Return the card that `write_card` writes for an adapter without a new report."""
-    return _render(adapter.info, _images(adapter.folder, None))
+    return _render(adapter.info, _images(adapter.folder, None), adapter.weights)
 
 
 # ---- from the report -----------------------------------------------------------------------------
@@ -197,10 +198,11 @@ class _Evaluation:
         )
 
 
-def _render(info: AdapterInfo, images: Sequence[str]) -> str:
+def _render(info: AdapterInfo, images: Sequence[str], keys: Iterable[str]) -> str:
     """Render the text of the card."""
     with _is_shown():
-        body = fill("card.md.jinja", info, images=images).rstrip("\n")
+        values = {"images": images, "encoders": encoders_of_keys(keys)}
+        body = fill("card.md.jinja", info, **values).rstrip("\n")
         metadata = _metadata(info, _Evaluation.of(info)).to_yaml()
     return str(ModelCard(f"---\n{metadata}\n---\n\n{body}"))
 

@@ -38,6 +38,7 @@ def _usual_evaluation() -> UsualEvaluation:
 base = Base(
     load=_load_base,
     needs=lambda model, revision: [],
+    family=lambda model, revision: STABLE_DIFFUSION,
     usual_sampling=Usual(guidance_scale=testbed.GUIDANCE, steps=20),
     untouched_set="testbed-untouched",
     usual_device="cpu",  # fast enough, and the same figures everywhere

@@ -13,12 +13,15 @@ import stand_ins
 import test_evaluation as evaluated
 import torch
 import yaml
+from families import sdxl
+from family_adapters import SOFT as FAMILY_SOFT
+from family_adapters import draw, saved
 from huggingface_hub import ModelCard, constants
 from markdown_it import MarkdownIt
 from reports import group
 from test_io import BOTH, SOFT, adapter_info, edit, embeds, put, weights
 
-from diffusers_fair import cli, testbed
+from diffusers_fair import cli, load_fair_adapter, testbed
 from diffusers_fair.adapters.folder import README_FILE, read_adapter, write_adapter, write_info
 from diffusers_fair.adapters.format import INFO_FILE
 from diffusers_fair.prompts.groups import KeptPrompt
@@ -331,6 +334,19 @@ def test_other_programs_do_not_have_the_testbed(adapter):
     write_card(adapter)
     assert "In other programs" not in text_of(adapter)
     assert 'load_lora_weights("path/of/this/folder", weight_name="pytorch_lora_' in text_of(adapter)
+
+
+@pytest.mark.filterwarnings("ignore:The new embeddings")
+def test_the_lines_that_load_soft_tokens_of_two_text_encoders(tmp_path):
+    """They are run, and give the images of the adapter."""
+    saved(tmp_path / "a", "sdxl", FAMILY_SOFT)
+    write_card(tmp_path / "a")
+    after = text_of(tmp_path / "a").split("With diffusers alone", 1)[1]
+    code = after.split("```python\n")[1].split("image = ")[0]
+    plain, ours = sdxl(), sdxl()
+    exec(code.replace("path/of/this/folder", str(tmp_path / "a")), {"pipe": plain})
+    load_fair_adapter(ours, tmp_path / "a")
+    assert torch.equal(draw(plain, "<fair> a chef"), draw(ours))
 
 
 def test_what_is_corrected_stands_below_its_bias(adapter, report):

@@ -249,3 +249,33 @@ def test_no_model_is_loaded(monkeypatch):
 def test_unknown_sets_of_kept_prompts_are_noticed():
     assert "kept prompts" not in gaps()
     assert "names 'nowhere': expected named" in gaps("prompts.keep.sets=[nowhere]")["kept prompts"]
+
+
+CLASSES = {
+    "sd": {"unet": "UNet2DConditionModel", "text_encoder": "CLIPTextModel", "tokenizer": "T"},
+    "flux": {"transformer": "FluxTransformer2DModel", "text_encoder": "CLIPTextModel"},
+}
+
+
+@pytest.mark.parametrize(
+    ("family", "advice"),
+    [
+        ("flux", "an adapter for FLUX.1 can have text_encoder, transformer, got unet: choose"),
+        ("sd", None),
+        (None, None),
+    ],
+)
+def test_components_that_the_base_lacks(tmp_path, family, advice):
+    """Known from the list of components, before any weights are there."""
+    index = {name: ["library", kind] for name, kind in CLASSES.get(family, {}).items()}
+    index |= {"_class_name": "Pipeline", "vae": ["diffusers", "AutoencoderKL"], "scheduler": [None]}
+    (tmp_path / "model_index.json").write_text(json.dumps(index) if family else "{")
+    found = gaps(f"base.model={tmp_path}", "adapter.components=[unet]").get("components unet")
+    assert found is None if advice is None else advice in found
+
+
+@pytest.mark.parametrize(("part", "available"), [("unet", True), ("transformer", False)])
+def test_components_of_the_testbed(part, available):
+    config = RunConfig.load("testbed-gender", [f"adapter.components=[{part}]"])
+    found = {need.what: need.available for need in doctor.examine(config)}
+    assert found[f"components {part}"] == available

@@ -2,6 +2,9 @@
 
 import pytest
 import torch
+from families import PIPELINES
+from family_adapters import everything
+from family_adapters import trained as trained_in
 from tiny import LATENT, encode_prompts, pipeline
 
 from diffusers_fair import testbed
@@ -11,6 +14,7 @@ from diffusers_fair.adapters.prompt_encoder import prompt_prefix
 from diffusers_fair.adapters.soft_tokens import add_soft_tokens, load_soft_tokens
 from diffusers_fair.adapters.trainable import TrainableAdapter
 from diffusers_fair.diffusion.noise import Noise, initial_noise
+from diffusers_fair.families import family_of
 from diffusers_fair.families.fingerprint import base_fingerprint
 from diffusers_fair.families.stable_diffusion import STABLE_DIFFUSION
 
@@ -83,7 +87,7 @@ def test_without_adapter_restores_the_original_model_temporarily(component):
 def test_soft_tokens_encode_as_a_textual_inversion_does(prompt):
     pipe, by_hand = pipeline(), pipeline()
     plain = by_hand.encode_prompt(prompt, "cpu", 1, False)[0]
-    tokens = add_soft_tokens(pipe, 5, torch.Generator().manual_seed(0))
+    tokens = add_soft_tokens(pipe, 5, torch.Generator().manual_seed(0))["<fair>"]
     found = encode_prompts(pipe, [prompt])
     assert torch.equal(encode_prompts(pipe, [prompt], prefix=False), plain)
     by_hand.load_textual_inversion({"<fair>": tokens.detach()})
@@ -99,7 +103,7 @@ def test_soft_tokens_encode_the_same_in_training_and_when_loaded():
     tokens = SoftTokens(count=5, token="<even>")
     adapter = TrainableAdapter(pipe, {"soft_tokens": tokens})
     adapter.parameters[0].data += 0.1
-    load_soft_tokens(loaded, tokens, adapter.weights()["<even>"], "fair")
+    load_soft_tokens(loaded, tokens, adapter.weights(), "fair")
     found = loaded.encode_prompt(prompts, "cpu", 1, True, [""] * 2)
     assert torch.equal(found[0], encode_prompts(pipe, prompts))
     assert torch.equal(found[1], encode_prompts(pipe, ["", ""], prefix=False))
@@ -108,7 +112,7 @@ def test_soft_tokens_encode_the_same_in_training_and_when_loaded():
 def test_soft_tokens_are_initialized_from_the_vocabulary():
     pipe = pipeline()
     vocabulary = pipe.text_encoder.get_input_embeddings().weight
-    tokens = add_soft_tokens(pipe, 4, torch.Generator().manual_seed(0))
+    tokens = add_soft_tokens(pipe, 4, torch.Generator().manual_seed(0))["<fair>"]
     assert tokens.shape == (4, vocabulary.shape[1])
     assert all((vocabulary == token).all(1).any() for token in tokens)
     assert _trainable_parameters(pipe.text_encoder) == [tokens]
@@ -211,6 +215,21 @@ def test_weights_of_another_adapter_are_refused(saved, message):
     assert all(torch.equal(weight, before[key]) for key, weight in adapter.weights().items())
 
 
+@pytest.mark.parametrize("name", PIPELINES)
+def test_every_saved_weight_gets_a_gradient(name):
+    """Layers that images do not depend on have none, such as the last ones of text encoders."""
+    pipe = PIPELINES[name]()
+    family = family_of(pipe)
+    adapter = trained_in(pipe, everything(pipe))
+    shape, scale = family.noise_shape(pipe), family.usual(pipe).guidance_scale
+    encoded = family.complete(pipe, family.encode(pipe, ["a dog"]), shape, scale)
+    noise = initial_noise(shape, [Noise(0)])
+    denoiser = getattr(pipe, family.denoiser)
+    family.predict(denoiser, noise, torch.tensor(5.0), encoded).square().sum().backward()
+    assert all(parameter.grad.any() for parameter in adapter.parameters)
+    assert len(adapter.weights()) == len(adapter.parameters)
+
+
 @pytest.mark.parametrize("components", COMPONENTS)
 def test_the_fingerprint_only_depends_on_the_base_model(components):
     assert base_fingerprint(trained(components)[0]) == base_fingerprint(pipeline())
@@ -220,10 +239,9 @@ def test_the_fingerprint_only_depends_on_the_base_model(components):
 
 
 @pytest.mark.parametrize(
-    "components",
-    [{}, {"vae": Lora(rank=2, alpha=2)}, {"unet": SoftTokens(count=2)}, {"soft_tokens": TEXT}],
+    "components", [{}, {"unet": SoftTokens(count=2)}, {"soft_tokens": TEXT["text_encoder"]}]
 )
-def test_unknown_components_are_refused(components):
+def test_components_of_the_wrong_kind_are_refused(components):
     pipe = pipeline()
     with pytest.raises(
         ValueError, match=r"Lora for \['text_encoder', 'unet'\] and SoftTokens .*got"

@@ -39,9 +39,9 @@ LAYERS = (  # rooms; imports go to the same layer or down, never in a circle
     ("training", "publishing", "assess", "doctor", "setup"),
     ("cli", "__main__"),
 )
-CORE = {  # what `pip install diffusers-fair` brings, the last two through diffusers
+CORE = {  # what `pip install diffusers-fair` brings
     *("torch", "diffusers", "transformers", "peft", "huggingface_hub", "safetensors"),
-    *("numpy", "PIL"),
+    *("numpy", "PIL", "yaml"),  # which they require
 }
 
 

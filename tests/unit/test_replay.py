@@ -39,7 +39,7 @@ def adapted(adapter, dtype=torch.float64, version=1):
     """A pipeline with an adapter that already does something, and the adapter's parameters."""
     pipe = pipeline(dtype, version=version)
     if adapter == "soft tokens":
-        return pipe, [add_soft_tokens(pipe, 3, torch.Generator().manual_seed(0))]
+        return pipe, [*add_soft_tokens(pipe, 3, torch.Generator().manual_seed(0)).values()]
     parameters = add_lora(pipe, adapter, 2)
     generator = torch.Generator().manual_seed(0)
     for parameter in parameters:

@@ -128,7 +128,7 @@ def test_samples_are_the_same_on_every_process():
     share = [[0.5, 0.5], [0.25] * 4]
     for one, other in zip(_joint_targets(p, share), _joint_targets(p, share), strict=True):
         assert torch.equal(one.plan, other.plan)
-        assert 0 < one.error < 0.008
+        assert 0 < one.error <= (0.25 / 512) ** 0.5  # of a share of one half
 
 
 @pytest.mark.parametrize("cost_weights", [None, [1.0, 1.0], [1.0, 2.5]])
