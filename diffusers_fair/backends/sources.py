@@ -149,12 +149,17 @@ def components_with_weights(index: Path) -> tuple[str, ...]:
     root = strict_json.loads(index.read_text("utf-8"))
     if not isinstance(root, dict):
         raise ValueError(f"'{index}' must list the components of a pipeline: download it again")
-    classes = {name: value[1] for name, value in root.items() if isinstance(value, list)}
+    classes = {name: value[1] for name, value in root.items() if _is_component(value)}
     return tuple(
         name
         for name, kind in classes.items()
         if kind and name != _UNUSED and not any(word in kind for word in _WEIGHTLESS)
     )
+
+
+def _is_component(entry: object) -> bool:
+    """Whether an entry is the library and the class of a component."""
+    return isinstance(entry, list) and len(entry) == 2
 
 
 @dataclass(frozen=True)

@@ -385,11 +385,15 @@ def _control(evaluation: _Evaluation) -> Iterator[list[str]]:
 
 def _sampling(info: AdapterInfo) -> str:
     """Format the sampling arguments of the evaluation, made or intended, for a pipeline call."""
-    root = info.evaluation or info.recipe.get("evaluation")
-    if not root:
-        return ""
-    size = f", height={root['size']}, width={root['size']}" if "size" in root else ""
-    return f", num_inference_steps={root['steps']}, guidance_scale={root['guidance_scale']}{size}"
+    root = info.evaluation or info.recipe.get("evaluation") or {}
+    names = {
+        "num_inference_steps": "steps",
+        "guidance_scale": "guidance_scale",
+        "height": "size",
+        "width": "size",
+    }
+    given = {name: root[key] for name, key in names.items() if root.get(key) is not None}
+    return "".join(f", {name}={value}" for name, value in given.items())
 
 
 def _accuracies(evaluation: _Evaluation) -> Iterator[tuple[str, str]]:

@@ -762,8 +762,10 @@ def test_recipe_has_the_papers_figures(name):
 @pytest.mark.parametrize("name", PAPER)
 def test_recipe_without_face_realism_differs_in_nothing_else(name):
     paper, shipped = RunConfig.load(name), RunConfig.load(name.removesuffix("-paper"))
-    assert {*shipped.differences(paper)} == {"losses.face"}
+    assert {*shipped.differences(paper)} == {"losses.face", "train.distinct_iterations"}
     assert shipped.losses.face == 0
+    assert paper.train.distinct_iterations is None
+    assert shipped.train.iterations == 20 * (shipped.train.distinct_iterations or 0)
 
 
 @pytest.mark.slow

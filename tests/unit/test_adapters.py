@@ -2,7 +2,7 @@
 
 import pytest
 import torch
-from families import PIPELINES
+from families import PIPELINES, SIZE
 from family_adapters import everything
 from family_adapters import trained as trained_in
 from tiny import LATENT, encode_prompts, pipeline
@@ -221,7 +221,7 @@ def test_every_saved_weight_gets_a_gradient(name):
     pipe = PIPELINES[name]()
     family = family_of(pipe)
     adapter = trained_in(pipe, everything(pipe))
-    shape, scale = family.noise_shape(pipe), family.usual(pipe).guidance_scale
+    shape, scale = family.noise_shape(pipe, SIZE), family.usual(pipe).guidance_scale
     encoded = family.complete(pipe, family.encode(pipe, ["a dog"]), shape, scale)
     noise = initial_noise(shape, [Noise(0)])
     denoiser = getattr(pipe, family.denoiser)
