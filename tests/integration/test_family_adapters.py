@@ -20,7 +20,9 @@ from diffusers_fair.families.stable_diffusion_xl import STABLE_DIFFUSION_XL
 WORDS = {"shape": {"round": ("round", "ball"), "square": ("square",), "flat": ("flat",)}}
 MIXED = ["a round chef", "a chef", "a flat nurse", "a nurse"]
 NAMED = torch.tensor([True, False, True, False])
-SEVERAL = [name for name in PIPELINES if name != "sd"]
+WITH_WORDS = [
+    name for name, make in PIPELINES.items() if family_of(make()).evaluates_prompts_together
+]
 
 
 @pytest.fixture(scope="module", params=PIPELINES)
@@ -159,17 +161,22 @@ def test_fused_and_unfused(name, folder):
 
 
 @pytest.mark.slow
-def test_pipelines_of_the_same_parts_and_of_other_tasks(name, folder):
-    pipe, base = loaded(name, folder), PIPELINES[name]()
+def test_pipelines_of_the_same_parts(name, folder):
+    pipe = loaded(name, folder)
     same = type(pipe).from_pipe(pipe)
     same.set_progress_bar_config(disable=True)
-    if name == "flux":  # is no part of the configuration
-        same.default_sample_size = pipe.default_sample_size
     assert torch.equal(draw(same), draw(pipe))
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("family", ["sd", "sdxl", "sd3", "flux"])
+def test_pipelines_of_other_tasks(family, tmp_path):
+    base, folder = PIPELINES[family](), tmp_path / "a"
+    saved(folder, family)
     other = diffusers.AutoPipelineForImage2Image.from_pipe(base)
     before = weights(other)
     load_fair_adapter(other, folder)
-    assert family_of(other) is family_of(pipe)
+    assert family_of(other) is family_of(base)
     unload_fair_adapter(other)
     assert_equal_weights(other, before)
 
@@ -210,18 +217,19 @@ def test_compiled_models(name, folder, load_first):
 
 
 @pytest.mark.slow
-def test_prompts_that_name_a_class_are_the_base_models(name, tmp_path):
+@pytest.mark.parametrize("family", WITH_WORDS)
+def test_prompts_that_name_a_class_are_the_base_models(family, tmp_path):
     """Bit for bit, in a batch with others; with soft tokens, where the family has them."""
-    saved(tmp_path / "a", name, words=WORDS)
-    base, adapted = draw(PIPELINES[name](), MIXED), draw(loaded(name, tmp_path / "a"), MIXED)
-    found = draw(loaded(name, tmp_path / "a", respect_words=True), MIXED)
+    saved(tmp_path / "a", family, words=WORDS)
+    base, adapted = draw(PIPELINES[family](), MIXED), draw(loaded(family, tmp_path / "a"), MIXED)
+    found = draw(loaded(family, tmp_path / "a", respect_words=True), MIXED)
     assert torch.equal(found[NAMED], base[NAMED])
     assert torch.equal(found[~NAMED], adapted[~NAMED])
     assert not any(torch.equal(*pair) for pair in zip(base, adapted, strict=True))
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize("family", SEVERAL)
+@pytest.mark.parametrize("family", ["sdxl", "sd3", "flux"])
 def test_words_of_the_prompts_for_other_text_encoders(family, tmp_path):
     saved(tmp_path / "a", family, words=WORDS)
     pipe = loaded(family, tmp_path / "a", respect_words=True)
