@@ -283,7 +283,10 @@ def test_every_key_is_documented():
         ("gradient.standardize=x", "expected 'paper', 'exact' or 'none', got 'x'"),
         ("base.model=3", r"base\.model: expected a valid string, got 3"),
         ("train=3", "train: expected a section of keys and values, got 3"),
-        ("adapter.components=[vae]", "expected 'text_encoder', 'unet' or 'soft_tokens', got 'vae'"),
+        (
+            "adapter.components=[vae]",
+            "expected 'text_encoder', .* 'transformer' or 'soft_tokens', got 'vae'",
+        ),
         ("sampling.steps=[5,3]", r"sampling\.steps must be \[low, high\], low <= high"),
         ("sampling.steps=[1,2,3]", r"sampling\.steps: .*at most 2 items.*, got \[1, 2, 3\]"),
         ("gradient.replay_steps=20", r"at most sampling\.steps \(19\), got 20"),
