@@ -357,6 +357,7 @@ def test_an_error_between_the_text_encoders_is_taken_back(tmp_path, monkeypatch)
     assert torch.equal(draw(pipe), base)
 
 
+@pytest.mark.slow
 def test_soft_tokens_of_another_family(tmp_path):
     saved(tmp_path / "a", "sd", SOFT)
     with pytest.raises(ValueError, match="no soft tokens 'clip_l' for the text encoders of this"):
