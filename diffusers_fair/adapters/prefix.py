@@ -7,7 +7,7 @@ from typing import Any
 
 from diffusers_fair.adapters.format import SoftTokens
 from diffusers_fair.adapters.layers import check_projections, is_fused_into, strengths
-from diffusers_fair.families import soft_token_encoders
+from diffusers_fair.families import family_of, soft_token_encoders
 
 logger = logging.getLogger(__name__)
 
@@ -129,9 +129,10 @@ class LoadedPrefix(PromptPrefix):
             rows = encoder.get_input_embeddings().num_embeddings
             if rows != len(tokenizer):
                 raise ValueError(
-                    f"the {name} has {rows} embeddings for the {len(tokenizer)} tokens of its "
-                    "tokenizer, as one of them was replaced after the adapter "
-                    f"'{self.adapter_name}' was loaded: call unload_fair_adapter, and load it again"
+                    f"the {name} has {rows} embeddings for the {len(tokenizer)} tokens of the "
+                    f"{family_of(self.pipe).inversions[name]}, as one of them was replaced after "
+                    f"the adapter '{self.adapter_name}' was loaded: call unload_fair_adapter, and "
+                    "load it again"
                 )
         names = {*self.tokens.names}
         return all(names <= known.get_added_vocab().keys() for _, known in encoders.values())

@@ -1,21 +1,25 @@
 """Adapters are the same in every family: saved, loaded, stacked, fused, switched off, unloaded."""
 
+import json
+
 import diffusers
 import pytest
 import torch
+from command import run
 from families import PIPELINES, flux, sdxl
 from family_adapters import SOFT, draw, everything, layers, saved, trained
 from safetensors.torch import load_file
 
 from diffusers_fair import load_fair_adapter, set_fair_adapter_scale, unload_fair_adapter
 from diffusers_fair.adapters.folder import open_adapter
-from diffusers_fair.adapters.format import EMBEDS_FILE, Lora
+from diffusers_fair.adapters.format import EMBEDS_FILE, INFO_FILE, Lora
 from diffusers_fair.adapters.soft_tokens import add_soft_tokens
 from diffusers_fair.families import embedding_keys, family_of, soft_token_encoders
 from diffusers_fair.families.fingerprint import base_fingerprint
 from diffusers_fair.families.flux import FLUX
 from diffusers_fair.families.stable_diffusion_3 import STABLE_DIFFUSION_3
 from diffusers_fair.families.stable_diffusion_xl import STABLE_DIFFUSION_XL
+from diffusers_fair.publishing.card import card_text
 
 WORDS = {"shape": {"round": ("round", "ball"), "square": ("square",), "flat": ("flat",)}}
 MIXED = ["a round chef", "a chef", "a flat nurse", "a nurse"]
@@ -117,7 +121,18 @@ def test_keys_always_have_the_level_that_some_models_lack(folder, name):
     keys = open_adapter(folder).weights
     encoders = [key for key in keys if key.startswith("text_encoder")]
     assert bool(encoders) == ("text_encoder" in family_of(PIPELINES[name]()).targets)
-    assert all(key.split(".")[1] == "text_model" for key in encoders)
+    assert all(key.split(".")[1:3] == ["text_model", "encoder"] for key in encoders)
+
+
+def test_what_people_are_told_of_the_components(folder, name, monkeypatch, capsys):
+    """Version 2 of the format is that of components that Stable Diffusion lacks."""
+    data = json.loads((folder / INFO_FILE).read_text())
+    assert data["format_version"] == (1 if name == "sd" else 2)
+    assert run(monkeypatch, "inspect", str(folder)) == 0
+    shown = json.loads(capsys.readouterr().out)
+    card = card_text(open_adapter(folder)).replace("\\", "")  # Markdown escapes underscores
+    assert [*shown["components"]] == [*layers(PIPELINES[name]())]
+    assert all(f"- {part}: low-rank layers, rank 2" in card for part in shown["components"])
 
 
 @pytest.mark.slow
@@ -262,6 +277,7 @@ def pack(pipe):
     return pipe
 
 
+@pytest.mark.slow
 def test_quantized_bases_are_the_same_base(name, folder):
     pipe = pack(PIPELINES[name]())
     before = weights(pipe)
@@ -303,6 +319,7 @@ def end_at_2(pipe):
     return pipe
 
 
+@pytest.mark.slow
 def test_soft_tokens_would_hide_the_prompt_from_the_pooled_embedding(monkeypatch):
     pipe = end_at_2(sdxl())
     with pytest.raises(ValueError, match=r"the text_encoder_2 of this base: .*use LoRA layers"):
@@ -331,6 +348,25 @@ def test_the_prefix_stands_before_the_prompts_of_both_text_encoders(tmp_path):
     assert all(torch.equal(*pair) for pair in zip(found, expected, strict=True))
 
 
+def test_an_error_between_the_text_encoders_is_taken_back(tmp_path, monkeypatch):
+    saved(tmp_path / "a", "sdxl", SOFT)
+    pipe = sdxl()
+    before, base = weights(pipe), draw(pipe)
+
+    def fail(*_args, **_kwargs):
+        assert "<fair>" in pipe.tokenizer.get_vocab()
+        raise KeyboardInterrupt
+
+    with monkeypatch.context() as patch:
+        patch.setattr(pipe.tokenizer_2, "add_tokens", fail)
+        with pytest.raises(KeyboardInterrupt):
+            load_fair_adapter(pipe, tmp_path / "a")
+    assert_equal_weights(pipe, before)
+    assert "<fair>" not in pipe.tokenizer.get_vocab()
+    assert torch.equal(draw(pipe), base)
+
+
+@pytest.mark.slow
 def test_soft_tokens_of_another_family(tmp_path):
     saved(tmp_path / "a", "sd", SOFT)
     with pytest.raises(ValueError, match="no soft tokens 'clip_l' for the text encoders of this"):

@@ -5,7 +5,7 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from families import PIPELINES, SIZE
+from families import PIPELINES, size_of
 from test_io import adapter_info
 
 from diffusers_fair.adapters.folder import write_adapter
@@ -56,6 +56,6 @@ def draw(pipe: Any, prompt: str | list[str] = "a chef", **more: Any) -> torch.Te
     count = 1 if isinstance(prompt, str) else len(prompt)
     generators = [torch.Generator().manual_seed(i) for i in range(count)]
     family = family_of(pipe)
-    call = family.call_options(pipe, family.usual(pipe).guidance_scale, SIZE) | more
+    call = family.call_options(pipe, family.usual(pipe).guidance_scale, size_of(pipe)) | more
     call = {"num_inference_steps": 2, "generator": generators, "output_type": "pt"} | call
     return pipe(prompt=prompt, **call).images
