@@ -19,13 +19,15 @@ prompt, and returns a replacement for the latter."""
 
 
 def require_unguided_score(method: str, pipe: Any) -> None:
-    """Refuse a model that embeds the guidance scale: its prediction is not that of the prompt.
+    """Refuse a model whose guided prediction is not made of both branches, evaluated together.
 
     Raises:
-        ValueError: it does.
+        ValueError: its guidance is embedded or not linear, or its branches are evaluated apart.
     """
-    branches = family_of(pipe).guidance_branches(pipe, 2.0)
-    require(len(branches) > 1, method, "needs classifier-free guidance", pipe)
+    family = family_of(pipe)
+    is_plain = family.has_linear_guidance and family.evaluates_prompts_together
+    branches = family.guidance_branches(pipe, 2.0)
+    require(is_plain and len(branches) > 1, method, "needs classifier-free guidance", pipe)
 
 
 @contextmanager

@@ -222,10 +222,10 @@ def test_what_cannot_be_fetched_is_said_before_anything_is(machine, monkeypatch,
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize("name", families.PIPELINES)
+@pytest.mark.parametrize("name", families.WITH_RECIPES)
 def test_every_pipeline_is_fetched_whole(hub, name, tmp_path):  # noqa: F811
     """Without what its repository holds for other programs; then diffusers needs no more."""
-    original = families.PIPELINES[name]()
+    original = families.WITH_RECIPES[name]()
     original.save_pretrained(tmp_path / "base")
     others = {
         "base.safetensors": b"0" * 99,

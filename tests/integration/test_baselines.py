@@ -7,7 +7,7 @@ import pytest
 import torch
 from accelerate import cpu_offload
 from diffusers import SemanticStableDiffusionPipeline
-from families import PIPELINES
+from families import PIPELINES, WITH_RECIPES
 from tiny import pipeline
 
 from diffusers_fair.attributes import Attribute
@@ -163,13 +163,15 @@ def test_drawn_words_follow_the_target_and_leave_the_noise_alone():
 
 
 NOT_OF_PAPER = "does not have: choose another baseline, such as attribute-words, or another base"
+OTHERS = [name for name in PIPELINES if name not in WITH_RECIPES]
+APART = ["z_image", "lumina2", "flux2_klein"]  # evaluate the guidance branches apart
 REFUSED = {  # baseline -> families that it does not work with, and why
-    "debias-vl": (("sdxl", "sd3", "flux"), "projects the tokens of a single text encoder"),
-    "uce": (("sd3", "flux"), "edits the keys and values of cross-attention"),
-    "concept-algebra": (("flux",), "needs classifier-free guidance"),
-    "fair-diffusion": (("flux",), "needs classifier-free guidance"),
+    "debias-vl": (("sdxl", "sd3", "flux", *OTHERS), "projects the tokens of a single text encoder"),
+    "uce": (("sd3", "flux", *OTHERS), "edits the keys and values of cross-attention"),
+    "concept-algebra": (("flux", *APART), "needs classifier-free guidance"),
+    "fair-diffusion": (("flux", *APART), "needs classifier-free guidance"),
 }
-BASES = {**PIPELINES, "sd2": lambda: pipeline(version=2)}
+BASES = {**WITH_RECIPES, "sd2": lambda: pipeline(version=2)}
 WORKING = [
     (name, base)
     for name in BASELINES
@@ -198,7 +200,7 @@ def test_images_are_decided_by_their_generators_and_the_pipeline_is_restored(nam
     ("name", "base"), [(name, base) for name, (bases, _) in REFUSED.items() for base in bases]
 )
 def test_pipelines_that_a_method_does_not_work_with_are_refused(name, base):
-    pipe = BASES[base]()
+    pipe = PIPELINES[base]()
     message = f"^{name} {REFUSED[name][1]}, which this {type(pipe).__name__} {NOT_OF_PAPER}"
     with pytest.raises(ValueError, match=message):
         baseline(name).check(pipe)

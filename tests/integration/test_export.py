@@ -45,7 +45,7 @@ def sdxl(dtype=torch.float32):
     return families.sdxl(dtype, layers_per_block=2)
 
 
-PIPELINES = families.PIPELINES | {"sdxl": sdxl}
+PIPELINES = families.WITH_RECIPES | {"sdxl": sdxl}
 
 
 def info_of(pipe, components, **changes):

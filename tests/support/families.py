@@ -416,6 +416,10 @@ PIPELINES: dict[str, Callable[..., Any]] = {
 """Name -> makes a pipeline of this family, given the data type."""
 
 
+WITH_RECIPES = {name: PIPELINES[name] for name in ("sd", "sdxl", "sd3", "flux")}
+"""The families that have recipes, names in other programs, and all baselines that fit them."""
+
+
 def size_of(pipe: Any) -> int:
     """Width and height in pixels; Sana insists on a multiple of 32."""
     return 32 if isinstance(pipe, diffusers.SanaPipeline) else SIZE
