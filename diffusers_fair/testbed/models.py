@@ -2,7 +2,7 @@
 
 from pathlib import Path
 
-from diffusers import AutoencoderKL, UNet2DConditionModel
+from diffusers import AutoencoderKL, FluxTransformer2DModel, UNet2DConditionModel
 from safetensors import safe_open
 from safetensors.torch import load_file
 from transformers import CLIPTextConfig, CLIPTextModel
@@ -12,6 +12,7 @@ from diffusers_fair.testbed.vocabulary import unpack
 SIZE = 64  # pixels
 WIDTH = 128  # dimensions of a prompt embedding
 TOKENS = 77  # tokens of a prompt
+FLUX_TOKENS = 32  # tokens of a prompt in the FLUX testbed's transformer
 VOCABULARY = 49408  # tokens of CLIP's byte-pair encoding
 NOISE = {  # noise schedule of Stable Diffusion 1.x
     "num_train_timesteps": 1000,
@@ -47,6 +48,22 @@ def unet() -> UNet2DConditionModel:
         cross_attention_dim=WIDTH,
         attention_head_dim=4,
         norm_num_groups=16,
+    )
+
+
+def flux_transformer() -> FluxTransformer2DModel:
+    """Create the transformer of the FLUX testbed: 8x8 packed latents, guidance embedded."""
+    return FluxTransformer2DModel(
+        patch_size=1,
+        in_channels=16,  # 2x2 latents of 4 channels
+        num_layers=3,
+        num_single_layers=4,
+        attention_head_dim=32,
+        num_attention_heads=4,
+        joint_attention_dim=WIDTH,
+        pooled_projection_dim=WIDTH,
+        guidance_embeds=True,
+        axes_dims_rope=(8, 12, 12),
     )
 
 

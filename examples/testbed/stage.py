@@ -36,6 +36,8 @@ class Stage:
     weight_decay: float = 0.01
     ema: float = 0.99
     save_every: int = 100
+    muon: Callable[[str], bool] = lambda name: False
+    """Name of a matrix -> whether Muon trains it, with the same learning rate, instead of AdamW."""
 
     def train(
         self,
@@ -47,21 +49,21 @@ class Stage:
         Returns the model with the averaged weights.
         """
         parameters = [p for p in model.parameters() if p.requires_grad]
-        optimizer = torch.optim.AdamW(
-            parameters, self.lr, betas=(0.9, 0.99), weight_decay=self.weight_decay
-        )
+        optimizers = self._optimizers(model)
         average = [p.detach().clone() for p in parameters]
-        step = self._resume(parameters, average, optimizer)
+        step = self._resume(parameters, average, optimizers)
         started, first = time.monotonic(), step
         model.train()
         while step < self.steps:
-            for group in optimizer.param_groups:
-                group["lr"] = self.lr * self._schedule(step)
+            for optimizer in optimizers:
+                for group in optimizer.param_groups:
+                    group["lr"] = self.lr * self._schedule(step)
             loss, metrics = loss_at(generator(self.name, step))
-            optimizer.zero_grad()
+            model.zero_grad()
             loss.backward()
             nn.utils.clip_grad_norm_(parameters, 1.0)
-            optimizer.step()
+            for optimizer in optimizers:
+                optimizer.step()
             decay = min(self.ema, (1 + step) / (10 + step))
             torch._foreach_lerp_(average, [p.detach() for p in parameters], 1 - decay)
             step += 1
@@ -70,11 +72,23 @@ class Stage:
                 line = {"stage": self.name, "step": step, "loss": round(loss.item(), 5), **metrics}
                 print(json.dumps({**line, "seconds per step": round(per_step, 3)}), flush=True)
             if step % self.save_every == 0 or step == self.steps:
-                self._save(step, parameters, average, optimizer, time.monotonic() - started)
+                self._save(step, parameters, average, optimizers)
         with torch.no_grad():
             for p, a in zip(parameters, average, strict=True):
                 p.copy_(a)
         return model.eval()
+
+    def _optimizers(self, model: nn.Module) -> list[torch.optim.Optimizer]:
+        named = [(name, p) for name, p in model.named_parameters() if p.requires_grad]
+        matrices = [p for name, p in named if p.ndim == 2 and self.muon(name)]
+        others = [p for name, p in named if p.ndim != 2 or not self.muon(name)]
+        found: list[torch.optim.Optimizer] = [
+            torch.optim.AdamW(others, self.lr, betas=(0.9, 0.99), weight_decay=self.weight_decay)
+        ]
+        if matrices:
+            options = {"weight_decay": self.weight_decay, "adjust_lr_fn": "match_rms_adamw"}
+            found.append(torch.optim.Muon(matrices, self.lr, **options))
+        return found
 
     def _schedule(self, step: int) -> float:
         """Return the learning rate factor: linear warm-up, then cosine decay to 2 %."""
@@ -87,21 +101,22 @@ class Stage:
         step: int,
         parameters: list,
         average: list,
-        optimizer: torch.optim.Optimizer,
-        seconds: float,
+        optimizers: list[torch.optim.Optimizer],
     ) -> None:
         self.work.mkdir(parents=True, exist_ok=True)
         state = {
             "step": step,
             "parameters": parameters,
             "average": average,
-            "optimizer": optimizer.state_dict(),
+            "optimizers": [optimizer.state_dict() for optimizer in optimizers],
         }
         scratch = self.work / f"{self.name}.tmp"
         torch.save(state, scratch)
         scratch.replace(self.work / f"{self.name}.pt")
 
-    def _resume(self, parameters: list, average: list, optimizer: torch.optim.Optimizer) -> int:
+    def _resume(
+        self, parameters: list, average: list, optimizers: list[torch.optim.Optimizer]
+    ) -> int:
         file = self.work / f"{self.name}.pt"
         if not file.exists():
             return 0
@@ -112,7 +127,8 @@ class Stage:
             ):
                 p.copy_(p0)
                 a.copy_(a0)
-        optimizer.load_state_dict(state["optimizer"])
+        for optimizer, saved in zip(optimizers, state["optimizers"], strict=True):
+            optimizer.load_state_dict(saved)
         return state["step"]
 
 
