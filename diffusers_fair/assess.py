@@ -171,13 +171,13 @@ def assess(
     """Evaluate a base model, then an adapter or a baseline from the same noise; save the reports.
 
     Args:
-        base: `testbed`, a Hub id, a folder or a single `.safetensors` file.
+        base: `testbed`, `testbed-flux`, a Hub id, a folder or a single `.safetensors` file.
         out: folder of the report. With an adapter or a baseline, the base model's report is saved
             in its subfolder `base`.
         adapter: folder or Hub id of an adapter.
         baseline: name of a published method, to evaluate instead of an adapter.
         recipe: its evaluation models judge the images, and it gives the defaults of the arguments
-            below. Required for a base other than the testbed.
+            below. Required for a base other than the testbeds.
         prompts: neutral prompts. Default: those of the recipe's test split.
         attributes: names of the attributes to measure. Default: those that the adapter balances,
             or else the recipe's.
@@ -190,9 +190,9 @@ def assess(
             prompts are generated.
         group_images: images per control prompt; None skips the control prompts.
         respect_words: disable the adapter for prompts that name a class it balances.
-        device: device of all models, as in `choose_device`; `auto` is the CPU for the testbed.
+        device: device of all models, as in `choose_device`; `auto` is the CPU for the testbeds.
         dtype: data type of the base model, as in `choose_dtype`. Default: the recipe's or, without
-            one, float32 for the testbed and auto otherwise. The judges use float32.
+            one, float32 for the testbeds and auto otherwise. The judges use float32.
         revision: commit, tag or branch of the base model on the Hub. Default: the recipe's, if this
             is the recipe's base model.
         adapter_revision: commit, tag or branch of the adapter on the Hub.

@@ -1,7 +1,7 @@
 """Base models: the text-to-image pipelines that are trained or evaluated."""
 
 from collections.abc import Callable, Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -49,6 +49,10 @@ class Base:
     """Device that is used if none is named."""
     usual_dtype: str = "auto"
     """Data type that is used if none is named."""
+    code: str = ""
+    """Python expression that creates the pipeline of a base that ships with the package."""
+    call_options: Mapping[str, Any] = field(default_factory=dict)
+    """Arguments that every call of this pipeline needs."""
     usual_evaluation: Callable[[], UsualEvaluation] | None = None
     """Default evaluation; None if the base model needs a recipe to be evaluated."""
 

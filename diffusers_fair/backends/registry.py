@@ -150,7 +150,7 @@ def untouched_set(model: str) -> str:
 def untouched_sets() -> tuple[str, ...]:
     """Return the prompt sets of things and places without people of all base models."""
     paths = (PRETRAINED_BASE, *SHIPPED_BASES.values())
-    return tuple(provider(path).untouched_set for path in paths)
+    return tuple(dict.fromkeys(provider(path).untouched_set for path in paths))
 
 
 # ---- judges --------------------------------------------------------------------------------------

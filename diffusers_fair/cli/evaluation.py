@@ -30,8 +30,8 @@ def evaluate(
     base: Annotated[
         str | None,
         typer.Option(
-            help="`testbed`, a Hub id, a folder or a single .safetensors file. Default: the "
-            "recipe's, or the testbed."
+            help="`testbed`, `testbed-flux`, a Hub id, a folder or a single .safetensors file. "
+            "Default: the recipe's, or testbed."
         ),
     ] = None,
     adapter: Adapter = None,
@@ -46,7 +46,7 @@ def evaluate(
     recipe: Annotated[
         str | None,
         typer.Option(
-            help="Recipe whose evaluation.models judge the images; required unless the base is the "
+            help="Recipe whose evaluation.models judge the images; required unless the base is a "
             "testbed. It also gives the defaults of the options below."
         ),
     ] = None,
@@ -81,7 +81,7 @@ def evaluate(
     steps: Annotated[
         int | None,
         typer.Option(
-            min=1, metavar="INT", help="Scheduler steps. Default: the recipe's number, or 20."
+            min=1, metavar="INT", help="Scheduler steps. Default: the recipe's, or the testbed's."
         ),
     ] = None,
     guidance_scale: Annotated[
@@ -89,7 +89,7 @@ def evaluate(
         typer.Option(
             min=0,
             metavar="FLOAT",
-            help="Guidance scale. Default: the recipe's, or 4.5 for the testbed.",
+            help="Guidance scale. Default: the recipe's, or the testbed's.",
         ),
     ] = None,
     seed: Annotated[

@@ -16,7 +16,10 @@ Overrides = Annotated[
     ),
 ]
 Base = Annotated[
-    str, typer.Option(help="`testbed`, a Hub id, a folder or a single .safetensors file.")
+    str,
+    typer.Option(
+        help="`testbed`, `testbed-flux`, a Hub id, a folder or a single .safetensors file."
+    ),
 ]
 Adapter = Annotated[str | None, typer.Option(help="Adapter folder or Hub id.")]
 RespectWords = Annotated[
@@ -30,7 +33,7 @@ Device = Annotated[
     str,
     typer.Option(
         help="auto, cuda, cuda:N, mps or cpu. auto: the GPU of the process, else MPS, else the "
-        "CPU; for the testbed the CPU.",
+        "CPU; for the testbeds the CPU.",
     ),
 ]
 Dtype = Annotated[
@@ -38,7 +41,7 @@ Dtype = Annotated[
     typer.Option(
         help="Data type of the base model: auto, float32, bfloat16 or float16. auto: bfloat16 if "
         "the device is fast in it, else float32. Default: the recipe's; without a recipe float32 "
-        "for the testbed, and auto otherwise.",
+        "for the testbeds, and auto otherwise.",
     ),
 ]
 Revision = Annotated[

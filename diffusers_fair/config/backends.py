@@ -34,7 +34,10 @@ REFERENCE_FACES: Kinds = {"testbed": "diffusers_fair.testbed.backend:reference_f
 REFERENCE_FOLDER = "diffusers_fair.backends.reference_faces"
 """Provider of all other reference faces, which are the images of a folder."""
 
-SHIPPED_BASES: Kinds = {"testbed": "diffusers_fair.testbed.backend:base"}
+SHIPPED_BASES: Kinds = {
+    "testbed": "diffusers_fair.testbed.backend:base",
+    "testbed-flux": "diffusers_fair.testbed.backend:flux_base",
+}
 PRETRAINED_BASE = "diffusers_fair.backends.pipelines:pretrained_base"
 """Provider of all other base models, which are folders or Hub ids."""
 

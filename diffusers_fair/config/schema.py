@@ -51,7 +51,7 @@ class BaseSection(Section):
     """The model to align."""
 
     model: str
-    """`testbed`, a Hub id, a folder or a single `.safetensors` file."""
+    """`testbed`, `testbed-flux`, a Hub id, a folder or a single `.safetensors` file."""
     revision: str | None = None
     """Commit, tag or branch on the Hub."""
     dtype: Literal["auto", "float32", "bfloat16", "float16"] = "float32"
@@ -198,7 +198,7 @@ class AdapterSection(Section):
     """The adapter to train."""
 
     components: Annotated[
-        tuple[Literal["text_encoder", "unet", "soft_tokens"], ...],
+        tuple[Literal["text_encoder", "text_encoder_2", "unet", "transformer", "soft_tokens"], ...],
         Field(min_length=1),
         AfterValidator(require_distinct),
     ] = ("text_encoder",)

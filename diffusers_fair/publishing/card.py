@@ -25,6 +25,7 @@ from diffusers_fair.adapters.folder import (
 from diffusers_fair.adapters.format import EMBEDS_FILE, AdapterInfo
 from diffusers_fair.adapters.repository import REPOSITORY
 from diffusers_fair.attributes import Attribute
+from diffusers_fair.backends.registry import base as base_of
 from diffusers_fair.config.backends import SHIPPED_BASES
 from diffusers_fair.loading import MIRRORS
 from diffusers_fair.paths import expand
@@ -45,6 +46,8 @@ _SUMMARY = (  # the keys of a report's summary that fair_adapter.json keeps
     *("bias", "deviation", "corrected", "frequencies"),
 )
 _NOT_EVALUATED = {"prompts": 0, "images": 0, "faces": 0, "bias": {}, "scores": {}}
+_CALL_OPTIONS = {"num_inference_steps": "steps", "guidance_scale": "guidance_scale"}
+"""Argument of a pipeline's call -> setting of the evaluation."""
 SETTINGS = ("images_per_prompt", "steps", "guidance_scale", "seed")
 _LICENCES = {  # base model -> its licence, as the Hub names it; adapters have the same
     **dict.fromkeys(SHIPPED_BASES, "apache-2.0"),
@@ -222,6 +225,7 @@ def _render(info: AdapterInfo, images: Sequence[str]) -> str:
             base=base,
             on_hub=_on_hub(info.base_model),
             on_testbed=info.base_model in SHIPPED_BASES,
+            code=base_of(info.base_model).code,
             licence=_licence(info.base_model),
             embeds=EMBEDS_FILE,
             shares=list(_shares(info, evaluation)),
@@ -370,10 +374,10 @@ def _control(evaluation: _Evaluation) -> Iterator[list[str]]:
 
 def _sampling(info: AdapterInfo) -> str:
     """Format the sampling arguments of the evaluation for a pipeline call."""
-    root = info.evaluation
-    if root is None:
-        return ""
-    return f", num_inference_steps={root['steps']}, guidance_scale={root['guidance_scale']}"
+    options = dict(base_of(info.base_model).call_options)
+    if (root := info.evaluation) is not None:
+        options |= {name: root[key] for name, key in _CALL_OPTIONS.items()}
+    return "".join(f", {name}={value}" for name, value in options.items())
 
 
 def _accuracies(evaluation: _Evaluation) -> Iterator[tuple[str, str]]:

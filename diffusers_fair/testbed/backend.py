@@ -1,28 +1,19 @@
-"""Providers of the testbed's base model and judges."""
+"""Providers of the testbed's base models and judges."""
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
 
 from diffusers_fair import testbed
 from diffusers_fair.backends.needs import Need
 from diffusers_fair.backends.pipelines import Base, UsualEvaluation
+from diffusers_fair.families import family_of
 from diffusers_fair.families.base import Usual
-from diffusers_fair.families.stable_diffusion import STABLE_DIFFUSION
 
 if TYPE_CHECKING:
     import torch
 
     from diffusers_fair.vision.judges import Judges
-
-
-def _load_base(model: str, revision: str | None, dtype: "torch.dtype") -> Any:
-    from torch import nn
-
-    pipe = testbed.pipeline()
-    for part in STABLE_DIFFUSION.components:  # `pipe.to` warns of layers to keep in float32
-        nn.Module.to(getattr(pipe, part), dtype)
-    return pipe
 
 
 def _usual_evaluation() -> UsualEvaluation:
@@ -35,14 +26,35 @@ def _usual_evaluation() -> UsualEvaluation:
     )
 
 
-base = Base(
-    load=_load_base,
-    needs=lambda model, revision: [],
-    usual_sampling=Usual(guidance_scale=testbed.GUIDANCE, steps=20),
-    untouched_set="testbed-untouched",
-    usual_device="cpu",  # fast enough, and the same figures everywhere
-    usual_dtype="float32",
-    usual_evaluation=_usual_evaluation,
+def _base(create: Callable[[], Any], usual_sampling: Usual, **call_options: Any) -> Base:
+    """Describe a base model that has the testbed's world and judges."""
+
+    def load(model: str, revision: str | None, dtype: "torch.dtype") -> Any:
+        from torch import nn
+
+        pipe = create()
+        for part in family_of(pipe).components:  # `pipe.to` warns of layers to keep in float32
+            nn.Module.to(getattr(pipe, part), dtype)
+        return pipe
+
+    return Base(
+        load=load,
+        needs=lambda model, revision: [],
+        usual_sampling=usual_sampling,
+        untouched_set="testbed-untouched",
+        usual_device="cpu",  # fast enough, and the same figures everywhere
+        usual_dtype="float32",
+        code=f"diffusers_fair.testbed.{create.__name__}()",
+        call_options=call_options,
+        usual_evaluation=_usual_evaluation,
+    )
+
+
+base = _base(testbed.pipeline, Usual(guidance_scale=testbed.GUIDANCE, steps=20))
+flux_base = _base(
+    testbed.flux_pipeline,
+    Usual(guidance_scale=testbed.FLUX_GUIDANCE, steps=12),
+    max_sequence_length=testbed.FLUX_TOKENS,
 )
 
 

@@ -1,6 +1,7 @@
-"""The architectures and weights of the testbed's pipeline."""
+"""The architectures and weights of the testbed's pipelines."""
 
 from pathlib import Path
+from typing import Any
 
 from diffusers import AutoencoderKL, FluxTransformer2DModel, UNet2DConditionModel
 from safetensors import safe_open
@@ -12,7 +13,7 @@ from diffusers_fair.testbed.vocabulary import unpack
 SIZE = 64  # pixels
 WIDTH = 128  # dimensions of a prompt embedding
 TOKENS = 77  # tokens of a prompt
-FLUX_TOKENS = 32  # tokens of a prompt in the FLUX testbed's transformer
+FLUX_FILE = "flux_transformer.safetensors"
 VOCABULARY = 49408  # tokens of CLIP's byte-pair encoding
 NOISE = {  # noise schedule of Stable Diffusion 1.x
     "num_train_timesteps": 1000,
@@ -88,11 +89,18 @@ def text_encoder(vocabulary: int = VOCABULARY) -> CLIPTextModel:
 def load_autoencoder(weights: Path) -> AutoencoderKL:
     """Load the autoencoder as float32, with its scaling factor."""
     file = weights / "vae.safetensors"
-    vae = autoencoder()
-    vae.load_state_dict({name: value.float() for name, value in load_file(file).items()})
+    vae = _loaded(autoencoder(), file)
     with safe_open(file, "pt") as opened:
         vae.register_to_config(scaling_factor=float(opened.metadata()["scaling_factor"]))
-    return vae.eval().requires_grad_(False)
+    return vae
+
+
+def load_flux_autoencoder(weights: Path) -> AutoencoderKL:
+    """Load the same autoencoder with the shift that gives latents the mean 0, as FLUX.1 has it."""
+    vae = load_autoencoder(weights)
+    with safe_open(weights / FLUX_FILE, "pt") as opened:
+        vae.register_to_config(shift_factor=float(opened.metadata()["shift_factor"]))
+    return vae
 
 
 def load_text_encoder(weights: Path) -> CLIPTextModel:
@@ -104,7 +112,15 @@ def load_text_encoder(weights: Path) -> CLIPTextModel:
 
 def load_unet(weights: Path) -> UNet2DConditionModel:
     """Load the U-Net as float32."""
-    model = unet()
-    state = load_file(weights / "unet.safetensors")
-    model.load_state_dict({name: value.float() for name, value in state.items()})
+    return _loaded(unet(), weights / "unet.safetensors")
+
+
+def load_flux_transformer(weights: Path) -> FluxTransformer2DModel:
+    """Load the transformer of the FLUX testbed as float32."""
+    return _loaded(flux_transformer(), weights / FLUX_FILE)
+
+
+def _loaded(model: Any, file: Path) -> Any:
+    """Load weights into a model as float32, without gradients."""
+    model.load_state_dict({name: value.float() for name, value in load_file(file).items()})
     return model.eval().requires_grad_(False)

@@ -18,6 +18,7 @@ from stage import Stage, save_half
 from torch import Tensor, nn
 from train_unet import latents_of
 
+from diffusers_fair import testbed
 from diffusers_fair.testbed import models
 from diffusers_fair.testbed.tokenizer import tokenizer
 
@@ -39,7 +40,7 @@ class Texts:
         """Embed texts: tokens (n, L, d) and pooled (n, d)."""
         new = sorted(set(texts) - self.known.keys())
         if new:
-            tokens = self._encode(new, models.FLUX_TOKENS).last_hidden_state
+            tokens = self._encode(new, testbed.FLUX_TOKENS).last_hidden_state
             pooled = self._encode(new, models.TOKENS).pooler_output
             self.known.update(zip(new, zip(tokens, pooled, strict=True), strict=True))
         tokens, pooled = zip(*(self.known[text] for text in texts), strict=True)

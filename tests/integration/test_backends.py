@@ -562,11 +562,13 @@ def test_every_kind_has_a_provider():
 def test_what_a_base_is_used_with():
     assert untouched_sets() == ("untouched", "testbed-untouched")
     assert [untouched_set(name) for name in ("org/model", "testbed")] == [*untouched_sets()]
+    assert untouched_set("testbed-flux") == untouched_set("testbed")
     pipe = pipeline()
     assert usual_sampling("org/model", pipe) == Usual(guidance_scale=7.5, steps=20)
     assert usual_sampling("testbed", pipe) == Usual(guidance_scale=4.5, steps=20)
-    usual = [(base(m).usual_device, base(m).usual_dtype) for m in ("org/model", "testbed")]
-    assert usual == [("auto", "auto"), ("cpu", "float32")]
+    models = ("org/model", "testbed", "testbed-flux")
+    usual = [(base(m).usual_device, base(m).usual_dtype) for m in models]
+    assert usual == [("auto", "auto"), ("cpu", "float32"), ("cpu", "float32")]
     assert base("org/model").usual_evaluation is None
 
 

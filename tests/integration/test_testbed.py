@@ -1,14 +1,16 @@
-"""The world that ships: its data, its pipeline, its cost."""
+"""The world that ships: its data, its pipelines, their cost."""
 
 import numpy as np
 import pytest
 import torch
-from diffusers import DPMSolverMultistepScheduler, StableDiffusionPipeline
+from diffusers import DPMSolverMultistepScheduler, FluxPipeline, StableDiffusionPipeline
 from transformers import CLIPTextModel, CLIPTokenizer
 
 from diffusers_fair import testbed
+from diffusers_fair.families.flux import FLUX
 from diffusers_fair.prompts import prompt_set
 from diffusers_fair.testbed import world
+from diffusers_fair.testbed.tokenizer import tokenizer
 
 OCCUPATIONS = prompt_set("testbed-occupations")
 
@@ -45,9 +47,70 @@ def test_it_survives_saving(pipe, tmp_path):
     assert (images[0] == images[1]).all()
 
 
+@pytest.fixture(scope="module")
+def flux():
+    pipe = testbed.flux_pipeline()
+    pipe.set_progress_bar_config(disable=True)
+    return pipe
+
+
+def generated(pipe, prompt="a photo of a chef", **options):
+    """One image (64, 64, 3) of a FLUX pipeline, from the same noise every time."""
+    options = {"num_inference_steps": 2, "max_sequence_length": testbed.FLUX_TOKENS} | options
+    noise = torch.Generator().manual_seed(0)
+    return pipe(prompt, generator=noise, output_type="np", **options).images[0]
+
+
+def test_the_second_is_a_genuine_flux_pipeline(flux):
+    assert type(flux) is FluxPipeline
+    assert {type(flux.text_encoder), type(flux.text_encoder_2)} == {CLIPTextModel}
+    assert flux.transformer.config.guidance_embeds
+    assert flux.vae.config.shift_factor != 0
+    assert {p.dtype for p in flux.transformer.parameters()} == {torch.float32}
+
+
+def test_the_second_shares_no_component_that_an_adapter_changes(flux):
+    """LoRA in one text encoder must not change the other, which has the same weights."""
+    assert flux.tokenizer is not flux.tokenizer_2
+    assert flux.tokenizer is not tokenizer()
+    assert flux.tokenizer.model_max_length == 77
+    weights = zip(flux.text_encoder.parameters(), flux.text_encoder_2.parameters(), strict=True)
+    assert all(torch.equal(a, b) and a.data_ptr() != b.data_ptr() for a, b in weights)
+
+
+@pytest.mark.slow
+def test_the_second_follows_prompt_and_guidance(flux):
+    """Both text encoders and the embedded guidance scale affect the image."""
+    image = generated(flux)
+    assert image.shape == (testbed.SIZE, testbed.SIZE, 3)
+    changes = (
+        {"prompt": "a photo of a senator"},
+        {"prompt_2": "a photo of a senator"},
+        {"guidance_scale": 1.5},
+    )
+    for change in changes:
+        assert np.abs(generated(flux, **change) - image).mean() > 1e-4, change
+
+
+def test_a_prompt_of_the_second_has_at_most_32_tokens(flux):
+    """Its family truncates by the tokenizer; the call has to be told."""
+    long = "a photo of a chef, " + "very " * 40
+    embedded = FLUX.encode(flux, [long])["encoder_hidden_states"]
+    assert embedded.shape[1] == testbed.FLUX_TOKENS == flux.tokenizer_2.model_max_length
+
+
+@pytest.mark.slow
+def test_the_second_survives_saving(flux, tmp_path):
+    flux.save_pretrained(tmp_path)
+    again = FluxPipeline.from_pretrained(tmp_path)
+    assert again.tokenizer_2.model_max_length == testbed.FLUX_TOKENS
+    size = {"height": testbed.SIZE, "width": testbed.SIZE}  # not saved by diffusers
+    assert np.allclose(generated(again, **size), generated(flux), atol=1e-5)
+
+
 def test_weights_are_small():
     size = sum(f.stat().st_size for f in testbed.WEIGHTS.rglob("*") if f.is_file())
-    assert size <= 30e6
+    assert size <= 36e6
     assert not [f for f in testbed.WEIGHTS.rglob("*") if f.suffix in (".bin", ".pt", ".pkl")]
 
 
