@@ -1,6 +1,7 @@
-"""Measure the testbed's base model: bias, prompt following, faces and cost.
+"""Measure a base model of the testbed: bias, prompt following, faces and cost.
 
-python examples/testbed/measure.py --out model_cards/testbed
+python examples/testbed/measure.py --base testbed --out model_cards/testbed
+python examples/testbed/measure.py --base testbed-flux --out model_cards/testbed
 """
 
 import json
@@ -19,6 +20,7 @@ from rich.console import Console
 from rich.table import Table
 
 from diffusers_fair import testbed
+from diffusers_fair.backends import registry
 from diffusers_fair.evaluation.evaluate import evaluate
 from diffusers_fair.evaluation.generate import generate
 from diffusers_fair.prompts import prompt_set
@@ -31,7 +33,6 @@ from diffusers_fair.vision.faces import face_chips
 from diffusers_fair.vision.images import to_arrays
 from diffusers_fair.vision.judges import Judges
 
-STEPS = 20
 SEED = 0
 GRID = [
     world.NEUTRAL.format("senator"),
@@ -49,13 +50,14 @@ Row = tuple[str, str, str]
 
 
 def main(
+    base: Annotated[str, typer.Option(help="`testbed` or `testbed-flux`.")] = testbed.NAME,
     images: Annotated[int, typer.Option(help="Images per test prompt.")] = 60,
     out: Annotated[
-        Path | None, typer.Option(help="Folder to write testbed.md, .json and .png to.")
+        Path | None, typer.Option(help="Folder to write BASE.md, .json and .png to.")
     ] = None,
 ) -> None:
-    """Measure the testbed's base model and its judges."""
-    pipe, seconds = timed(testbed.pipeline)
+    """Measure a base model and the judges of the testbed."""
+    pipe, seconds = timed(lambda: registry.load_base(base))
     judges, more = timed(lambda: load_evaluation_judges(list(world.ATTRIBUTES)))
     table = [
         *cost(pipe, seconds + more),
@@ -64,10 +66,17 @@ def main(
         *scenes(pipe, judges),
         *classifiers(),
     ]
-    show(table, images)
+    show(table, base, images)
     if out is not None:
-        keep(table, images, out)
-        grid(pipe).save(out / "testbed.png")
+        keep(table, base, images, out)
+        grid(pipe).save(out / f"{base}.png")
+
+
+def sampling(base: str) -> dict[str, Any]:
+    """Return the usual steps and guidance scale of a base model of the testbed."""
+    usual = registry.base(base).usual_sampling
+    assert usual is not None
+    return vars(usual)
 
 
 def timed(make: Callable[[], Any]) -> tuple[Any, float]:
@@ -82,9 +91,9 @@ def cost(pipe: Any, seconds: float) -> list[Row]:
     prompts = prompt_set("testbed-occupations").prompts("test")[:24]
     _, generation = timed(lambda: generate_images(pipe, prompts, 1))
     return [
-        ("weights in all, MB", f"{size:.1f}", "<= 30"),
+        ("weights of both base models and judges, MB", f"{size:.1f}", "<= 36"),
         ("loading pipeline and judges, s", f"{seconds:.1f}", "<= 3"),
-        (f"24 images, {STEPS} steps, s", f"{generation:.1f}", "<= 8"),
+        ("24 images, usual steps, s", f"{generation:.1f}", "<= 8"),
     ]
 
 
@@ -97,8 +106,7 @@ def bias(pipe: Any, judges: Judges, images: int) -> list[Row]:
         [world.GENDER, world.RACE],
         judges=judges,
         images_per_prompt=images,
-        steps=STEPS,
-        guidance_scale=testbed.GUIDANCE,
+        **sampling(pipe.config._name_or_path),
         seed=SEED,
         groups=(),
     )
@@ -165,8 +173,7 @@ def generate_images(pipe: Any, prompts: Sequence[str], images: int) -> torch.Ten
         pipe,
         prompts,
         images_per_prompt=images,
-        steps=STEPS,
-        guidance_scale=testbed.GUIDANCE,
+        **sampling(pipe.config._name_or_path),
         seed=SEED,
         batch_size=24,
         progress=False,
@@ -174,22 +181,21 @@ def generate_images(pipe: Any, prompts: Sequence[str], images: int) -> torch.Ten
     return torch.cat([batch.images for batch in batches])
 
 
-def show(table: Sequence[Row], images: int) -> None:
+def show(table: Sequence[Row], base: str, images: int) -> None:
     """Print the rows."""
-    grid = Table("", "measured", "wanted", title=f"testbed, 50 test prompts x {images} images")
+    grid = Table("", "measured", "wanted", title=f"{base}, 50 test prompts x {images} images")
     for row in table:
         grid.add_row(*row)
     Console().print(grid)
 
 
-def keep(table: Sequence[Row], images: int, out: Path) -> None:
-    """Write testbed.md and testbed.json, with their provenance."""
+def keep(table: Sequence[Row], base: str, images: int, out: Path) -> None:
+    """Write BASE.md and BASE.json, with their provenance."""
     with_what = {
-        "command": f"python examples/testbed/measure.py --images {images} --out {out}",
+        "command": f"python examples/testbed/measure.py --base {base} --images {images} --out {out}",
         "commit": commit(),
         "seed": SEED,
-        "guidance_scale": testbed.GUIDANCE,
-        "steps": STEPS,
+        **sampling(base),
         "machine": f"{platform.machine()}, {torch.get_num_threads()} threads",
         "versions": {
             "python": sys.version.split()[0],
@@ -198,12 +204,12 @@ def keep(table: Sequence[Row], images: int, out: Path) -> None:
         },
     }
     out.mkdir(parents=True, exist_ok=True)
-    lines = ["# The testbed, measured", "", "| | measured | wanted |", "|---|---|---|"]
+    lines = [f"# The base model `{base}`, measured", "", "| | measured | wanted |", "|---|---|---|"]
     lines += [f"| {what} | {figure} | {wanted} |" for what, figure, wanted in table]
     lines += ["", *(f"- {name}: {value}" for name, value in with_what.items()), ""]
-    (out / "testbed.md").write_text("\n".join(lines), "utf-8")
+    (out / f"{base}.md").write_text("\n".join(lines), "utf-8")
     record = with_what | {"figures": {what: figure for what, figure, _ in table}}
-    (out / "testbed.json").write_text(json.dumps(record, indent=1), "utf-8")
+    (out / f"{base}.json").write_text(json.dumps(record, indent=1), "utf-8")
 
 
 def grid(pipe: Any) -> Image.Image:
