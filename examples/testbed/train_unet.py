@@ -5,13 +5,14 @@ text encoder of stage 2 is frozen, as in Stable Diffusion.
 """
 
 import argparse
+from collections.abc import Callable
 from pathlib import Path
 
 import numpy as np
 import torch
 from captions import KINDS, KINDS_LAST, Rows, sample_caption
 from data import HERE, STYLES, load_portraits, to_float
-from diffusers import AutoencoderKL, DDPMScheduler
+from diffusers import AutoencoderKL, DDPMScheduler, UNet2DConditionModel
 from stage import Stage, save_half
 from torch import Tensor
 
@@ -40,13 +41,14 @@ def latents_of(vae: AutoencoderKL, images: Tensor, file: Path) -> dict[str, Tens
     return table
 
 
-def main(steps: int, word_steps: int, work: Path, weights: Path) -> None:
-    torch.manual_seed(0)
+def denoising_loss(
+    unet: UNet2DConditionModel, work: Path, weights: Path
+) -> Callable[[torch.Generator, dict[str, float]], tuple[Tensor, dict]]:
+    """Return loss_at(generator, mixture of captions) -> (loss, metrics)."""
     portraits = load_portraits()
     rows = Rows(portraits)
     table = latents_of(models.load_autoencoder(weights), portraits.images, work / "latents.pt")
     encode = models.load_text_encoder(weights)
-    unet = models.unet()
     noise = DDPMScheduler(**models.NOISE)
     snr = noise.alphas_cumprod / (1 - noise.alphas_cumprod)  # (1000,)
 
@@ -75,6 +77,13 @@ def main(steps: int, word_steps: int, work: Path, weights: Path) -> None:
         weight = snr[t].clamp(max=MIN_SNR) / snr[t]
         return (weight * error).mean(), {"mse": round(error.mean().item(), 4)}
 
+    return loss_at
+
+
+def main(steps: int, word_steps: int, work: Path, weights: Path) -> None:
+    torch.manual_seed(0)
+    unet = models.unet()
+    loss_at = denoising_loss(unet, work, weights)
     first = Stage(name="unet", steps=steps, lr=1e-3, work=work, ema=0.998, warmup=200)
     first.train(unet, lambda g: loss_at(g, KINDS))
     last = Stage(name="unet-words", steps=word_steps, lr=5e-4, work=work, ema=0.995)

@@ -4,6 +4,7 @@ import json
 import runpy
 from concurrent.futures import ThreadPoolExecutor
 from contextvars import ContextVar
+from functools import partial
 from pathlib import Path
 from threading import Barrier
 from time import sleep
@@ -11,11 +12,14 @@ from time import sleep
 import aims
 import comparison
 import experiments
+import other_bases
 import pytest
 from reports import report
 
-from diffusers_fair import RunConfig
+from diffusers_fair import RunConfig, testbed
 from diffusers_fair.adapters.folder import read_adapter
+from diffusers_fair.backends import registry
+from diffusers_fair.prompts import prompt_set
 from diffusers_fair.reports.folder import load_report, save_report
 from diffusers_fair.testbed import world
 
@@ -288,11 +292,57 @@ def test_some_methods_of_some_goals(drawn, tmp_path):
     assert "yet: this package, attribute-words" in (tmp_path / "out/cost.md").read_text("utf-8")
 
 
-def test_the_testbeds_table_is_kept_with_the_command_that_made_it(tmp_path):
+@pytest.mark.parametrize("base", ["testbed", "testbed-flux"])
+def test_the_testbeds_table_is_kept_with_the_command_that_made_it(base, tmp_path):
     measure = runpy.run_path(str(CARDS.parent / "examples" / "testbed" / "measure.py"))
-    measure["keep"]([("bias, hue", "0.500", ".40 to .60")], 60, tmp_path)
-    assert "| bias, hue | 0.500 | .40 to .60 |" in (tmp_path / "testbed.md").read_text("utf-8")
-    kept = json.loads((tmp_path / "testbed.json").read_text("utf-8"))
-    assert kept["command"] == f"python examples/testbed/measure.py --images 60 --out {tmp_path}"
+    measure["keep"]([("bias, hue", "0.500", ".40 to .60")], base, 60, tmp_path)
+    assert "| bias, hue | 0.500 | .40 to .60 |" in (tmp_path / f"{base}.md").read_text("utf-8")
+    kept = json.loads((tmp_path / f"{base}.json").read_text("utf-8"))
+    words = f"--base {base} --images 60 --out {tmp_path}"
+    assert kept["command"] == f"python examples/testbed/measure.py {words}"
+    usual = registry.base(base).usual_sampling
+    assert (kept["steps"], kept["guidance_scale"]) == (usual.steps, usual.guidance_scale)
     kept = (CARDS / "testbed" / "testbed.md").read_text("utf-8")
     assert all(f"| {' | '.join(row)} |" in kept for row in measure["classifiers"]())
+
+
+# ---- other_bases.py ------------------------------------------------------------------------------
+
+
+def test_the_table_of_other_bases(tmp_path):
+    before, after = report(seed=1), report("adapter", seed=2)
+    other_bases.keep({"one": (before, after), "two": (after, before)}, "toy", tmp_path)
+    text = (tmp_path / "other_bases.md").read_text("utf-8")
+    one, two = (side.summary.bias["hue"] for side in (before, after))
+    assert f"| one | bias, hue | {one} | {two} | {two.noise_floor:.3f} |" in text
+    assert f"| two | bias, hue | {two} | {one} | {one.noise_floor:.3f} |" in text
+    assert f"| one | CLIP-T | {before.summary.scores['clip_t']} | " in text
+    data = json.loads((tmp_path / "other_bases.json").read_text("utf-8"))
+    assert data["bases"]["two"]["with"]["bias"]["hue"]["mean"] == one.mean
+
+
+@pytest.mark.slow
+def test_an_adapter_is_evaluated_on_a_variant_of_its_base(monkeypatch, tmp_path):
+    monkeypatch.syspath_prepend(CARDS.parent / "examples" / "testbed")
+    perturb = runpy.run_path(str(CARDS.parent / "examples/testbed/make_variants.py"))["perturb"]
+    pipe = testbed.pipeline()
+    before = pipe.unet.conv_in.weight.clone()
+    perturb(pipe.unet, 0.05)
+    changed = (pipe.unet.conv_in.weight - before).std() / before.std()
+    assert 0.04 < changed < 0.06
+    pipe.save_pretrained(tmp_path / "perturbed")
+    two = prompt_set("testbed-occupations").prompts("test")[:2]
+    monkeypatch.setattr(other_bases, "evaluate", partial(few, other_bases.evaluate, two))
+    bases = [testbed.NAME, str(tmp_path / "perturbed")]
+    other_bases.main(tmp_path / "out", base=bases, images=2, runs=tmp_path / "runs")
+    data = json.loads((tmp_path / "out" / "other_bases.json").read_text("utf-8"))
+    assert data["bases"].keys() == {"testbed", "perturbed"}
+    one, other = (side["without"]["scores"] for side in data["bases"].values())
+    assert one != other
+    scores = data["bases"]["perturbed"]["with"]["scores"]
+    assert 0 < scores["clip_i"]["mean"] < 0.9999  # the adapter changes the images there, too
+
+
+def few(evaluate, prompts, pipe, _, *args, **options):
+    """Evaluate fewer prompts, in fewer steps."""
+    return evaluate(pipe, prompts, *args, **options | {"steps": 4})
