@@ -244,6 +244,23 @@ def test_bases_that_are_not_on_the_hub_are_not_said_to_be(tmp_path, base):
     assert data.get("license") == ("apache-2.0" if base == "testbed" else None)
 
 
+@pytest.mark.parametrize(
+    ("base", "creation", "arguments"),
+    [
+        ("testbed", "testbed.pipeline()", ""),
+        ("testbed-flux", "testbed.flux_pipeline()", ", max_sequence_length=32"),
+    ],
+)
+def test_the_code_of_a_shipped_base(tmp_path, base, creation, arguments):
+    adapter = lora(tmp_path / "other", base_model=base)
+    write_card(adapter)
+    text = text_of(adapter)
+    assert f"the base `{base}` of `diffusers-fair`" in text
+    assert f"pipe = diffusers_fair.{creation}\n" in text
+    assert text.count(f"image = pipe(prompt{arguments}).images[0]") == 2
+    assert ModelCard.load(adapter / "README.md").data.license == "apache-2.0"
+
+
 @pytest.mark.parametrize("components", [SOFT, BOTH])
 def test_the_prompt_to_type_for_soft_tokens(tmp_path, components):
     tensors = embeds() | (weights() if components == BOTH else {})
