@@ -3,7 +3,7 @@
     python examples/testbed/make_variants.py
     python examples/reproduction/other_bases.py --out model_cards
 
-The first base is the adapter's own, for comparison. Bias and quality are measured on each base
+By default, the first base is the adapter's own, for comparison. Bias and quality are measured on each base
 without and with the adapter, from the same noise, with the settings of the adapter's recipe. The
 same command resumes a stopped evaluation from the reports in `--runs`.
 """
@@ -57,7 +57,7 @@ def main(
         for model in base or BASES
         for name in [Path(model).name]
     }
-    keep(reports, recipe, out)
+    keep(reports, recipe, config.base.model, out)
 
 
 def measured(
@@ -101,7 +101,9 @@ def rows(name: str, before: Summary, after: Summary) -> Iterator[list[str]]:
             yield [name, {"clip_t": "CLIP-T"}.get(score, score), *map(estimate_text, sides), ""]
 
 
-def keep(reports: dict[str, tuple[Report, Report]], recipe: str, out: Path) -> None:
+def keep(
+    reports: dict[str, tuple[Report, Report]], recipe: str, trained_on: str, out: Path
+) -> None:
     """Write other_bases.md and other_bases.json."""
     table = [
         row
@@ -110,9 +112,11 @@ def keep(reports: dict[str, tuple[Report, Report]], recipe: str, out: Path) -> N
     ]
     settings = next(iter(reports.values()))[0].settings
     out.mkdir(parents=True, exist_ok=True)
-    (out / "other_bases.md").write_text("\n".join(document(table, recipe, settings)), "utf-8")
+    text = "\n".join(document(table, recipe, trained_on, settings))
+    (out / "other_bases.md").write_text(text, "utf-8")
     data = {
         "recipe": recipe,
+        "trained_on": trained_on,
         "bases": {
             name: {"without": before.summary.json(), "with": after.summary.json()}
             for name, (before, after) in reports.items()
@@ -123,14 +127,14 @@ def keep(reports: dict[str, tuple[Report, Report]], recipe: str, out: Path) -> N
     (out / "other_bases.json").write_text(json.dumps(data, indent=1), "utf-8")
 
 
-def document(table: Sequence[list[str]], recipe: str, settings: Any) -> list[str]:
+def document(table: Sequence[list[str]], recipe: str, trained_on: str, settings: Any) -> list[str]:
     """Return the lines of other_bases.md."""
     return [
         f"# The adapter of {recipe} on other base models",
         "",
         f"{len(settings.prompts)} prompts x {settings.images_per_prompt} images, without and with "
         "the adapter from the same noise. Mean ± std over prompts [95 % bootstrap interval of the "
-        "mean]. The adapter was trained on the first base model only.",
+        f"mean]. The adapter was trained on {trained_on}.",
         "",
         *markdown_table(HEAD, table),
         "",

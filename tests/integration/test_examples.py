@@ -311,11 +311,12 @@ def test_the_testbeds_table_is_kept_with_the_command_that_made_it(base, tmp_path
 
 def test_the_table_of_other_bases(tmp_path):
     before, after = report(seed=1), report("adapter", seed=2)
-    other_bases.keep({"one": (before, after), "two": (after, before)}, "toy", tmp_path)
+    other_bases.keep({"one": (before, after), "two": (after, before)}, "toy", "one", tmp_path)
     text = (tmp_path / "other_bases.md").read_text("utf-8")
     one, two = (side.summary.bias["hue"] for side in (before, after))
     assert f"| one | bias, hue | {one} | {two} | {two.noise_floor:.3f} |" in text
     assert f"| two | bias, hue | {two} | {one} | {one.noise_floor:.3f} |" in text
+    assert "The adapter was trained on one." in text
     assert f"| one | CLIP-T | {before.summary.scores['clip_t']} | " in text
     data = json.loads((tmp_path / "other_bases.json").read_text("utf-8"))
     assert data["bases"]["two"]["with"]["bias"]["hue"]["mean"] == one.mean
