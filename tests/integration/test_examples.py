@@ -11,7 +11,9 @@ from time import sleep
 import aims
 import comparison
 import experiments
+import memory
 import pytest
+import torch
 from reports import report
 
 from diffusers_fair import RunConfig
@@ -296,3 +298,27 @@ def test_the_testbeds_table_is_kept_with_the_command_that_made_it(tmp_path):
     assert kept["command"] == f"python examples/testbed/measure.py --images 60 --out {tmp_path}"
     kept = (CARDS / "testbed" / "testbed.md").read_text("utf-8")
     assert all(f"| {' | '.join(row)} |" in kept for row in measure["classifiers"]())
+
+
+def test_the_memory_of_a_step_is_what_lives_at_the_same_time():
+    x = torch.zeros(1000, requires_grad=True)
+
+    def double_square():
+        y = x * 2  # 4,000 bytes, saved for the square's gradient
+        z = y * y  # 4,000 bytes, dropped once it is summed up
+        return z.sum()  # 4 bytes
+
+    found = memory.peak(double_square)  # backward: y, its gradient and the two terms of it
+    assert 8_000 <= found * 1e9 <= 16_100
+    assert x.grad.eq(0).all()
+
+
+def test_the_memory_table_shows_every_model_and_size():
+    measured = json.loads((CARDS / "memory" / "memory.json").read_text("utf-8"))["models"]
+    assert [*measured] == [*memory.MODELS]
+    assert memory.table(measured) in (CARDS / "memory" / "memory.md").read_text("utf-8")
+    for found in measured.values():
+        for size in memory.SIZES:
+            figures = found[f"{size} pixels"]
+            assert figures["step, checkpointed"] < figures["step"] / 3
+            assert figures["decoder, checkpointed"] < figures["decoder"] * 0.55
